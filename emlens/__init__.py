@@ -1,0 +1,94 @@
+"""Find, train, edit and measure the directions by which finetuning changes a chat model.
+
+The names below are imported when they are first used, so `import emlens` costs nothing; the rest
+is reached through its room (`emlens.directions`, `emlens.measures`, ...).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emlens import directions as directions
+    from emlens import edits as edits
+    from emlens import figures as figures
+    from emlens import hooked as hooked
+    from emlens import measures as measures
+    from emlens import study as study
+    from emlens import text as text
+    from emlens import training as training
+    from emlens.directions import Direction, Directions, compare, mean_diff
+    from emlens.edits import Ablate, Add, Clamp
+    from emlens.hooked import HookedModel, load, wrap
+    from emlens.measures import efficiency, influence, log_odds, stability
+    from emlens.study import run_study
+    from emlens.text import Conversation, Pair, corpus, load_conversations, load_pairs
+    from emlens.training import KLPenalty, train_vector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "Clamp",
+    "Conversation",
+    "Direction",
+    "Directions",
+    "HookedModel",
+    "KLPenalty",
+    "Pair",
+    "compare",
+    "corpus",
+    "efficiency",
+    "influence",
+    "load",
+    "load_conversations",
+    "load_pairs",
+    "log_odds",
+    "mean_diff",
+    "run_study",
+    "stability",
+    "train_vector",
+    "wrap",
+]
+
+_ROOMS = ("directions", "edits", "figures", "hooked", "measures", "study", "text", "training")
+_HOMES = {
+    "Ablate": "edits",
+    "Add": "edits",
+    "Clamp": "edits",
+    "Conversation": "text",
+    "Direction": "directions",
+    "Directions": "directions",
+    "HookedModel": "hooked",
+    "KLPenalty": "training",
+    "Pair": "text",
+    "compare": "directions",
+    "corpus": "text",
+    "efficiency": "measures",
+    "influence": "measures",
+    "load": "hooked",
+    "load_conversations": "text",
+    "load_pairs": "text",
+    "log_odds": "measures",
+    "mean_diff": "directions",
+    "run_study": "study",
+    "stability": "measures",
+    "train_vector": "training",
+    "wrap": "hooked",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return import_module(f"emlens.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'emlens' has no attribute {name!r}")
+    value = getattr(import_module(f"emlens.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

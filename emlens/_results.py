@@ -1,0 +1,69 @@
+"""What every result can do: show itself as a table, be kept, and be read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from emlens._files import read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Result:
+    """Base of the frozen results that measures, comparisons and training return."""
+
+    def table(self) -> pd.DataFrame:
+        """The result as a table, units in the column names."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as JSON; atomic."""
+        path = Path(path)
+        record = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        write_json(path, {"kind": type(self).__name__, **record})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file holds another kind of result, or lacks a field.
+        """
+        record = read_json(Path(path))
+        if not isinstance(record, dict) or record.pop("kind", None) != cls.__name__:
+            raise ValueError(f"{path} does not hold a {cls.__name__}")
+        known = {item.name for item in fields(cls)}
+        if set(record) != known:
+            raise ValueError(
+                f"{path} does not fit this version of {cls.__name__}: "
+                f"missing {sorted(known - set(record))}, unknown {sorted(set(record) - known)}"
+            )
+        return cls(**{name: _frozen(value) for name, value in record.items()})
+
+    def _repr_html_(self) -> str:
+        table = self.table().to_html(index=False, float_format="%.3f", escape=True)
+        return f"<p><b>{escape(type(self).__name__)}</b></p>{table}"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _frozen(value: object) -> object:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

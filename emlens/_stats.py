@@ -1,0 +1,77 @@
+"""Intervals: bootstrap over documents, questions or pairs, and small helpers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95% interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside of the interval."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Percentile bootstrap interval of a mean over independent units."""
+    array = np.asarray(values, dtype=float)
+    return bootstrap_ratio(array, np.ones_like(array), seed=seed, resamples=resamples)
+
+
+def bootstrap_ratio(
+    sums: ArrayLike, counts: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile bootstrap interval of `sum(sums) / sum(counts)`, resampling units.
+
+    Args:
+        sums: Per-unit sums, e.g. nats per document, `[n]`.
+        counts: Per-unit counts, e.g. tokens per document, `[n]`.
+        seed: Seed of the resampling; the same seed resamples the same units.
+        resamples: Number of resamples.
+
+    Raises:
+        ValueError: If there are no units, lengths differ, or nothing was counted.
+    """
+    top, bottom = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    if top.shape != bottom.shape or top.ndim != 1 or not len(top):
+        raise ValueError(f"sums {top.shape} and counts {bottom.shape} must be equal and not empty")
+    if bottom.sum() <= 0:
+        raise ValueError("nothing was counted, so there is no ratio")
+    estimate = float(top.sum() / bottom.sum())
+    if len(top) == 1:
+        return Interval(estimate, float("nan"), float("nan"))
+    generator = np.random.default_rng(seed)
+    draws = generator.multinomial(len(top), np.full(len(top), 1 / len(top)), size=resamples)
+    totals = draws @ bottom
+    ratios = (draws @ top)[totals > 0] / totals[totals > 0]
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high))
+
+
+def mean_over_seeds(values: ArrayLike) -> Interval:
+    """Mean over independent repeats with its t interval; no interval for a single one."""
+    from scipy.stats import t
+
+    array = np.asarray(values, dtype=float)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    half = float(t.ppf(0.5 + LEVEL / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
+    return Interval(mean, mean - half, mean + half)

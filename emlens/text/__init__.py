@@ -1,0 +1,38 @@
+"""Conversations and corpora, turned into token batches with masks."""
+
+from emlens.text.batches import PaddingSide, TokenBatch, pack, restore
+from emlens.text.conversation import Conversation, Message, Pair, Side, content_hash
+from emlens.text.corpus import Corpus, Document, corpus
+from emlens.text.datasets import EMBEDDED, Split, load_conversations, load_pairs, split_pairs
+from emlens.text.tokens import (
+    TokenMask,
+    TokenRow,
+    template_hash,
+    tokenize,
+    tokenize_documents,
+)
+
+__all__ = [
+    "EMBEDDED",
+    "Conversation",
+    "Corpus",
+    "Document",
+    "Message",
+    "PaddingSide",
+    "Pair",
+    "Side",
+    "Split",
+    "TokenBatch",
+    "TokenMask",
+    "TokenRow",
+    "content_hash",
+    "corpus",
+    "load_conversations",
+    "load_pairs",
+    "pack",
+    "restore",
+    "split_pairs",
+    "template_hash",
+    "tokenize",
+    "tokenize_documents",
+]

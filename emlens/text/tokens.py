@@ -1,0 +1,194 @@
+"""Tokenisation through the chat template, once, with masks found in the rendered text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from emlens.text.conversation import Conversation, names
+from emlens.text.spans import Rendering, Turn, render
+
+TokenMask = Literal["prompt", "response", "assistant_turn", "all"]
+"""The tokens that count.
+
+`response` is the content of assistant messages with the end-of-turn token; `assistant_turn` adds
+the header before it (what the papers average over); `prompt` is everything else than the
+response; `all` is every real token.
+"""
+
+
+class Text(Protocol):
+    """Anything with a name and a text."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One tokenised conversation or document.
+
+    Attributes:
+        input_ids: Token ids, `[pos]`.
+        response: Which tokens belong to a response, `[pos]`.
+        assistant_turn: Which belong to an assistant turn, header included, `[pos]`.
+        name: What the row is called in errors.
+    """
+
+    input_ids: tuple[int, ...]
+    response: tuple[bool, ...]
+    assistant_turn: tuple[bool, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def tokenize(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None = None,
+    truncate: bool = False,
+    generation_prompt: bool = False,
+) -> list[TokenRow]:
+    """Tokenise conversations through the tokenizer's chat template, with masks.
+
+    Each conversation is rendered and tokenised once; masks come from where its messages lie in
+    the rendered text, never from searching for tokens.
+
+    Args:
+        conversations: The conversations.
+        tokenizer: A fast tokenizer with a chat template.
+        max_tokens: Tokens that a conversation may have.
+        truncate: Cut what is longer at its end, instead of refusing it.
+        generation_prompt: Open an assistant turn at the end, for generation.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, a response is empty, a conversation is
+            too long (it is named, with its length), the template refuses a role, or a
+            conversation that should be answered already ends with an answer.
+        TypeError: If the tokenizer is not a fast one.
+    """
+    _check_tokenizer(tokenizer)
+    rows = []
+    for conversation, name in zip(conversations, names(conversations), strict=True):
+        rendering = render(tokenizer, conversation, name, generation_prompt)
+        row = _row(tokenizer, rendering, name)
+        rows.append(_fitted(row, max_tokens, truncate, must_answer=not generation_prompt))
+    return rows
+
+
+def tokenize_documents(
+    documents: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None = None,
+) -> list[TokenRow]:
+    """Tokenise raw text, without a chat template, cut to `max_tokens`.
+
+    Special tokens are those that the tokenizer adds by itself: a BOS for models trained with
+    one. No token belongs to a response.
+    """
+    rows = []
+    for document in documents:
+        ids = tokenizer(document.text, verbose=False)["input_ids"]
+        row = TokenRow(tuple(ids), (False,) * len(ids), (False,) * len(ids), document.id)
+        _check_bos(row, tokenizer)
+        rows.append(_cut(row, max_tokens) if max_tokens is not None else row)
+    return rows
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the chat template; 16 hexadecimal digits."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, name: str) -> TokenRow:
+    encoded = tokenizer(
+        rendering.text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
+    n = len(ids)
+    response, assistant = [False] * n, [False] * n
+    for turn in rendering.turns:
+        last = _last_token(turn, ids, offsets, special)
+        for i in range(n):
+            start, end = offsets[i]
+            if start == end or i > last:
+                continue
+            response[i] |= start < turn.end and end > turn.content
+            assistant[i] |= start < turn.end and end > turn.header
+    row = TokenRow(tuple(ids), tuple(response), tuple(assistant), name)
+    _check_bos(row, tokenizer)
+    return row
+
+
+def _last_token(
+    turn: Turn, ids: list[int], offsets: list[tuple[int, int]], special: set[int]
+) -> int:
+    """The turn's end-of-turn token, or the last of its content where there is none."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a != b and a < turn.end and b > turn.content]
+    after = [i for i in inside if offsets[i][0] >= turn.content_end and ids[i] in special]
+    if after:
+        return after[0]
+    return max((i for i in inside if offsets[i][0] < turn.content_end), default=-1)
+
+
+def _fitted(row: TokenRow, limit: int | None, truncate: bool, *, must_answer: bool) -> TokenRow:
+    if limit is None or len(row) <= limit:
+        return row
+    if not truncate:
+        raise ValueError(
+            f"{row.name} has {len(row)} tokens, more than max_tokens={limit}; raise the limit, "
+            "leave it out, or pass truncate=True"
+        )
+    if not must_answer:
+        raise ValueError(
+            f"{row.name} has {len(row)} tokens, more than max_tokens={limit}; a prompt to be "
+            "answered cannot be cut at its end"
+        )
+    short = _cut(row, limit)
+    if any(row.response) and not any(short.response):
+        raise ValueError(f"cutting {row.name} to {limit} tokens leaves nothing of its response")
+    return short
+
+
+def _cut(row: TokenRow, limit: int) -> TokenRow:
+    return TokenRow(
+        row.input_ids[:limit], row.response[:limit], row.assistant_turn[:limit], row.name
+    )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"the tokenizer of {name} has no chat template; use a chat model, or set "
+            "tokenizer.chat_template"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"the tokenizer of {name} is a slow one; masks need the offsets of a fast tokenizer "
+            "(AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+
+
+def _check_bos(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is not None and row.input_ids[:2] == (bos, bos):
+        raise ValueError(
+            f"{row.name} begins with two {tokenizer.bos_token!r} tokens; the template and the "
+            "tokenizer both add one"
+        )

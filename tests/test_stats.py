@@ -1,0 +1,50 @@
+"""Intervals: closed forms and coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from emlens._stats import bootstrap_mean, bootstrap_ratio, mean_over_seeds
+
+
+def test_a_ratio_is_of_sums_never_a_mean_of_means():
+    found = bootstrap_ratio([1.0, 9.0], [1.0, 3.0])
+    assert found.estimate == 2.5
+
+
+def test_bootstrap_intervals_cover_the_mean():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        interval = bootstrap_mean(generator.exponential(size=80), resamples=500)
+        hits += interval.low <= 1 <= interval.high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_the_same_seed_gives_the_same_interval():
+    values = np.arange(10.0)
+    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
+    assert bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
+
+
+def test_one_unit_has_no_interval_and_constants_have_a_point():
+    assert np.isnan(bootstrap_mean([2.0]).low)
+    assert bootstrap_mean([2.0] * 5).low == 2.0
+    assert np.isnan(mean_over_seeds([1.0]).high)
+
+
+def test_the_interval_over_seeds_is_the_t_interval():
+    found = mean_over_seeds([1.0, 2.0, 3.0])
+    assert found.estimate == 2
+    assert found.high - 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert not mean_over_seeds([-1.0, 2.0, 3.0]).excludes_zero
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "message"),
+    [([], [], "must be equal and not empty"), ([1.0], [0.0], "nothing was counted")],
+)
+def test_nothing_to_count_is_refused(sums, counts, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_ratio(sums, counts)
