@@ -1,0 +1,46 @@
+"""One interface to a hooked model, and what is measured on its hidden states."""
+
+from emlens.hooked.edit import Edit, Where, deepest_prefix, where_mask
+from emlens.hooked.load import ENGINES, load, wrap
+from emlens.hooked.losses import (
+    BaseLogProbs,
+    Targets,
+    kl_sum,
+    loss_sum,
+    response_losses,
+    token_kl,
+    token_losses,
+    token_scores,
+)
+from emlens.hooked.model import HookedModel, Resume
+from emlens.hooked.sites import SITES, Layers, Site, check_layers, check_site
+from emlens.hooked.sweep import Conditions, sweep_hidden
+from emlens.hooked.visit import Pool
+
+__all__ = [
+    "ENGINES",
+    "SITES",
+    "BaseLogProbs",
+    "Conditions",
+    "Edit",
+    "HookedModel",
+    "Layers",
+    "Pool",
+    "Resume",
+    "Site",
+    "Targets",
+    "Where",
+    "check_layers",
+    "check_site",
+    "deepest_prefix",
+    "kl_sum",
+    "load",
+    "loss_sum",
+    "response_losses",
+    "sweep_hidden",
+    "token_kl",
+    "token_losses",
+    "token_scores",
+    "where_mask",
+    "wrap",
+]

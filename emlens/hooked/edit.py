@@ -1,0 +1,75 @@
+"""What an edit of the forward pass must be able to do, and where it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from emlens.hooked.sites import Site
+from emlens.text import TokenBatch
+
+Where = Literal["all", "prompt", "response"]
+"""The positions an edit acts on.
+
+`"all"` is every token; `"prompt"` every token outside the response; `"response"` every
+position from which a response token is predicted, or that holds one: the last prompt token
+belongs to it, so that the first generated token is edited too.
+"""
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A change of the residual stream at one site of one or more layers.
+
+    `delta` is pure: it maps the residual at a layer to what is added to it. Engines only ever
+    compute `residual + mask * delta(residual, layer)`, so that an edit is the same arithmetic
+    on every engine.
+    """
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+
+    @property
+    def where(self) -> Where: ...
+
+    def delta(
+        self, residual: Float[Tensor, "batch pos d_model"], layer: int
+    ) -> Float[Tensor, "batch pos d_model"]: ...
+
+
+def deepest_prefix(edits: Iterable[Edit]) -> int | None:
+    """Return the deepest layer whose output no edit changes, or None for no edits at all.
+
+    -1 means that even the first block is affected. An edit at `resid_post` of layer `l` acts
+    on that block's output, which can itself be computed once, so the answer is `l`; at any
+    other site the block has to run again, so it is `l - 1`.
+    """
+    depths = [
+        layer if edit.site == "resid_post" else layer - 1 for edit in edits for layer in edit.layers
+    ]
+    return min(depths) if depths else None
+
+
+def where_mask(batch: TokenBatch, where: Where) -> Bool[Tensor, "batch pos"] | None:
+    """Return the positions of `batch` an edit acts on; None stands for all of them.
+
+    Raises:
+        ValueError: If `where` is not one of `all`, `prompt`, `response`.
+    """
+    if where == "all":
+        return None
+    if where == "prompt":
+        return batch.mask("prompt")
+    if where == "response":
+        response = batch.mask("response")
+        predicts = torch.zeros_like(response)
+        predicts[:, :-1] = response[:, 1:]
+        return response | predicts
+    raise ValueError(f"unknown where {where!r}; choose all, prompt or response")

@@ -1,0 +1,156 @@
+"""Batched generation whose answers do not depend on how they were batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from emlens.hooked.edit import Edit
+from emlens.hooked.visit import Visit
+from emlens.text import Conversation, TokenBatch, pack, tokenize
+
+if TYPE_CHECKING:
+    from emlens.hooked.model import HookedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+class RowSampler:
+    """A `transformers` logits processor that draws each row from a random stream of its own.
+
+    It leaves one token per row possible, so that greedy decoding picks the drawn one. The draw
+    inverts the cumulative distribution at one uniform number per row and step, which makes an
+    answer depend on its own seed and logits only, never on its neighbours in the batch.
+    """
+
+    def __init__(self, sampling: Sampling, places: Sequence[int]) -> None:
+        self._sampling = sampling
+        self._streams = [np.random.default_rng([sampling.seed, place]) for place in places]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = self._draw(scores.float())
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def _draw(self, scores: Tensor) -> Tensor:
+        probabilities = torch.softmax(scores / self._sampling.temperature, dim=-1)
+        if self._sampling.top_p == 1:
+            return self._invert(probabilities)
+        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = probabilities.cumsum(-1) - probabilities
+        nucleus = probabilities.masked_fill(before >= self._sampling.top_p, 0.0)
+        return order.gather(1, self._invert(nucleus))
+
+    def _invert(self, weights: Tensor) -> Tensor:
+        """The first place at which the cumulative weights pass a uniform share of the total."""
+        cumulative = weights.double().cumsum(-1)
+        uniform = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
+        target = uniform.to(weights.device).unsqueeze(1) * cumulative[:, -1:]
+        place = torch.searchsorted(cumulative, target, right=True)
+        return place.clamp(max=weights.shape[-1] - 1)
+
+
+def generate(
+    model: HookedModel,
+    conversations: Sequence[Conversation],
+    edits: Sequence[Edit],
+    sampling: Sampling,
+    batch_tokens: int,
+) -> list[str]:
+    """Answer conversations in length-sorted batches; answers come in the order asked."""
+    if not hasattr(model.module, "generate"):
+        raise TypeError(f"{model.name} cannot generate: its module has no generate method")
+    answers = [""] * len(conversations)
+    for batch in _prompt_batches(model, conversations, sampling, batch_tokens):
+        visit = Visit.of_generation(batch, edits, sampling.max_new_tokens)
+        settings = _settings(model, sampling, batch)
+        with torch.no_grad(), _neutral_defaults(model.module):
+            ids = model._decode(batch, visit, **settings)
+        new = ids[:, batch.input_ids.shape[1] :]
+        texts = model.tokenizer.batch_decode(_until_end(new, settings), skip_special_tokens=True)
+        for place, text in zip(batch.index, texts, strict=True):
+            answers[place] = text
+    return answers
+
+
+def _prompt_batches(
+    model: HookedModel,
+    conversations: Sequence[Conversation],
+    sampling: Sampling,
+    batch_tokens: int,
+) -> list[TokenBatch]:
+    rows = tokenize(conversations, model.tokenizer, generation_prompt=True)
+    longest = max((len(row.input_ids) for row in rows), default=0) + sampling.max_new_tokens
+    batches = pack(
+        rows,
+        token_budget=batch_tokens,
+        max_rows=max(1, batch_tokens // max(1, longest)),
+        padding_side="left",
+        pad_id=model.pad_id,
+    )
+    return [batch.to(model.device) for batch in batches]
+
+
+def _settings(model: HookedModel, sampling: Sampling, batch: TokenBatch) -> dict:
+    settings = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "do_sample": False,
+        "use_cache": sampling.use_cache,
+        "pad_token_id": model.pad_id,
+        "eos_token_id": _end_ids(model),
+    }
+    if sampling.temperature > 0:
+        settings["logits_processor"] = [RowSampler(sampling, batch.index)]
+    return settings
+
+
+def _end_ids(model: HookedModel) -> list[int]:
+    config = getattr(model.module, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    known = ends if isinstance(ends, list) else [ends]
+    return sorted({int(i) for i in [*known, model.tokenizer.eos_token_id] if i is not None})
+
+
+def _until_end(ids: Tensor, settings: dict) -> list[list[int]]:
+    ends = set(settings["eos_token_id"])
+    rows = []
+    for row in ids.tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:stop])
+    return rows
+
+
+@contextmanager
+def _neutral_defaults(module: PreTrainedModel) -> Iterator[None]:
+    """Set aside the checkpoint's own generation defaults (penalties, top-k) while generating."""
+    from transformers import GenerationConfig
+
+    before = module.generation_config
+    module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        module.generation_config = before

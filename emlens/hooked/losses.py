@@ -1,0 +1,267 @@
+"""Next-token losses and KL from final hidden states: fp32, chunked over tokens, in nats.
+
+The LM head runs only on the tokens that count, a chunk at a time, so that `[tokens, vocab]`
+never exists as a whole, in either direction of the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emlens.hooked.edit import Edit
+from emlens.hooked.model import HookedModel
+from emlens.text import TokenBatch, TokenMask
+
+CHUNK_BYTES = 64 * 2**20
+"""Size that one chunk of fp32 logits may have."""
+
+Unembed = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The tokens of a batch that are predicted and counted.
+
+    Attributes:
+        rows: Row of each counted token, `[n]`.
+        positions: Its position, `[n]`; it is predicted from the position before.
+        ids: Its token id, `[n]`.
+    """
+
+    rows: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+    ids: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, batch: TokenBatch, tokens: TokenMask = "response") -> Targets:
+        """The counted tokens of `batch`: those under the mask that have a predecessor."""
+        rows, positions = batch.targets(tokens).nonzero(as_tuple=True)
+        return cls(rows, positions, batch.input_ids[rows, positions])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def predictors(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n d_model"]:
+        """The hidden states that predict the counted tokens."""
+        return hidden[self.rows.to(hidden.device), self.positions.to(hidden.device) - 1]
+
+    def per_row(self, values: Float[Tensor, " n"], n_rows: int) -> Float[Tensor, " batch"]:
+        """Sum per-token values over each row, in fp64."""
+        total = torch.zeros(n_rows, dtype=torch.float64, device=values.device)
+        return total.index_add_(0, self.rows.to(values.device), values.double())
+
+    def counts(self, n_rows: int) -> Float[Tensor, " batch"]:
+        """Counted tokens per row."""
+        return torch.bincount(self.rows, minlength=n_rows).double()
+
+
+class BaseLogProbs:
+    """Log-probabilities of fixed final hidden states, a slice at a time, fp32.
+
+    They are computed once and held where they fit into `budget`; where they do not, only the
+    hidden states are held and the LM head runs again for each slice.
+
+    Args:
+        model: The model whose LM head is used.
+        hidden: Final hidden states, `[n, d_model]`.
+        budget: Bytes that `[n, vocab]` may take.
+    """
+
+    def __init__(
+        self, model: HookedModel, hidden: Float[Tensor, "n d_model"], budget: int = 0
+    ) -> None:
+        self._model = model
+        self.hidden = hidden.detach()
+        self.bytes = 4 * len(hidden) * model.n_vocab
+        self.held: Tensor | None = None
+        if self.bytes <= budget:
+            parts = [self._compute(at) for at in _chunks(len(hidden), model.n_vocab)]
+            self.held = torch.cat(parts) if parts else None
+
+    @classmethod
+    def joined(cls, model: HookedModel, parts: Sequence[BaseLogProbs]) -> BaseLogProbs:
+        """The positions of several, one after the other; held where all of them are held."""
+        whole = cls(model, torch.cat([part.hidden for part in parts]), budget=-1)
+        held = [part.held for part in parts if part.held is not None]
+        if len(held) == len(parts):
+            whole.held = torch.cat(held)
+        return whole
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __call__(self, at: slice) -> Float[Tensor, "n vocab"]:
+        return self._compute(at) if self.held is None else self.held[at]
+
+    @torch.no_grad()
+    def _compute(self, at: slice) -> Tensor:
+        return torch.log_softmax(self._model.unembed(self.hidden[at]), dim=-1)
+
+
+def token_losses(
+    model: HookedModel, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Return the loss of each target token in nats.
+
+    Args:
+        model: The model whose LM head is used.
+        hidden: Final hidden states that predict the targets.
+        ids: Target tokens.
+    """
+    return _chunked(hidden, model.n_vocab, lambda part, at: _nll(model.unembed(part), ids[at]))
+
+
+def token_kl(
+    model: HookedModel,
+    base: BaseLogProbs | Float[Tensor, "n d_model"],
+    edited: Float[Tensor, "n d_model"],
+) -> Float[Tensor, " n"]:
+    """Return `KL(base || edited)` over the full vocabulary at each position, in nats.
+
+    Args:
+        model: The model whose LM head is used.
+        base: The untouched model at these positions: its final hidden states, or their
+            log-probabilities.
+        edited: Final hidden states under an edit, of the same tokens.
+
+    Raises:
+        ValueError: If there are not as many of one as of the other.
+    """
+    log_base = _as_log_probs(model, base, edited)
+    return _chunked(
+        edited, 2 * model.n_vocab, lambda part, at: _kl(log_base(at), model.unembed(part))
+    )
+
+
+def token_scores(
+    model: HookedModel,
+    base: BaseLogProbs | Float[Tensor, "n d_model"],
+    edited: Float[Tensor, "n d_model"],
+    ids: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return loss and `KL(base || edited)` of each token in nats, from one run of the LM head."""
+    log_base = _as_log_probs(model, base, edited)
+
+    def both(part: Tensor, at: slice) -> Tensor:
+        logits = model.unembed(part)
+        return torch.stack([_nll(logits, ids[at]), _kl(log_base(at), logits)], dim=1)
+
+    scores = _chunked(edited, 2 * model.n_vocab, both)
+    losses, kl = scores.reshape(-1, 2).unbind(1)
+    return losses, kl
+
+
+def _as_log_probs(model: HookedModel, base: BaseLogProbs | Tensor, edited: Tensor) -> BaseLogProbs:
+    log_base = base if isinstance(base, BaseLogProbs) else BaseLogProbs(model, base)
+    if len(log_base) != len(edited):
+        raise ValueError(
+            f"KL compares the same tokens twice; base has shape {tuple(log_base.hidden.shape)}, "
+            f"edited {tuple(edited.shape)}"
+        )
+    return log_base
+
+
+def loss_sum(
+    model: HookedModel, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    """Return the summed loss in nats; its gradient reaches `hidden` a chunk at a time."""
+
+    def total(part: Tensor, at: slice) -> Tensor:
+        return _nll(model.unembed(part), ids[at]).sum()
+
+    return _SumOverChunks.apply(hidden, model.n_vocab, total)
+
+
+def kl_sum(
+    model: HookedModel,
+    log_base: Callable[[slice], Float[Tensor, "n vocab"]],
+    edited: Float[Tensor, "n d_model"],
+) -> Float[Tensor, ""]:
+    """Return the summed `KL(base || edited)` in nats; its gradient reaches `edited`.
+
+    Args:
+        model: The model whose LM head is used.
+        log_base: Gives the base log-probabilities of a slice of the positions, fp32.
+        edited: Final hidden states under an edit.
+    """
+
+    def total(part: Tensor, at: slice) -> Tensor:
+        return _kl(log_base(at), model.unembed(part)).sum()
+
+    return _SumOverChunks.apply(edited, 2 * model.n_vocab, total)
+
+
+@torch.no_grad()
+def response_losses(
+    model: HookedModel,
+    batches: Sequence[TokenBatch],
+    edits: Sequence[Edit] = (),
+    tokens: TokenMask = "response",
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Return, per row in the original order, the summed loss in nats and the counted tokens.
+
+    The plain way, one full pass per batch; `emlens.hooked.sweep` shares prefixes between edits.
+    """
+    n_rows = sum(len(batch) for batch in batches)
+    sums, counts = (
+        torch.zeros(n_rows, dtype=torch.float64),
+        torch.zeros(n_rows, dtype=torch.float64),
+    )
+    for batch in batches:
+        targets = Targets.of(batch.to(model.device), tokens)
+        hidden = targets.predictors(model.hidden(batch, edits))
+        losses = token_losses(model, hidden, targets.ids)
+        place = torch.tensor(batch.index)
+        sums[place] = targets.per_row(losses, len(batch)).cpu()
+        counts[place] = targets.counts(len(batch)).cpu()
+    return sums, counts
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, ids.to(logits.device), reduction="none")
+
+
+def _kl(log_base: Tensor, logits: Tensor) -> Tensor:
+    log_edited = torch.log_softmax(logits, dim=-1)
+    return (log_base.exp() * (log_base - log_edited)).sum(-1)
+
+
+def _chunks(n: int, width: int) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * width))
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _chunked(hidden: Tensor, width: int, values: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    parts = [values(hidden[at], at) for at in _chunks(len(hidden), width)]
+    return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)
+
+
+class _SumOverChunks(torch.autograd.Function):
+    """Sums a function of hidden states over chunks, and its gradient with it.
+
+    The gradient of a chunk is taken while its logits are at hand, so the backward pass neither
+    keeps nor recomputes them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, width: int, total: Callable[[Tensor, slice], Tensor]):
+        value = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        gradient = torch.zeros_like(hidden)
+        for at in _chunks(len(hidden), width):
+            part = hidden[at].detach().requires_grad_()
+            with torch.enable_grad():
+                piece = total(part, at)
+            (gradient[at],) = torch.autograd.grad(piece, part)
+            value += piece.detach().double()
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None

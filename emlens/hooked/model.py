@@ -1,0 +1,330 @@
+"""`HookedModel`: the one interface to a model whose residual stream can be read and edited."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from emlens.hooked.architecture import Architecture
+from emlens.hooked.edit import Edit, deepest_prefix
+from emlens.hooked.generation import Sampling, generate
+from emlens.hooked.sites import Layers, Site, check_layers, check_site
+from emlens.hooked.visit import Pool, Visit
+from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
+
+Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
+"""A layer, and the output of that layer to go on from: blocks `0 .. layer` do not run."""
+
+
+class HookedModel(ABC):
+    """A causal chat model whose residual stream can be read and edited while it runs.
+
+    Made by `emlens.load` or `emlens.wrap`. The engines are its only implementations; all that
+    is built on it is engine-blind. Attention mask and position ids are always passed, so left
+    or right padding, batch or single, KV cache or not give the same numbers.
+
+    Attributes:
+        name: Name of the model (hub name or folder name).
+        revision: Revision on the hub, where known.
+        tokenizer: Its tokenizer; emlens pads by itself and never changes it.
+        engine: How the hooks are put there.
+        sites: The sites that its blocks have.
+        n_layers: Number of decoder blocks.
+        d_model: Width of the residual stream.
+    """
+
+    engine: str
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.architecture = Architecture.of(module)
+        self._edits: tuple[Edit, ...] = ()
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def n_layers(self) -> int:
+        return self.architecture.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.architecture.d_model
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.architecture.sites
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._head.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        return cast(nn.Embedding, self.module.get_input_embeddings()).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def _head(self) -> nn.Linear:
+        return cast(nn.Linear, self.module.get_output_embeddings())
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up a batch; never attended to, never counted."""
+        pad = self.tokenizer.pad_token_id
+        found: Any = pad if pad is not None else self.tokenizer.eos_token_id or 0
+        return int(found)
+
+    # -- the interface ------------------------------------------------------------------------
+
+    def batches(
+        self,
+        data: Sequence[Conversation] | Corpus,
+        *,
+        token_budget: int = 2048,
+        max_tokens: int | None = None,
+        truncate: bool = False,
+    ) -> list[TokenBatch]:
+        """Tokenise conversations or a corpus and pack them, length-sorted, to a token budget.
+
+        Args:
+            data: Conversations (through the chat template) or a corpus (raw text).
+            token_budget: Padded tokens a batch may have.
+            max_tokens: Tokens a conversation may have, or that documents are cut to.
+            truncate: Cut an over-long conversation instead of refusing it.
+        """
+        if isinstance(data, Corpus):
+            rows = tokenize_documents(data.documents, self.tokenizer, max_tokens=max_tokens)
+        else:
+            rows = tokenize(data, self.tokenizer, max_tokens=max_tokens, truncate=truncate)
+        return pack(rows, token_budget=token_budget, pad_id=self.pad_id)
+
+    @torch.no_grad()
+    def residuals(
+        self,
+        batch: TokenBatch,
+        layers: Layers,
+        site: Site = "resid_post",
+        pool: Pool | None = None,
+        edits: Sequence[Edit] = (),
+    ) -> dict[int, Tensor]:
+        """Read the residual stream; stops after the deepest layer, never runs the LM head.
+
+        Args:
+            batch: Tokens, `[batch, pos]`.
+            layers: One layer, several, or `"all"`.
+            site: Where in each block.
+            pool: Reduces each residual `[batch, pos, d_model]` on the device, in the hook.
+            edits: Edits in force; a read sees those at its own point.
+
+        Returns:
+            `{layer: [batch, pos, d_model]}`, or what `pool` returns.
+
+        Raises:
+            ValueError: If a layer or site does not exist.
+        """
+        wanted = check_layers(layers, self.n_layers)
+        at = check_site(site, self.sites, self.name)
+        visit = Visit.of(batch.to(self.device), self._in_force(edits), wanted, at, pool)
+        self._run(batch.to(self.device), visit, last=max(wanted))
+        return {layer: visit.read[layer] for layer in wanted}
+
+    def hidden(
+        self,
+        batch: TokenBatch,
+        edits: Sequence[Edit] = (),
+        resume: Resume | None = None,
+        *,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the hidden states after the final norm, without running the LM head.
+
+        Args:
+            batch: Tokens, `[batch, pos]`.
+            edits: Edits in force.
+            resume: `(layer, residual)` with the unedited output of that layer; blocks
+                `0 .. layer` are skipped. An edit at `resid_post` of that layer still acts.
+            grad: Keep the graph, for the gradient of an edit's tensors.
+
+        Raises:
+            ValueError: If an edit lies below the layer resumed from, or the residual's shape
+                does not fit the batch.
+        """
+        active = self._in_force(edits)
+        if resume is not None:
+            self._check_resume(batch, active, resume)
+        batch = batch.to(self.device)
+        with torch.set_grad_enabled(grad):
+            return self._run(batch, Visit.of(batch, active), last=None, resume=resume)
+
+    def unembed(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+        """Return the logits of final hidden states in fp32, soft cap and scale included."""
+        head = self._head
+        return self.architecture.finish_logits(head(hidden.to(head.weight)))
+
+    def generate(
+        self,
+        conversations: Sequence[Conversation],
+        edits: Sequence[Edit] = (),
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_tokens: int = 4096,
+        use_cache: bool = True,
+    ) -> list[str]:
+        """Answer each conversation, batched, with edits acting at every step.
+
+        Args:
+            conversations: Prompts; each ends with a user message.
+            edits: Edits in force, on prompt and generated tokens as their `where` says.
+            max_new_tokens: Longest answer, in tokens.
+            temperature: 0 is greedy.
+            top_p: Nucleus to sample from.
+            seed: Each answer draws from a stream of its own, made of this seed and its place
+                in `conversations`, so batching does not change it.
+            batch_tokens: Padded tokens of a batch, answers included.
+            use_cache: Use the KV cache. Without it every step runs the whole sequence.
+
+        Raises:
+            ValueError: If a conversation already ends with an answer, or a setting is out of
+                range.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
+        return generate(self, conversations, self._in_force(edits), sampling, batch_tokens)
+
+    @contextmanager
+    def edited(self, *edits: Edit) -> Iterator[HookedModel]:
+        """Put `edits` in force for every call inside the block, before those of the call."""
+        before = self._edits
+        self._edits = (*before, *self._checked(edits))
+        try:
+            yield self
+        finally:
+            self._edits = before
+
+    @contextmanager
+    def frozen(self) -> Iterator[HookedModel]:
+        """Switch the gradients of all weights off inside the block; restored as they were."""
+        flags = [(weight, weight.requires_grad) for weight in self.module.parameters()]
+        for weight, _ in flags:
+            weight.requires_grad_(False)
+        try:
+            yield self
+        finally:
+            for weight, flag in flags:
+                weight.requires_grad_(flag)
+
+    def prefix(self, batch: TokenBatch, layers: Layers) -> dict[int, Tensor]:
+        """Return `resid_post` of `layers` as if no edit were in force: what `resume` goes on from.
+
+        Right at or below `prefix_layer`, where the edits in force have not acted yet.
+        """
+        before, self._edits = self._edits, ()
+        try:
+            return self.residuals(batch, layers)
+        finally:
+            self._edits = before
+
+    def prefix_layer(self, edits: Sequence[Edit]) -> int | None:
+        """The deepest layer whose output is the same with and without `edits`.
+
+        Includes the edits of an enclosing `edited` block. None for no edits, -1 when the first
+        block is already affected.
+        """
+        return deepest_prefix(self._in_force(edits))
+
+    # -- what an engine provides --------------------------------------------------------------
+
+    @abstractmethod
+    def _run(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        """Run a forward pass with `visit`; stop after block `last`, or after the final norm."""
+
+    @abstractmethod
+    def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
+        """Generate from a left-padded batch with `visit` at every step; token ids."""
+
+    # -- checks -------------------------------------------------------------------------------
+
+    def _in_force(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        return (*self._edits, *self._checked(edits))
+
+    def _checked(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        if isinstance(edits, Edit):
+            raise TypeError(
+                f"edits must be a sequence of edits, e.g. [{type(edits).__name__}(...)]"
+            )
+        for edit in edits:
+            if not isinstance(edit, Edit):
+                raise TypeError(
+                    f"{type(edit).__name__} is not an edit: it needs site, layers, where and "
+                    "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
+                )
+            check_site(edit.site, self.sites, self.name)
+            check_layers(list(edit.layers), self.n_layers)
+            width = getattr(edit, "d_model", self.d_model)
+            if width != self.d_model:
+                raise ValueError(
+                    f"{type(edit).__name__} has width {width}, but {self.name} has d_model "
+                    f"{self.d_model}: the direction comes from another model"
+                )
+        return tuple(edits)
+
+    def _check_resume(self, batch: TokenBatch, edits: Sequence[Edit], resume: Resume) -> None:
+        layer, residual = resume
+        check_layers(layer, self.n_layers)
+        expected = (*batch.input_ids.shape, self.d_model)
+        if tuple(residual.shape) != expected:
+            raise ValueError(
+                f"the residual to resume from has shape {tuple(residual.shape)}; "
+                f"this batch needs {expected}"
+            )
+        prefix = deepest_prefix(edits)
+        if prefix is not None and prefix < layer:
+            raise ValueError(
+                f"cannot resume after layer {layer}: an edit acts before it; resume after "
+                f"layer {prefix} or below"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name!r}, n_layers={self.n_layers}, "
+            f"d_model={self.d_model}, n_vocab={self.n_vocab}, dtype={self.dtype}, "
+            f"device={self.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "engine": self.engine,
+            "layers": self.n_layers,
+            "d_model": self.d_model,
+            "vocabulary": self.n_vocab,
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+            "sites": ", ".join(self.sites),
+        }
+        rows = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+        return f"<table><caption>{escape(self.name)}</caption>{rows}</table>"

@@ -1,0 +1,104 @@
+"""One forward pass' worth of reads and edits, the same for every engine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from emlens.hooked.edit import Edit, Where, where_mask
+from emlens.hooked.sites import SITES, Site
+from emlens.text import TokenBatch
+
+Pool = Callable[[Tensor], Tensor]
+"""Reduces a residual `[batch, pos, d_model]` on the device, inside the hook."""
+
+Point = tuple[int, Site]
+
+
+class Visit:
+    """The points a forward pass has to stop at, and what happens at each.
+
+    An engine calls the visit with the tensor it finds at a point and puts back what it
+    returns; where the visit returns the very same tensor nothing needs to be written. Edits
+    act before reads, so a read at an edited point sees the edited residual.
+
+    Args:
+        edits: What to change.
+        masks: Positions per `where`, `[batch, pos]`; None stands for all.
+        reads: Layers to read.
+        site: The site they are read at.
+        pool: Applied to each read; the identity by default.
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[Edit] = (),
+        masks: Mapping[Where, Bool[Tensor, "batch pos"] | None] | None = None,
+        reads: Iterable[int] = (),
+        site: Site = "resid_post",
+        pool: Pool | None = None,
+    ) -> None:
+        self.read: dict[int, Tensor] = {}
+        self._masks = dict(masks or {})
+        self._reads: set[Point] = {(layer, site) for layer in reads}
+        self._pool = pool
+        self._edits: dict[Point, list[Edit]] = defaultdict(list)
+        for edit in edits:
+            for layer in edit.layers:
+                self._edits[layer, edit.site].append(edit)
+        self.points: list[Point] = sorted(
+            self._reads | set(self._edits), key=lambda point: (point[0], SITES.index(point[1]))
+        )
+        self._start = 0
+
+    @classmethod
+    def of(
+        cls,
+        batch: TokenBatch,
+        edits: Sequence[Edit] = (),
+        reads: Iterable[int] = (),
+        site: Site = "resid_post",
+        pool: Pool | None = None,
+    ) -> Visit:
+        """The visit of a teacher-forced batch."""
+        masks: dict[Where, Bool[Tensor, "batch pos"] | None] = {
+            edit.where: where_mask(batch, edit.where) for edit in edits
+        }
+        return cls(edits, masks, reads, site, pool)
+
+    @classmethod
+    def of_generation(cls, batch: TokenBatch, edits: Sequence[Edit], new_tokens: int) -> Visit:
+        """The visit of a left-padded batch of prompts and of the tokens generated from it."""
+        masks: dict[Where, Bool[Tensor, "batch pos"] | None] = {}
+        for edit in edits:
+            mask = where_mask(batch, edit.where)
+            if mask is not None:
+                if edit.where == "response":
+                    mask[:, -1] = True
+                tail = mask.new_full((len(mask), new_tokens), edit.where == "response")
+                mask = torch.cat([mask, tail], dim=1)
+            masks[edit.where] = mask
+        return cls(edits, masks)
+
+    def starts_at(self, position: int) -> None:
+        """Say which column of the masks the next tensors begin at (a decoding step moves it)."""
+        self._start = position
+
+    def __call__(
+        self, layer: int, site: Site, residual: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Edit and read the residual found at a point; return what belongs there."""
+        for edit in self._edits.get((layer, site), ()):
+            delta = edit.delta(residual, layer).to(residual.dtype)
+            mask = self._masks.get(edit.where)
+            if mask is not None:
+                columns = mask[:, self._start : self._start + residual.shape[1]]
+                delta = delta * columns.to(residual.device).unsqueeze(-1)
+            residual = residual + delta
+        if (layer, site) in self._reads:
+            self.read[layer] = residual if self._pool is None else self._pool(residual)
+        return residual

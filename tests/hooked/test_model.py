@@ -1,0 +1,253 @@
+"""The interface: what is read, what is refused, and that the user's model is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+import emlens
+from emlens import Add, Direction
+from emlens.hooked import SITES
+from emlens.hooked.check import self_check
+from emlens.text import Conversation, pack, tokenize
+from tests.support.data import conversations
+
+
+@pytest.fixture
+def batch(hooked_llama):
+    (packed,) = pack(tokenize(conversations("good", 4), hooked_llama.tokenizer))
+    return packed
+
+
+def push(model, layer=1, site="resid_post", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Add(Direction.of(torch.randn(model.d_model, generator=generator), layer, site))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_resid_post_is_the_hidden_state_before_the_final_norm(hooked, family):
+    model = hooked(family)
+    (batch,) = pack(tokenize(conversations("good", 3), model.tokenizer))
+    read = model.residuals(batch, "all")
+    with torch.no_grad():
+        states = model.module(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            output_hidden_states=True,
+        ).hidden_states
+    real = batch.mask("all")
+    for layer in range(model.n_layers - 1):
+        assert torch.allclose(read[layer][real], states[layer + 1][real], atol=1e-5)
+    last = model.n_layers - 1
+    assert not torch.allclose(read[last][real], states[last + 1][real], atol=1e-2)
+    assert torch.allclose(model.hidden(batch)[real], states[last + 1][real], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_the_sites_of_a_block_add_up(hooked, family):
+    model = hooked(family)
+    (batch,) = pack(tokenize(conversations("good", 3), model.tokenizer))
+    at = {site: model.residuals(batch, 2, site)[2] for site in SITES}
+    assert torch.allclose(at["resid_pre"] + at["attn_out"], at["resid_mid"], atol=1e-5)
+    assert torch.allclose(at["resid_mid"] + at["mlp_out"], at["resid_post"], atol=1e-5)
+    assert torch.allclose(at["resid_pre"], model.residuals(batch, 1)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("site", SITES)
+def test_an_edit_at_any_site_changes_every_row(hooked, family, site):
+    model = hooked(family)
+    (batch,) = pack(tokenize(conversations("good", 4), model.tokenizer))
+    change = (model.hidden(batch, [push(model, 1, site)]) - model.hidden(batch)).abs().amax((1, 2))
+    assert bool((change > 1e-4).all())
+
+
+def test_adding_at_the_middle_adds_to_the_block_output_through_the_stream(hooked_llama, batch):
+    edit = push(hooked_llama, 1, "resid_mid")
+    before = hooked_llama.residuals(batch, 1, "resid_mid")[1]
+    after = hooked_llama.residuals(batch, 1, "resid_mid", edits=[edit])[1]
+    assert torch.allclose(after - before, edit.direction[1].vector.expand_as(before), atol=1e-5)
+
+
+def test_reads_stop_after_the_deepest_layer_and_never_run_the_head(hooked_llama, batch):
+    ran = []
+    parts = {"block 3": "model.layers.3.mlp", "head": "lm_head"}
+    hooks = [
+        hooked_llama.module.get_submodule(path).register_forward_hook(
+            lambda *_, name=name: ran.append(name)
+        )
+        for name, path in parts.items()
+    ]
+    hooked_llama.residuals(batch, [0, 2])
+    hooked_llama.residuals(batch, 1, pool=lambda h: h.mean(1))
+    assert ran == []
+    hooked_llama.hidden(batch)
+    assert ran == ["block 3"]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_pool_reduces_inside_of_the_hook(hooked_llama, batch):
+    pooled = hooked_llama.residuals(batch, [1, 2], pool=lambda residual: residual.sum(1))
+    whole = hooked_llama.residuals(batch, [1, 2])
+    assert pooled[2].shape == (len(batch), hooked_llama.d_model)
+    assert torch.equal(pooled[1], whole[1].sum(1))
+
+
+def test_edited_puts_edits_in_force_and_takes_them_back_when_a_call_raises(hooked_llama, batch):
+    plain = hooked_llama.hidden(batch)
+    edit = push(hooked_llama)
+    with pytest.raises(ZeroDivisionError), hooked_llama.edited(edit):
+        assert torch.equal(hooked_llama.hidden(batch), hooked_llama.hidden(batch, [])), "stable"
+        assert not torch.equal(hooked_llama.hidden(batch), plain)
+        raise ZeroDivisionError
+    assert torch.equal(hooked_llama.hidden(batch), plain)
+    assert torch.equal(hooked_llama.prefix(batch, 1)[1], hooked_llama.residuals(batch, 1)[1])
+
+
+def test_the_gradient_reaches_a_shift_and_equals_that_of_the_unsplit_model(hooked_llama, batch):
+    from emlens.edits import Shift
+    from emlens.hooked import Targets, loss_sum
+
+    targets = Targets.of(batch)
+
+    def gradient(resume):
+        vector = torch.zeros(hooked_llama.d_model, requires_grad=True)
+        hidden = hooked_llama.hidden(batch, [Shift(vector, 1)], resume, grad=True)
+        loss_sum(hooked_llama, targets.predictors(hidden), targets.ids).backward()
+        return vector.grad
+
+    def plain():
+        vector = torch.zeros(hooked_llama.d_model, requires_grad=True)
+        block = hooked_llama.module.model.layers[1]
+        hook = block.register_forward_hook(lambda _m, _i, out: out + vector)
+        logits = hooked_llama.module(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+        ).logits
+        hook.remove()
+        predicted = logits[targets.rows, targets.positions - 1]
+        torch.nn.functional.cross_entropy(predicted, targets.ids, reduction="sum").backward()
+        return vector.grad
+
+    expected = plain()
+    hooked_llama.module.zero_grad()
+    with hooked_llama.frozen():
+        assert torch.allclose(gradient(None), expected, atol=1e-4)
+        resumed = gradient((1, hooked_llama.prefix(batch, 1)[1]))
+        assert torch.allclose(resumed, expected, atol=1e-4)
+    assert all(weight.requires_grad for weight in hooked_llama.module.parameters())
+    assert all(weight.grad is None for weight in hooked_llama.module.parameters())
+
+
+def test_wrapping_and_calling_leave_the_users_model_and_tokenizer_as_they_were(
+    tiny, tiny_tokenizer
+):
+    module = tiny("qwen2", seed=3)
+    tiny_tokenizer.padding_side = "right"
+    module.train()
+    before = (module.config._attn_implementation, module.generation_config, module.training)
+    model = emlens.wrap(module, tiny_tokenizer)
+    model.module.eval()
+    (batch,) = pack(tokenize(conversations("good", 2), tiny_tokenizer))
+    model.hidden(batch, [push(model)])
+    model.generate([Conversation.of("how")], [push(model)], max_new_tokens=2)
+    module.train()
+    after = (module.config._attn_implementation, module.generation_config, module.training)
+    assert after == before
+    assert tiny_tokenizer.padding_side == "right"
+    assert model.module is module
+    module.eval()
+
+
+def test_the_self_check_refuses_a_model_whose_hooks_miss_a_row(hooked_llama, monkeypatch):
+    from emlens.hooked.visit import Visit
+
+    def first_row_only(self, layer, site, residual):
+        edited = original(self, layer, site, residual)
+        return torch.cat([edited[:1], residual[1:]]) if edited is not residual else residual
+
+    original = Visit.__call__
+    monkeypatch.setattr(Visit, "__call__", first_row_only)
+    with pytest.raises(RuntimeError, match=r"left row 1 of 2 as it was"):
+        self_check(hooked_llama)
+
+
+def test_the_self_check_refuses_a_head_that_it_cannot_reproduce(hooked_llama, monkeypatch):
+    monkeypatch.setattr(
+        type(hooked_llama),
+        "unembed",
+        lambda self, hidden: hidden @ torch.ones(self.d_model, self.n_vocab),
+    )
+    with pytest.raises(RuntimeError, match="unembed does not reproduce the model's logits"):
+        self_check(hooked_llama)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, b: m.residuals(b, 4), r"layer 4 is out of range: the model has 4 layers"),
+        (lambda m, b: m.residuals(b, []), "no layers were named"),
+        (lambda m, b: m.residuals(b, 1, "resid"), "unknown site 'resid'; the sites are resid_pre"),
+        (lambda m, b: m.hidden(b, push(m)), "edits must be a sequence of edits"),
+        (lambda m, b: m.hidden(b, [push(m).direction]), "Direction is not an edit"),
+        (lambda m, b: m.hidden(b, [push(m, 7)]), "layer 7 is out of range"),
+        (
+            lambda m, b: m.hidden(b, [Add(Direction.of(torch.ones(5), 1))]),
+            "Add has width 5, but tiny-llama has d_model 32",
+        ),
+        (
+            lambda m, b: m.hidden(b, resume=(1, torch.zeros(1, 2, 3))),
+            r"the residual to resume from has shape \(1, 2, 3\); this batch needs \(4, ",
+        ),
+        (
+            lambda m, b: m.hidden(b, [push(m, 0)], (1, m.residuals(b, 1)[1])),
+            "cannot resume after layer 1: an edit acts before it; resume after layer 0",
+        ),
+        (lambda m, b: m.generate([], max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (lambda m, b: m.generate([], temperature=-1), "temperature must be 0"),
+        (lambda m, b: m.generate([], top_p=0), "top_p must be above 0"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(hooked_llama, batch, call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(hooked_llama, batch)
+    assert hooked_llama.hidden(batch).isfinite().all()
+
+
+def test_loading_and_wrapping_refuse_what_they_cannot_hook(hooked_llama, tiny_llama):
+    with pytest.raises(ValueError, match="unknown engine 'jax'; the engines are nnsight"):
+        emlens.load(engine="jax")
+    with pytest.raises(TypeError, match="needs the model's tokenizer"):
+        emlens.wrap(tiny_llama)
+    with pytest.raises(TypeError, match="already hooked"):
+        emlens.wrap(hooked_llama)
+    with pytest.raises(TypeError, match="cannot wrap a dict"):
+        emlens.wrap({}, hooked_llama.tokenizer)
+    config = T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=32, d_kv=8)
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        emlens.wrap(T5ForConditionalGeneration(config), hooked_llama.tokenizer)
+    with pytest.raises(ValueError, match="found no decoder blocks"):
+        lost = torch.nn.Linear(2, 2)
+        lost.config = tiny_llama.config
+        emlens.wrap(lost, hooked_llama.tokenizer)
+
+
+def test_the_repr_names_the_model_and_escapes_html(hooked_llama):
+    assert "tiny-llama" in repr(hooked_llama)
+    assert "<table>" in hooked_llama._repr_html_()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_load_and_take_edits(tiny, tiny_tokenizer, dtype):
+    import copy
+
+    module = copy.deepcopy(tiny("llama")).to(dtype)
+    model = emlens.wrap(module, tiny_tokenizer)
+    (batch,) = pack(tokenize(conversations("good", 2), tiny_tokenizer))
+    moved = model.hidden(batch, [push(model)])
+    assert moved.dtype == dtype
+    assert model.unembed(moved[0]).dtype == torch.float32

@@ -1,0 +1,201 @@
+"""The shape of the package: which room may import which, how long things are, what is public."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import emlens
+
+PACKAGE = Path(emlens.__file__).parent
+# From right to left: a room may import those before it.
+ROOMS = (
+    "text",
+    "hooked",
+    "directions",
+    "edits",
+    "measures",
+    "training",
+    "evals",
+    "study",
+    "cli",
+)
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+HEAVY = {"torch", "transformers", "matplotlib", "numpy", "pandas", "nnsight", "datasets"}
+
+
+def _sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _room(parts: tuple[str, ...]) -> str | None:
+    """The room of a dotted path below `emlens`; None for the top and the private floor."""
+    if not parts or parts[0].startswith("_"):
+        return None
+    return emlens._HOMES.get(parts[0], parts[0])
+
+
+def _targets(node: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Dotted paths that an import statement, or a call of `import_module`, reaches."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield tuple(alias.name.split("."))
+    elif isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else ()
+        module = (*base, *(node.module.split(".") if node.module else ()))
+        for alias in node.names:
+            yield (*module, alias.name)
+    elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+        for argument in node.args[:1]:
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                yield tuple(argument.value.split("."))
+
+
+def _wrong_arrows(path: Path, root: Path) -> list[str]:
+    """Imports of one file that go against the arrows, each with its place."""
+    parts = path.relative_to(root).with_suffix("").parts
+    room = _room(parts)
+    package = ("emlens", *parts[:-1])
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for target in _targets(node, package):
+            if target[0] != "emlens":
+                continue
+            complaint = _complaint(room, target[1:])
+            if complaint:
+                line = getattr(node, "lineno", 0)
+                wrong.append(f"{path.relative_to(root.parent)}:{line}: {complaint}")
+    return wrong
+
+
+def _complaint(room: str | None, target: tuple[str, ...]) -> str | None:
+    reached = _room(target)
+    if not target and room != "cli":
+        return f"{room or 'the floor'} imports emlens itself; import the room that is meant"
+    if reached is None or reached == room or target == ("__version__",):
+        return None
+    if room is None or room == "figures":
+        return f"{room or 'the floor'} imports the room {reached}"
+    if reached == "figures":
+        return None
+    if reached not in ROOMS:
+        return f"{room} imports emlens.{reached}, which is no room"
+    if ROOMS.index(reached) > ROOMS.index(room):
+        return f"{room} imports {reached}, a room to its left"
+    return None
+
+
+def test_every_module_belongs_to_a_known_room():
+    found = {_room(path.relative_to(PACKAGE).with_suffix("").parts) for path in _sources()}
+    assert found <= {*ROOMS, "figures", None}
+
+
+def test_no_room_imports_a_room_to_its_left():
+    sources = [path for path in _sources() if path != PACKAGE / "__init__.py"]
+    wrong = [line for path in sources for line in _wrong_arrows(path, PACKAGE)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "complaint"),
+    [
+        ("hooked/a.py", "import emlens.edits.base", "hooked imports edits"),
+        ("hooked/a.py", "from ..edits import Add", "hooked imports edits"),
+        ("hooked/a.py", "from .. import edits", "hooked imports edits"),
+        ("hooked/a.py", "from emlens import Add", "hooked imports edits"),
+        ("text/a.py", "def f():\n    from emlens.study import run_study", "a.py:2: text imports"),
+        ("text/a.py", "if TYPE_CHECKING:\n    from emlens.hooked import load", "text imports"),
+        ("text/a.py", "importlib.import_module('emlens.hooked')", "text imports hooked"),
+        ("text/a.py", "import emlens", "import the room that is meant"),
+        ("figures/a.py", "from emlens.text import Pair", "figures imports the room text"),
+        ("_files.py", "from emlens.text import Pair", "the floor imports the room text"),
+        ("_files.py", "from emlens.figures import style", "the floor imports the room figures"),
+    ],
+)
+def test_an_import_against_the_arrows_is_found(tmp_path, name, code, complaint):
+    path = tmp_path / "emlens" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    (found,) = _wrong_arrows(path, tmp_path / "emlens")
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("edits/a.py", "from emlens.directions import Direction"),
+        ("edits/__init__.py", "from .base import Edit"),
+        ("edits/a.py", "from . import base"),
+        ("measures/a.py", "from emlens.figures import style"),
+        ("text/a.py", "from emlens._files import write_json"),
+        ("text/a.py", "import torch"),
+        ("study/a.py", "from emlens import __version__"),
+        ("cli.py", "import emlens"),
+    ],
+)
+def test_an_import_along_the_arrows_is_allowed(tmp_path, name, code):
+    path = tmp_path / "emlens" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    assert _wrong_arrows(path, tmp_path / "emlens") == []
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in _sources()}
+    long = [f"{p.relative_to(PACKAGE)}: {n}" for p, n in lengths.items() if n > MAX_FILE_LINES]
+    assert not long, "\n".join(long)
+
+
+def _length(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def test_no_function_is_longer_than_60_lines_beside_its_docstring():
+    long = []
+    for path in _sources():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            lines = _length(node) - (_length(node.body[0]) if ast.get_docstring(node) else 0)
+            if lines > MAX_FUNCTION_LINES:
+                place = f"{path.relative_to(PACKAGE)}:{node.lineno}"
+                long.append(f"{place}: {node.name} has {lines} lines")
+    assert not long, "\n".join(long)
+
+
+def test_importing_emlens_imports_nothing_heavy():
+    code = f"import sys, emlens\nheavy = {HEAVY}\nprint(*sorted(heavy & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+    assert done.stderr == ""
+
+
+def test_at_most_25_names_are_public_and_each_has_a_home():
+    assert len(emlens.__all__) <= 25
+    assert sorted(emlens.__all__) == sorted(emlens._HOMES)
+
+
+@pytest.mark.parametrize("name", emlens.__all__)
+def test_every_public_name_is_the_one_of_its_room(name):
+    room = import_module(f"emlens.{emlens._HOMES[name]}")
+    assert getattr(emlens, name) is getattr(room, name)
+    assert name in room.__all__
+    assert getattr(emlens, name).__doc__
+
+
+@pytest.mark.parametrize("room", emlens._ROOMS)
+def test_rooms_are_reached_from_the_top(room):
+    assert getattr(emlens, room) is import_module(f"emlens.{room}")
+    assert room in dir(emlens)
+
+
+def test_an_unknown_name_is_refused_as_python_does():
+    with pytest.raises(AttributeError, match="module 'emlens' has no attribute 'loud'"):
+        _ = emlens.loud
