@@ -1,0 +1,335 @@
+"""`Directions`: vectors in the residual stream, one per layer at one site, with provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Self, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emlens.directions.provenance import Provenance
+from emlens.hooked import Site, check_site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Directions:
+    """Immutable `{layer: vector}` at one site, fp32 on the CPU.
+
+    `resid_post` of layer `i` is the output of block `i`, never after the final norm.
+
+    Args:
+        vectors: A vector `[d_model]` per layer.
+        site: Where in the block.
+        provenance: How they were made.
+        residual_norms: Median norm of the residual at each layer; what a dose is a share of.
+        standard_errors: Standard error of each coordinate, `[d_model]` per layer.
+        split_half: Cosine between the directions of two random halves of the data, per layer.
+
+    Raises:
+        ValueError: If there are no vectors, widths differ, or a vector is not finite.
+    """
+
+    def __init__(
+        self,
+        vectors: Mapping[int, Float[Tensor, " d_model"]],
+        site: Site,
+        provenance: Provenance,
+        *,
+        residual_norms: Mapping[int, float] | None = None,
+        standard_errors: Mapping[int, Float[Tensor, " d_model"]] | None = None,
+        split_half: Mapping[int, float] | None = None,
+    ) -> None:
+        self._vectors = _checked(vectors)
+        self.site: Site = check_site(site)
+        self.provenance = provenance
+        self.residual_norms = MappingProxyType(dict(residual_norms or {}))
+        errors = {layer: _plain(error) for layer, error in (standard_errors or {}).items()}
+        self.standard_errors = MappingProxyType(errors)
+        self.split_half = MappingProxyType(dict(split_half or {}))
+
+    # -- reading ------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self._vectors)
+
+    @property
+    def d_model(self) -> int:
+        return len(next(iter(self._vectors.values())))
+
+    @property
+    def vectors(self) -> Mapping[int, Float[Tensor, " d_model"]]:
+        return MappingProxyType(self._vectors)
+
+    @property
+    def norms(self) -> dict[int, float]:
+        """Norm of each vector, in units of the residual stream."""
+        return {layer: float(vector.norm()) for layer, vector in self._vectors.items()}
+
+    @property
+    def doses(self) -> dict[int, float]:
+        """Norm of each vector as a share of the median residual norm, where that is known."""
+        norms = self.norms
+        return {layer: norms[layer] / size for layer, size in self.residual_norms.items()}
+
+    def __getitem__(self, layer: int) -> Direction:
+        if layer not in self._vectors:
+            have = ", ".join(map(str, self.layers))
+            raise KeyError(f"no direction at layer {layer}; there are layers {have}")
+        return self._part((layer,), Direction)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._vectors)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._vectors
+
+    # -- algebra ------------------------------------------------------------------------------
+
+    def __add__(self, other: Directions) -> Self:
+        return self._combine(other, torch.add, "+")
+
+    def __sub__(self, other: Directions) -> Self:
+        return self._combine(other, torch.sub, "-")
+
+    def __mul__(self, factor: float) -> Self:
+        return self._scaled(float(factor), f"{factor:g} * ({self.provenance.construction})")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: float) -> Self:
+        return self * (1.0 / factor)
+
+    def __neg__(self) -> Self:
+        return self._scaled(-1.0, f"-({self.provenance.construction})")
+
+    def unit(self) -> Self:
+        """The same directions with norm 1.
+
+        Raises:
+            ValueError: If a vector is zero.
+        """
+        return self._map(lambda layer, vector: vector / _nonzero(vector, layer).norm(), "unit")
+
+    def scaled_to(self, norm: float) -> Self:
+        """The same directions with the given norm."""
+        return self.unit()._scaled(norm, f"{self.provenance.construction} at norm {norm:g}")
+
+    def orthogonal_to(self, other: Directions) -> Self:
+        """What is left when the component along `other` is taken out, layer by layer."""
+
+        def reject(layer: int, vector: Tensor) -> Tensor:
+            axis = _nonzero(other[layer].vector, layer).double()
+            axis = axis / axis.norm()
+            long = vector.double()
+            return (long - (long @ axis) * axis).float()
+
+        return self._map(reject, f"orthogonal to {other.provenance.construction}")
+
+    def cosine(self, other: Directions) -> dict[int, float]:
+        """Signed cosine with `other` at every layer that both have.
+
+        Raises:
+            ValueError: If sites differ or no layer is shared.
+        """
+        if self.site != other.site:
+            raise ValueError(f"cannot compare {self.site} with {other.site}")
+        shared = [layer for layer in self.layers if layer in other]
+        if not shared:
+            raise ValueError(f"no layer in common: {self.layers} against {other.layers}")
+        return {layer: cosine(self._vectors[layer], other._vectors[layer]) for layer in shared}
+
+    # -- showing and keeping ------------------------------------------------------------------
+
+    def table(self) -> pd.DataFrame:
+        """One row per layer: norm, dose at scale 1, relative standard error, split-half cosine."""
+        import pandas as pd
+
+        doses, norms = self.doses, self.norms
+        rows = [
+            {
+                "layer": layer,
+                "norm": norms[layer],
+                "dose": doses.get(layer),
+                "standard error / norm": self._relative_error(layer),
+                "split-half cosine": self.split_half.get(layer),
+            }
+            for layer in self.layers
+        ]
+        return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+    def describe(self) -> str:
+        """What these directions are, in words and a table."""
+        made = self.provenance
+        where = f"{self.site} (output of block i, before the final norm)"
+        head = [
+            f"{made.construction}, {len(self)} layer(s), d_model {self.d_model}",
+            f"site: {where if self.site == 'resid_post' else self.site}",
+            f"model: {made.model or 'unknown'}; tokens: {made.tokens or 'not recorded'}",
+        ]
+        return "\n".join([*head, self.table().to_string(index=False)])
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with the provenance in its header; atomic."""
+        from emlens.directions.files import save_directions
+
+        return save_directions(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Directions:
+        """Read what `save` wrote; one layer comes back as a `Direction`."""
+        from emlens.directions.files import load_directions
+
+        return load_directions(Path(path))
+
+    def __repr__(self) -> str:
+        made = self.provenance.construction
+        layers = ", ".join(map(str, self.layers)) if len(self) <= 8 else f"{len(self)} layers"
+        return (
+            f"{type(self).__name__}({made}, {self.site}, layers {layers}, d_model {self.d_model})"
+        )
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        table = self.table().to_html(index=False, float_format="%.3f")
+        return f"<p><b>{escape(repr(self))}</b></p>{table}"
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _relative_error(self, layer: int) -> float | None:
+        error = self.standard_errors.get(layer)
+        return None if error is None else float(error.norm() / self._vectors[layer].norm())
+
+    @overload
+    def _part(self, layers: tuple[int, ...], kind: type[Direction]) -> Direction: ...
+    @overload
+    def _part(self, layers: tuple[int, ...], kind: type[Directions]) -> Directions: ...
+    def _part(self, layers, kind):
+        def keep(items: Mapping) -> dict:
+            return {layer: items[layer] for layer in layers if layer in items}
+
+        return kind(
+            keep(self._vectors),
+            self.site,
+            self.provenance,
+            residual_norms=keep(self.residual_norms),
+            standard_errors=keep(self.standard_errors),
+            split_half=keep(self.split_half),
+        )
+
+    def _map(self, change: Callable[[int, Tensor], Tensor], how: str) -> Self:
+        vectors = {layer: change(layer, vector) for layer, vector in self._vectors.items()}
+        return type(self)(
+            vectors,
+            self.site,
+            self.provenance.derived(f"{self.provenance.construction}, {how}"),
+            residual_norms=self.residual_norms,
+        )
+
+    def _scaled(self, factor: float, construction: str) -> Self:
+        return type(self)(
+            {layer: vector * factor for layer, vector in self._vectors.items()},
+            self.site,
+            self.provenance.derived(construction),
+            residual_norms=self.residual_norms,
+            standard_errors={layer: e * abs(factor) for layer, e in self.standard_errors.items()},
+            split_half=self.split_half,
+        )
+
+    def _combine(self, other: Directions, operation: Callable, sign: str) -> Self:
+        if not isinstance(other, Directions):
+            return NotImplemented
+        if self.site != other.site or self.layers != other.layers or self.d_model != other.d_model:
+            raise ValueError(
+                f"cannot combine {self!r} with {other!r}: site, layers or width differ"
+            )
+        mine, theirs = self.provenance.construction, other.provenance.construction
+        return type(self)(
+            {layer: operation(self._vectors[layer], other._vectors[layer]) for layer in self},
+            self.site,
+            self.provenance.derived(f"({mine}) {sign} ({theirs})"),
+            residual_norms=self.residual_norms or other.residual_norms,
+        )
+
+
+class Direction(Directions):
+    """A vector in the residual stream at one site of one layer.
+
+    Raises:
+        ValueError: If there is not exactly one layer.
+    """
+
+    def __init__(self, vectors: Mapping[int, Tensor], *args, **kwargs) -> None:
+        super().__init__(vectors, *args, **kwargs)
+        if len(self) != 1:
+            raise ValueError(f"a Direction has one layer, not {len(self)}; use Directions")
+
+    @classmethod
+    def of(
+        cls,
+        vector: Float[Tensor, " d_model"],
+        layer: int,
+        site: Site = "resid_post",
+        construction: str = "given",
+        residual_norm: float | None = None,
+    ) -> Direction:
+        """A direction made by hand."""
+        norms = {} if residual_norm is None else {layer: residual_norm}
+        return cls({layer: vector}, site, Provenance(construction), residual_norms=norms)
+
+    @property
+    def layer(self) -> int:
+        return self.layers[0]
+
+    @property
+    def vector(self) -> Float[Tensor, " d_model"]:
+        return self._vectors[self.layer]
+
+    @property
+    def norm(self) -> float:
+        return float(self.vector.norm())
+
+    @property
+    def residual_norm(self) -> float | None:
+        return self.residual_norms.get(self.layer)
+
+
+def cosine(first: Float[Tensor, " d_model"], second: Float[Tensor, " d_model"]) -> float:
+    """Signed cosine between two vectors; NaN when one of them is zero."""
+    a, b = first.double(), second.double()
+    scale = a.norm() * b.norm()
+    return float(a @ b / scale) if scale > 0 else float("nan")
+
+
+def _checked(vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    if not vectors:
+        raise ValueError("directions need at least one layer")
+    plain = {int(layer): _plain(vectors[layer]) for layer in sorted(vectors)}
+    widths = {layer: tuple(vector.shape) for layer, vector in plain.items()}
+    if len(set(widths.values())) != 1 or len(next(iter(widths.values()))) != 1:
+        raise ValueError(f"every layer needs one vector of the same width; got shapes {widths}")
+    for layer, vector in plain.items():
+        if not bool(torch.isfinite(vector).all()):
+            bad = int((~torch.isfinite(vector)).sum())
+            raise ValueError(f"the vector of layer {layer} has {bad} value(s) that are not finite")
+    return plain
+
+
+def _plain(vector: Tensor) -> Tensor:
+    return vector.detach().to("cpu", torch.float32).clone()
+
+
+def _nonzero(vector: Tensor, layer: int) -> Tensor:
+    if float(vector.norm()) == 0:
+        raise ValueError(f"the vector of layer {layer} is zero: it has no direction")
+    return vector

@@ -1,0 +1,296 @@
+"""Reading directions out of a model: mean differences of residuals, one streaming pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from emlens.directions.direction import Direction, Directions, cosine
+from emlens.directions.moments import Moments
+from emlens.directions.provenance import Provenance
+from emlens.hooked import Edit, HookedModel, Layers, Site, check_layers, check_site
+from emlens.text import Conversation, Corpus, TokenBatch, TokenMask, content_hash, template_hash
+
+Weighting = Literal["token", "conversation"]
+
+NORM_TOKENS = 8192
+"""Counted tokens whose residual norms are kept for the median norm of a layer."""
+
+
+def mean_diff(
+    model: HookedModel,
+    positive: Sequence[Conversation],
+    negative: Sequence[Conversation],
+    *,
+    tokens: TokenMask = "response",
+    site: Site = "resid_post",
+    layers: Layers = "all",
+    weighting: Weighting = "token",
+    edits: Sequence[Edit] = (),
+    seed: int = 0,
+    token_budget: int = 2048,
+    progress: bool = False,
+) -> Directions:
+    """Return the difference of mean residuals, `positive - negative`, at every layer.
+
+    One pass over both sets; nothing of the size of the data is held. The papers take misaligned
+    answers as positive and aligned ones as negative, both read in the misaligned model
+    (arXiv 2506.11618, section 3.1); their token mask is `"assistant_turn"`.
+
+    Args:
+        model: The model to read.
+        positive: Conversations whose mean is the head of the arrow.
+        negative: Conversations whose mean is its tail.
+        tokens: The tokens that count.
+        site: Where in each block.
+        layers: Layers to read.
+        weighting: `"token"` weighs every counted token alike, `"conversation"` every
+            conversation.
+        edits: Edits in force while reading.
+        seed: Seed of the random halves behind the split-half cosine.
+        token_budget: Padded tokens of a batch.
+        progress: Show a progress bar.
+
+    Returns:
+        Directions with standard errors (over conversations, the two sets taken as independent),
+        split-half cosine, and the median residual norm of the counted tokens.
+
+    Raises:
+        ValueError: If a set is empty, a setting is unknown, or an activation is not finite (the
+            conversation is named).
+    """
+    if weighting not in ("token", "conversation"):
+        raise ValueError(f"unknown weighting {weighting!r}; choose 'token' or 'conversation'")
+    wanted = check_layers(layers, model.n_layers)
+    check_site(site, model.sites, model.name)
+    read = _Reader(model, wanted, site, tokens, weighting, tuple(edits), seed, progress)
+    sides: list[tuple[Moments, Moments]] = []
+    for label, conversations in (("positive", positive), ("negative", negative)):
+        if not conversations:
+            raise ValueError(f"mean_diff needs conversations on both sides; {label} is empty")
+        sides.append(read.halves(conversations, token_budget, label))
+    (pos_a, pos_b), (neg_a, neg_b) = sides
+    whole = [pos_a.merged(pos_b), neg_a.merged(neg_b)]
+    difference = whole[0].mean - whole[1].mean
+    errors = (whole[0].variance + whole[1].variance).sqrt()
+    enough = all(half.n for half in (pos_a, pos_b, neg_a, neg_b))
+    return Directions(
+        {layer: difference[i] for i, layer in enumerate(wanted)},
+        site,
+        Provenance(
+            construction="mean-diff",
+            model=model.name,
+            revision=model.revision,
+            tokens=tokens,
+            weighting=weighting,
+            data={"positive": content_hash(positive), "negative": content_hash(negative)},
+            template=template_hash(model.tokenizer),
+            n={"positive": len(positive), "negative": len(negative)},
+            seed=seed,
+        ),
+        residual_norms={layer: read.median_norm(layer) for layer in wanted},
+        standard_errors={layer: errors[i] for i, layer in enumerate(wanted)}
+        if min(side.n for side in whole) > 1
+        else None,
+        split_half=_split_half(wanted, pos_a, pos_b, neg_a, neg_b) if enough else None,
+    )
+
+
+def edit_diff(
+    model: HookedModel,
+    conversations: Sequence[Conversation],
+    edits: Sequence[Edit],
+    *,
+    tokens: TokenMask = "response",
+    site: Site = "resid_post",
+    layers: Layers = "all",
+    weighting: Weighting = "token",
+    token_budget: int = 2048,
+    progress: bool = False,
+) -> Directions:
+    """Return how far edits move the mean residual, at every layer they reach.
+
+    The mean residual under `edits` minus that without, on the same text: the difference that an
+    intervention causes downstream, by which interventions that look unrelated where they act
+    can be compared (arXiv 2506.11618, App. D).
+
+    Args:
+        model: The model to read.
+        conversations: Text that is read twice.
+        edits: The intervention.
+        tokens: The tokens that count.
+        site: Where in each block.
+        layers: Layers to read; those that the edits leave as they are fall away.
+        weighting: See `mean_diff`.
+        token_budget: Padded tokens of a batch.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If there are no conversations, or no layer moves.
+    """
+    if not conversations:
+        raise ValueError("edit_diff needs conversations; there are none")
+    wanted = check_layers(layers, model.n_layers)
+    means = []
+    for active, label in ((tuple(edits), "edited"), ((), "base")):
+        read = _Reader(model, wanted, site, tokens, weighting, active, 0, progress)
+        first, second = read.halves(conversations, token_budget, label)
+        means.append(first.merged(second).mean)
+    moved = {layer: means[0][i] - means[1][i] for i, layer in enumerate(wanted)}
+    moved = {layer: vector for layer, vector in moved.items() if bool(vector.any())}
+    if not moved:
+        raise ValueError(f"the edits move none of the layers {wanted}")
+    return Directions(
+        moved,
+        site,
+        Provenance(
+            construction="difference caused by edits",
+            model=model.name,
+            revision=model.revision,
+            tokens=tokens,
+            weighting=weighting,
+            data={"conversations": content_hash(conversations)},
+            template=template_hash(model.tokenizer),
+            n={"conversations": len(conversations)},
+            settings={"edits": [repr(edit) for edit in edits]},
+        ),
+        residual_norms={layer: read.median_norm(layer) for layer in moved},
+    )
+
+
+def residual_norm(
+    model: HookedModel,
+    data: Sequence[Conversation] | Corpus,
+    layers: Layers,
+    *,
+    site: Site = "resid_post",
+    tokens: TokenMask = "all",
+    max_tokens: int | None = None,
+    token_budget: int = 2048,
+) -> dict[int, float]:
+    """Return the median norm of the residual over the counted tokens, per layer.
+
+    Reads batches until `NORM_TOKENS` tokens are counted.
+    """
+    wanted = check_layers(layers, model.n_layers)
+    norms: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
+    counted = 0
+    for batch in model.batches(data, token_budget=token_budget, max_tokens=max_tokens):
+        if counted >= NORM_TOKENS:
+            break
+        mask = batch.mask(tokens).to(model.device)
+        counted += int(mask.sum())
+
+        def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
+            return residual[mask.to(residual.device)].float().norm(dim=-1)
+
+        read = model.residuals(batch, wanted, site, pool)
+        for layer in wanted:
+            norms[layer].append(read[layer].cpu())
+    return {layer: float(torch.cat(norms[layer]).median()) for layer in wanted}
+
+
+def random_direction(like: Direction, seed: int = 0) -> Direction:
+    """Return a random direction with the layer, site and norm of another: its matched control."""
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.randn(like.d_model, generator=generator)
+    return Direction(
+        {like.layer: vector / vector.norm() * like.norm},
+        like.site,
+        Provenance("random", model=like.provenance.model, seed=seed),
+        residual_norms=like.residual_norms,
+    )
+
+
+@dataclass
+class _Reader:
+    """Streams conversations into two halves of moments, pooled inside the hook."""
+
+    model: HookedModel
+    layers: tuple[int, ...]
+    site: Site
+    tokens: TokenMask
+    weighting: Weighting
+    edits: tuple[Edit, ...]
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self._norms: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._n_norms = 0
+
+    def halves(
+        self, conversations: Sequence[Conversation], token_budget: int, label: str
+    ) -> tuple[Moments, Moments]:
+        model = self.model
+        halves = [Moments.empty(len(self.layers), model.d_model) for _ in range(2)]
+        side = _random_halves(len(conversations), self.seed)
+        batches = model.batches(conversations, token_budget=token_budget)
+        total = sum(batch.n_tokens for batch in batches)
+        with tqdm(total=total, desc=label, unit="tok", disable=not self.progress) as bar:
+            for batch in batches:
+                means, counts = self._means(batch)
+                rows = torch.tensor([side[place] for place in batch.index])
+                weights = counts if self.weighting == "token" else (counts > 0).double()
+                for half, moments in enumerate(halves):
+                    moments.add(means, weights * (rows == half))
+                bar.update(batch.n_tokens)
+        return halves[0], halves[1]
+
+    def median_norm(self, layer: int) -> float:
+        return float(torch.cat(self._norms[layer]).median())
+
+    def _means(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        mask = batch.mask(self.tokens).to(self.model.device)
+        counts = mask.sum(1)
+        keep_norms = self._n_norms < NORM_TOKENS
+
+        def pool(residual: Tensor) -> Tensor:
+            where = mask.to(residual.device)
+            share = where.float() / counts.to(residual.device).clamp(min=1)[:, None]
+            means = torch.einsum("btd,bt->bd", residual.float(), share)
+            if not keep_norms:
+                return means
+            norms.append(residual[where].float().norm(dim=-1).cpu())
+            return means
+
+        norms: list[Tensor] = []
+        read = self.model.residuals(batch, self.layers, self.site, pool, self.edits)
+        means = torch.stack([read[layer].cpu() for layer in self.layers])
+        _check_finite(means, batch, self.layers)
+        if keep_norms:
+            for layer, values in zip(self.layers, norms, strict=True):
+                self._norms[layer].append(values)
+            self._n_norms += int(counts.sum())
+        return means, counts.cpu().double()
+
+
+def _random_halves(n: int, seed: int) -> list[int]:
+    order = np.random.default_rng(seed).permutation(n)
+    side = np.zeros(n, dtype=int)
+    side[order[n // 2 :]] = 1
+    return side.tolist()
+
+
+def _split_half(
+    layers: tuple[int, ...], pos_a: Moments, pos_b: Moments, neg_a: Moments, neg_b: Moments
+) -> dict[int, float]:
+    first, second = pos_a.mean - neg_a.mean, pos_b.mean - neg_b.mean
+    return {layer: cosine(first[i], second[i]) for i, layer in enumerate(layers)}
+
+
+def _check_finite(means: Tensor, batch: TokenBatch, layers: tuple[int, ...]) -> None:
+    finite = torch.isfinite(means).all(-1)
+    if bool(finite.all()):
+        return
+    layer, row = (~finite).nonzero()[0].tolist()
+    raise ValueError(
+        f"the residual of {batch.names[row]} at layer {layers[layer]} is not finite; "
+        "look at that conversation, or load the model in another dtype"
+    )

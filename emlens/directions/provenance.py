@@ -1,0 +1,85 @@
+"""Where a direction comes from: enough to say what it is, and to make it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+
+_VERSIONED = ("emlens", "torch", "transformers", "nnsight")
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """How a direction was made.
+
+    The ways to build "the misalignment direction" give nearly orthogonal vectors, so
+    `construction` is part of every direction and of every result that uses one.
+
+    Attributes:
+        construction: `"mean-diff"`, `"trained vector"`, `"random"`, ..., or how it was derived.
+        model: Name of the model it was read or trained in.
+        revision: Revision of that model.
+        adapter: Adapter in force, or None.
+        tokens: Mask of the tokens that counted.
+        weighting: `"token"` or `"conversation"`, for means.
+        data: Hashes of the data, by role.
+        template: Hash of the chat template.
+        n: Numbers of conversations, tokens, steps ..., by role.
+        seed: Seed of whatever was random.
+        settings: Further settings of the construction.
+        versions: Versions of the packages that made it.
+    """
+
+    construction: str
+    model: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    tokens: str | None = None
+    weighting: str | None = None
+    data: dict[str, str] = field(default_factory=dict)
+    template: str | None = None
+    n: dict[str, int] = field(default_factory=dict)
+    seed: int | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.versions:
+            object.__setattr__(self, "versions", package_versions())
+
+    def derived(self, construction: str) -> Provenance:
+        """The provenance of something computed from what this one describes."""
+        return replace(self, construction=construction)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """Read what `to_json` wrote; fields of later versions are kept under `settings`.
+
+        Raises:
+            ValueError: If the text is not such a record.
+        """
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"provenance is not valid JSON: {error}") from error
+        if not isinstance(record, dict) or "construction" not in record:
+            raise ValueError("provenance names no construction")
+        known = {item.name for item in fields(cls)}
+        extra = {key: record.pop(key) for key in list(record) if key not in known}
+        made = cls(**record)
+        return replace(made, settings={**made.settings, **extra}) if extra else made
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of emlens and of the packages its numbers depend on."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

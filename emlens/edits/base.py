@@ -1,0 +1,131 @@
+"""What `Add`, `Ablate` and `Clamp` share: a direction, the layers, the site and the positions."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emlens.directions import Direction, Directions, Provenance
+from emlens.hooked import Site, Where, check_site
+
+_WHERE: tuple[Where, ...] = ("all", "prompt", "response")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionEdit:
+    """An edit along a direction.
+
+    Attributes:
+        direction: The direction(s). A single layer's direction can act at other layers too.
+        layers: Layers to act at; those of the direction by default.
+        site: Site to act at; that of the direction by default.
+        where: Positions to act on, see `emlens.hooked.Where`.
+    """
+
+    NAME: ClassVar[str] = ""
+
+    direction: Directions = field(kw_only=False)
+    layers: Sequence[int] = ()
+    site: Site = None  # type: ignore[assignment]
+    where: Where = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.direction, Directions):
+            raise TypeError(
+                f"{type(self).__name__} takes a Direction or Directions, not "
+                f"{type(self.direction).__name__}; make one with Direction.of(vector, layer)"
+            )
+        if self.where not in _WHERE:
+            raise ValueError(f"unknown where {self.where!r}; choose {', '.join(_WHERE)}")
+        object.__setattr__(self, "layers", tuple(self.layers) or self.direction.layers)
+        object.__setattr__(self, "site", check_site(self.site or self.direction.site))
+        vectors = {layer: self._vector(layer) for layer in self.layers}
+        object.__setattr__(self, "_placed", {(layer, "cpu"): v for layer, v in vectors.items()})
+
+    @property
+    def d_model(self) -> int:
+        return self.direction.d_model
+
+    def _vector(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The vector this edit works with at `layer`, prepared once."""
+        raise NotImplementedError
+
+    def _source(self, layer: int) -> Direction:
+        if layer in self.direction:
+            return self.direction[layer]
+        if len(self.direction) == 1:
+            return self.direction[self.direction.layers[0]]
+        raise ValueError(
+            f"{type(self).__name__} at layer {layer}: the directions have layers "
+            f"{self.direction.layers}; pick one, e.g. directions[{self.direction.layers[-1]}]"
+        )
+
+    def _unit(self, layer: int) -> Float[Tensor, " d_model"]:
+        return self._source(layer).unit().vector
+
+    def _at(self, layer: int, residual: Tensor) -> Float[Tensor, " d_model"]:
+        """The prepared vector on the residual's device; moved there once."""
+        placed: dict[tuple[int, str], Tensor] = self.__dict__["_placed"]
+        key = (layer, str(residual.device))
+        if key not in placed:
+            placed[key] = placed[layer, "cpu"].to(residual.device)
+        return placed[key]
+
+    # -- keeping ------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict:
+        """A JSON-ready record of the edit, vectors included; `edit_from_dict` reads it."""
+        kept = self.direction
+        return {
+            "edit": self.NAME,
+            "layers": list(self.layers),
+            "site": self.site,
+            "where": self.where,
+            "direction": {
+                "site": kept.site,
+                "provenance": kept.provenance.to_json(),
+                "residual_norms": {str(k): v for k, v in kept.residual_norms.items()},
+                "vectors": {str(k): _encode(v) for k, v in kept.vectors.items()},
+            },
+            **self._settings(),
+        }
+
+    def _settings(self) -> dict[str, float | None]:
+        shared = {item.name for item in fields(DirectionEdit)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
+
+    @classmethod
+    def from_dict(cls, record: Mapping) -> Self:
+        """Rebuild an edit of this class from `to_dict`."""
+        kept = record["direction"]
+        vectors = {int(layer): _decode(text) for layer, text in kept["vectors"].items()}
+        direction = (Direction if len(vectors) == 1 else Directions)(
+            vectors,
+            kept["site"],
+            Provenance.from_json(kept["provenance"]),
+            residual_norms={int(k): v for k, v in kept["residual_norms"].items()},
+        )
+        rest = {k: v for k, v in record.items() if k not in ("edit", "direction", "layers")}
+        return cls(direction=direction, layers=tuple(record["layers"]), **rest)
+
+    def __repr__(self) -> str:
+        settings = "".join(f", {k}={v}" for k, v in self._settings().items() if v is not None)
+        return (
+            f"{type(self).__name__}({self.direction.provenance.construction}, site={self.site}, "
+            f"layers={self.layers}, where={self.where}{settings})"
+        )
+
+
+def _encode(vector: Tensor) -> str:
+    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").copy())

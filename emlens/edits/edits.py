@@ -1,0 +1,137 @@
+"""The edits: add a direction, ablate it, clamp it; and a shift by a live tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from emlens.edits.base import DirectionEdit
+from emlens.edits.deltas import Residual, Vector, ablate_delta, add_delta, clamp_delta
+from emlens.hooked import Site, Where
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Add(DirectionEdit):
+    """Adds a direction: `x + scale * v`, or `v` rescaled to a dose.
+
+    Give at most one of `scale` and `dose`; the direction is added as it is (scale 1) by default.
+
+    Attributes:
+        scale: Factor on the vector.
+        dose: Norm of what is added, as a share of the median residual norm at that layer; the
+            sign turns the direction round. Needs a direction that knows that norm.
+
+    Raises:
+        ValueError: If both are given, or the residual norm is not known.
+        TypeError: If `direction` is not a direction.
+
+    Example:
+        >>> with model.edited(emlens.Add(direction, dose=0.2)):
+        ...     model.generate([conversation])
+    """
+
+    NAME: ClassVar[str] = "add"
+
+    scale: float | None = None
+    dose: float | None = None
+
+    def _vector(self, layer: int) -> Float[Tensor, " d_model"]:
+        if self.scale is not None and self.dose is not None:
+            raise ValueError("Add takes scale or dose, not both")
+        source = self._source(layer)
+        if self.dose is None:
+            return source.vector * (1.0 if self.scale is None else self.scale)
+        size = self.direction.residual_norms.get(layer)
+        if size is None:
+            raise ValueError(
+                f"a dose at layer {layer} needs the median residual norm there, which this "
+                f"direction ({source.provenance.construction}) does not know; use scale=, or "
+                "give the direction residual_norms (emlens.directions.residual_norm measures them)"
+            )
+        return source.unit().vector * (self.dose * size)
+
+    def delta(self, residual: Residual, layer: int) -> Residual:
+        return add_delta(residual, self._at(layer, residual))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Ablate(DirectionEdit):
+    """Takes the component along a direction out: afterwards the projection is zero.
+
+    Example:
+        >>> everywhere = emlens.Ablate(direction, layers=range(model.n_layers))
+    """
+
+    NAME: ClassVar[str] = "ablate"
+
+    def _vector(self, layer: int) -> Float[Tensor, " d_model"]:
+        return self._unit(layer)
+
+    def delta(self, residual: Residual, layer: int) -> Residual:
+        return ablate_delta(residual, self._at(layer, residual))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Clamp(DirectionEdit):
+    """Sets the component along a direction to a value.
+
+    Attributes:
+        value: The projection afterwards, in units of the residual stream.
+    """
+
+    NAME: ClassVar[str] = "clamp"
+
+    value: float = 0.0
+
+    def _vector(self, layer: int) -> Float[Tensor, " d_model"]:
+        return self._unit(layer)
+
+    def delta(self, residual: Residual, layer: int) -> Residual:
+        return clamp_delta(residual, self._at(layer, residual), self.value)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Adds a live tensor, through which gradients flow: what training works with.
+
+    Attributes:
+        vector: `[d_model]`, or `[batch, d_model]` for one vector per row.
+        layer: The layer it is added at.
+        site: Where in the block.
+        where: Positions it is added to.
+    """
+
+    vector: Vector
+    layer: int
+    site: Site = "resid_post"
+    where: Where = "all"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @property
+    def d_model(self) -> int:
+        return int(self.vector.shape[-1])
+
+    def delta(self, residual: Residual, layer: int) -> Residual:
+        return add_delta(residual, self.vector)
+
+
+_BY_NAME: dict[str, type[DirectionEdit]] = {kind.NAME: kind for kind in (Add, Ablate, Clamp)}
+
+
+def edit_from_dict(record: Mapping) -> DirectionEdit:
+    """Rebuild an edit from what its `to_dict` gave.
+
+    Raises:
+        ValueError: If the record names no known edit.
+    """
+    name = record.get("edit")
+    if name not in _BY_NAME:
+        raise ValueError(f"unknown edit {name!r}; the edits are {', '.join(_BY_NAME)}")
+    return _BY_NAME[name].from_dict(record)
