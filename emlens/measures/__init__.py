@@ -1,0 +1,18 @@
+"""Log-odds, efficiency, stability, and influence on pre-training text."""
+
+from emlens.measures.efficiency import Efficiency, efficiency
+from emlens.measures.influence import Influence, influence
+from emlens.measures.log_odds import LogOdds, log_odds
+from emlens.measures.stability import Stability, perturbed, stability
+
+__all__ = [
+    "Efficiency",
+    "Influence",
+    "LogOdds",
+    "Stability",
+    "efficiency",
+    "influence",
+    "log_odds",
+    "perturbed",
+    "stability",
+]

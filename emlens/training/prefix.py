@@ -1,0 +1,123 @@
+"""What does not change while a vector is trained: prefixes below it, and the base's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emlens.hooked import BaseLogProbs, HookedModel, Targets
+from emlens.text import TokenBatch, TokenMask, TokenRow, pack
+
+PREFIX_BUDGET = 1 * 2**30
+"""Bytes that cached prefixes may take by default."""
+
+LOG_PROB_BUDGET = 1 * 2**30
+"""Bytes that cached base log-probabilities may take by default."""
+
+
+class PrefixCache:
+    """The residual below the trained vector, computed once per row.
+
+    Blocks `0 .. layer` see the same input at every update, so their output is kept on the CPU in
+    the model's dtype while it fits into `budget`; the rows beyond it are computed again whenever
+    they are drawn. A layer of -1 means that nothing lies below.
+
+    Args:
+        model: The model.
+        rows: Tokenised conversations.
+        layer: Deepest layer that training leaves as it is.
+        budget: Bytes that may be kept.
+        token_budget: Padded tokens of a batch while filling the cache.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        rows: Sequence[TokenRow],
+        layer: int,
+        *,
+        budget: int = PREFIX_BUDGET,
+        token_budget: int = 2048,
+    ) -> None:
+        self.rows = list(rows)
+        self._model = model
+        self._layer = layer
+        self._kept: dict[int, Float[Tensor, "pos d_model"]] = {}
+        if layer >= 0:
+            self._fill(budget, token_budget)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes kept."""
+        return sum(value.nbytes for value in self._kept.values())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, places: Sequence[int]) -> tuple[TokenBatch, tuple[int, Tensor] | None]:
+        """Return the rows at `places` as one batch, and what to resume it from."""
+        model = self._model
+        rows = [self.rows[place] for place in places]
+        longest = max(len(row.input_ids) for row in rows)
+        (batch,) = pack(rows, token_budget=longest * len(rows), pad_id=model.pad_id, sort=False)
+        batch = batch.to(model.device)
+        if self._layer < 0:
+            return batch, None
+        if any(place not in self._kept for place in places):
+            return batch, (self._layer, model.prefix(batch, self._layer)[self._layer])
+        parts = [self._kept[place] for place in places]
+        residual = torch.zeros(len(rows), longest, model.d_model, dtype=parts[0].dtype)
+        for row, part in zip(residual, parts, strict=True):
+            row[: len(part)] = part
+        return batch, (self._layer, residual.to(model.device))
+
+    def _fill(self, budget: int, token_budget: int) -> None:
+        model = self._model
+        size = torch.empty(0, dtype=model.dtype).element_size() * model.d_model
+        room, places = budget, []
+        for place, row in enumerate(self.rows):
+            room -= size * len(row.input_ids)
+            if room < 0:
+                break
+            places.append(place)
+        chosen = [self.rows[place] for place in places]
+        for batch in pack(chosen, token_budget=token_budget, pad_id=model.pad_id):
+            residual = model.prefix(batch, self._layer)[self._layer].cpu()
+            for row, place in enumerate(batch.index):
+                length = len(chosen[place].input_ids)
+                self._kept[places[place]] = residual[row, :length].clone()
+
+
+class BasePredictions:
+    """The base model's predictions on a fixed KL set, computed once per row.
+
+    Log-probabilities are held while they fit into `budget`; beyond it only final hidden states
+    are held, and the LM head runs again.
+
+    Args:
+        model: The model, without the edit that is trained.
+        prefixes: The KL set's rows and prefixes.
+        tokens: Tokens on which the KL counts.
+        budget: Bytes for `[tokens, vocab]` in fp32.
+    """
+
+    def __init__(
+        self, model: HookedModel, prefixes: PrefixCache, tokens: TokenMask, budget: int
+    ) -> None:
+        self._model = model
+        self._log_probs: list[BaseLogProbs] = []
+        room = budget
+        for place in range(len(prefixes)):
+            batch, resume = prefixes.batch([place])
+            targets = Targets.of(batch, tokens)
+            states = targets.predictors(model.hidden(batch, resume=resume))
+            log_probs = BaseLogProbs(model, states, room)
+            room -= log_probs.bytes if log_probs.held is not None else 0
+            self._log_probs.append(log_probs)
+
+    def of(self, places: Sequence[int]) -> BaseLogProbs:
+        """The base log-probabilities of some rows, in their order."""
+        return BaseLogProbs.joined(self._model, [self._log_probs[place] for place in places])
