@@ -1,0 +1,221 @@
+"""Estimates with their intervals, by group and series: as points or as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+
+from emlens.figures.style import (
+    INK,
+    PAPER,
+    RULE,
+    dress,
+    house_style,
+    new_axes,
+    palette,
+    width_of,
+    wrapped,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MARKERS = {"o": 6.5, "s": 6, "D": 5.8, "^": 7.5, "v": 7.5, "P": 8, "X": 8, "*": 11}
+"""Markers and their sizes in points, in the order of the series."""
+
+
+@house_style()
+def dot_intervals(
+    groups: Iterable[object],
+    series: Iterable[object],
+    values: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    *,
+    y_label: str,
+    x_label: str = "",
+    title: str | None = None,
+    ax: Axes | None = None,
+    zero: float | None = 0.0,
+    bars: bool = False,
+    colours: Mapping[str, str] | None = None,
+) -> Axes:
+    """Estimates with intervals, by group and within it by series, and a line at zero.
+
+    All five are parallel, one entry per estimate, as the columns of a tidy table are; groups and
+    series are drawn in the order in which they first appear.
+
+    Args:
+        groups: Group of each estimate, e.g. its domain, `[n]`.
+        series: Series of each estimate, e.g. its condition, `[n]`.
+        values: Estimates, `[n]`; NaN leaves the place empty.
+        low: Lower ends of the intervals, `[n]`; NaN draws no interval.
+        high: Upper ends of the intervals, `[n]`.
+        y_label: What is estimated, with its unit.
+        x_label: What the groups are.
+        title: Title above the axes.
+        ax: Axes to draw on; a figure of its own if not given.
+        zero: Where the reference line stands; `None` for no line.
+        bars: Whether to draw bars from `zero` in place of points.
+        colours: Colours by series, in place of the house's.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there is nothing to draw, lengths differ, or a group and series come twice.
+
+    Example:
+        >>> dot_intervals(
+        ...     ["finance", "medical"], ["general", "general"], [0.20, 0.09], [0.15, 0.04],
+        ...     [0.25, 0.14], y_label="log-odds (nats per token)",
+        ... )  # doctest: +SKIP
+    """
+    rows, columns, grids = _grids(groups, series, (values, low, high))
+    ax = new_axes() if ax is None else ax
+    dress(ax, x_label=x_label, y_label=y_label, title=title)
+    step = 0.8 / max(len(columns), 3)
+    shades = {**palette(columns), **(colours or {})}
+    for place, name in enumerate(columns):
+        x = np.arange(len(rows)) + (place - (len(columns) - 1) / 2) * step
+        middle, start, end = (grid[:, place] for grid in grids)
+        if bars:
+            base = zero or 0.0
+            width = 0.86 * step
+            ax.bar(x, middle - base, width, base, color=shades[name], label=name)
+        else:
+            _dots(ax, x, middle, shades[name], place, name, crowd=len(rows) * len(columns))
+        line = {"color": INK, "linewidth": 1.1} if bars else {"color": shades[name], "lw": 2.0}
+        ax.vlines(x, start, end, zorder=3, **line)
+    if zero is not None:
+        ax.axhline(zero, color=INK, linewidth=0.9, zorder=2)
+    _finish(ax, rows, len(columns))
+    return ax
+
+
+def interval_bars(
+    table: pd.DataFrame,
+    *,
+    group: str,
+    series: str,
+    value: str,
+    low: str,
+    high: str,
+    y_label: str | None = None,
+    x_label: str = "",
+    title: str | None = None,
+    ax: Axes | None = None,
+    bars: bool = True,
+    colours: Mapping[str, str] | None = None,
+) -> Axes:
+    """Bars from zero with intervals, from a tidy table; groups and series in its order.
+
+    Args:
+        table: One row per group and series.
+        group: Column that names the groups, e.g. `"domain"`.
+        series: Column that names the series, e.g. `"condition"`.
+        value: Column of the estimates.
+        low: Column of the lower ends of the intervals.
+        high: Column of the upper ends of the intervals.
+        y_label: What is estimated, with its unit; the name of the column if not given.
+        x_label: What the groups are.
+        title: Title above the axes.
+        ax: Axes to draw on; a figure of its own if not given.
+        bars: Whether to draw bars; points otherwise.
+        colours: Colours by series, in place of the house's.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the table lacks a column, is empty, or holds a group and series twice.
+    """
+    wanted = (group, series, value, low, high)
+    missing = [name for name in wanted if name not in table.columns]
+    if missing:
+        raise ValueError(f"the table has no column {missing}; it has {list(table.columns)}")
+    return dot_intervals(
+        *(table[name] for name in wanted),
+        y_label=value if y_label is None else y_label,
+        x_label=x_label,
+        title=title,
+        ax=ax,
+        bars=bars,
+        colours=colours,
+    )
+
+
+def _grids(
+    groups: Iterable[object], series: Iterable[object], parts: Sequence[ArrayLike]
+) -> tuple[list[str], list[str], np.ndarray]:
+    """Names of groups and series, and the parts as `[part, groups, series]`, NaN where absent."""
+    pairs = [([str(name) for name in names]) for names in (groups, series)]
+    arrays = [np.asarray(part, dtype=float) for part in parts]
+    lengths = [len(names) for names in pairs] + [array.size for array in arrays]
+    if len(set(lengths)) != 1 or any(array.ndim != 1 for array in arrays):
+        shapes = [array.shape for array in arrays]
+        raise ValueError(
+            f"groups ({lengths[0]}), series ({lengths[1]}), values, low and high {shapes} must "
+            "have one entry per estimate"
+        )
+    if not lengths[0]:
+        raise ValueError("there are no estimates to draw")
+    rows, columns = (list(dict.fromkeys(names)) for names in pairs)
+    grids = np.full((len(parts), len(rows), len(columns)), np.nan)
+    seen: set[tuple[str, str]] = set()
+    for place, (group, name) in enumerate(zip(*pairs, strict=True)):
+        if (group, name) in seen:
+            raise ValueError(f"group {group!r} has series {name!r} more than once")
+        seen.add((group, name))
+        grids[:, rows.index(group), columns.index(name)] = [array[place] for array in arrays]
+    return rows, columns, grids
+
+
+def _dots(
+    ax: Axes, x: np.ndarray, values: np.ndarray, shade: str, place: int, name: str, *, crowd: int
+) -> None:
+    marker = list(MARKERS)[place % len(MARKERS)]
+    fit = min(1.0, 0.6 * width_of(ax) * 72 / (10 * crowd))
+    ax.plot(
+        x,
+        values,
+        linestyle="none",
+        color=shade,
+        marker=marker,
+        markersize=MARKERS[marker] * max(fit, 0.65),
+        markeredgecolor=PAPER,
+        markeredgewidth=0.7,
+        zorder=4,
+        label=name,
+    )
+
+
+def _finish(ax: Axes, groups: Sequence[str], n_series: int) -> None:
+    room = 0.6 * width_of(ax) / len(groups)
+    ax.set_xticks(range(len(groups)), [wrapped(name, max(6, int(room * 12))) for name in groups])
+    ax.tick_params(axis="x", length=0)
+    if max(len(word) for name in groups for word in name.split() or [""]) * 0.085 > room:
+        ax.tick_params(axis="x", labelrotation=40)
+        for label in ax.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    ax.spines["bottom"].set_visible(False)
+    ax.set_xlim(-0.5, len(groups) - 0.5)
+    for edge in range(1, len(groups)):
+        ax.axvline(edge - 0.5, color=RULE, linewidth=0.7, zorder=0)
+    if n_series > 1:
+        handles, names = ax.get_legend_handles_labels()
+        limit = max(11, int(width_of(ax) * 3.3))
+        ax.legend(
+            handles[-n_series:],
+            [wrapped(name, limit) for name in names[-n_series:]],
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            borderaxespad=0.0,
+            handlelength=1.0,
+            handletextpad=0.6,
+            labelspacing=0.55,
+        )

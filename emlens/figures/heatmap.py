@@ -1,0 +1,209 @@
+"""Heat maps of signed values, with what chance could give marked as such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from numpy.typing import ArrayLike
+
+from emlens.figures.style import (
+    INK,
+    MUTED,
+    RULE,
+    WASH,
+    WIDTH,
+    dress,
+    house_style,
+    new_axes,
+    width_of,
+    wrapped,
+)
+
+_STOPS = ["#08437A", "#4A90C4", "#F7F7F5", "#E58A47", "#9C3D00"]
+SIGNED = LinearSegmentedColormap.from_list("emlens", _STOPS).with_extremes(bad="#FFFFFF")
+
+NullBand: TypeAlias = float | tuple[ArrayLike, ArrayLike]
+
+PRINTED = 160
+"""The most cells whose values are printed."""
+
+SMALLEST, LARGEST = 5.5, 9.0
+"""Points of a printed value."""
+
+
+@house_style()
+def heatmap(
+    matrix: ArrayLike,
+    row_labels: Sequence[str],
+    col_labels: Sequence[str],
+    *,
+    null_band: NullBand | None = None,
+    value_label: str = "cosine similarity",
+    x_label: str = "",
+    y_label: str = "",
+    title: str | None = None,
+    limit: float | None = 1.0,
+    digits: int = 2,
+    ax: Axes | None = None,
+) -> Axes:
+    """Signed values as colours: blue below zero, orange above, white at zero.
+
+    Args:
+        matrix: Values, `[rows, columns]`; NaN cells stay blank.
+        row_labels: Names of the rows, top to bottom.
+        col_labels: Names of the columns.
+        null_band: What chance alone gives: `b` for `(-b, b)`, or `(low, high)`, numbers or
+            arrays that broadcast to `[rows, columns]`. Cells inside are hatched.
+        value_label: What the colours show, with its unit.
+        x_label: What the columns are.
+        y_label: What the rows are.
+        title: Title above the axes.
+        limit: Value of the strongest colour; the largest absolute value if `None`.
+        digits: Decimals of printed values.
+        ax: Axes to draw on; a figure of its own if not given.
+
+    Returns:
+        The axes; the colour bar is beside them.
+
+    Raises:
+        ValueError: If the matrix is empty or does not fit its labels.
+    """
+    values = np.asarray(matrix, dtype=float)
+    if values.shape != (len(row_labels), len(col_labels)) or not values.size:
+        raise ValueError(
+            f"matrix of shape {values.shape} does not fit "
+            f"{len(row_labels)} row labels and {len(col_labels)} column labels"
+        )
+    norm = _norm(values, limit)
+    ax = new_axes(width=WIDTH, height=_height(values.shape, col_labels)) if ax is None else ax
+    dress(ax, x_label=x_label, y_label=y_label, title=title, grid=None)
+    masked = np.ma.masked_invalid(values)
+    ax.imshow(masked, cmap=SIGNED, norm=norm, aspect="auto", interpolation="nearest")
+    inside = np.zeros(values.shape, dtype=bool)
+    if null_band is not None:
+        inside = _inside(values, null_band)
+        _hatch(ax, inside)
+    _ticks(ax, row_labels, col_labels)
+    if values.size <= PRINTED:
+        _print(ax, values, inside, norm, digits)
+    _bar(ax, norm, value_label, null_band)
+    return ax
+
+
+def _norm(values: np.ndarray, limit: float | None) -> Normalize:
+    finite = np.abs(values[np.isfinite(values)])
+    if limit is None:
+        limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    return Normalize(-limit, limit)
+
+
+def _height(shape: tuple[int, ...], col_labels: Sequence[str]) -> float:
+    longest = max(len(label) for label in col_labels)
+    room = 0.06 * min(longest, 20) if longest > 4 else 0.2
+    row = 0.34 if shape[0] <= 12 else 0.16
+    return float(np.clip(0.9 + room + row * shape[0], 2.2, 7.0))
+
+
+def _bounds(null_band: NullBand) -> tuple[np.ndarray, np.ndarray]:
+    low, high = null_band if isinstance(null_band, tuple) else (-abs(null_band), abs(null_band))
+    return np.asarray(low, dtype=float), np.asarray(high, dtype=float)
+
+
+def _inside(values: np.ndarray, null_band: NullBand) -> np.ndarray:
+    low, high = (np.broadcast_to(bound, values.shape) for bound in _bounds(null_band))
+    with np.errstate(invalid="ignore"):
+        return (values >= low) & (values <= high)
+
+
+def _hatch(ax: Axes, inside: np.ndarray) -> None:
+    cells = [Rectangle((col - 0.5, row - 0.5), 1, 1) for row, col in np.argwhere(inside)]
+    ax.add_collection(
+        PatchCollection(cells, facecolor=WASH, edgecolor=RULE, hatch="////", linewidth=0, zorder=2),
+        autolim=False,
+    )
+
+
+def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> None:
+    rows, cols = len(row_labels), len(col_labels)
+    figure = ax.get_figure(root=True)
+    tall = (figure.get_figheight() if figure is not None else 4.0) - 1.2
+    each_row = max(1, int(np.ceil(rows * 0.15 / max(tall, 0.5))))
+    longest = max(len(label) for label in col_labels)
+    cell = 0.66 * width_of(ax) / cols
+    flat = longest * 0.085 <= cell
+    # Short names, such as layer numbers, stay upright and are thinned; long ones are turned.
+    upright = flat or longest <= 3
+    each_col = max(1, int(np.ceil((longest * 0.1 if upright else 0.17) / cell)))
+    limit = min(24, max(9, int(width_of(ax) * 3.6)))
+    ax.set_yticks(range(0, rows, each_row), [wrapped(n, limit) for n in row_labels[::each_row]])
+    ax.set_xticks(range(0, cols, each_col), [wrapped(n, 24) for n in col_labels[::each_col]])
+    if not upright:
+        ax.tick_params(axis="x", labelrotation=40)
+        for label in ax.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+class CellText(Text):
+    """A value in its cell: smaller in a small cell, not drawn where it would be unreadable."""
+
+    characters = 5
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Fit the size to the cell as it is now, and draw."""
+        ax, figure = self.axes, self.get_figure(root=True)
+        if ax is None or figure is None:
+            return
+        (left, bottom), (right, top) = ax.transData.transform([(0, 0), (1, 1)])
+        point = figure.dpi / 72
+        width, height = abs(right - left) / point, abs(top - bottom) / point
+        size = min(LARGEST, width / (0.62 * (self.characters + 0.6)), 0.7 * height)
+        if size >= SMALLEST:
+            self.set_fontsize(size)
+            super().draw(renderer)
+
+
+def _print(ax: Axes, values: np.ndarray, inside: np.ndarray, norm: Normalize, digits: int) -> None:
+    for (row, col), value in np.ndenumerate(values):
+        shade = MUTED if inside[row, col] or not np.isfinite(value) else _ink_on(value, norm)
+        text = f"{value:.{digits}f}".replace("-", "−") if np.isfinite(value) else "–"
+        cell = CellText(col, row, text, ha="center", va="center", color=shade, zorder=3)
+        cell.characters = digits + 3
+        cell.set_in_layout(False)
+        ax.add_artist(cell)
+
+
+def _ink_on(value: float, norm: Normalize) -> str:
+    red, green, blue = to_rgb(SIGNED(norm(value)))
+    return INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "#FFFFFF"
+
+
+def _bar(ax: Axes, norm: Normalize, value_label: str, null_band: NullBand | None) -> None:
+    figure = ax.figure
+    bar = figure.colorbar(ScalarMappable(norm, SIGNED), ax=ax, fraction=0.05, pad=0.025, aspect=18)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(length=0)
+    if null_band is not None:
+        value_label += "\nhatched: within chance"
+        low, high = _bounds(null_band)
+        if low.ndim == high.ndim == 0:
+            bar.ax.axhspan(
+                float(low),
+                float(high),
+                facecolor=WASH,
+                edgecolor=RULE,
+                hatch="//////",
+                linewidth=0,
+            )
+    bar.set_label(value_label)

@@ -1,0 +1,187 @@
+"""Lines with their intervals as bands and their names at their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from emlens.figures.labels import Anchor, EndLabels
+from emlens.figures.style import INK, MUTED, dress, house_style, new_axes, palette
+
+Curve: TypeAlias = Sequence[ArrayLike | None]
+"""`(x, y)` or `(x, y, low, high)`; arrays of one length, NaN where there is no value."""
+
+Scale: TypeAlias = Literal["linear", "log", "symlog"]
+
+FEW = 14
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None
+    high: np.ndarray | None
+
+
+@house_style()
+def line_bands(
+    curves: Mapping[str, Curve],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str | None = None,
+    ax: Axes | None = None,
+    reference: float | tuple[float, str] | None = None,
+    null: tuple[ArrayLike, ArrayLike] | None = None,
+    x_scale: Scale = "linear",
+    y_scale: Scale = "linear",
+    colours: Mapping[str, str] | None = None,
+) -> Axes:
+    """Curves with their intervals as bands, each named at its end.
+
+    Args:
+        curves: `{name: (x, y)}` or `{name: (x, y, low, high)}`.
+        x_label: What the x axis shows, with its unit.
+        y_label: What the y axis shows, with its unit.
+        title: Title above the axes.
+        ax: Axes to draw on; a figure of its own if not given.
+        reference: A horizontal line, with a name of its own if a pair.
+        null: `(low, high)` of what chance alone gives: numbers, or one value per x of the first
+            curve. Drawn as a grey band, named "chance".
+        x_scale: Scale of the x axis.
+        y_scale: Scale of the y axis.
+        colours: Colours by name, in place of the house's.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there are no curves, or the arrays of one differ in length.
+
+    Example:
+        >>> line_bands(
+        ...     {"general": ([0, 1, 2], [2.1, 1.7, 1.6], [2.0, 1.6, 1.5], [2.2, 1.8, 1.7])},
+        ...     x_label="norm of the vector", y_label="loss (nats per token)",
+        ... )  # doctest: +SKIP
+    """
+    lines = _read(curves)
+    ax = new_axes() if ax is None else ax
+    ax.set_xscale(x_scale)
+    ax.set_yscale(y_scale)
+    shades = {**palette(curves), **(colours or {})}
+    anchors = [_draw(ax, line, shades[line.name]) for line in lines]
+    if null is not None:
+        anchors.append(_draw_null(ax, lines[0].x, null))
+    if reference is not None:
+        anchors += _draw_reference(ax, reference)
+    dress(ax, x_label=x_label, y_label=y_label, title=title)
+    EndLabels(ax, anchors)
+    return ax
+
+
+def layer_curves(
+    curves: Mapping[str, Curve],
+    *,
+    y_label: str = "cosine similarity",
+    x_label: str = "layer",
+    title: str | None = None,
+    null: tuple[ArrayLike, ArrayLike] | None = None,
+    ax: Axes | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> Axes:
+    """One value per layer, with zero marked and the null band behind.
+
+    Args:
+        curves: `{name: (layers, values)}` or `{name: (layers, values, low, high)}`.
+        y_label: What is shown, with its unit.
+        x_label: What the x axis counts.
+        title: Title above the axes.
+        null: `(low, high)` of what chance alone gives, numbers or one value per layer.
+        ax: Axes to draw on; a figure of its own if not given.
+        colours: Colours by name, in place of the house's.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there are no curves, or the arrays of one differ in length.
+    """
+    ax = line_bands(
+        curves,
+        x_label=x_label,
+        y_label=y_label,
+        title=title,
+        ax=ax,
+        null=null,
+        reference=0.0,
+        colours=colours,
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return ax
+
+
+def _read(curves: Mapping[str, Curve]) -> list[_Line]:
+    if not curves:
+        raise ValueError("there are no curves to draw: give at least one {name: (x, y)}")
+    return [_read_one(name, curve) for name, curve in curves.items()]
+
+
+def _read_one(name: str, curve: Curve) -> _Line:
+    if len(curve) not in (2, 4):
+        raise ValueError(f"curve {name!r} has {len(curve)} parts; give (x, y) or (x, y, low, high)")
+    x, y, low, high = [*curve, None, None][:4]
+    if x is None or y is None or (low is None) != (high is None):
+        raise ValueError(f"curve {name!r} needs x and y, and both of low and high or neither")
+    parts = [np.asarray(part, dtype=float) for part in (x, y, low, high) if part is not None]
+    shapes = [part.shape for part in parts]
+    if len(set(shapes)) != 1 or parts[0].ndim != 1:
+        raise ValueError(f"the arrays of curve {name!r} must have one length, not {shapes}")
+    return _Line(name, parts[0], parts[1], *(parts[2:] or (None, None)))
+
+
+def _draw(ax: Axes, line: _Line, shade: str) -> Anchor:
+    seen = np.flatnonzero(np.isfinite(line.x) & np.isfinite(line.y))
+    if not len(seen):
+        return Anchor(np.nan, np.nan, f"{line.name} (no values)", MUTED)
+    alone = _alone(line.y)
+    ax.plot(line.x[alone], line.y[alone], color=shade, marker="o", markersize=4, linestyle="none")
+    marker = "o" if len(line.x) <= FEW else None
+    dashes = (0, (4, 1.6)) if line.name in ("random", "shuffled") else "solid"
+    ax.plot(line.x, line.y, color=shade, marker=marker, markersize=3.5, linestyle=dashes, zorder=3)
+    if line.low is not None and line.high is not None:
+        ax.fill_between(line.x, line.low, line.high, color=shade, alpha=0.18, linewidth=0, zorder=2)
+        ax.vlines(line.x[alone], line.low[alone], line.high[alone], color=shade, linewidth=1.4)
+    last = seen[np.argmax(line.x[seen])]
+    return Anchor(float(line.x[last]), float(line.y[last]), line.name, shade)
+
+
+def _alone(values: np.ndarray) -> np.ndarray:
+    """Which finite values have no finite neighbour, so that no line and no band shows them."""
+    finite = np.concatenate([[False], np.isfinite(values), [False]])
+    return finite[1:-1] & ~finite[:-2] & ~finite[2:]
+
+
+def _draw_null(ax: Axes, x: np.ndarray, null: tuple[ArrayLike, ArrayLike]) -> Anchor:
+    low, high = (np.asarray(bound, dtype=float) for bound in null)
+    style = {"color": MUTED, "alpha": 0.16, "linewidth": 0, "zorder": 1, "label": "null band"}
+    if low.ndim == high.ndim == 0:
+        ax.axhspan(float(low), float(high), **style)
+    else:
+        low, high = np.broadcast_to(low, x.shape), np.broadcast_to(high, x.shape)
+        ax.fill_between(x, low, high, **style)
+    middle = (low.flat[-1] + high.flat[-1]) / 2
+    return Anchor(float(np.nanmax(x)), float(middle), "chance", MUTED)
+
+
+def _draw_reference(ax: Axes, reference: float | tuple[float, str]) -> list[Anchor]:
+    value, name = reference if isinstance(reference, tuple) else (reference, "")
+    ax.axhline(value, color=INK if name else MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    return [Anchor(ax.get_xlim()[1], value, name, INK)] if name else []

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from emlens.figures import dot_intervals, interval_bars
+
+TABLE = pd.DataFrame(
+    {
+        "domain": ["finance", "finance", "medical"],
+        "condition": ["general", "narrow", "narrow"],
+        "log-odds": [0.2, 0.1, np.nan],
+        "low": [0.1, 0.0, np.nan],
+        "high": [0.3, 0.2, np.nan],
+    }
+)
+COLUMNS = {
+    "group": "domain",
+    "series": "condition",
+    "value": "log-odds",
+    "low": "low",
+    "high": "high",
+}
+
+
+def dots(table: pd.DataFrame, **options):
+    return dot_intervals(*(table[name] for name in COLUMNS.values()), y_label="nats", **options)
+
+
+def ends_of(ax) -> list[tuple[float, float]]:
+    lines = [path.vertices[:, 1] for part in ax.collections for path in part.get_paths()]
+    return [tuple(line) for line in lines if len(line) and np.isfinite(line).all()]
+
+
+def test_points_and_their_intervals_stand_in_the_order_of_the_table():
+    ax = dots(TABLE)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["finance", "medical"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["general", "narrow"]
+    assert ax.get_ylabel() == "nats"
+    assert sorted(ends_of(ax)) == [(0.0, 0.2), (0.1, 0.3)]
+    ax.figure.draw_without_rendering()
+
+
+def test_there_is_a_line_at_zero_unless_it_is_not_wanted():
+    def flat(ax):
+        return [line for line in ax.lines if list(line.get_ydata()) == [0.0, 0.0]]
+
+    assert len(flat(dots(TABLE))) == 1
+    assert not flat(dots(TABLE, zero=None))
+
+
+def test_an_estimate_outside_of_its_interval_is_drawn_as_given():
+    ax = dot_intervals(["a"], ["b"], [5.0], [0.0], [1.0], y_label="nats")
+    assert ends_of(ax) == [(0.0, 1.0)]
+    assert ax.get_legend() is None
+
+
+def test_bars_stand_on_zero_with_the_name_of_the_column_as_label():
+    ax = interval_bars(TABLE, **COLUMNS)
+    assert ax.get_ylabel() == "log-odds"
+    heights = [bar.get_height() for bar in ax.patches]
+    assert [round(height, 3) for height in heights if np.isfinite(height)] == [0.2, 0.1]
+
+
+def test_eight_long_named_series_in_six_groups_survive():
+    groups = np.repeat([f"group with a long name {i}" for i in range(6)], 8)
+    series = [f"condition with quite a long name {i}" for i in range(8)] * 6
+    values = np.linspace(-1, 1, 48)
+    ax = dot_intervals(groups, series, values, values - 1, values + 1, y_label="nats")
+    ax.figure.draw_without_rendering()
+    boxes = [tick.get_window_extent() for tick in ax.get_xticklabels()]
+    assert all(left.x1 <= right.x1 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match=r"the table has no column \['low'\]; it has"):
+        interval_bars(TABLE.drop(columns="low"), **COLUMNS)
+    with pytest.raises(ValueError, match="group 'finance' has series 'general' more than once"):
+        dots(pd.concat([TABLE, TABLE]))
+    with pytest.raises(ValueError, match="there are no estimates"):
+        dots(TABLE[:0])
+    with pytest.raises(ValueError, match="one entry per estimate"):
+        dot_intervals(["a"], ["b"], [1.0, 2.0], [0.0], [1.0], y_label="nats")
