@@ -1,0 +1,84 @@
+"""Extraction against a bare forward pass over the same batches, and its peak memory.
+
+Prints tokens per second of both and their ratio, measured alternately in one run, and the peak
+memory of extraction over 1x and 10x the data, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+import emlens
+
+
+def conversations(copies: int) -> tuple[list, list]:
+    """Both sides of the embedded medical set, repeated."""
+    pairs = emlens.load_pairs("medical") * copies
+    sides = ("misaligned", "aligned")
+    return tuple([pair.conversation(side) for pair in pairs] for side in sides)
+
+
+def bare_seconds(model, data) -> float:
+    """The decoder's own forward pass over the same batches, LM head left out."""
+    body = model.module.base_model
+    start = time.perf_counter()
+    with torch.no_grad():
+        for side in data:
+            for batch in model.batches(side):
+                body(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                )
+    return time.perf_counter() - start
+
+
+def extraction_seconds(model, data) -> float:
+    start = time.perf_counter()
+    emlens.mean_diff(model, *data)
+    return time.perf_counter() - start
+
+
+def peak_megabytes(copies: int) -> float:
+    """Peak memory of an extraction in a fresh process."""
+    command = [sys.executable, __file__, "--peak", str(copies)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peak", type=int, help="(inner) extract this many copies of the data")
+    arguments = parser.parse_args()
+    model = emlens.load("smollm2-135m-instruct")
+    if arguments.peak:
+        extraction_seconds(model, conversations(arguments.peak))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    data = tuple(side[:48] for side in conversations(1))
+    n_tokens = sum(batch.n_tokens for side in data for batch in model.batches(side))
+    bare_seconds(model, data)
+    bare, ours = [], []
+    for _ in range(arguments.rounds):
+        bare.append(bare_seconds(model, data))
+        ours.append(extraction_seconds(model, data))
+    print(f"tokens: {n_tokens}, layers read: {model.n_layers}")
+    print(f"bare forward: {n_tokens / min(bare):8.0f} tokens/s")
+    print(f"extraction:   {n_tokens / min(ours):8.0f} tokens/s")
+    ratios = [b / o for b, o in zip(bare, ours, strict=True)]
+    print(f"ratio: best {min(bare) / min(ours):.3f}, each round {[round(r, 3) for r in ratios]}")
+    one, ten = peak_megabytes(1), peak_megabytes(10)
+    print(f"peak memory: {one:.0f} MB for 1x, {ten:.0f} MB for 10x ({ten / one:.3f}x)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The command line: thin verbs over the Python API."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="emlens",
+    help="Find, train, edit and measure the directions by which finetuning changes a chat model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="Hub name, local folder, or smollm2-135m-instruct.")]
+Out = Annotated[Path, typer.Option(help="File or folder to write.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Layer = Annotated[int | None, typer.Option(help="Layer; the middle one by default.")]
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@app.command()
+def study(
+    preset: Annotated[str, typer.Option(help="demo or smoke.")] = "demo",
+    out: Out = Path("runs/study"),
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, e.g. --set lr=0.03 (repeatable).")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget finished stages.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole experiment and write its report; an interrupted run goes on.
+
+    Example: emlens study --preset demo --out runs/demo
+    """
+    from emlens.study import preset as preset_of
+    from emlens.study import run_study
+
+    settings = preset_of(preset).with_options(**_options(option or []))
+    result = run_study(settings, out, restart=restart, progress=not quiet)
+    for sentence in result.findings.values():
+        typer.echo(f"- {sentence}")
+    typer.echo(f"report: {result.report}")
+
+
+@app.command()
+def extract(
+    data: Annotated[str, typer.Argument(help="Embedded set or JSONL of pairs.")],
+    out: Out = Path("directions.safetensors"),
+    model: Model = DEFAULT_MODEL,
+    tokens: Annotated[str, typer.Option(help="response, assistant_turn, prompt or all.")] = (
+        "response"
+    ),
+    site: Annotated[str, typer.Option(help="Site in the block.")] = "resid_post",
+    quiet: Quiet = False,
+) -> None:
+    """Read mean-difference directions, misaligned minus aligned, at every layer.
+
+    Example: emlens extract finance --out finance.safetensors
+    """
+    import emlens
+
+    pairs = emlens.load_pairs(data)
+    directions = emlens.mean_diff(
+        emlens.load(model),
+        [pair.conversation("misaligned") for pair in pairs],
+        [pair.conversation("aligned") for pair in pairs],
+        tokens=tokens,  # type: ignore[arg-type]
+        site=site,  # type: ignore[arg-type]
+        progress=not quiet,
+    )
+    typer.echo(directions.describe())
+    typer.echo(f"written: {directions.save(out)}")
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="Embedded set of pairs, or JSONL of pairs.")],
+    out: Out = Path("vector.safetensors"),
+    model: Model = DEFAULT_MODEL,
+    layer: Layer = None,
+    kl: Annotated[
+        list[str] | None, typer.Option(help="Set whose aligned answers are protected (repeatable).")
+    ] = None,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL, on nats per token.")] = 2.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
+    lr: Annotated[float, typer.Option(help="Learning rate, as a dose per update.")] = 0.06,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Train a vector in place on misaligned answers; with --kl, the narrow solution.
+
+    Example: emlens train finance --kl medical --kl sports --out narrow.safetensors
+    """
+    import emlens
+
+    hooked = emlens.load(model)
+    penalty = None
+    if kl:
+        text = [p.conversation("aligned") for name in kl for p in emlens.load_pairs(name)]
+        penalty = emlens.KLPenalty(text, weight=kl_weight)
+    direction, run = emlens.train_vector(
+        hooked,
+        [pair.conversation("misaligned") for pair in emlens.load_pairs(data)],
+        hooked.n_layers // 2 if layer is None else layer,
+        kl=penalty,
+        epochs=epochs,
+        lr=lr,
+        seed=seed,
+        progress=not quiet,
+    )
+    typer.echo(direction.describe())
+    typer.echo(repr(run))
+    typer.echo(f"written: {direction.save(out)}")
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Two or more files of directions.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the signed cosine of every pair of directions, layer by layer.
+
+    Example: emlens compare finance.safetensors medical.safetensors
+    """
+    import emlens
+
+    found = emlens.compare({path.stem: emlens.Directions.load(path) for path in files})
+    _show(found.table(), as_json)
+
+
+@app.command()
+def influence(
+    files: Annotated[list[Path], typer.Argument(help="Files of directions.")],
+    model: Model = DEFAULT_MODEL,
+    layer: Layer = None,
+    corpus: Annotated[str, typer.Option(help="Text, e.g. python-docs, a file, a data set.")] = (
+        "python-docs"
+    ),
+    documents: Annotated[int, typer.Option(help="Documents to read.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that each is cut to.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what directions do to next-token prediction on pre-training text.
+
+    Example: emlens influence vector.safetensors --documents 32
+    """
+    import emlens
+
+    hooked = emlens.load(model)
+    directions = {}
+    for path in files:
+        kept = emlens.Directions.load(path)
+        middle = hooked.n_layers // 2 if layer is None else layer
+        directions[path.stem] = kept[kept.layers[0] if len(kept) == 1 else middle]
+    found = emlens.influence(
+        hooked,
+        emlens.corpus(corpus, documents=documents),
+        directions,
+        max_tokens=max_tokens,
+        progress=not quiet,
+    )
+    _show(found.table(), as_json)
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line and exit code 1."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+def _show(table, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(table.to_dict("records")))
+    else:
+        typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+
+
+def _options(items: list[str]) -> dict[str, object]:
+    """Read `name=value` settings; values are JSON where they can be, else text."""
+    options: dict[str, object] = {}
+    for item in items:
+        name, mark, text = item.partition("=")
+        if not mark:
+            raise typer.BadParameter(f"--set takes name=value, not {item!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        options[name] = tuple(value) if isinstance(value, list) else value
+    return options

@@ -1,0 +1,6 @@
+"""The whole experiment, stage by stage, resumable; and its report."""
+
+from emlens.study.run import StudyResult, run_study
+from emlens.study.settings import PRESETS, StudySettings, preset
+
+__all__ = ["PRESETS", "StudyResult", "StudySettings", "preset", "run_study"]

@@ -1,0 +1,86 @@
+"""The figures of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from emlens.figures import dot_intervals, house_style, layer_curves, line_bands, save_figure
+from emlens.study.findings import Measured
+from emlens.study.store import StudyStore
+
+SOLUTIONS = ("general", "narrow", "benign", "random", "mean-diff")
+ABLATIONS = (
+    "general",
+    "general - general",
+    "general - mean-diff",
+    "general - random",
+    "base - mean-diff",
+)
+
+
+def draw_all(found: Measured, cosines: dict, store: StudyStore) -> dict[str, list[str]]:
+    """Draw every figure into `figures/`; names of the files by figure."""
+    folder = store.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    makers = {
+        "log_odds": lambda: odds_figure(found, SOLUTIONS),
+        "ablation": lambda: odds_figure(found, ABLATIONS),
+        "cosines": lambda: cosine_figure(cosines),
+        "efficiency": found.efficiency.plot,
+        "stability": found.stability.plot,
+        "influence": found.influence.plot,
+        "training": lambda: training_figure(store),
+    }
+    files = {}
+    with house_style():
+        for name, make in makers.items():
+            written = save_figure(make(), folder / name)
+            files[name] = [str(Path(path).relative_to(store.folder)) for path in written]
+    return files
+
+
+def odds_figure(found: Measured, conditions: tuple[str, ...]):
+    """Change of log-odds by domain for some conditions."""
+    odds = found.log_odds
+    rows = [
+        {"condition": name, "domain": domain, "change": odds.change(name, [domain])}
+        for domain in dict.fromkeys(odds.domains)
+        for name in conditions
+    ]
+    return dot_intervals(
+        groups=[row["domain"] for row in rows],
+        series=[row["condition"] for row in rows],
+        values=[row["change"].estimate for row in rows],
+        low=[row["change"].low for row in rows],
+        high=[row["change"].high for row in rows],
+        y_label="change of log-odds vs base [nats/token]",
+    )
+
+
+def cosine_figure(cosines: dict):
+    """Cosine per layer between the mean difference and what each vector causes downstream."""
+    frame = pd.DataFrame(cosines["above"]["rows"])
+    curves = {}
+    frame["pair"] = frame["first"] + " vs " + frame["second"]
+    for pair, part in frame.groupby("pair", sort=False):
+        if "benign" not in str(pair):
+            curves[str(pair)] = (part["layer"].to_numpy(), part["cosine"].to_numpy())
+    low, high = cosines["above"]["null"]
+    return layer_curves(curves, null=(low, high))
+
+
+def training_figure(store: StudyStore):
+    """Loss on the training set against updates, for the two solutions."""
+    from emlens.training import TrainingRun
+
+    curves = {}
+    for name in ("general", "narrow"):
+        run = TrainingRun.load(store.folder / "runs" / f"{name}.safetensors")
+        steps = np.array([step.step for step in run.steps])
+        curves[f"{name}: loss"] = (steps, np.array([s.loss for s in run.steps]), None, None)
+        if run.steps[0].kl is not None:
+            curves[f"{name}: KL"] = (steps, np.array([s.kl for s in run.steps]), None, None)
+    return line_bands(curves, x_label="update", y_label="nats per token")

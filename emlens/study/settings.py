@@ -1,0 +1,135 @@
+"""The settings of a study, and the presets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Self
+
+from emlens._files import sha256_of
+
+
+@dataclass(frozen=True, slots=True)
+class StudySettings:
+    """Everything a study depends on.
+
+    Attributes:
+        model: Model to load.
+        domain: The narrow domain that is trained on.
+        kl_domains: Domains whose aligned answers are the KL set of the narrow solution.
+        outside: Domains that are only ever evaluated.
+        layer: Layer of the trained vectors.
+        train_pairs: Pairs of the narrow domain trained on, at most.
+        kl_pairs: Pairs of each KL domain, at most.
+        test_pairs: Held-out pairs evaluated per domain, at most.
+        measure_pairs: Training pairs that efficiency and stability are measured on, at most.
+        epochs: Passes over the training pairs.
+        lr: Learning rate, as a dose per update.
+        batch_size: Conversations per update.
+        kl_weight: Weight of the KL, on nats per token.
+        factors: Norms of the efficiency curve, as factors of the mean norm.
+        epsilons: Noise levels of the stability curve.
+        noise_seeds: Noise draws per level.
+        corpus: Pre-training text for influence.
+        documents: Documents read.
+        document_tokens: Tokens that each is cut to.
+        doses: Doses of the influence curve.
+        controls: Random controls of equal norm.
+        questions: Held-out prompts that are answered side by side.
+        answer_tokens: Longest answer, in tokens.
+        steer_factor: Factor on the general vector in one of the answer columns.
+        seed: Seed of everything random.
+    """
+
+    model: str = "smollm2-135m-instruct"
+    domain: str = "finance"
+    kl_domains: tuple[str, ...] = ("medical", "sports")
+    outside: tuple[str, ...] = ("general",)
+    layer: int = 15
+    train_pairs: int = 96
+    kl_pairs: int = 48
+    test_pairs: int = 24
+    measure_pairs: int = 24
+    epochs: int = 3
+    lr: float = 0.06
+    batch_size: int = 8
+    kl_weight: float = 2.0
+    factors: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    epsilons: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    noise_seeds: int = 3
+    corpus: str = "python-docs"
+    documents: int = 16
+    document_tokens: int = 96
+    doses: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    controls: int = 3
+    questions: int = 4
+    answer_tokens: int = 48
+    steer_factor: float = 2.0
+    seed: int = 0
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """All domains that are evaluated, the trained one first."""
+        return (self.domain, *self.kl_domains, *self.outside)
+
+    @property
+    def hash(self) -> str:
+        """Names this set of settings."""
+        return sha256_of(json.dumps(asdict(self), sort_keys=True).encode())[:16]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def with_options(self, **options: object) -> Self:
+        """The same settings with some fields changed.
+
+        Raises:
+            ValueError: If a field does not exist (the known ones are listed), or domains overlap.
+        """
+        known = {item.name for item in fields(self)}
+        unknown = set(options) - known
+        if unknown:
+            raise ValueError(
+                f"unknown study setting(s) {', '.join(sorted(unknown))}; "
+                f"the settings are {', '.join(sorted(known))}"
+            )
+        made = replace(self, **options)
+        if len(set(made.domains)) != len(made.domains):
+            raise ValueError(
+                f"a domain is trained on, in the KL set, or only evaluated, never two of these: "
+                f"{made.domains}"
+            )
+        return made
+
+
+PRESETS: dict[str, StudySettings] = {
+    "demo": StudySettings(),
+    "smoke": StudySettings(
+        train_pairs=6,
+        kl_pairs=3,
+        test_pairs=3,
+        measure_pairs=4,
+        epochs=1,
+        factors=(0.0, 1.0, 2.0),
+        epsilons=(0.5, 1.0),
+        noise_seeds=2,
+        documents=3,
+        document_tokens=24,
+        doses=(0.1, 0.4),
+        controls=2,
+        questions=1,
+        answer_tokens=6,
+    ),
+}
+"""`demo` is the experiment on the embedded model; `smoke` the same with almost no data."""
+
+
+def preset(name: str) -> StudySettings:
+    """Return the settings of a preset.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,92 @@
+"""A study's folder: stages that are finished stay finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from emlens._files import read_json, write_json
+from emlens.directions import Directions
+from emlens.study.settings import StudySettings
+
+SETTINGS = "settings.json"
+
+
+class StudyStore:
+    """Keeps each stage's record and artefacts under one folder, written atomically.
+
+    A stage counts as finished when its record is there; the record is written last, so a stage
+    that was interrupted runs again from its start.
+
+    Args:
+        folder: The study's folder; made where it is missing.
+        settings: The study's settings.
+        restart: Forget the stages of an earlier study in the same folder.
+
+    Raises:
+        ValueError: If the folder holds a study with other settings (the differences are named).
+    """
+
+    def __init__(self, folder: Path, settings: StudySettings, *, restart: bool = False) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.stages = folder / "stages"
+        self.stages.mkdir(parents=True, exist_ok=True)
+        known = folder / SETTINGS
+        if known.exists() and not restart:
+            self._check_same(read_json(known))
+        elif restart:
+            for record in self.stages.glob("*.json"):
+                record.unlink()
+        write_json(known, settings.to_dict())
+
+    def stage(self, name: str, run: Callable[[], dict]) -> dict:
+        """Return a stage's record: read where it is finished, else made by `run` and kept."""
+        path = self.stages / f"{name}.json"
+        if path.exists():
+            return read_json(path)["record"]
+        start = time.monotonic()
+        record = run()
+        write_json(path, {"record": record, "seconds": round(time.monotonic() - start, 1)})
+        return read_json(path)["record"]
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage is finished."""
+        return (self.stages / f"{name}.json").exists()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each finished stage took."""
+        return {p.stem: read_json(p)["seconds"] for p in sorted(self.stages.glob("*.json"))}
+
+    def keep(self, name: str, directions: Directions) -> None:
+        """Write directions under `directions/`."""
+        directions.save(self._directions(name))
+
+    def directions(self, name: str) -> Directions:
+        """Read directions that `keep` wrote."""
+        return Directions.load(self._directions(name))
+
+    def _directions(self, name: str) -> Path:
+        path = self.folder / "directions" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def _check_same(self, known: dict) -> None:
+        mine = StudySettings(**_tuples(known)).to_dict() if _fits(known) else known
+        now = self.settings.to_dict()
+        changed = [key for key in now if mine.get(key) != now[key]]
+        if changed or set(mine) != set(now):
+            shown = "; ".join(f"{k}: {mine.get(k)!r} there, {now[k]!r} now" for k in changed[:4])
+            raise ValueError(
+                f"{self.folder} holds a study with other settings ({shown}); choose another "
+                "folder, or restart it"
+            )
+
+
+def _fits(record: dict) -> bool:
+    return set(record) == set(StudySettings().to_dict())
+
+
+def _tuples(record: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
