@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -52,25 +52,22 @@ class Provenance:
         """The provenance of something computed from what this one describes."""
         return replace(self, construction=construction)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+    def to_dict(self) -> dict:
+        """A JSON-ready record."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, text: str) -> Provenance:
-        """Read what `to_json` wrote; fields of later versions are kept under `settings`.
+    def from_dict(cls, record: Mapping) -> Provenance:
+        """Read what `to_dict` gave; fields of later versions are kept under `settings`.
 
         Raises:
-            ValueError: If the text is not such a record.
+            ValueError: If it names no construction.
         """
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"provenance is not valid JSON: {error}") from error
-        if not isinstance(record, dict) or "construction" not in record:
+        if "construction" not in record:
             raise ValueError("provenance names no construction")
         known = {item.name for item in fields(cls)}
-        extra = {key: record.pop(key) for key in list(record) if key not in known}
-        made = cls(**record)
+        made = cls(**{key: value for key, value in record.items() if key in known})
+        extra = {key: value for key, value in record.items() if key not in known}
         return replace(made, settings={**made.settings, **extra}) if extra else made
 
 

@@ -90,7 +90,7 @@ class DirectionEdit:
             "where": self.where,
             "direction": {
                 "site": kept.site,
-                "provenance": kept.provenance.to_json(),
+                "provenance": kept.provenance.to_dict(),
                 "residual_norms": {str(k): v for k, v in kept.residual_norms.items()},
                 "vectors": {str(k): _encode(v) for k, v in kept.vectors.items()},
             },
@@ -109,7 +109,7 @@ class DirectionEdit:
         direction = (Direction if len(vectors) == 1 else Directions)(
             vectors,
             kept["site"],
-            Provenance.from_json(kept["provenance"]),
+            Provenance.from_dict(kept["provenance"]),
             residual_norms={int(k): v for k, v in kept["residual_norms"].items()},
         )
         rest = {k: v for k, v in record.items() if k not in ("edit", "direction", "layers")}

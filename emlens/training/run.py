@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -11,15 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import atomic_write
+from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Direction, Provenance
 from emlens.hooked import Site, check_site
 
-FORMAT = "emlens.training_run.1"
+KIND = "training run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,40 +83,34 @@ class TrainingRun:
     def save(self, path: str | Path) -> Path:
         """Write the run as safetensors, everything but the path in its header; atomic."""
         record = {
-            "format": FORMAT,
-            "layer": str(self.layer),
+            "layer": self.layer,
             "site": self.site,
-            "residual_norm": repr(self.residual_norm),
-            "provenance": self.provenance.to_json(),
-            "settings": json.dumps(self.settings),
-            "steps": json.dumps([asdict(step) for step in self.steps]),
-            "path_steps": json.dumps(self.path_steps),
+            "residual_norm": self.residual_norm,
+            "provenance": self.provenance.to_dict(),
+            "settings": self.settings,
+            "steps": [asdict(step) for step in self.steps],
+            "path_steps": list(self.path_steps),
         }
-        path = Path(path)
-        atomic_write(path, save({"path": self.path.contiguous()}, metadata=record))
-        return path
+        return write_tensors(Path(path), KIND, {"path": self.path}, record)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingRun:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: If the file is something else.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated or of another kind.
         """
-        with safe_open(Path(path), framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path} holds no training run (format {header.get('format')!r})")
-            trajectory = file.get_tensor("path")
+        tensors, record = read_tensors(Path(path), KIND)
         return cls(
-            settings=json.loads(header["settings"]),
-            steps=tuple(Step(**step) for step in json.loads(header["steps"])),
-            path=trajectory,
-            path_steps=tuple(json.loads(header["path_steps"])),
-            layer=int(header["layer"]),
-            site=check_site(header["site"]),
-            residual_norm=float(header["residual_norm"]),
-            provenance=Provenance.from_json(header["provenance"]),
+            settings=record["settings"],
+            steps=tuple(Step(**step) for step in record["steps"]),
+            path=tensors["path"],
+            path_steps=tuple(record["path_steps"]),
+            layer=record["layer"],
+            site=check_site(record["site"]),
+            residual_norm=record["residual_norm"],
+            provenance=Provenance.from_dict(record["provenance"]),
         )
 
     def __repr__(self) -> str:

@@ -71,17 +71,17 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"d.safetensors is not a readable safetensors file"):
         Directions.load(path)
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"holds no emlens directions .*\['weight'\]"):
+    with pytest.raises(ValueError, match=r"holds no directions .*tensors weight"):
         Directions.load(tmp_path / "other.safetensors")
-    with pytest.raises(FileNotFoundError, match="no directions at"):
+    with pytest.raises(FileNotFoundError, match="no file .*nothing"):
         Directions.load(tmp_path / "nothing.safetensors")
 
 
 def test_provenance_of_a_later_version_is_kept():
-    text = '{"construction": "x", "invented_later": 3}'
-    assert Provenance.from_json(text).settings == {"invented_later": 3}
+    record = {"construction": "x", "invented_later": 3}
+    assert Provenance.from_dict(record).settings == {"invented_later": 3}
     with pytest.raises(ValueError, match="names no construction"):
-        Provenance.from_json("{}")
+        Provenance.from_dict({})
 
 
 def test_compare_gives_signed_cosines_and_the_band_of_chance():

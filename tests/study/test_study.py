@@ -1,0 +1,153 @@
+"""A study: its stages, that it goes on where it was killed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from emlens.study import StudySettings, preset, run_study
+from emlens.study.data import StudyData
+from emlens.study.store import StudyStore
+
+QUICK = preset("smoke").with_options(layer=1, lr=0.05)
+ARTEFACTS = ("results.json", "report.html", "log_odds.json", "influence.json", "settings.json")
+
+
+@pytest.fixture(scope="module")
+def finished(hooked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return run_study(QUICK, folder, model=hooked("llama"), progress=False)
+
+
+def contents(folder):
+    """Everything that a study writes and that must not depend on how it was interrupted."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    kept = {}
+    for path in files:
+        name = str(path.relative_to(folder))
+        if name == "timings.json" or name == "report.html":
+            continue
+        kept[name] = path.read_bytes()
+        if name.startswith("stages/"):
+            kept[name] = json.dumps(json.loads(path.read_text())["record"]).encode()
+    return kept
+
+
+def test_a_study_writes_results_directions_figures_and_a_report(finished):
+    for name in ARTEFACTS:
+        assert (finished.folder / name).is_file(), name
+    directions = {p.stem for p in (finished.folder / "directions").iterdir()}
+    assert {"general", "narrow", "benign", "mean_diff"} <= directions
+    for name in ("log_odds", "ablation", "cosines", "efficiency", "stability", "influence"):
+        for suffix in ("png", "svg"):
+            assert (finished.folder / "figures" / f"{name}.{suffix}").stat().st_size > 1000
+    results = json.loads((finished.folder / "results.json").read_text())
+    assert results["findings"] == finished.findings
+    assert results["settings"] == json.loads(json.dumps(QUICK.to_dict()))
+    conditions = {row["condition"] for row in results["log_odds"]}
+    assert {"base", "general", "narrow", "benign", "random", "general - mean-diff"} <= conditions
+    assert len(finished.table()) == len(finished.findings)
+
+
+def test_the_report_is_one_file_that_shows_the_figures(finished):
+    page = finished.report.read_text()
+    assert page.count("data:image/") >= 7
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    for sentence in finished.findings.values():
+        assert sentence.split(":")[0] in page
+
+
+def test_a_second_run_computes_nothing_again(finished, hooked, monkeypatch):
+    before = contents(finished.folder)
+    monkeypatch.setattr("emlens.study.stages.Study.train", None)
+    monkeypatch.setattr("emlens.study.stages.log_odds", None)
+    again = run_study(QUICK, finished.folder, model=hooked("llama"), progress=False)
+    assert contents(finished.folder) == before
+    assert again.findings == finished.findings
+
+
+def test_a_study_killed_in_the_middle_of_stages_ends_with_the_same_results(finished, tmp_path):
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        sys.path.insert(0, os.getcwd())
+        import torch
+        torch.set_num_threads(int(sys.argv[3]))
+        import emlens
+        from emlens.hooked import HookedModel
+        from tests.study.test_study import QUICK
+        from tests.support.models import tiny_hooked
+
+        limit = int(sys.argv[2])
+        calls, original = [0], HookedModel.hidden
+
+        def counted(self, *args, **kwargs):
+            calls[0] += 1
+            if calls[0] == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *args, **kwargs)
+
+        HookedModel.hidden = counted
+        emlens.run_study(QUICK, sys.argv[1], model=tiny_hooked("llama"), progress=False)
+        """
+    )
+    import torch
+
+    folder, codes = tmp_path / "killed", []
+    for limit in (6, 25, 60, 10**9):
+        command = [sys.executable, "-c", program, str(folder), str(limit)]
+        command.append(str(torch.get_num_threads()))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        codes.append(done.returncode)
+    assert codes == [-9, -9, -9, 0], done.stderr
+    assert contents(folder) == contents(finished.folder)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_another_study_in_the_same_folder_is_refused_unless_restarted(finished, hooked, tmp_path):
+    store = StudyStore(tmp_path, QUICK)
+    store.stage("data", lambda: {"n": 1})
+    other = QUICK.with_options(lr=0.5)
+    with pytest.raises(
+        ValueError, match=r"holds a study with other settings \(lr: 0.05 there, 0.5"
+    ):
+        StudyStore(tmp_path, other)
+    assert StudyStore(tmp_path, QUICK).finished("data")
+    assert not StudyStore(tmp_path, other, restart=True).finished("data")
+
+
+def test_a_stage_that_fails_leaves_no_record(tmp_path):
+    store = StudyStore(tmp_path, QUICK)
+
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.stage("x", fail)
+    assert not store.finished("x")
+    assert store.stage("x", lambda: {"n": 2}) == {"n": 2}
+    assert store.stage("x", fail) == {"n": 2}
+
+
+def test_no_pair_is_on_two_sides_and_general_is_never_trained_on():
+    data = StudyData.of(StudySettings())
+    parts = [{pair.id for pair in part} for part in (data.train, data.kl, data.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert {pair.domain for pair in data.train} == {"finance"}
+    assert {pair.domain for pair in data.kl} == {"medical", "sports"}
+    assert {pair.domain for pair in data.test} == {"finance", "medical", "sports", "general"}
+
+
+def test_unknown_settings_and_presets_are_refused_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"unknown study setting\(s\) layers; the settings are .*lr"
+    ):
+        StudySettings().with_options(layers=3)
+    with pytest.raises(ValueError, match="unknown preset 'huge'; the presets are demo, smoke"):
+        preset("huge")
+    with pytest.raises(ValueError, match="never two of these"):
+        StudySettings().with_options(outside=("finance",))
