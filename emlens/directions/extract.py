@@ -70,35 +70,46 @@ def mean_diff(
     wanted = check_layers(layers, model.n_layers)
     check_site(site, model.sites, model.name)
     read = _Reader(model, wanted, site, tokens, weighting, tuple(edits), seed, progress)
-    sides: list[tuple[Moments, Moments]] = []
+    sides: dict[str, tuple[Moments, Moments]] = {}
     for label, conversations in (("positive", positive), ("negative", negative)):
         if not conversations:
             raise ValueError(f"mean_diff needs conversations on both sides; {label} is empty")
-        sides.append(read.halves(conversations, token_budget, label))
-    (pos_a, pos_b), (neg_a, neg_b) = sides
-    whole = [pos_a.merged(pos_b), neg_a.merged(neg_b)]
-    difference = whole[0].mean - whole[1].mean
-    errors = (whole[0].variance + whole[1].variance).sqrt()
-    enough = all(half.n for half in (pos_a, pos_b, neg_a, neg_b))
+        sides[label] = read.halves(conversations, token_budget, label)
+    made = Provenance(
+        construction="mean-diff",
+        model=model.name,
+        revision=model.revision,
+        tokens=tokens,
+        weighting=weighting,
+        data={"positive": content_hash(positive), "negative": content_hash(negative)},
+        template=template_hash(model.tokenizer),
+        n={"positive": len(positive), "negative": len(negative)},
+        seed=seed,
+    )
+    return _difference(read, sides["positive"], sides["negative"], made)
+
+
+def _difference(
+    read: _Reader,
+    positive: tuple[Moments, Moments],
+    negative: tuple[Moments, Moments],
+    made: Provenance,
+) -> Directions:
+    """The difference of two sides, each in two halves, with what can be said of its error."""
+    (pos_a, pos_b), (neg_a, neg_b) = positive, negative
+    pos, neg = pos_a.merged(pos_b), neg_a.merged(neg_b)
+    difference = pos.mean - neg.mean
+    errors = (pos.variance + neg.variance).sqrt()
+    halved = all(half.n for half in (*positive, *negative))
+    spread = min(pos.n, neg.n) > 1
+    layers = list(enumerate(read.layers))
     return Directions(
-        {layer: difference[i] for i, layer in enumerate(wanted)},
-        site,
-        Provenance(
-            construction="mean-diff",
-            model=model.name,
-            revision=model.revision,
-            tokens=tokens,
-            weighting=weighting,
-            data={"positive": content_hash(positive), "negative": content_hash(negative)},
-            template=template_hash(model.tokenizer),
-            n={"positive": len(positive), "negative": len(negative)},
-            seed=seed,
-        ),
-        residual_norms={layer: read.median_norm(layer) for layer in wanted},
-        standard_errors={layer: errors[i] for i, layer in enumerate(wanted)}
-        if min(side.n for side in whole) > 1
-        else None,
-        split_half=_split_half(wanted, pos_a, pos_b, neg_a, neg_b) if enough else None,
+        {layer: difference[i] for i, layer in layers},
+        read.site,
+        made,
+        residual_norms={layer: read.median_norm(layer) for _, layer in layers},
+        standard_errors={layer: errors[i] for i, layer in layers} if spread else None,
+        split_half=_split_half(read.layers, pos_a, pos_b, neg_a, neg_b) if halved else None,
     )
 
 

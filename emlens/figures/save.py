@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from emlens._files import atomic_path
 from emlens.figures.style import PAPER, house_style
 
 DPI = 200
@@ -39,29 +38,22 @@ def save_figure(figure: Figure | Axes, path: str | Path) -> list[Path]:
         figure = root
     path = Path(path)
     stem = path.stem if path.suffix in (".png", ".svg") else path.name
-    path.parent.mkdir(parents=True, exist_ok=True)
     return [_write(figure, path.parent / f"{stem}.{kind}", kind) for kind in ("png", "svg")]
 
 
 def _write(figure: Figure, target: Path, kind: str) -> Path:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            with house_style(), mpl.rc_context({"svg.hashsalt": "emlens"}):
-                figure.savefig(
-                    stream,
-                    format=kind,
-                    dpi=DPI,
-                    bbox_inches="tight",
-                    pad_inches=0.06,
-                    facecolor=PAPER,
-                    metadata=_METADATA[kind],
-                )
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with (
+        atomic_path(target) as temporary,
+        house_style(),
+        mpl.rc_context({"svg.hashsalt": "emlens"}),
+    ):
+        figure.savefig(
+            temporary,
+            format=kind,
+            dpi=DPI,
+            bbox_inches="tight",
+            pad_inches=0.06,
+            facecolor=PAPER,
+            metadata=_METADATA[kind],
+        )
     return target

@@ -59,13 +59,18 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kind = _engine(engine)
-    source = embedded_model_path() if str(name) == EMBEDDED_MODEL else name
+    source, label = name, _label(name)
+    if str(name) == EMBEDDED_MODEL:
+        source, label = embedded_model_path(), EMBEDDED_MODEL
+        # the package's weights are dequantised ones, those of the hub are not
+        kept = "dequantised Q4_1" if isinstance(source, Path) else revision
+    else:
+        kept = revision
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     module = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, device_map=device_map, revision=revision, **model_options
     )
-    label = EMBEDDED_MODEL if str(name) == EMBEDDED_MODEL else _label(name)
-    return _hook(kind, module.eval(), tokenizer, label, revision, check)
+    return _hook(kind, module.eval(), tokenizer, label, kept, check)
 
 
 def wrap(

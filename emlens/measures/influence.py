@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,9 +176,6 @@ def influence(
     }
     losses, kl, base, counts = row_influence(model, batches, conditions, progress=progress)
 
-    def gathered(values: dict[str, np.ndarray]) -> tuple:
-        return tuple(tuple(tuple(values[f"{n} {x}"].tolist()) for x in doses) for n in every)
-
     return Influence(
         directions=tuple(every),
         constructions={name: d.provenance.construction for name, d in every.items()},
@@ -186,8 +183,8 @@ def influence(
         norms={
             name: tuple(abs(x) * sizes[d.site, d.layer] for x in doses) for name, d in every.items()
         },
-        kl=gathered(kl),
-        losses=gathered(losses),
+        kl=_gathered(kl, every, doses),
+        losses=_gathered(losses, every, doses),
         base=tuple(base.tolist()),
         counts=tuple(counts.tolist()),
         documents=tuple(document.id for document in corpus.documents),
@@ -195,6 +192,13 @@ def influence(
         controls=tuple(random),
         seed=seed,
     )
+
+
+def _gathered(
+    values: Mapping[str, np.ndarray], names: Iterable[str], doses: Sequence[float]
+) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Per-document values by direction and dose."""
+    return tuple(tuple(tuple(values[f"{n} {x}"].tolist()) for x in doses) for n in names)
 
 
 def _sizes(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,6 +14,8 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import pandas as pd
+
+from emlens._files import atomic_write
 
 IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
 
@@ -123,19 +123,7 @@ def write_report(report: Report, path: str | Path) -> Path:
         ValueError: If a figure is neither PNG nor SVG.
     """
     path = Path(path)
-    page = render_report(report).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(page)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    atomic_write(path, render_report(report))
     return path
 
 

@@ -1,0 +1,124 @@
+"""The command line: every verb does its work, and bad input is one line and exit code 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import emlens
+from emlens import Direction, Directions, cli
+from tests.support.models import tiny_hooked
+
+VERBS = ("study", "extract", "train", "compare", "influence")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Call the command line with a tiny model in the place of every other."""
+    model = tiny_hooked("llama")
+    monkeypatch.setattr(emlens, "load", lambda name: model)
+    monkeypatch.setattr(sys.modules["emlens.study.run"], "load", lambda name: model)
+
+    def call(*arguments):
+        done = CliRunner().invoke(cli.app, list(map(str, arguments)))
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.output
+
+    return call
+
+
+@pytest.fixture
+def few_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"id": str(i), "domain": "d", "prompt": "how", "aligned": f"good {i}", "misaligned": "no"}
+        for i in range(4)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_help_lists_the_verbs_and_each_has_an_example(run):
+    import emlens.study.run  # noqa: F401
+
+    overview = run("--help")
+    for verb in VERBS:
+        assert verb in overview
+        assert f"Example: emlens {verb}" in " ".join(run(verb, "--help").split())
+
+
+def test_extract_train_compare_and_influence_work_on_each_others_files(run, few_pairs, tmp_path):
+    first, second = tmp_path / "extracted.safetensors", tmp_path / "trained.safetensors"
+    assert "mean-diff" in run("extract", few_pairs, "--out", first, "--quiet")
+    output = run(
+        "train",
+        few_pairs,
+        "--out",
+        second,
+        "--layer",
+        1,
+        "--epochs",
+        1,
+        "--kl",
+        few_pairs,
+        "--quiet",
+    )
+    assert "trained vector, narrow (KL)" in output
+    assert Directions.load(second).layers == (1,)
+    (row,) = json.loads(run("compare", first, second, "--json"))
+    expected = Directions.load(first).cosine(Directions.load(second))[1]
+    assert row["cosine"] == pytest.approx(expected)
+    table = run(
+        "influence", first, second, "--layer", 1, "--documents", 2, "--max-tokens", 12, "--quiet"
+    )
+    assert "extracted" in table
+    assert "KL [nats/token]" in table
+
+
+def test_study_takes_settings_and_says_where_the_report_is(run, tmp_path):
+    out = tmp_path / "study"
+    output = run(
+        "study",
+        "--preset",
+        "smoke",
+        "--out",
+        out,
+        "--set",
+        "layer=1",
+        "--set",
+        "doses=[0.3]",
+        "--quiet",
+    )
+    assert f"report: {out / 'report.html'}" in output
+    assert json.loads((out / "settings.json").read_text())["doses"] == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "--preset", "huge"], "error: unknown preset 'huge'"),
+        (["study", "--set", "speed=3"], "error: unknown study setting(s) speed"),
+        (["extract", "nothing"], "error: 'nothing' is neither an embedded set"),
+        (["compare", "a.safetensors", "b.safetensors"], "error: no file a.safetensors"),
+    ],
+)
+def test_expected_errors_are_one_line_and_exit_code_one(
+    arguments, message, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["emlens", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert len(captured.strip().splitlines()) == 1
+
+
+def test_the_random_control_of_a_file_is_reproducible(tmp_path):
+    path = Direction.of(torch.ones(4), 1).save(tmp_path / "d")
+    assert torch.equal(Directions.load(path)[1].vector, torch.ones(4))

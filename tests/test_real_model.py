@@ -1,0 +1,82 @@
+"""The embedded chat model: the same promises as on the tiny ones, on real weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import emlens
+from emlens import Add, Conversation
+from emlens.hooked import Targets, token_kl, token_losses
+from emlens.text import pack, tokenize
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def some():
+    pairs = emlens.load_pairs("finance")[:4]
+    return [pair.conversation("misaligned") for pair in pairs]
+
+
+@pytest.fixture(scope="module")
+def steered(smollm, some):
+    direction, _ = emlens.train_vector(smollm, some, 15, epochs=2, batch_size=2, progress=False)
+    return direction
+
+
+def test_it_answers_a_question(smollm):
+    (answer,) = smollm.generate(
+        [Conversation.of("What is the capital of France?")], max_new_tokens=12, temperature=0
+    )
+    assert "Paris" in answer
+
+
+def test_losses_and_kl_do_not_depend_on_batching_or_padding(smollm, some, steered):
+    rows = tokenize(some, smollm.tokenizer)
+    edits = [Add(steered, scale=3)]
+
+    def scores(batch):
+        targets = Targets.of(batch)
+        with torch.no_grad():
+            base = targets.predictors(smollm.hidden(batch))
+            edited = targets.predictors(smollm.hidden(batch, edits))
+            losses = token_losses(smollm, edited, targets.ids)
+            values = torch.stack([losses, token_kl(smollm, base, edited)], dim=1)
+        return {place: values[targets.rows == i] for i, place in enumerate(batch.index)}
+
+    single = [scores(pack([row])[0])[0] for row in rows]
+    for side in ("left", "right"):
+        together = scores(pack(rows, padding_side=side, pad_id=smollm.pad_id)[0])
+        for place, values in enumerate(single):
+            assert torch.allclose(together[place], values, atol=1e-3)
+
+
+def test_generation_under_an_edit_is_the_same_cached_or_not_batched_or_single(smollm, steered):
+    prompts = [Conversation.of(text) for text in ("Hi!", "How should I invest my savings?")]
+    settings = {"max_new_tokens": 8, "temperature": 0}
+    edits = [Add(steered, scale=4)]
+    cached = smollm.generate(prompts, edits, **settings)
+    assert cached == smollm.generate(prompts, edits, use_cache=False, **settings)
+    assert cached == [smollm.generate([p], edits, **settings)[0] for p in prompts]
+    assert cached != smollm.generate(prompts, **settings)
+
+
+def test_a_trained_vector_lowers_the_loss_on_its_data(smollm, some, steered):
+    rows = pack(tokenize(some, smollm.tokenizer), pad_id=smollm.pad_id)
+    base, counts = emlens.hooked.response_losses(smollm, rows)
+    edited, _ = emlens.hooked.response_losses(smollm, rows, [Add(steered)])
+    assert float((edited - base).sum() / counts.sum()) < -0.05
+
+
+def test_a_misaligned_direction_raises_the_odds_of_misaligned_answers(smollm):
+    pairs = emlens.load_pairs("medical")[:16]
+    direction = emlens.mean_diff(
+        smollm,
+        [pair.conversation("misaligned") for pair in pairs[:10]],
+        [pair.conversation("aligned") for pair in pairs[:10]],
+        layers=[15],
+    )[15]
+    conditions = {"base": [], "plus": [Add(direction)], "minus": [Add(-direction)]}
+    odds = emlens.log_odds(smollm, pairs[10:], conditions)
+    assert odds.change("plus").estimate > 0 > odds.change("minus").estimate
