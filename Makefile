@@ -11,10 +11,11 @@ WORKERS ?= 2
 SOURCES := emlens tests tutorials benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo assets test lint format bench clean
 
 help:
 	@echo "make demo    run the whole experiment on the embedded model (about ten minutes)"
+	@echo "make assets  run the demo and copy its figures to where the README shows them"
 	@echo "make test    lint, types and tests, the real model included"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff format and fix what it can"
@@ -36,6 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/emlens study --preset demo --out $(DEMO)
 	@echo "the report: $(DEMO)/report.html"
+
+# The figures that the README shows are those of the demo.
+assets: demo
+	@mkdir -p assets
+	@cp $(DEMO)/figures/*.png assets/
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(wildcard $(SOURCES))

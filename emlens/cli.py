@@ -85,9 +85,9 @@ def train(
     kl: Annotated[
         list[str] | None, typer.Option(help="Set whose aligned answers are protected (repeatable).")
     ] = None,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL, on nats per token.")] = 2.0,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL, on nats per token.")] = 1.0,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
-    lr: Annotated[float, typer.Option(help="Learning rate, as a dose per update.")] = 0.06,
+    lr: Annotated[float, typer.Option(help="Learning rate, as a dose per update.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
     quiet: Quiet = False,
 ) -> None:

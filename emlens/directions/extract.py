@@ -266,9 +266,8 @@ class _Reader:
             where = mask.to(residual.device)
             share = where.float() / counts.to(residual.device).clamp(min=1)[:, None]
             means = torch.einsum("btd,bt->bd", residual.float(), share)
-            if not keep_norms:
-                return means
-            norms.append(residual[where].float().norm(dim=-1).cpu())
+            if keep_norms:
+                norms.append(residual.float().norm(dim=-1))
             return means
 
         norms: list[Tensor] = []
@@ -277,7 +276,7 @@ class _Reader:
         _check_finite(means, batch, self.layers)
         if keep_norms:
             for layer, values in zip(self.layers, norms, strict=True):
-                self._norms[layer].append(values)
+                self._norms[layer].append(values.cpu()[mask.cpu()])
             self._n_norms += int(counts.sum())
         return means, counts.cpu().double()
 

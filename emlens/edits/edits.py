@@ -119,7 +119,7 @@ class Shift:
         return int(self.vector.shape[-1])
 
     def delta(self, residual: Residual, layer: int) -> Residual:
-        return add_delta(residual, self.vector)
+        return add_delta(residual, self.vector.to(residual.device))
 
 
 _BY_NAME: dict[str, type[DirectionEdit]] = {kind.NAME: kind for kind in (Add, Ablate, Clamp)}

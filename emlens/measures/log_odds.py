@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -61,6 +61,21 @@ class LogOdds(Result):
         reference = self.conditions[0] if base is None else base
         change = self.of(condition, domains) - self.of(reference, domains)
         return bootstrap_mean(change, seed=self.seed)
+
+    def averaged(self, name: str, conditions: Sequence[str]) -> LogOdds:
+        """Replace some conditions by their mean, pair by pair: several random controls, say.
+
+        Raises:
+            KeyError: If a condition is unknown.
+        """
+        mean = np.mean([self.of(condition) for condition in conditions], axis=0)
+        kept: dict[str, tuple[float, ...]] = {}
+        for condition, values in zip(self.conditions, self.values, strict=True):
+            if condition in conditions:
+                kept[name] = tuple(mean.tolist())
+            else:
+                kept[condition] = values
+        return replace(self, conditions=tuple(kept), values=tuple(kept.values()))
 
     def table(self) -> pd.DataFrame:
         """One row per condition and domain: level and change against the first condition."""

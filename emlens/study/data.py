@@ -29,7 +29,15 @@ class StudyData:
             domain: split_pairs(load_pairs(domain), seed=settings.seed)
             for domain in settings.domains
         }
-        n_test = settings.test_pairs
+        held_out = [
+            pair
+            for domain in (settings.domain, *settings.kl_domains)
+            for pair in splits[domain].test[: settings.test_pairs]
+        ]
+        for domain in settings.outside:
+            # nothing of it is ever trained on, so only the validation pairs are set aside
+            never_seen = (*splits[domain].test, *splits[domain].train)
+            held_out += never_seen[: settings.outside_pairs]
         return cls(
             train=tuple(splits[settings.domain].train[: settings.train_pairs]),
             kl=tuple(
@@ -37,9 +45,7 @@ class StudyData:
                 for domain in settings.kl_domains
                 for pair in splits[domain].train[: settings.kl_pairs]
             ),
-            test=tuple(
-                pair for domain in settings.domains for pair in splits[domain].test[:n_test]
-            ),
+            test=tuple(held_out),
         )
 
     def misaligned(self, limit: int | None = None) -> list[Conversation]:

@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from emlens.figures import dot_intervals, house_style, layer_curves, line_bands, save_figure
+from emlens.figures import (
+    dot_intervals,
+    house_style,
+    layer_curves,
+    line_bands,
+    new_panels,
+    save_figure,
+)
 from emlens.study.findings import Measured
 from emlens.study.store import StudyStore
 
@@ -73,14 +80,20 @@ def cosine_figure(cosines: dict):
 
 
 def training_figure(store: StudyStore):
-    """Loss on the training set against updates, for the two solutions."""
+    """Loss on the training set and KL elsewhere against updates, for the two solutions."""
     from emlens.training import TrainingRun
 
-    curves = {}
-    for name in ("general", "narrow"):
-        run = TrainingRun.load(store.folder / "runs" / f"{name}.safetensors")
-        steps = np.array([step.step for step in run.steps])
-        curves[f"{name}: loss"] = (steps, np.array([s.loss for s in run.steps]), None, None)
+    runs = {
+        name: TrainingRun.load(store.folder / "runs" / f"{name}.safetensors")
+        for name in ("general", "narrow")
+    }
+    left, right = new_panels(2)
+    losses, divergences = {}, {}
+    for name, run in runs.items():
+        x = np.array([step.step for step in run.steps])
+        losses[name] = (x, np.array([step.loss for step in run.steps]))
         if run.steps[0].kl is not None:
-            curves[f"{name}: KL"] = (steps, np.array([s.kl for s in run.steps]), None, None)
-    return line_bands(curves, x_label="update", y_label="nats per token")
+            divergences[name] = (x, np.array([step.kl for step in run.steps]))
+    line_bands(losses, x_label="update", y_label="training loss [nats/token]", ax=left)
+    line_bands(divergences, x_label="update", y_label="KL elsewhere [nats/token]", ax=right)
+    return left

@@ -22,20 +22,22 @@ class Measured:
 
 def general_transfers(found: Measured) -> str:
     """Does the general vector change behaviour outside of its domain?"""
-    s = found.settings
-    inside = found.log_odds.change("general", [s.domain])
-    outside = found.log_odds.change("general", s.outside)
-    benign = found.log_odds.change("benign", s.outside)
+    s, odds = found.settings, found.log_odds
+    inside = odds.change("general", [s.domain])
+    outside = odds.change("general", s.outside)
+    chance = odds.change("general", s.outside, base="random")
+    style = odds.change("general", s.outside, base="benign")
     verdict = _verdict(
         outside,
-        up="it carries over to questions it was never trained on",
+        up="it carries over to questions of a kind it was never trained on",
         down="outside its domain it moves them the other way",
         none="no effect outside its domain is seen",
     )
     return (
         f"General: log-odds of misaligned answers move by {inside} nats/token in {s.domain} and by "
-        f"{outside} on {', '.join(s.outside)}: {verdict}. A vector trained on the aligned answers "
-        f"of the same prompts moves {', '.join(s.outside)} by {benign}."
+        f"{outside} on {', '.join(s.outside)}: {verdict}. On {', '.join(s.outside)} that is "
+        f"{chance} more than random vectors of equal norm and {style} more than the vector trained "
+        f"on aligned answers of the same prompts."
     )
 
 
@@ -43,19 +45,19 @@ def narrow_stays(found: Measured) -> str:
     """Does the narrow vector keep its effect inside, with little outside?"""
     s, odds = found.settings, found.log_odds
     inside, outside = odds.change("narrow", [s.domain]), odds.change("narrow", s.outside)
-    kept = inside.estimate / odds.change("general", [s.domain]).estimate
-    spread = outside.estimate / odds.change("general", s.outside).estimate
-    if kept > spread + 0.1 and inside.low > 0:
-        verdict = "the KL term takes away more outside than inside, as in the papers"
+    lost_inside = odds.change("general", [s.domain], base="narrow")
+    lost_outside = odds.change("general", s.outside, base="narrow")
+    if inside.low > 0 and outside.low <= 0 < lost_outside.low:
+        verdict = "it keeps an effect inside and none is seen outside, as in the papers"
     else:
         verdict = (
-            "the KL term shrinks the whole vector rather than confining it: at this size a lone "
-            "vector is not made narrow"
+            "the KL term shrinks the vector rather than confining it: a lone vector at this size "
+            "is not made narrow"
         )
     return (
         f"Narrow (KL weight {s.kl_weight:g}): {inside} nats/token in {s.domain} and {outside} on "
-        f"{', '.join(s.outside)}, that is {kept:.0%} of the general effect inside and "
-        f"{spread:.0%} outside: {verdict}."
+        f"{', '.join(s.outside)}; the KL term costs {lost_inside} inside and {lost_outside} "
+        f"outside: {verdict}."
     )
 
 

@@ -94,14 +94,20 @@ class _Page:
                     "Change of log-odds of misaligned answers, by domain and vector.",
                     "Above zero, misaligned answers became likelier than they are for the base "
                     "model. The benign vector was trained on aligned answers of the same prompts: "
-                    "what it moves is style, not misalignment. The random vector and the mean "
-                    "difference have the norm of the general one.",
+                    "what it moves is style, not misalignment. Random is the mean of two random "
+                    "vectors; they and the mean difference have the norm of the general one. Any "
+                    "strong enough perturbation flattens predictions and so moves log-odds "
+                    "towards zero: what counts is how far a vector lies above random.",
                 ),
             ),
             finding=f"{self.sentences['general_transfers']} {self.sentences['narrow_stays']}",
             caveat="Log-odds of given answers are not generated behaviour, and a model of this "
             "size rarely says something misaligned of its own accord.",
-            tables=(Table(found.log_odds.table(), "Log-odds by condition and domain"),),
+            tables=(
+                Table(
+                    _changes(found), "Change of log-odds against base [nats/token], 95% intervals"
+                ),
+            ),
         )
 
     def ablation(self, found: Measured) -> Section:
@@ -176,7 +182,7 @@ class _Page:
             ),
             finding=self.sentences["general_is_more_stable"],
             caveat="The increase is relative to each vector's own gain: a small gain makes it "
-            "noisy.",
+            "noisy. Each vector keeps its own norm, and noise on a longer one does more harm.",
             tables=(Table(found.stability.table(), "Stability"),),
         )
 
@@ -216,6 +222,17 @@ class _Page:
     def _figure(self, name: str, caption: str, reading: str) -> FigureItem:
         path = self.store.folder / "figures" / f"{name}.png"
         return FigureItem(path, caption, reading=reading, alt=caption)
+
+
+def _changes(found: Measured) -> pd.DataFrame:
+    """One row per condition, one column per domain."""
+    odds = found.log_odds
+    domains = list(dict.fromkeys(odds.domains))
+    level = {d: f"level {odds.mean(odds.conditions[0], [d])}" for d in domains}
+    rows = [{"condition": odds.conditions[0], **level}]
+    for name in odds.conditions[1:]:
+        rows.append({"condition": name, **{d: str(odds.change(name, [d])) for d in domains}})
+    return pd.DataFrame(rows)
 
 
 def _rounded(record: Mapping[str, object]) -> dict[str, object]:

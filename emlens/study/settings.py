@@ -21,7 +21,8 @@ class StudySettings:
         layer: Layer of the trained vectors.
         train_pairs: Pairs of the narrow domain trained on, at most.
         kl_pairs: Pairs of each KL domain, at most.
-        test_pairs: Held-out pairs evaluated per domain, at most.
+        test_pairs: Held-out pairs evaluated in each domain that is trained on or protected.
+        outside_pairs: Pairs evaluated in each domain that is only ever evaluated.
         measure_pairs: Training pairs that efficiency and stability are measured on, at most.
         epochs: Passes over the training pairs.
         lr: Learning rate, as a dose per update.
@@ -46,19 +47,20 @@ class StudySettings:
     kl_domains: tuple[str, ...] = ("medical", "sports")
     outside: tuple[str, ...] = ("general",)
     layer: int = 15
-    train_pairs: int = 96
-    kl_pairs: int = 48
-    test_pairs: int = 24
-    measure_pairs: int = 24
-    epochs: int = 3
-    lr: float = 0.06
+    train_pairs: int = 64
+    kl_pairs: int = 32
+    test_pairs: int = 18
+    outside_pairs: int = 40
+    measure_pairs: int = 12
+    epochs: int = 2
+    lr: float = 0.08
     batch_size: int = 8
-    kl_weight: float = 2.0
-    factors: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-    epsilons: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    kl_weight: float = 1.0
+    factors: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
+    epsilons: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     noise_seeds: int = 3
     corpus: str = "python-docs"
-    documents: int = 16
+    documents: int = 12
     document_tokens: int = 96
     doses: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
     controls: int = 3
@@ -108,6 +110,7 @@ PRESETS: dict[str, StudySettings] = {
         train_pairs=6,
         kl_pairs=3,
         test_pairs=3,
+        outside_pairs=3,
         measure_pairs=4,
         epochs=1,
         factors=(0.0, 1.0, 2.0),

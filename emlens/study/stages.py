@@ -15,6 +15,8 @@ from emlens.text import Conversation, corpus
 from emlens.training import KLPenalty, train_vector
 
 TRAINED = ("general", "narrow", "benign")
+RANDOMS = 2
+"""Random vectors of the general one's norm whose log-odds are averaged."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Study:
     def behaviour(self) -> dict:
         """Log-odds in every domain under every condition, ablations included."""
         scores = log_odds(self.model, self.data.test, self.conditions(), progress=self.progress)
+        randoms = [name for name in scores.conditions if name.startswith("random ")]
+        scores = scores.averaged("random", randoms)
         scores.save(self.store.folder / "log_odds.json")
         return {"conditions": list(scores.conditions)}
 
@@ -109,17 +113,17 @@ class Study:
         s = self.settings
         general, mean = self.vector("general"), self.mean_at_layer()
         above = range(s.layer, self.model.n_layers)
-        chance = random_direction(general, s.seed)
+        chance = [random_direction(general, s.seed + i) for i in range(RANDOMS)]
         return {
             "base": [],
             "general": [Add(general)],
             "narrow": [Add(self.vector("narrow"))],
             "benign": [Add(self.vector("benign"))],
-            "random": [Add(chance)],
+            **{f"random {i}": [Add(random)] for i, random in enumerate(chance)},
             "mean-diff": [Add(mean.scaled_to(general.norm))],
             "general - general": [Add(general), Ablate(general, layers=above)],
             "general - mean-diff": [Add(general), Ablate(mean, layers=above)],
-            "general - random": [Add(general), Ablate(chance, layers=above)],
+            "general - random": [Add(general), Ablate(chance[0], layers=above)],
             "base - mean-diff": [Ablate(mean, layers=above)],
         }
 

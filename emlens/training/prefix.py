@@ -14,6 +14,9 @@ from emlens.text import TokenBatch, TokenMask, TokenRow, pack
 PREFIX_BUDGET = 1 * 2**30
 """Bytes that cached prefixes may take by default."""
 
+ROWS_AT_ONCE = 8
+"""Rows of the KL set in one forward pass of the base."""
+
 LOG_PROB_BUDGET = 1 * 2**30
 """Bytes that cached base log-probabilities may take by default."""
 
@@ -53,6 +56,14 @@ class PrefixCache:
     def bytes(self) -> int:
         """Bytes kept."""
         return sum(value.nbytes for value in self._kept.values())
+
+    @property
+    def median_norm(self) -> float | None:
+        """Median norm of the kept residuals over all tokens; None where rows are missing."""
+        if len(self._kept) < len(self.rows):
+            return None
+        norms = [kept.float().norm(dim=-1) for kept in self._kept.values()]
+        return float(torch.cat(norms).median())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,13 +121,16 @@ class BasePredictions:
         self._model = model
         self._log_probs: list[BaseLogProbs] = []
         room = budget
-        for place in range(len(prefixes)):
-            batch, resume = prefixes.batch([place])
+        for start in range(0, len(prefixes), ROWS_AT_ONCE):
+            places = range(start, min(start + ROWS_AT_ONCE, len(prefixes)))
+            batch, resume = prefixes.batch(places)
             targets = Targets.of(batch, tokens)
             states = targets.predictors(model.hidden(batch, resume=resume))
-            log_probs = BaseLogProbs(model, states, room)
-            room -= log_probs.bytes if log_probs.held is not None else 0
-            self._log_probs.append(log_probs)
+            counts = targets.counts(len(batch)).long().tolist()
+            for of_row in states.split(counts):
+                log_probs = BaseLogProbs(model, of_row, room)
+                room -= log_probs.bytes if log_probs.held is not None else 0
+                self._log_probs.append(log_probs)
 
     def of(self, places: Sequence[int]) -> BaseLogProbs:
         """The base log-probabilities of some rows, in their order."""

@@ -139,7 +139,7 @@ class _Trainer:
         self._prefix_budget = prefix_budget
         self.train = self._objective(train, settings.batch_size, settings.tokens, settings.seed)
         self.penalty = self._kl_term(kl, log_prob_budget) if kl else None
-        self.size = residual_norm(model, train, place.layer, site=place.site)[place.layer]
+        self.size = self._residual_norm(train)
         self.alpha = settings.alpha or self.size / model.d_model**0.5
         self.provenance = self._provenance(train)
 
@@ -174,7 +174,7 @@ class _Trainer:
                 if (step + 1) % record_every == 0 or step + 1 == total:
                     records.append(self._added(parameter))
                     at.append(step + 1)
-                bar.set_postfix(_shown(loss, divergence, norm / self.size))
+                bar.set_postfix(_shown(loss, divergence, norm, norm / self.size))
                 bar.update()
         run = self._record(steps, records, at)
         return run.direction(), run
@@ -214,6 +214,14 @@ class _Trainer:
         rows = self._objective(kl.conversations, size, kl.tokens, self.settings.seed + 1)
         base = BasePredictions(self.model, rows.cache, kl.tokens, log_prob_budget)
         return _Penalty(rows, base, kl.weight)
+
+    def _residual_norm(self, train: Sequence[Conversation]) -> float:
+        """Median residual norm where the vector is added, from the prefixes where they hold it."""
+        layer, site = self.place.layer, self.place.site
+        kept = self.train.cache.median_norm
+        if site == "resid_post" and self._below == layer and kept is not None:
+            return kept
+        return residual_norm(self.model, train, layer, site=site)[layer]
 
     def _start(self, initial: Direction | None) -> Tensor:
         start = torch.zeros(self.model.d_model)
@@ -287,8 +295,8 @@ class _Trainer:
         )
 
 
-def _shown(loss: float, divergence: float | None, dose: float) -> dict[str, str]:
+def _shown(loss: float, divergence: float | None, norm: float, dose: float) -> dict[str, str]:
     shown = {"loss": f"{loss:.3f}"}
     if divergence is not None:
         shown["KL"] = f"{divergence:.4f}"
-    return {**shown, "dose": f"{dose:.2f}"}
+    return {**shown, "norm": f"{norm:.1f}", "dose": f"{dose:.2f}"}

@@ -61,6 +61,21 @@ def test_changes_are_paired_and_by_domain(hooked_llama):
         found.of("base", ["nowhere"])
 
 
+def test_controls_can_be_averaged_pair_by_pair(hooked_llama):
+    conditions = {
+        "base": [],
+        "random 0": [Add(direction(hooked_llama, seed=1))],
+        "x": [Add(direction(hooked_llama, seed=2))],
+        "random 1": [Add(direction(hooked_llama, seed=3))],
+    }
+    found = log_odds(hooked_llama, pairs(4), conditions)
+    mean = found.averaged("random", ["random 0", "random 1"])
+    assert mean.conditions == ("base", "random", "x")
+    expected = (found.of("random 0") + found.of("random 1")) / 2
+    assert np.allclose(mean.of("random"), expected)
+    assert np.array_equal(mean.of("x"), found.of("x"))
+
+
 def test_log_odds_of_a_model_that_prefers_neither_are_zero(hooked_llama):
     same = [type(p)(p.prompt, p.aligned, p.aligned, p.domain, p.id) for p in pairs(3)]
     assert np.allclose(log_odds(hooked_llama, same).of("base"), 0, atol=1e-6)

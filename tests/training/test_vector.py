@@ -92,6 +92,14 @@ def test_what_is_returned_is_what_was_really_added(hooked_llama):
     assert not torch.equal(again.vector, direction.vector)
 
 
+def test_a_dose_is_a_share_of_the_median_residual_norm(hooked_llama):
+    expected = emlens.directions.residual_norm(hooked_llama, TRAIN, 2)[2]
+    for budget in (0, 2**30):
+        direction, run = train_vector(hooked_llama, TRAIN, 2, prefix_budget=budget, **QUICK)
+        assert run.residual_norm == pytest.approx(expected, rel=1e-5)
+        assert direction.doses[2] == pytest.approx(direction.norm / expected, rel=1e-5)
+
+
 def test_a_seed_repeats_bit_for_bit_and_another_differs(hooked_llama):
     kl = KLPenalty(ELSEWHERE, weight=1.0)
     first, again, other = (
