@@ -66,4 +66,6 @@ def _plain(value: object) -> object:
 
 
 def _frozen(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emlens._stats import Interval
+from emlens._stats import Interval, bootstrap_mean
 from emlens.measures import Efficiency, Influence, LogOdds, Stability
 from emlens.study.settings import StudySettings
+
+ABLATED = ("general", "mean-diff", "random")
+"""What is ablated in the general organism."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +45,39 @@ def general_transfers(found: Measured) -> str:
 
 
 def narrow_stays(found: Measured) -> str:
-    """Does the narrow vector keep its effect inside, with little outside?"""
+    """Is the narrow vector more than a weaker general one?"""
     s, odds = found.settings, found.log_odds
     inside, outside = odds.change("narrow", [s.domain]), odds.change("narrow", s.outside)
-    lost_inside = odds.change("general", [s.domain], base="narrow")
-    lost_outside = odds.change("general", s.outside, base="narrow")
-    if inside.low > 0 and outside.low <= 0 < lost_outside.low:
-        verdict = "it keeps an effect inside and none is seen outside, as in the papers"
-    else:
-        verdict = (
-            "the KL term shrinks the vector rather than confining it: a lone vector at this size "
-            "is not made narrow"
-        )
+    kept = inside.estimate / odds.change("general", [s.domain]).estimate
+    confined = _beyond_scaling(odds, kept, s.outside)
+    verdict = _verdict(
+        confined,
+        up="it spreads more than a general vector of that strength would",
+        down="the KL term confines it, as in the papers",
+        none="it is no more confined than a weaker general vector would be: at this size a lone "
+        "vector is not made narrow",
+    )
     return (
-        f"Narrow (KL weight {s.kl_weight:g}): {inside} nats/token in {s.domain} and {outside} on "
-        f"{', '.join(s.outside)}; the KL term costs {lost_inside} inside and {lost_outside} "
-        f"outside: {verdict}."
+        f"Narrow (KL weight {s.kl_weight:g}): {inside} nats/token in {s.domain}, {kept:.0%} of the "
+        f"general effect, and {outside} on {', '.join(s.outside)}; against the general vector's "
+        f"effect scaled down to {kept:.0%} that is {confined}: {verdict}."
     )
 
 
 def ablation_undoes(found: Measured) -> str:
     """What does ablation of the two directions do to the general organism?"""
     s, odds = found.settings, found.log_odds
-    before = odds.change("general", [s.domain]).estimate
-    parts = []
-    for name in ("general", "mean-diff", "random"):
-        after = odds.change(f"general - {name}", [s.domain])
-        parts.append(f"{name} {1 - after.estimate / before:.0%} (leaving {after})")
+    left = {name: odds.change(f"general - {name}", [s.domain]) for name in ABLATED}
+    gone = {name: odds.change(f"general - {name}", [s.domain], base="general") for name in ABLATED}
+    said = {
+        name: _verdict(gone[name], up="raised", down="lowered", none="not changed")
+        for name in ABLATED
+    }
+    parts = [f"ablating {name} it is {said[name]}, to {left[name]}" for name in ABLATED]
     return (
-        f"Ablation in the general organism takes away, of the effect in {s.domain}: "
-        + "; ".join(parts)
-        + f" nats/token. Ablating the mean difference in the base model alone moves it by "
+        f"Ablation in the general organism, whose effect in {s.domain} is "
+        f"{odds.change('general', [s.domain])} nats/token: {'; '.join(parts)}. Ablating the mean "
+        f"difference in the base model alone moves it by "
         f"{odds.change('base - mean-diff', [s.domain])}."
     )
 
@@ -150,6 +155,13 @@ ALL = (
 def findings(found: Measured) -> dict[str, str]:
     """All findings by name."""
     return {finding.__name__: finding(found) for finding in ALL}
+
+
+def _beyond_scaling(odds: LogOdds, kept: float, domains: tuple[str, ...]) -> Interval:
+    """Effect of narrow minus `kept` times that of general, pair by pair."""
+    base = odds.of("base", domains)
+    narrow, general = odds.of("narrow", domains) - base, odds.of("general", domains) - base
+    return bootstrap_mean(narrow - kept * general, seed=odds.seed)
 
 
 def _verdict(interval: Interval, *, up: str, down: str, none: str) -> str:

@@ -42,7 +42,7 @@ def test_a_failure_leaves_the_old_files_and_no_rubbish(tmp_path, monkeypatch):
     before = [path.read_bytes() for path in save_figure(draw(), tmp_path / "kept")]
 
     def fail(self, stream, **options):
-        stream.write(b"half")
+        stream.write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(Figure, "savefig", fail)

@@ -39,7 +39,7 @@ def plain_step(model, layer, vector, kl_weight, tokens="response"):
     edited = logits(ELSEWHERE, 1.0)[0].log_softmax(-1)
     kl = (base.exp() * (base - edited)).sum(-1).mean()
     (loss + kl_weight * kl).backward()
-    return float(loss), float(kl), weights.grad
+    return loss.item(), kl.item(), weights.grad
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -186,7 +186,7 @@ def test_training_inside_of_edited_keeps_those_edits_in_force(hooked_llama):
 def test_a_loss_that_is_not_finite_stops_with_the_batch_and_keeps_the_run(hooked_llama):
     with pytest.raises(TrainingStopped, match=r"is not finite on the batch .*bad-\d") as stopped:
         train_vector(
-            hooked_llama, TRAIN, 1, lr=1e38, warmup=1, epochs=9, batch_size=3, progress=False
+            hooked_llama, TRAIN, 1, lr=1e30, warmup=1, epochs=9, batch_size=3, progress=False
         )
     kept = stopped.value.run
     assert len(kept.steps) >= 1
