@@ -105,10 +105,12 @@ def pack(
             once or never. `batch.index` and `restore` give the order back.
 
     Raises:
-        ValueError: If a row is empty, or the budget or the side is not one.
+        ValueError: If a row is empty, or the budget, `max_rows` or the side is not one.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, not {token_budget}")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, not {max_rows}")
     if padding_side not in ("left", "right"):
         raise ValueError(f"unknown padding side {padding_side!r}; choose 'left' or 'right'")
     for row in rows:

@@ -77,6 +77,7 @@ def tokenize(
         TypeError: If the tokenizer is not a fast one.
     """
     _check_tokenizer(tokenizer)
+    _check_limit(max_tokens)
     rows = []
     for conversation, name in zip(conversations, names(conversations), strict=True):
         rendering = render(tokenizer, conversation, name, generation_prompt)
@@ -95,7 +96,11 @@ def tokenize_documents(
 
     Special tokens are those that the tokenizer adds by itself: a BOS for models trained with
     one. No token belongs to a response.
+
+    Raises:
+        ValueError: If a text begins with two BOS tokens, or `max_tokens` is below 1.
     """
+    _check_limit(max_tokens)
     rows = []
     for document in documents:
         ids = tokenizer(document.text, verbose=False)["input_ids"]
@@ -121,9 +126,14 @@ def _row(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, name: str) ->
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
     n = len(ids)
+    # Some tokenizers add runs of spaces as tokens; those end no turn.
+    closing = [
+        token in special and bool(rendering.text[start:end].strip())
+        for token, (start, end) in zip(ids, offsets, strict=True)
+    ]
     response, assistant = [False] * n, [False] * n
     for turn in rendering.turns:
-        last = _last_token(turn, ids, offsets, special)
+        last = _last_token(turn, offsets, closing)
         for i in range(n):
             start, end = offsets[i]
             if start == end or i > last:
@@ -135,12 +145,10 @@ def _row(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, name: str) ->
     return row
 
 
-def _last_token(
-    turn: Turn, ids: list[int], offsets: list[tuple[int, int]], special: set[int]
-) -> int:
+def _last_token(turn: Turn, offsets: list[tuple[int, int]], closing: list[bool]) -> int:
     """The turn's end-of-turn token, or the last of its content where there is none."""
     inside = [i for i, (a, b) in enumerate(offsets) if a != b and a < turn.end and b > turn.content]
-    after = [i for i in inside if offsets[i][0] >= turn.content_end and ids[i] in special]
+    after = [i for i in inside if offsets[i][0] >= turn.content_end and closing[i]]
     if after:
         return after[0]
     return max((i for i in inside if offsets[i][0] < turn.content_end), default=-1)
@@ -183,6 +191,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer of {name} is a slow one; masks need the offsets of a fast tokenizer "
             "(AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
+
+
+def _check_limit(max_tokens: int | None) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
 
 
 def _check_bos(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -49,6 +49,21 @@ THINKING = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MOVED_SYSTEM = (
+    "{{ bos_token }}{% set sys = messages[0]['content'] if messages[0]['role'] == 'system' %}"
+    "{% set rest = messages[1:] if messages[0]['role'] == 'system' else messages %}"
+    "{% set asked = rest | selectattr('role', 'equalto', 'user') | list | length %}"
+    "{% set seen = namespace(users=0) %}{% for message in rest %}"
+    "{% if message['role'] == 'user' %}{% set seen.users = seen.users + 1 %}"
+    "[INST] {% if sys and seen.users == asked %}{{ sys }}\n\n{% endif %}"
+    "{{ message['content'] }} [/INST]"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+OPENED_THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 
 
 def _tokenizer(template: str | None, special: list[str], **roles: str) -> PreTrainedTokenizerFast:
@@ -127,3 +142,17 @@ def thinking_tokenizer() -> PreTrainedTokenizerFast:
 def bare_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer without a chat template."""
     return _tokenizer(None, ["<unk>"], unk_token="<unk>", eos_token="<unk>")
+
+
+def moved_system_tokenizer() -> PreTrainedTokenizerFast:
+    """As Mistral v0.3: the system message is put into the last user message."""
+    fast = mistral_tokenizer()
+    fast.chat_template = MOVED_SYSTEM
+    return fast
+
+
+def opened_thinking_tokenizer() -> PreTrainedTokenizerFast:
+    """As QwQ: a turn to be answered opens a thinking block, an answered one has none."""
+    fast = chatml_tokenizer()
+    fast.chat_template = OPENED_THINKING
+    return fast
