@@ -14,20 +14,23 @@ import sys
 import time
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import emlens
+from emlens.hooked.embedded import embedded_model_path
+
+PAIRS = 32
 
 
 def conversations(copies: int) -> tuple[list, list]:
     """Both sides of the embedded medical set, repeated."""
-    pairs = emlens.load_pairs("medical") * copies
+    pairs = emlens.load_pairs("medical")[:PAIRS] * copies
     sides = ("misaligned", "aligned")
     return tuple([pair.conversation(side) for pair in pairs] for side in sides)
 
 
-def bare_seconds(model, data) -> float:
+def bare_seconds(body, model, data) -> float:
     """The decoder's own forward pass over the same batches, LM head left out."""
-    body = model.module.base_model
     start = time.perf_counter()
     with torch.no_grad():
         for side in data:
@@ -64,12 +67,13 @@ def main() -> None:
         extraction_seconds(model, conversations(arguments.peak))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    data = tuple(side[:48] for side in conversations(1))
+    data = tuple(side * 2 for side in conversations(1))
     n_tokens = sum(batch.n_tokens for side in data for batch in model.batches(side))
-    bare_seconds(model, data)
+    body = AutoModelForCausalLM.from_pretrained(embedded_model_path()).eval().base_model
+    bare_seconds(body, model, data)
     bare, ours = [], []
     for _ in range(arguments.rounds):
-        bare.append(bare_seconds(model, data))
+        bare.append(bare_seconds(body, model, data))
         ours.append(extraction_seconds(model, data))
     print(f"tokens: {n_tokens}, layers read: {model.n_layers}")
     print(f"bare forward: {n_tokens / min(bare):8.0f} tokens/s")

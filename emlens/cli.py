@@ -87,7 +87,7 @@ def train(
     ] = None,
     kl_weight: Annotated[float, typer.Option(help="Weight of the KL, on nats per token.")] = 1.0,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
-    lr: Annotated[float, typer.Option(help="Learning rate, as a dose per update.")] = 0.1,
+    lr: Annotated[float, typer.Option(help="Learning rate, as a dose per update.")] = 0.08,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
     quiet: Quiet = False,
 ) -> None:

@@ -59,7 +59,7 @@ class VectorSettings:
     """
 
     epochs: int = 3
-    lr: float = 0.1
+    lr: float = 0.08
     batch_size: int = 8
     alpha: float | None = None
     warmup: int = 5
