@@ -228,11 +228,17 @@ def _changes(found: Measured) -> pd.DataFrame:
     """One row per condition, one column per domain."""
     odds = found.log_odds
     domains = list(dict.fromkeys(odds.domains))
-    level = {d: f"level {odds.mean(odds.conditions[0], [d])}" for d in domains}
+    level = {d: _unbroken(f"level {odds.mean(odds.conditions[0], [d])}") for d in domains}
     rows = [{"condition": odds.conditions[0], **level}]
     for name in odds.conditions[1:]:
-        rows.append({"condition": name, **{d: str(odds.change(name, [d])) for d in domains}})
+        changes = {d: _unbroken(str(odds.change(name, [d]))) for d in domains}
+        rows.append({"condition": name, **changes})
     return pd.DataFrame(rows)
+
+
+def _unbroken(interval: str) -> str:
+    """An interval that a narrow column does not break inside of its brackets."""
+    return interval.replace(", ", ",\u00a0")
 
 
 def _rounded(record: Mapping[str, object]) -> dict[str, object]:
