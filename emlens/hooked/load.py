@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import cast
 
@@ -17,8 +16,6 @@ from emlens.hooked.nnsight_engine import NNsightModel
 
 ENGINES: dict[str, type[HookedModel]] = {"nnsight": NNsightModel}
 """The engines there are, by name."""
-
-log = logging.getLogger(__name__)
 
 
 def load(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from emlens.study.report import write_report
 from emlens.study.settings import StudySettings, preset
 from emlens.study.stages import TRAINED, Study
 from emlens.study.store import StudyStore
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
