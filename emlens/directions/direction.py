@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Site, check_site
+from emlens.hooked import Site, SiteName, check_site, hook_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ class Directions:
     def __init__(
         self,
         vectors: Mapping[int, Float[Tensor, " d_model"]],
-        site: Site,
+        site: SiteName,
         provenance: Provenance,
         *,
         residual_norms: Mapping[int, float] | None = None,
@@ -46,7 +46,7 @@ class Directions:
         split_half: Mapping[int, float] | None = None,
     ) -> None:
         self._vectors = _checked(vectors)
-        self.site: Site = check_site(site)
+        self.site: Site = check_site(site, layers=self._vectors)
         self.provenance = provenance
         self.residual_norms = MappingProxyType(dict(residual_norms or {}))
         errors = {layer: _plain(error) for layer, error in (standard_errors or {}).items()}
@@ -151,13 +151,14 @@ class Directions:
     # -- showing and keeping ------------------------------------------------------------------
 
     def table(self) -> pd.DataFrame:
-        """One row per layer: norm, dose at scale 1, relative standard error, split-half cosine."""
+        """One row per layer: TransformerLens' hook, norm, dose, error, split-half cosine."""
         import pandas as pd
 
         doses, norms = self.doses, self.norms
         rows = [
             {
                 "layer": layer,
+                "hook": hook_name(layer, self.site),
                 "norm": norms[layer],
                 "dose": doses.get(layer),
                 "standard error / norm": self._relative_error(layer),
@@ -279,7 +280,7 @@ class Direction(Directions):
         cls,
         vector: Float[Tensor, " d_model"],
         layer: int,
-        site: Site = "resid_post",
+        site: SiteName = "resid_post",
         construction: str = "given",
         residual_norm: float | None = None,
     ) -> Direction:

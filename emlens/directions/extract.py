@@ -14,7 +14,15 @@ from tqdm.auto import tqdm
 from emlens.directions.direction import Direction, Directions, cosine
 from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Edit, HookedModel, Layers, Site, check_layers, check_site
+from emlens.hooked import (
+    Edit,
+    HookedModel,
+    Layers,
+    Site,
+    SiteName,
+    check_layers,
+    check_site,
+)
 from emlens.text import Conversation, Corpus, TokenBatch, TokenMask, content_hash, template_hash
 
 Weighting = Literal["token", "conversation"]
@@ -29,7 +37,7 @@ def mean_diff(
     negative: Sequence[Conversation],
     *,
     tokens: TokenMask = "response",
-    site: Site = "resid_post",
+    site: SiteName = "resid_post",
     layers: Layers = "all",
     weighting: Weighting = "token",
     edits: Sequence[Edit] = (),
@@ -68,7 +76,7 @@ def mean_diff(
     if weighting not in ("token", "conversation"):
         raise ValueError(f"unknown weighting {weighting!r}; choose 'token' or 'conversation'")
     wanted = check_layers(layers, model.n_layers)
-    check_site(site, model.sites, model.name)
+    site = check_site(site, model.sites, model.name, wanted)
     read = _Reader(model, wanted, site, tokens, weighting, tuple(edits), seed, progress)
     sides: dict[str, tuple[Moments, Moments]] = {}
     for label, conversations in (("positive", positive), ("negative", negative)):
@@ -119,7 +127,7 @@ def edit_diff(
     edits: Sequence[Edit],
     *,
     tokens: TokenMask = "response",
-    site: Site = "resid_post",
+    site: SiteName = "resid_post",
     layers: Layers = "all",
     weighting: Weighting = "token",
     token_budget: int = 2048,
@@ -148,6 +156,7 @@ def edit_diff(
     if not conversations:
         raise ValueError("edit_diff needs conversations; there are none")
     wanted = check_layers(layers, model.n_layers)
+    site = check_site(site, model.sites, model.name, wanted)
     means = []
     for active, label in ((tuple(edits), "edited"), ((), "base")):
         read = _Reader(model, wanted, site, tokens, weighting, active, 0, progress)
@@ -180,7 +189,7 @@ def residual_norm(
     data: Sequence[Conversation] | Corpus,
     layers: Layers,
     *,
-    site: Site = "resid_post",
+    site: SiteName = "resid_post",
     tokens: TokenMask = "all",
     max_tokens: int | None = None,
     token_budget: int = 2048,
@@ -190,6 +199,7 @@ def residual_norm(
     Reads batches until `NORM_TOKENS` tokens are counted.
     """
     wanted = check_layers(layers, model.n_layers)
+    site = check_site(site, model.sites, model.name, wanted)
     norms: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     counted = 0
     for batch in model.batches(data, token_budget=token_budget, max_tokens=max_tokens):

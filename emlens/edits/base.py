@@ -45,7 +45,8 @@ class DirectionEdit:
         if self.where not in _WHERE:
             raise ValueError(f"unknown where {self.where!r}; choose {', '.join(_WHERE)}")
         object.__setattr__(self, "layers", tuple(self.layers) or self.direction.layers)
-        object.__setattr__(self, "site", check_site(self.site or self.direction.site))
+        named = check_site(self.site or self.direction.site, layers=self.layers)
+        object.__setattr__(self, "site", named)
         vectors = {layer: self._vector(layer) for layer in self.layers}
         object.__setattr__(self, "_placed", {(layer, "cpu"): v for layer, v in vectors.items()})
 

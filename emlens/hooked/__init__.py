@@ -13,7 +13,7 @@ from emlens.hooked.losses import (
     token_scores,
 )
 from emlens.hooked.model import HookedModel, Resume
-from emlens.hooked.sites import SITES, Layers, Site, check_layers, check_site
+from emlens.hooked.sites import SITES, Layers, Site, SiteName, check_layers, check_site, hook_name
 from emlens.hooked.sweep import Conditions, sweep_hidden
 from emlens.hooked.visit import Pool
 
@@ -28,11 +28,13 @@ __all__ = [
     "Pool",
     "Resume",
     "Site",
+    "SiteName",
     "Targets",
     "Where",
     "check_layers",
     "check_site",
     "deepest_prefix",
+    "hook_name",
     "kl_sum",
     "load",
     "loss_sum",

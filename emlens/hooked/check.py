@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emlens.hooked.sites import Site
+from emlens.hooked.state import evaluating
 from emlens.text import TokenBatch, TokenRow, pack
 
 if TYPE_CHECKING:
@@ -43,16 +44,12 @@ def self_check(model: HookedModel) -> None:
         RuntimeError: Naming what disagreed, and by how much.
     """
     batch = _probe(model)
-    was_training = model.module.training
-    model.module.eval()
-    try:
+    with evaluating(model.module):
         hidden = model.hidden(batch)
         _check_shapes(model, batch, hidden)
         _check_unembed(model, batch, hidden)
         _check_sites(model, batch)
         _check_edit(model, batch, hidden)
-    finally:
-        model.module.train(was_training)
 
 
 def _probe(model: HookedModel) -> TokenBatch:

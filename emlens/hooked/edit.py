@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from emlens.hooked.sites import Site
+from emlens.hooked.sites import Site, check_site
 from emlens.text import TokenBatch
 
 Where = Literal["all", "prompt", "response"]
@@ -52,7 +52,9 @@ def deepest_prefix(edits: Iterable[Edit]) -> int | None:
     other site the block has to run again, so it is `l - 1`.
     """
     depths = [
-        layer if edit.site == "resid_post" else layer - 1 for edit in edits for layer in edit.layers
+        layer if check_site(edit.site) == "resid_post" else layer - 1
+        for edit in edits
+        for layer in edit.layers
     ]
     return min(depths) if depths else None
 

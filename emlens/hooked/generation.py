@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from emlens.hooked.edit import Edit
+from emlens.hooked.state import evaluating, neutral_generation
 from emlens.hooked.visit import Visit
 from emlens.text import Conversation, TokenBatch, pack, tokenize
 
@@ -87,7 +86,7 @@ def generate(
     for batch in _prompt_batches(model, conversations, sampling, batch_tokens):
         visit = Visit.of_generation(batch, edits, sampling.max_new_tokens)
         settings = _settings(model, sampling, batch)
-        with torch.no_grad(), _neutral_defaults(model.module):
+        with torch.no_grad(), evaluating(model.module), neutral_generation(model.module):
             ids = model._decode(batch, visit, **settings)
         new = ids[:, batch.input_ids.shape[1] :]
         texts = model.tokenizer.batch_decode(_until_end(new, settings), skip_special_tokens=True)
@@ -141,16 +140,3 @@ def _until_end(ids: Tensor, settings: dict) -> list[list[int]]:
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
         rows.append(row[:stop])
     return rows
-
-
-@contextmanager
-def _neutral_defaults(module: PreTrainedModel) -> Iterator[None]:
-    """Set aside the checkpoint's own generation defaults (penalties, top-k) while generating."""
-    from transformers import GenerationConfig
-
-    before = module.generation_config
-    module.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        module.generation_config = before

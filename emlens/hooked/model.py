@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.edit import Edit, deepest_prefix
 from emlens.hooked.generation import Sampling, generate
-from emlens.hooked.sites import Layers, Site, check_layers, check_site
+from emlens.hooked.sites import Layers, Site, SiteName, check_layers, check_site
+from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.visit import Pool, Visit
 from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
 
@@ -124,7 +125,7 @@ class HookedModel(ABC):
         self,
         batch: TokenBatch,
         layers: Layers,
-        site: Site = "resid_post",
+        site: SiteName = "resid_post",
         pool: Pool | None = None,
         edits: Sequence[Edit] = (),
     ) -> dict[int, Tensor]:
@@ -133,7 +134,7 @@ class HookedModel(ABC):
         Args:
             batch: Tokens, `[batch, pos]`.
             layers: One layer, several, or `"all"`.
-            site: Where in each block.
+            site: Where in each block; TransformerLens' names are taken too.
             pool: Reduces each residual `[batch, pos, d_model]` on the device, in the hook.
             edits: Edits in force; a read sees those at its own point.
 
@@ -144,9 +145,10 @@ class HookedModel(ABC):
             ValueError: If a layer or site does not exist.
         """
         wanted = check_layers(layers, self.n_layers)
-        at = check_site(site, self.sites, self.name)
+        at = check_site(site, self.sites, self.name, wanted)
         visit = Visit.of(batch.to(self.device), self._in_force(edits), wanted, at, pool)
-        self._run(batch.to(self.device), visit, last=max(wanted))
+        with evaluating(self.module):
+            self._run(batch.to(self.device), visit, last=max(wanted))
         return {layer: visit.read[layer] for layer in wanted}
 
     def hidden(
@@ -174,7 +176,7 @@ class HookedModel(ABC):
         if resume is not None:
             self._check_resume(batch, active, resume)
         batch = batch.to(self.device)
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), evaluating(self.module):
             return self._run(batch, Visit.of(batch, active), last=None, resume=resume)
 
     def unembed(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
@@ -227,14 +229,8 @@ class HookedModel(ABC):
     @contextmanager
     def frozen(self) -> Iterator[HookedModel]:
         """Switch the gradients of all weights off inside the block; restored as they were."""
-        flags = [(weight, weight.requires_grad) for weight in self.module.parameters()]
-        for weight, _ in flags:
-            weight.requires_grad_(False)
-        try:
+        with frozen_weights(self.module):
             yield self
-        finally:
-            for weight, flag in flags:
-                weight.requires_grad_(flag)
 
     def prefix(self, batch: TokenBatch, layers: Layers) -> dict[int, Tensor]:
         """Return `resid_post` of `layers` as if no edit were in force: what `resume` goes on from.
@@ -283,7 +279,7 @@ class HookedModel(ABC):
                     f"{type(edit).__name__} is not an edit: it needs site, layers, where and "
                     "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
                 )
-            check_site(edit.site, self.sites, self.name)
+            check_site(edit.site, self.sites, self.name, edit.layers)
             check_layers(list(edit.layers), self.n_layers)
             width = getattr(edit, "d_model", self.d_model)
             if width != self.d_model:

@@ -48,7 +48,7 @@ class NNsightModel(HookedModel):
         }
         found: list[Tensor] = []
         with self._traced.trace(**inputs, use_cache=False) as tracer:
-            self._enter(visit, resume)
+            self._enter(visit, resume, last)
             if last is None:
                 found.append(self._norm.output)
             tracer.stop()
@@ -75,7 +75,7 @@ class NNsightModel(HookedModel):
                     self._enter(visit)
         return ids[0]
 
-    def _enter(self, visit: Visit, resume: Resume | None = None) -> None:
+    def _enter(self, visit: Visit, resume: Resume | None = None, last: int | None = None) -> None:
         """Inside a trace: skip what is resumed, then make the visit, in execution order."""
         done = -1
         if resume is not None:
@@ -85,7 +85,7 @@ class NNsightModel(HookedModel):
             for layer in range(done + 1):
                 self._blocks[layer].skip(residual)
         for layer, points in groupby(visit.points, key=lambda point: point[0]):
-            if layer > done:
+            if layer > done and (last is None or layer <= last):
                 self._enter_block(visit, layer, {site for _, site in points})
 
     def _enter_block(self, visit: Visit, layer: int, sites: set[Site]) -> None:
@@ -108,13 +108,7 @@ class NNsightModel(HookedModel):
         module = _envoy(self._blocks[layer], self.architecture.attn_out)
         value = module.output
         contribution = hidden_of(value)
-        after = visit(layer, "attn_out", contribution)
-        if before is not None:
-            # resid_mid is no module's output: what is added to it goes into attention's share
-            middle = before + after
-            edited = visit(layer, "resid_mid", middle)
-            if edited is not middle:
-                after = edited - before
+        after = visit.attention(layer, before, contribution)
         if after is not contribution:
             module.output = with_hidden(value, after)
 

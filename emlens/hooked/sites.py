@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal, get_args
 
@@ -16,31 +17,66 @@ the stream (after a post-norm, where the architecture has one), `resid_mid` is
 SITES: tuple[Site, ...] = get_args(Site)
 """All sites, in the order in which a forward pass reaches them."""
 
+SiteName = Site | str
+"""A site, by its own name or by TransformerLens': `resid_post`, `hook_resid_post`,
+`blocks.{l}.hook_resid_post`; with a number for `{l}`, it has to be the layer asked for."""
+
+_HOOK = re.compile(r"(?:blocks\.(?P<layer>\d+|\*|\{\w+\})\.)?hook_(?P<site>\w+)")
+
 Layers = int | Iterable[int] | Literal["all"]
 """One layer, several, or `"all"`. Negative numbers count from the end."""
 
 
-def check_site(site: str, available: Iterable[str] = SITES, model: str = "this model") -> Site:
-    """Return `site` when it is one of `available`.
+def check_site(
+    site: SiteName,
+    available: Iterable[str] = SITES,
+    model: str = "this model",
+    layers: Iterable[int] | None = None,
+) -> Site:
+    """Return the site that `site` names, when it is one of `available`.
 
     Args:
-        site: The name to check.
+        site: The name to check, emlens' own or TransformerLens'.
         available: The sites that exist.
         model: The name to put into the error.
+        layers: The layers it goes with: those that a TransformerLens name may carry.
 
     Raises:
-        ValueError: If the site is unknown, or the architecture does not have it.
+        ValueError: If the site is unknown, the architecture does not have it, or the name
+            carries another layer.
     """
     known = tuple(available)
+    hook = _HOOK.fullmatch(site)
+    plain = hook["site"] if hook else site
     for name in SITES:
-        if name == site:
+        if name == plain:
             if name not in known:
                 raise ValueError(
                     f"{model} has no site {site!r} (its blocks run attention and MLP in a way "
                     f"that never forms it); it has {', '.join(known)}"
                 )
+            if hook and (hook["layer"] or "").isdigit():
+                _check_numbered(site, int(hook["layer"]), layers)
             return name
-    raise ValueError(f"unknown site {site!r}; the sites are {', '.join(SITES)}")
+    raise ValueError(
+        f"unknown site {site!r}; the sites are {', '.join(SITES)}, or TransformerLens' names of "
+        "them, e.g. hook_resid_post"
+    )
+
+
+def hook_name(layer: int, site: Site) -> str:
+    """TransformerLens' name of a site: `blocks.15.hook_resid_post`."""
+    return f"blocks.{layer}.hook_{site}"
+
+
+def _check_numbered(site: str, layer: int, layers: Iterable[int] | None) -> None:
+    wanted = None if layers is None else set(layers)
+    if wanted != {layer}:
+        asked = "no layer is" if wanted is None else f"layers {sorted(wanted)} are"
+        raise ValueError(
+            f"site {site!r} names layer {layer}, but {asked} asked for; write "
+            f"'hook_{site.rsplit('hook_')[-1]}' and give the layers apart"
+        )
 
 
 def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:

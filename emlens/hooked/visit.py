@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from emlens.hooked.edit import Edit, Where, where_mask
-from emlens.hooked.sites import SITES, Site
+from emlens.hooked.sites import SITES, Site, check_site
 from emlens.text import TokenBatch
 
 Pool = Callable[[Tensor], Tensor]
@@ -49,7 +49,7 @@ class Visit:
         self._edits: dict[Point, list[Edit]] = defaultdict(list)
         for edit in edits:
             for layer in edit.layers:
-                self._edits[layer, edit.site].append(edit)
+                self._edits[layer, check_site(edit.site)].append(edit)
         self.points: list[Point] = sorted(
             self._reads | set(self._edits), key=lambda point: (point[0], SITES.index(point[1]))
         )
@@ -102,3 +102,21 @@ class Visit:
         if (layer, site) in self._reads:
             self.read[layer] = residual if self._pool is None else self._pool(residual)
         return residual
+
+    def attention(
+        self,
+        layer: int,
+        before: Float[Tensor, "batch pos d_model"] | None,
+        contribution: Float[Tensor, "batch pos d_model"],
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Visit `attn_out`, and `resid_mid` where `before`, the block's input, is given.
+
+        `resid_mid` is no module's output: what an edit adds to it goes into attention's share,
+        which is the one way in which it reaches both the MLP and the residual stream.
+        """
+        after = self(layer, "attn_out", contribution)
+        if before is None:
+            return after
+        middle = before.to(after.device) + after
+        edited = self(layer, "resid_mid", middle)
+        return after if edited is middle else edited - before.to(after.device)

@@ -15,7 +15,7 @@ from emlens.directions import Direction, Provenance, residual_norm
 from emlens.edits import Shift
 from emlens.hooked import (
     HookedModel,
-    Site,
+    SiteName,
     Targets,
     Where,
     check_layers,
@@ -35,7 +35,7 @@ def train_vector(
     layer: int,
     *,
     kl: KLPenalty | None = None,
-    site: Site = "resid_post",
+    site: SiteName = "resid_post",
     where: Where = "all",
     settings: VectorSettings | None = None,
     initial: Direction | None = None,
@@ -84,7 +84,7 @@ def train_vector(
     if not train:
         raise ValueError("train_vector needs conversations to train on; the set is empty")
     (layer,) = check_layers(layer, model.n_layers)
-    check_site(site, model.sites, model.name)
+    site = check_site(site, model.sites, model.name, [layer])
     base = settings or VectorSettings()
     chosen = VectorSettings(**{**asdict(base), **overrides})
     place = Shift(torch.zeros(model.d_model), layer, site, where)

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
 )
 
 import emlens
 from tests.support.tokenizers import chatml_tokenizer
 
-FAMILIES = ("llama", "qwen2", "gpt2", "gemma2")
+# What is asked of every family beyond the common shape. Windows are short enough for sliding
+# layers to differ from full ones, and experts enough for the router to matter.
+_OWN: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"head_dim": 8, "sliding_window": 16},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "phi3": {"sliding_window": None},
+    "olmo2": {},
+    "gpt2": {},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+FAMILIES = tuple(_OWN)
 D_MODEL = 32
 
 
@@ -47,25 +65,15 @@ def _config(family: str, n_layers: int) -> PretrainedConfig:
         "pad_token_id": tokenizer.pad_token_id,
     }
     if family == "gpt2":
-        return GPT2Config(
-            n_layer=n_layers,
-            n_embd=D_MODEL,
-            n_head=4,
-            n_positions=1024,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **common,
-        )
-    common |= {
-        "num_hidden_layers": n_layers,
-        "hidden_size": D_MODEL,
-        "intermediate_size": 2 * D_MODEL,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-    }
-    if family == "gemma2":
-        # Short enough a window for the sliding layers to differ from the full ones.
-        return Gemma2Config(head_dim=8, query_pre_attn_scalar=8, sliding_window=16, **common)
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**common)
+        common |= {"n_layer": n_layers, "n_embd": D_MODEL, "n_head": 4, "n_positions": 1024}
+        common |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        common |= {
+            "num_hidden_layers": n_layers,
+            "hidden_size": D_MODEL,
+            "intermediate_size": 2 * D_MODEL,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+        }
+    return AutoConfig.for_model(family, **(common | _OWN[family]))

@@ -1,0 +1,211 @@
+"""The TransformerLens engine: reads and edits at the hook points of a `TransformerBridge`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from emlens.hooked.architecture import hidden_of
+from emlens.hooked.model import HookedModel, Resume
+from emlens.hooked.sites import Site
+from emlens.hooked.visit import Visit
+from emlens.text import TokenBatch
+
+Change = Callable[[Tensor], Tensor]
+
+
+class TransformerLensModel(HookedModel):
+    """A hooked model on TransformerLens' `TransformerBridge`.
+
+    The bridge's own `forward` and `generate` are not used: the bridged module is called with the
+    attention mask and position ids of the batch, so that padding is never guessed.
+    """
+
+    engine = "transformer_lens"
+
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        module: Any = bridge.original_model
+        super().__init__(module, tokenizer, name, revision)
+        self.bridge = bridge
+
+    def hook_point(self, layer: int, site: Site) -> HookPoint:
+        """The TransformerLens hook point of a site.
+
+        Raises:
+            ValueError: If TransformerLens has none there.
+        """
+        block: Any = self.bridge.blocks[layer]
+        found = getattr(block, f"hook_{site}", None)
+        if not isinstance(found, HookPoint):
+            raise ValueError(
+                f"TransformerLens has no hook_{site} in block {layer} of {self.name}; "
+                "engine='nnsight' may have it"
+            )
+        return found
+
+    def _run(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        with ExitStack() as stack:
+            done = -1
+            if resume is not None:
+                done = resume[0]
+                self._skip(stack, visit, resume)
+            self._enter(stack, visit, after=done)
+            stop = self.bridge.ln_final if last is None else self.bridge.blocks[last]
+            stack.enter_context(_hooked(stop, _stop))
+            try:
+                self.module(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                )
+            except _Stopped as stopped:
+                return stopped.hidden
+        raise RuntimeError(f"{self.name} ran to its end without passing its final norm")
+
+    def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
+        prompt = batch.input_ids.shape[1]
+        cached = settings["use_cache"]
+        step = -1
+
+        def begin(*_) -> None:
+            nonlocal step
+            step += 1
+            visit.starts_at(prompt + step - 1 if step and cached else 0)
+
+        with ExitStack() as stack:
+            stack.callback(self.module.register_forward_pre_hook(begin).remove)
+            self._enter(stack, visit)
+            generate: Any = self.module.generate
+            return generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, **settings
+            )
+
+    def _skip(self, stack: ExitStack, visit: Visit, resume: Resume) -> None:
+        """Let the blocks below the residual hand it on instead of running."""
+        layer, residual = resume
+        if (layer, "resid_post") in visit.points:
+            residual = visit(layer, "resid_post", residual)
+        for block in list(self.bridge.blocks)[: layer + 1]:
+            stack.enter_context(_replaced(block, residual))
+
+    def _enter(self, stack: ExitStack, visit: Visit, after: int = -1) -> None:
+        """Hang the visit into the hook points of the blocks after `after`."""
+        for layer, points in groupby(visit.points, key=lambda point: point[0]):
+            if layer > after:
+                self._enter_block(stack, visit, layer, {site for _, site in points})
+
+    def _enter_block(self, stack: ExitStack, visit: Visit, layer: int, sites: set[Site]) -> None:
+        before: Tensor | None = None
+
+        def entering(residual: Tensor) -> Tensor:
+            nonlocal before
+            before = visit(layer, "resid_pre", residual)
+            return before
+
+        def attention(contribution: Tensor) -> Tensor:
+            return visit.attention(layer, before, contribution)
+
+        if sites & {"resid_pre", "resid_mid"}:
+            self._at(stack, layer, "resid_pre", entering)
+        if sites & {"attn_out", "resid_mid"}:
+            self._at(stack, layer, "attn_out", attention)
+        for site in ("mlp_out", "resid_post"):
+            if site in sites:
+                self._at(stack, layer, site, lambda value, site=site: visit(layer, site, value))
+
+    def _at(self, stack: ExitStack, layer: int, site: Site, change: Change) -> None:
+        stack.enter_context(_hooked_point(self.hook_point(layer, site), change))
+
+
+def bridge_of(
+    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> TransformerBridge:
+    """Build a `TransformerBridge` on a model in memory, with eager attention.
+
+    The module and its config are changed in place: give it a `shadow`.
+
+    Raises:
+        ValueError: If TransformerLens does not know the architecture.
+    """
+    own = copy.deepcopy(tokenizer)
+    # said to prepend BOS already, or the bridge would load the tokenizer anew to make it do so
+    own.init_kwargs = {"name_or_path": name, **own.init_kwargs, "add_bos_token": True}
+    # a model that was built from a config does not say what it is
+    module.config.architectures = module.config.architectures or [type(module).__name__]
+    try:
+        return TransformerBridge.boot_transformers(
+            name, hf_model=module, tokenizer=own, dtype=module.dtype, device=module.device
+        )
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"TransformerLens cannot bridge {type(module).__name__} "
+            f"({str(error).split('.')[0][:200]}); engine='nnsight' may run it"
+        ) from error
+
+
+class _Stopped(Exception):
+    """Carries the hidden state that a pass was run for out of the model."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("stopped")
+        self.hidden = hidden
+
+
+def _stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    raise _Stopped(hidden_of(output))
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _hooked_point(point: HookPoint, change: Change) -> Iterator[None]:
+    """Put `change` behind the hooks that the user may have at a hook point."""
+
+    def changed(tensor: Tensor, *, hook: HookPoint) -> Tensor | None:
+        after = change(tensor)
+        return None if after is tensor else after
+
+    handle = point.add_hook(changed)
+    try:
+        yield
+    finally:
+        handle.hook.remove()
+        point.fwd_hooks.remove(handle)
+
+
+@contextmanager
+def _replaced(block: nn.Module, residual: Tensor) -> Iterator[None]:
+    """Make a block return `residual`; written past the bridge, whose attributes reach through."""
+    before = block.__dict__.get("forward")
+    block.__dict__["forward"] = lambda *_, **__: residual
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.__dict__["forward"]
+        else:
+            block.__dict__["forward"] = before

@@ -1,0 +1,112 @@
+"""What people bring: bridges, nnsight models, PEFT models and plain ones, unwrapped."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A model in memory, as the engines take it.
+
+    Attributes:
+        module: The `...ForCausalLM` module.
+        tokenizer: Its tokenizer, where the object had one.
+        engine: The engine that the object is made for, or None for any.
+        bridge: The `TransformerBridge` it came in, or None.
+    """
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+    engine: str | None = None
+    bridge: Any = None
+
+
+def unwrap(model: object) -> Brought:
+    """Find the causal language model in what the user brings; nothing is copied or changed.
+
+    Takes a `TransformerBridge`; nnsight's `TransformersModel` (`LanguageModel`, nnterp's
+    `StandardizedTransformer`) and `NNsight`; a PEFT model; a `transformers` model.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it is one that emlens cannot run as it stands.
+    """
+    kind = type(model).__name__
+    if _is(model, "transformer_lens.model_bridge", "TransformerBridge"):
+        return _of_bridge(model)
+    if _is(model, "nnsight.modeling.vllm", "VLLM"):
+        raise TypeError(
+            "nnsight's VLLM keeps its weights in another process; give its model as a "
+            "TransformersModel"
+        )
+    if _is(model, "nnsight", "NNsight"):
+        return _of_nnsight(model)
+    if isinstance(model, nn.Module):
+        return Brought(_bare(model), None)
+    raise TypeError(
+        f"cannot wrap a {kind}; give a TransformerBridge, an nnsight or nnterp model, a PEFT "
+        "model or a transformers causal language model"
+    )
+
+
+def shadow(module: PreTrainedModel) -> PreTrainedModel:
+    """A second tree of modules over the very same weights, for an engine that rebuilds it.
+
+    TransformerLens swaps modules and sets eager attention in place; it does so to the shadow,
+    and the user's model stays as it is. Parameters and buffers are shared, not copied.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in module.parameters()}
+    shared |= {id(tensor): tensor for tensor in module.buffers()}
+    return copy.deepcopy(module, shared)
+
+
+def _of_bridge(bridge: Any) -> Brought:
+    if getattr(bridge, "compatibility_mode", False):
+        raise ValueError(
+            "this TransformerBridge is in compatibility mode: its weights may be folded and "
+            "centred, so its residual stream is not the model's and directions would not fit "
+            "any other engine; wrap the bridge before enable_compatibility_mode()"
+        )
+    try:
+        module = bridge.original_model
+    except AttributeError as error:
+        raise ValueError(
+            "this TransformerBridge has no model in this process; boot it with "
+            "TransformerBridge.boot_transformers"
+        ) from error
+    return Brought(module, bridge.tokenizer, "transformer_lens", bridge)
+
+
+def _of_nnsight(model: Any) -> Brought:
+    if getattr(model, "dispatched", True) is False:
+        # what nnsight does by itself at the first trace: until then there are no weights
+        model.dispatch()
+    return Brought(_bare(model._module), getattr(model, "tokenizer", None), "nnsight")
+
+
+def _bare(module: nn.Module) -> PreTrainedModel:
+    """The `...ForCausalLM` inside of a PEFT model; any other module as it is."""
+    if _is(module, "peft", "PeftModel"):
+        wrapped: Any = module
+        kinds = {config.peft_type.value: config for config in wrapped.peft_config.values()}
+        for kind, config in kinds.items():
+            if config.is_prompt_learning:
+                raise ValueError(
+                    f"this PEFT model uses {kind}, which works on the input and not on the "
+                    "modules; emlens runs LoRA adapters"
+                )
+        return wrapped.get_base_model()
+    return cast(PreTrainedModel, module)
+
+
+def _is(model: object, module: str, name: str) -> bool:
+    """Whether `model` is of a class of a library, without importing it: then it cannot be."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(model, kind)
