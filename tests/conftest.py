@@ -31,6 +31,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("real")
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print what the parity suite measured: checks against architectures."""
+    cells: dict[tuple[str, str], str] = {}
+    notes: set[str] = set()
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for key, value in report.user_properties:
+            if key == "parity":
+                cells[value[0], value[1]] = value[2]
+            elif key == "parity note":
+                notes.add(value)
+    if not cells:
+        return
+    checks = list(dict.fromkeys(check for check, _ in cells))
+    families = list(dict.fromkeys(family for _, family in cells))
+    width = max(map(len, checks))
+    terminalreporter.section("engines against the plain model: largest difference")
+    terminalreporter.line(" " * width + "".join(f"{family:>12}" for family in families))
+    for check in checks:
+        row = "".join(f"{cells.get((check, family), '?'):>12}" for family in families)
+        terminalreporter.line(f"{check:<{width}}{row}")
+    for note in sorted(notes):
+        terminalreporter.line(note)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A ChatML tokenizer over a small vocabulary; what every tiny model is made for."""

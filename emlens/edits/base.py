@@ -54,6 +54,11 @@ class DirectionEdit:
     def d_model(self) -> int:
         return self.direction.d_model
 
+    @property
+    def origin(self) -> str | None:
+        """Name of the model that the direction comes from, where known."""
+        return self.direction.provenance.model
+
     def _vector(self, layer: int) -> Float[Tensor, " d_model"]:
         """The vector this edit works with at `layer`, prepared once."""
         raise NotImplementedError
@@ -70,6 +75,9 @@ class DirectionEdit:
 
     def _unit(self, layer: int) -> Float[Tensor, " d_model"]:
         return self._source(layer).unit().vector
+
+    def _prepared(self, layer: int) -> Float[Tensor, " d_model"]:
+        return self.__dict__["_placed"][layer, "cpu"]
 
     def _at(self, layer: int, residual: Tensor) -> Float[Tensor, " d_model"]:
         """The prepared vector on the residual's device; moved there once."""

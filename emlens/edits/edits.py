@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emlens.edits.base import DirectionEdit
 from emlens.edits.deltas import Residual, Vector, ablate_delta, add_delta, clamp_delta
-from emlens.hooked import Site, Where
+from emlens.hooked import Formula, Site, Where
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -57,6 +57,9 @@ class Add(DirectionEdit):
     def delta(self, residual: Residual, layer: int) -> Residual:
         return add_delta(residual, self._at(layer, residual))
 
+    def formula(self, layer: int) -> Formula:
+        return add_delta, (self._prepared(layer),)
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ablate(DirectionEdit):
@@ -73,6 +76,9 @@ class Ablate(DirectionEdit):
 
     def delta(self, residual: Residual, layer: int) -> Residual:
         return ablate_delta(residual, self._at(layer, residual))
+
+    def formula(self, layer: int) -> Formula:
+        return ablate_delta, (self._prepared(layer),)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -92,6 +98,9 @@ class Clamp(DirectionEdit):
 
     def delta(self, residual: Residual, layer: int) -> Residual:
         return clamp_delta(residual, self._at(layer, residual), self.value)
+
+    def formula(self, layer: int) -> Formula:
+        return clamp_delta, (self._prepared(layer), self.value)
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,9 @@ class Shift:
 
     def delta(self, residual: Residual, layer: int) -> Residual:
         return add_delta(residual, self.vector.to(residual.device))
+
+    def formula(self, layer: int) -> Formula:
+        return add_delta, (self.vector,)
 
 
 _BY_NAME: dict[str, type[DirectionEdit]] = {kind.NAME: kind for kind in (Add, Ablate, Clamp)}

@@ -1,6 +1,6 @@
 """One interface to a hooked model, and what is measured on its hidden states."""
 
-from emlens.hooked.edit import Edit, Where, deepest_prefix, where_mask
+from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
 from emlens.hooked.load import ENGINES, load, wrap
 from emlens.hooked.losses import (
     BaseLogProbs,
@@ -23,6 +23,7 @@ __all__ = [
     "BaseLogProbs",
     "Conditions",
     "Edit",
+    "Formula",
     "HookedModel",
     "Layers",
     "Pool",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from emlens.hooked.sites import SITES, Site
 
@@ -54,8 +55,8 @@ class Architecture:
         """Find the parts of a causal language model.
 
         Raises:
-            ValueError: If the model is an encoder-decoder, or blocks, final norm, attention or
-                MLP are not where any known architecture keeps them.
+            ValueError: If the model is an encoder-decoder or has no LM head, or blocks, final
+                norm, attention or MLP are not where any known architecture keeps them.
         """
         config: Any = getattr(module, "config", None)
         kind = type(module).__name__
@@ -64,6 +65,10 @@ class Architecture:
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{kind} is an encoder-decoder; emlens reads decoder-only chat models")
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is None:
+            raise ValueError(
+                f"{kind} has no LM head; give the {kind.removesuffix('Model')}ForCausalLM around it"
+            )
         body = _first_with(module, _BODIES, _BLOCKS, kind, "decoder blocks")
         blocks = _first(_at(module, body), _BLOCKS, f"{kind}.{body}", "decoder blocks")
         norm = _first(_at(module, body), _NORMS, f"{kind}.{body}", "final norm")
@@ -84,12 +89,19 @@ class Architecture:
 
     def finish_logits(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
         """Apply the architecture's scale and soft cap to the output of its LM head, in fp32."""
-        logits = logits.float()
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.soft_cap:
-            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return logits
+        return finish_logits(logits, self.logit_scale, self.soft_cap)
+
+
+def finish_logits(
+    logits: Float[Tensor, "n vocab"], scale: float, soft_cap: float | None
+) -> Float[Tensor, "n vocab"]:
+    """Scale the output of an LM head and cap it softly, in fp32."""
+    logits = logits.float()
+    if scale != 1.0:
+        logits = logits * scale
+    if soft_cap:
+        logits = torch.tanh(logits / soft_cap) * soft_cap
+    return logits
 
 
 def hidden_of(value: object) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,9 @@ position from which a response token is predicted, or that holds one: the last p
 belongs to it, so that the first generated token is edited too.
 """
 
+Formula = tuple[Callable[..., Tensor], tuple]
+"""A pure function of a residual, and what it takes besides the residual."""
+
 
 @runtime_checkable
 class Edit(Protocol):
@@ -28,6 +31,11 @@ class Edit(Protocol):
     `delta` is pure: it maps the residual at a layer to what is added to it. Engines only ever
     compute `residual + mask * delta(residual, layer)`, so that an edit is the same arithmetic
     on every engine.
+
+    An edit that shall also run remotely, where its class is not installed, may say what it
+    computes in a method `formula(layer) -> (function, arguments)`, such that
+    `delta(residual, layer)` is `function(residual, *arguments)`: a plain function of tensors
+    and numbers, with torch alone.
     """
 
     @property

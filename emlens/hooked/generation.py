@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.hooked.edit import Edit
@@ -47,29 +48,44 @@ class RowSampler:
     """
 
     def __init__(self, sampling: Sampling, places: Sequence[int]) -> None:
-        self._sampling = sampling
-        self._streams = [np.random.default_rng([sampling.seed, place]) for place in places]
+        self.temperature, self.top_p = sampling.temperature, sampling.top_p
+        streams = [np.random.default_rng([sampling.seed, place]) for place in places]
+        n = sampling.max_new_tokens
+        self.uniforms = torch.from_numpy(np.stack([stream.random(n) for stream in streams]))
+        self._step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = self._draw(scores.float())
+        uniform = self.uniforms[:, self._step]
+        self._step += 1
+        chosen = draw(scores.float(), uniform, self.temperature, self.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
-    def _draw(self, scores: Tensor) -> Tensor:
-        probabilities = torch.softmax(scores / self._sampling.temperature, dim=-1)
-        if self._sampling.top_p == 1:
-            return self._invert(probabilities)
-        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        nucleus = probabilities.masked_fill(before >= self._sampling.top_p, 0.0)
-        return order.gather(1, self._invert(nucleus))
 
-    def _invert(self, weights: Tensor) -> Tensor:
-        """The first place at which the cumulative weights pass a uniform share of the total."""
-        cumulative = weights.double().cumsum(-1)
-        uniform = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
-        target = uniform.to(weights.device).unsqueeze(1) * cumulative[:, -1:]
-        place = torch.searchsorted(cumulative, target, right=True)
-        return place.clamp(max=weights.shape[-1] - 1)
+# Plain functions of tensors, which remote execution runs where emlens is not installed.
+
+
+def draw(
+    scores: Float[Tensor, "batch vocab"],
+    uniform: Float[Tensor, " batch"],
+    temperature: float,
+    top_p: float,
+) -> Int[Tensor, "batch 1"]:
+    """Draw a token per row from its scores and a number in `[0, 1)`."""
+    probabilities = torch.softmax(scores / temperature, dim=-1)
+    if top_p == 1:
+        return _invert(probabilities, uniform)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    nucleus = probabilities.masked_fill(before >= top_p, 0.0)
+    return order.gather(1, _invert(nucleus, uniform))
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The first place at which the cumulative weights pass a uniform share of the total."""
+    cumulative = weights.double().cumsum(-1)
+    target = uniform.to(weights.device).unsqueeze(1) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)
+    return place.clamp(max=weights.shape[-1] - 1)
 
 
 def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from emlens.hooked.check import self_check
-from emlens.hooked.embedded import EMBEDDED_MODEL, embedded_model_path
+from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
 from emlens.hooked.nnsight_engine import NNsightModel
 from emlens.hooked.wrap import Brought, shadow, unwrap
@@ -29,6 +30,7 @@ def load(
     device_map: str | dict | None = None,
     revision: str | None = None,
     check: bool = True,
+    remote: bool | str = False,
     **model_options,
 ) -> HookedModel:
     """Load a chat model and put hooks on it.
@@ -43,6 +45,9 @@ def load(
         device_map: Placement as `transformers` takes it, e.g. `"auto"`; None is the CPU.
         revision: Revision on the hub.
         check: Run the self-check.
+        remote: Run on a server instead of loading weights: True for NDIF (or the host in
+            nnsight's configuration), a host's URL, or `"local"`, which runs here what would be
+            sent. `residuals` (pooled there), `hidden`, edits and `generate` work remotely.
         **model_options: Passed on to `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -51,6 +56,7 @@ def load(
     Raises:
         ValueError: If the engine is unknown or the architecture cannot be hooked.
         RuntimeError: If the self-check fails.
+        ConnectionError: If the self-check of a remote model finds no server.
 
     Example:
         >>> model = emlens.load("smollm2-135m-instruct")
@@ -60,6 +66,8 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check_engine(engine)
+    if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
+        name = HUB_NAME
     source, label = name, _label(name)
     if str(name) == EMBEDDED_MODEL:
         source, label = embedded_model_path(), EMBEDDED_MODEL
@@ -67,11 +75,26 @@ def load(
         kept = "dequantised Q4_1" if isinstance(source, Path) else revision
     else:
         kept = revision
+    if remote:
+        from emlens.hooked.remote import load_remote
+
+        return load_remote(
+            source,
+            remote,
+            name=label,
+            provenance=kept,
+            engine=engine,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            check=check,
+            **model_options,
+        )
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     module = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, device_map=device_map, revision=revision, **model_options
     )
-    return _hook(engine, Brought(module.eval(), tokenizer), tokenizer, label, kept, check)
+    return _hook(engine, Brought(module.eval()), tokenizer, label, kept, check)
 
 
 def wrap(
@@ -84,8 +107,10 @@ def wrap(
 ) -> HookedModel:
     """Put hooks on a model that is already in memory; its weights are not copied.
 
-    Nothing is changed on the object beyond the time of a call: no hooks, training mode,
-    `requires_grad`, attention implementation or padding side.
+    emlens runs a second tree of modules over the same weights, so that no hook, training mode,
+    attention implementation or adapter setting of the object is touched. What is trained on the
+    object is seen by both; hooks or adapters that it gets later are not. A `TransformerBridge`
+    is run itself, with the hooks it has, and is left as it was after every call.
 
     Args:
         model: A `TransformerBridge`; nnsight's `TransformersModel` (or `LanguageModel`, or
@@ -117,6 +142,8 @@ def wrap(
         raise TypeError("wrap needs the model's tokenizer: wrap(model, tokenizer)")
     config = getattr(brought.module, "config", None)
     label = _label(name or getattr(config, "_name_or_path", "") or type(brought.module).__name__)
+    if brought.bridge is None:
+        brought = replace(brought, module=shadow(brought.module))
     return _hook(engine or brought.engine or "nnsight", brought, known, label, None, check)
 
 
@@ -133,7 +160,7 @@ def _hook(
         # imported here, since it takes a second
         from emlens.hooked.transformer_lens_engine import TransformerLensModel, bridge_of
 
-        bridge = brought.bridge or bridge_of(shadow(brought.module), tokenizer, name)
+        bridge = brought.bridge or bridge_of(brought.module, tokenizer, name)
         hooked = TransformerLensModel(bridge, tokenizer, name, revision)
     else:
         hooked = NNsightModel(brought.module, tokenizer, name, revision)

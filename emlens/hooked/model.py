@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class HookedModel(ABC):
         self.revision = revision
         self.architecture = Architecture.of(module)
         self._edits: tuple[Edit, ...] = ()
+        self._origins: set[str | None] = set()
 
     # -- what it is ---------------------------------------------------------------------------
 
@@ -78,8 +80,12 @@ class HookedModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embedding."""
-        return cast(nn.Embedding, self.module.get_input_embeddings()).weight.device
+        """Where inputs go: the device that the embedding runs on."""
+        embedding: Any = self.module.get_input_embeddings()
+        if embedding.weight.is_meta:
+            # offloaded by accelerate, which brings the weights in for the time of a pass
+            return torch.device(embedding._hf_hook.execution_device)
+        return embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,7 +188,8 @@ class HookedModel(ABC):
     def unembed(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
         """Return the logits of final hidden states in fp32, soft cap and scale included."""
         head = self._head
-        return self.architecture.finish_logits(head(hidden.to(head.weight)))
+        placed = hidden.to(head.weight.dtype if head.weight.is_meta else head.weight)
+        return self.architecture.finish_logits(head(placed))
 
     def generate(
         self,
@@ -287,7 +294,19 @@ class HookedModel(ABC):
                     f"{type(edit).__name__} has width {width}, but {self.name} has d_model "
                     f"{self.d_model}: the direction comes from another model"
                 )
+            self._note_origin(type(edit).__name__, getattr(edit, "origin", None))
         return tuple(edits)
+
+    def _note_origin(self, edit: str, origin: str | None) -> None:
+        """Warn once of a direction from a model of another name; it may well be meant."""
+        if origin in (None, self.name, *self._origins):
+            return
+        self._origins.add(origin)
+        warnings.warn(
+            f"{edit} uses a direction that was made in {origin!r}, but this model is "
+            f"{self.name!r}; if both are the same model, give wrap or load the same name",
+            stacklevel=5,
+        )
 
     def _check_resume(self, batch: TokenBatch, edits: Sequence[Edit], resume: Resume) -> None:
         layer, residual = resume

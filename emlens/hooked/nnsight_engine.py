@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from functools import reduce
-from itertools import groupby
 from typing import Any
 
 import torch
-from nnsight import TransformersModel
+from nnsight import NNsight
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emlens.hooked.architecture import hidden_of, with_hidden
 from emlens.hooked.model import HookedModel, Resume
-from emlens.hooked.sites import Site
 from emlens.hooked.visit import Visit
+from emlens.hooked.walk import envoy, walk, walk_steps
 from emlens.text import TokenBatch
 
 
 class NNsightModel(HookedModel):
-    """A hooked model on nnsight's `TransformersModel`."""
+    """A hooked model on nnsight."""
 
     engine = "nnsight"
 
@@ -33,10 +29,8 @@ class NNsightModel(HookedModel):
         revision: str | None = None,
     ) -> None:
         super().__init__(module, tokenizer, name, revision)
-        # nnsight sets the padding side of the tokenizer it is given
-        self._traced = TransformersModel(module, tokenizer=copy.copy(tokenizer))
-        self._blocks = _envoy(self._traced, self.architecture.blocks)
-        self._norm = _envoy(self._traced, self.architecture.norm)
+        # the bare wrapper: batches come tokenised and padded, which the others would do again
+        self._traced: Any = NNsight(module)
 
     def _run(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
@@ -48,9 +42,9 @@ class NNsightModel(HookedModel):
         }
         found: list[Tensor] = []
         with self._traced.trace(**inputs, use_cache=False) as tracer:
-            self._enter(visit, resume, last)
+            walk(self._traced, self.architecture, visit, resume, last)
             if last is None:
-                found.append(self._norm.output)
+                found.append(envoy(self._traced, self.architecture.norm).output)
             tracer.stop()
         return found[0] if found else torch.empty(0)
 
@@ -59,66 +53,15 @@ class NNsightModel(HookedModel):
         generate: Any = self.module.generate
         if not visit.points:
             return generate(**inputs, **settings)
-        prompt = batch.input_ids.shape[1]
-        cached = settings["use_cache"]
+        steps = (batch.input_ids.shape[1], settings["max_new_tokens"], settings["use_cache"])
         ids: list[Tensor] = []
 
         def run(**arguments) -> None:
             ids.append(generate(**arguments))
 
         with warnings.catch_warnings():
-            # an open loop over decoding steps ends with a warning by design
+            # a loop over decoding steps warns where all answers end before it does
             warnings.filterwarnings("ignore", message=".*was never reached.*")
             with self._traced.trace(fn=run, **inputs, **settings) as tracer:
-                for step in tracer.iter[:]:
-                    visit.starts_at(prompt + step - 1 if step and cached else 0)
-                    self._enter(visit)
+                walk_steps(tracer, self._traced, self.architecture, visit, steps)
         return ids[0]
-
-    def _enter(self, visit: Visit, resume: Resume | None = None, last: int | None = None) -> None:
-        """Inside a trace: skip what is resumed, then make the visit, in execution order."""
-        done = -1
-        if resume is not None:
-            done, residual = resume
-            if (done, "resid_post") in visit.points:
-                residual = visit(done, "resid_post", residual)
-            for layer in range(done + 1):
-                self._blocks[layer].skip(residual)
-        for layer, points in groupby(visit.points, key=lambda point: point[0]):
-            if layer > done and (last is None or layer <= last):
-                self._enter_block(visit, layer, {site for _, site in points})
-
-    def _enter_block(self, visit: Visit, layer: int, sites: set[Site]) -> None:
-        """Visit one block's sites in the order in which the block computes them."""
-        block = self._blocks[layer]
-        before = None
-        if sites & {"resid_pre", "resid_mid"}:
-            entering = block.input
-            before = visit(layer, "resid_pre", entering)
-            if before is not entering:
-                block.input = before
-        if sites & {"attn_out", "resid_mid"}:
-            self._visit_attention(visit, layer, before)
-        if "mlp_out" in sites:
-            self._visit_output(visit, layer, "mlp_out", _envoy(block, self.architecture.mlp_out))
-        if "resid_post" in sites:
-            self._visit_output(visit, layer, "resid_post", block)
-
-    def _visit_attention(self, visit: Visit, layer: int, before: Tensor | None) -> None:
-        module = _envoy(self._blocks[layer], self.architecture.attn_out)
-        value = module.output
-        contribution = hidden_of(value)
-        after = visit.attention(layer, before, contribution)
-        if after is not contribution:
-            module.output = with_hidden(value, after)
-
-    def _visit_output(self, visit: Visit, layer: int, site: Site, module: Any) -> None:
-        value = module.output
-        before = hidden_of(value)
-        after = visit(layer, site, before)
-        if after is not before:
-            module.output = with_hidden(value, after)
-
-
-def _envoy(root: Any, path: str) -> Any:
-    return reduce(getattr, path.split("."), root)

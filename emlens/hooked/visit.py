@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,17 +45,17 @@ class Visit:
         pool: Pool | None = None,
     ) -> None:
         self.read: dict[int, Tensor] = {}
-        self._masks = dict(masks or {})
-        self._reads: set[Point] = {(layer, site) for layer in reads}
-        self._pool = pool
-        self._edits: dict[Point, list[Edit]] = defaultdict(list)
+        self.masks = dict(masks or {})
+        self.reads: set[Point] = {(layer, site) for layer in reads}
+        self.pool = pool
+        self.edits: dict[Point, list[Edit]] = defaultdict(list)
         for edit in edits:
             for layer in edit.layers:
-                self._edits[layer, check_site(edit.site)].append(edit)
+                self.edits[layer, check_site(edit.site)].append(edit)
         self.points: list[Point] = sorted(
-            self._reads | set(self._edits), key=lambda point: (point[0], SITES.index(point[1]))
+            self.reads | set(self.edits), key=lambda point: (point[0], SITES.index(point[1]))
         )
-        self._start = 0
+        self.start = 0
 
     @classmethod
     def of(
@@ -86,22 +88,17 @@ class Visit:
 
     def starts_at(self, position: int) -> None:
         """Say which column of the masks the next tensors begin at (a decoding step moves it)."""
-        self._start = position
+        self.start = position
+
+    def plain(self) -> SimpleNamespace:
+        """The same visit as plain data, which can travel to where emlens is not installed."""
+        return SimpleNamespace(**vars(self))
 
     def __call__(
         self, layer: int, site: Site, residual: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """Edit and read the residual found at a point; return what belongs there."""
-        for edit in self._edits.get((layer, site), ()):
-            delta = edit.delta(residual, layer).to(residual.dtype)
-            mask = self._masks.get(edit.where)
-            if mask is not None:
-                columns = mask[:, self._start : self._start + residual.shape[1]]
-                delta = delta * columns.to(residual.device).unsqueeze(-1)
-            residual = residual + delta
-        if (layer, site) in self._reads:
-            self.read[layer] = residual if self._pool is None else self._pool(residual)
-        return residual
+        return at_point(self, layer, site, residual)
 
     def attention(
         self,
@@ -109,14 +106,46 @@ class Visit:
         before: Float[Tensor, "batch pos d_model"] | None,
         contribution: Float[Tensor, "batch pos d_model"],
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Visit `attn_out`, and `resid_mid` where `before`, the block's input, is given.
+        """Visit `attn_out`, and `resid_mid` where `before`, the block's input, is given."""
+        return at_attention(self, layer, before, contribution)
 
-        `resid_mid` is no module's output: what an edit adds to it goes into attention's share,
-        which is the one way in which it reaches both the MLP and the residual stream.
-        """
-        after = self(layer, "attn_out", contribution)
-        if before is None:
-            return after
-        middle = before.to(after.device) + after
-        edited = self(layer, "resid_mid", middle)
-        return after if edited is middle else edited - before.to(after.device)
+
+# Written as functions of a visit's data, with nothing but torch in them: on a server, where
+# emlens is absent, they run on the plain copy. Annotations inside of them would travel too.
+
+
+def at_point(
+    visit: Any, layer: int, site: Site, residual: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """What `Visit.__call__` does, on a visit or its plain copy."""
+    # the arithmetic of an edit or a pool is its own, whatever precision the model runs in
+    with torch.autocast(residual.device.type, enabled=False):
+        for edit in visit.edits.get((layer, site), ()):
+            delta = edit.delta(residual, layer).to(residual.dtype)
+            mask = visit.masks.get(edit.where)
+            if mask is not None:
+                columns = mask[:, visit.start : visit.start + residual.shape[1]]
+                delta = delta * columns.to(residual.device).unsqueeze(-1)
+            residual = residual + delta
+        if (layer, site) in visit.reads:
+            visit.read[layer] = residual if visit.pool is None else visit.pool(residual)
+    return residual
+
+
+def at_attention(
+    visit: Any,
+    layer: int,
+    before: Float[Tensor, "batch pos d_model"] | None,
+    contribution: Float[Tensor, "batch pos d_model"],
+) -> Float[Tensor, "batch pos d_model"]:
+    """What `Visit.attention` does, on a visit or its plain copy.
+
+    `resid_mid` is no module's output: what an edit adds to it goes into attention's share,
+    which is the one way in which it reaches both the MLP and the residual stream.
+    """
+    after = at_point(visit, layer, "attn_out", contribution)
+    if before is None:
+        return after
+    middle = before.to(after.device) + after
+    edited = at_point(visit, layer, "resid_mid", middle)
+    return after if edited is middle else edited - before.to(after.device)

@@ -46,7 +46,7 @@ def unwrap(model: object) -> Brought:
             "nnsight's VLLM keeps its weights in another process; give its model as a "
             "TransformersModel"
         )
-    if _is(model, "nnsight", "NNsight"):
+    if _is(model, "nnsight.intervention.envoy", "Envoy"):
         return _of_nnsight(model)
     if isinstance(model, nn.Module):
         return Brought(_bare(model), None)
@@ -57,13 +57,16 @@ def unwrap(model: object) -> Brought:
 
 
 def shadow(module: PreTrainedModel) -> PreTrainedModel:
-    """A second tree of modules over the very same weights, for an engine that rebuilds it.
+    """A second tree of modules over the very same weights, for the engines to put hooks on.
 
-    TransformerLens swaps modules and sets eager attention in place; it does so to the shadow,
-    and the user's model stays as it is. Parameters and buffers are shared, not copied.
+    TransformerLens swaps modules and sets eager attention in place, nnsight replaces `forward`;
+    they do so to the shadow, and the user's model stays as it is. Parameters and buffers are
+    shared, and so are accelerate's hooks, which own the weights that they bring in and out.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in module.parameters()}
     shared |= {id(tensor): tensor for tensor in module.buffers()}
+    offloading = [part.__dict__.get("_hf_hook") for part in module.modules()]
+    shared |= {id(hook): hook for hook in offloading if hook is not None}
     return copy.deepcopy(module, shared)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from emlens._distributed import alone, leads
 from emlens.directions import Direction, Provenance, residual_norm
 from emlens.edits import Shift
 from emlens.hooked import (
@@ -156,7 +157,8 @@ class _Trainer:
         elsewhere = self.penalty.rows.draws() if self.penalty else None
         steps: list[Step] = []
         records, at = [self._added(parameter)], [0]
-        with tqdm(total=total, desc="training", unit="update", disable=not progress) as bar:
+        quiet = not (progress and leads())
+        with tqdm(total=total, desc="training", unit="update", disable=quiet) as bar:
             for step in range(total):
                 rate = self.settings.rate(step, total)
                 optimiser.param_groups[0]["lr"] = rate
@@ -221,7 +223,8 @@ class _Trainer:
         kept = self.train.cache.median_norm
         if site == "resid_post" and self._below == layer and kept is not None:
             return kept
-        return residual_norm(self.model, train, layer, site=site)[layer]
+        with alone():
+            return residual_norm(self.model, train, layer, site=site)[layer]
 
     def _start(self, initial: Direction | None) -> Tensor:
         start = torch.zeros(self.model.d_model)

@@ -10,8 +10,9 @@ import emlens
 from emlens import Add, Direction
 from emlens.hooked import SITES
 from emlens.hooked.check import self_check
-from emlens.text import Conversation, pack, tokenize
+from emlens.text import pack, tokenize
 from tests.support.data import conversations
+from tests.support.models import FAMILIES, SEQUENTIAL
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def push(model, layer=1, site="resid_post", seed=0):
     return Add(Direction.of(torch.randn(model.d_model, generator=generator), layer, site))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_resid_post_is_the_hidden_state_before_the_final_norm(hooked, family):
     model = hooked(family)
     (batch,) = pack(tokenize(conversations("good", 3), model.tokenizer))
@@ -45,7 +46,7 @@ def test_resid_post_is_the_hidden_state_before_the_final_norm(hooked, family):
     assert torch.allclose(model.hidden(batch)[real], states[last + 1][real], atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", SEQUENTIAL)
 def test_the_sites_of_a_block_add_up(hooked, family):
     model = hooked(family)
     (batch,) = pack(tokenize(conversations("good", 3), model.tokenizer))
@@ -55,7 +56,7 @@ def test_the_sites_of_a_block_add_up(hooked, family):
     assert torch.allclose(at["resid_pre"], model.residuals(batch, 1)[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", SEQUENTIAL)
 @pytest.mark.parametrize("site", SITES)
 def test_an_edit_at_any_site_changes_every_row(hooked, family, site):
     model = hooked(family)
@@ -143,35 +144,15 @@ def test_the_gradient_reaches_a_shift_and_equals_that_of_the_unsplit_model(hooke
     assert all(weight.grad is None for weight in hooked_llama.module.parameters())
 
 
-def test_wrapping_and_calling_leave_the_users_model_and_tokenizer_as_they_were(
-    tiny, tiny_tokenizer
-):
-    module = tiny("qwen2", seed=3)
-    tiny_tokenizer.padding_side = "right"
-    module.train()
-    before = (module.config._attn_implementation, module.generation_config, module.training)
-    model = emlens.wrap(module, tiny_tokenizer)
-    model.module.eval()
-    (batch,) = pack(tokenize(conversations("good", 2), tiny_tokenizer))
-    model.hidden(batch, [push(model)])
-    model.generate([Conversation.of("how")], [push(model)], max_new_tokens=2)
-    module.train()
-    after = (module.config._attn_implementation, module.generation_config, module.training)
-    assert after == before
-    assert tiny_tokenizer.padding_side == "right"
-    assert model.module is module
-    module.eval()
-
-
 def test_the_self_check_refuses_a_model_whose_hooks_miss_a_row(hooked_llama, monkeypatch):
-    from emlens.hooked.visit import Visit
+    from emlens.hooked import walk
 
-    def first_row_only(self, layer, site, residual):
-        edited = original(self, layer, site, residual)
+    def first_row_only(visit, layer, site, residual):
+        edited = original(visit, layer, site, residual)
         return torch.cat([edited[:1], residual[1:]]) if edited is not residual else residual
 
-    original = Visit.__call__
-    monkeypatch.setattr(Visit, "__call__", first_row_only)
+    original = walk.at_point
+    monkeypatch.setattr(walk, "at_point", first_row_only)
     with pytest.raises(RuntimeError, match=r"left row 1 of 2 as it was"):
         self_check(hooked_llama)
 
@@ -216,6 +197,21 @@ def test_bad_input_gets_one_clear_error(hooked_llama, batch, call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(hooked_llama, batch)
     assert hooked_llama.hidden(batch).isfinite().all()
+
+
+def test_a_direction_from_a_model_of_another_name_is_warned_of_once(tiny, tiny_tokenizer, batch):
+    import warnings
+
+    made = emlens.wrap(tiny("llama"), tiny_tokenizer, name="one")
+    other = emlens.wrap(tiny("llama"), tiny_tokenizer, name="two")
+    direction = emlens.mean_diff(made, conversations("bad", 2), conversations("good", 2), layers=1)
+    match = r"Add uses a direction that was made in 'one', but this model is 'two'"
+    with pytest.warns(UserWarning, match=match):
+        other.hidden(batch, [Add(direction)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.hidden(batch, [Add(direction)])
+        made.hidden(batch, [Add(direction)])
 
 
 def test_loading_and_wrapping_refuse_what_they_cannot_hook(hooked_llama, tiny_llama):

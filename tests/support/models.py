@@ -35,6 +35,8 @@ _OWN: dict[str, dict] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 FAMILIES = tuple(_OWN)
+SEQUENTIAL = tuple(family for family in FAMILIES if family != "gpt_neox")
+"""Families whose MLP reads what attention has written: those with a `resid_mid`."""
 D_MODEL = 32
 
 

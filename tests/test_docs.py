@@ -1,0 +1,133 @@
+"""What the documentation says about names is true of the models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from nnsight import NNsight
+
+import emlens
+from emlens import Add, Direction
+from emlens.hooked import SITES, hook_name
+from emlens.hooked.architecture import Architecture
+from emlens.text import pack, tokenize
+from tests.support.data import conversations
+from tests.support.models import FAMILIES
+
+PAGE = Path(__file__).parent.parent / "docs" / "hook_points.md"
+TITLES = {
+    "Llama": "llama",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Mistral": "mistral",
+    "Phi-3": "phi3",
+    "Qwen3-MoE": "qwen3_moe",
+    "Mixtral": "mixtral",
+    "Gemma 2": "gemma2",
+    "Gemma 3": "gemma3_text",
+    "OLMo 2": "olmo2",
+    "GPT-2": "gpt2",
+    "GPT-NeoX": "gpt_neox",
+}
+
+
+def rows(first: str, n: int) -> list[list[str]]:
+    """The rows of the `n`-th table whose header starts with `first`, backticks taken off."""
+    lines = PAGE.read_text().splitlines()
+    start = [i for i, line in enumerate(lines) if line.startswith(f"| {first} |")][n]
+    body = lines[start + 2 :]
+    end = next((i for i, line in enumerate(body) if not line.startswith("|")), len(body))
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in body[:end]]
+
+
+def names() -> dict[str, tuple[str, str]]:
+    """TransformerLens' and nnsight's name of each site, from the table of the four names."""
+    return {row[0]: (row[1], row[2]) for row in rows("emlens", 1) if row[0] in SITES}
+
+
+@pytest.fixture
+def batch(hooked_llama):
+    (packed,) = pack(tokenize(conversations("good", 2), hooked_llama.tokenizer))
+    return packed
+
+
+def inputs(batch) -> dict:
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+    }
+
+
+def test_the_hook_point_page_names_every_site_in_order():
+    assert tuple(row[0] for row in rows("emlens", 0)) == SITES
+    assert tuple(names()) == SITES
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_names_that_the_page_gives_for_a_site_read_the_same_tensor(
+    hooked_llama, tiny, tiny_tokenizer, batch, site
+):
+    lens, nnsight = names()[site]
+    expected = hooked_llama.residuals(batch, 2, site)[2]
+    assert hook_name(2, site) == lens.format(l=2)
+    assert torch.equal(hooked_llama.residuals(batch, 2, lens.format(l=2))[2], expected)
+    bridge = emlens.wrap(tiny("llama"), tiny_tokenizer, engine="transformer_lens").bridge
+    _, cache = bridge.run_with_cache(batch.input_ids, attention_mask=batch.attention_mask)
+    real = batch.mask("all")
+    assert torch.allclose(cache[lens.format(l=2)][real], expected[real], atol=1e-4)
+    model = NNsight(copy.deepcopy(tiny("llama")))
+    found = []
+    with torch.no_grad(), model.trace(**inputs(batch)):
+        found.append(eval(nnsight, {"model": model, "l": 2}))
+    assert torch.allclose(found[0][real], expected[real], atol=1e-5)
+
+
+def test_what_the_page_says_of_hidden_states_is_so(hooked_llama, batch):
+    with torch.no_grad():
+        states = copy.deepcopy(hooked_llama.module)(
+            **inputs(batch), output_hidden_states=True
+        ).hidden_states
+    real, last = batch.mask("all"), hooked_llama.n_layers - 1
+    assert len(states) == hooked_llama.n_layers + 1
+    for layer in range(last):
+        pre = hooked_llama.residuals(batch, layer, "resid_pre")[layer]
+        post = hooked_llama.residuals(batch, layer)[layer]
+        assert torch.allclose(states[layer][real], pre[real], atol=1e-5)
+        assert torch.allclose(states[layer + 1][real], post[real], atol=1e-5)
+    end = hooked_llama.residuals(batch, last)[last]
+    assert not torch.allclose(states[-1][real], end[real], atol=1e-2)
+    assert torch.allclose(states[-1][real], hooked_llama.hidden(batch)[real], atol=1e-5)
+
+
+def test_the_module_names_on_the_page_are_those_that_are_hooked(tiny):
+    seen = set()
+    for titles, blocks, attention, mlp, norm in rows("architecture", 0):
+        for title in titles.split(", "):
+            found = Architecture.of(tiny(TITLES[title]))
+            assert (found.blocks, found.attn_out, found.mlp_out, found.norm) == (
+                blocks,
+                attention,
+                mlp,
+                norm,
+            ), title
+            seen.add(TITLES[title])
+    assert seen == set(FAMILIES)
+
+
+def test_a_hook_at_resid_mid_of_a_bridge_misses_the_stream_and_an_edit_does_not(
+    tiny, tiny_tokenizer, batch
+):
+    model = emlens.wrap(tiny("llama"), tiny_tokenizer, engine="transformer_lens")
+    push = Direction.of(torch.ones(model.d_model), 1, "resid_mid")
+    end = {"plain": model.residuals(batch, 1)[1]}
+    end["mlp"] = model.residuals(batch, 1, "mlp_out", edits=[Add(push)])[1]
+    end["edit"] = model.residuals(batch, 1, edits=[Add(push)])[1]
+    middle = model.residuals(batch, 1, "resid_mid")[1]
+    with model.bridge.hooks([("blocks.1.hook_resid_mid", lambda tensor, hook: tensor + 1)]):
+        end["hook"] = model.residuals(batch, 1)[1]
+    assert torch.allclose(end["hook"], middle + end["mlp"], atol=1e-5)
+    assert torch.allclose(end["edit"], middle + 1 + end["mlp"], atol=1e-5)
