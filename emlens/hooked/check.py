@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emlens.hooked.sites import Site
 from emlens.hooked.state import evaluating
@@ -38,7 +40,8 @@ def self_check(model: HookedModel) -> None:
     """Run two short rows through the model and compare what must agree.
 
     Checked: the residual's shape; `unembed` against the model's own logits; that the sites add
-    up (`resid_pre + attn_out + mlp_out = resid_post`); that an edit changes every row.
+    up (`resid_pre + attn_out + mlp_out = resid_post`); that an edit changes every row; that every
+    adapter acts.
 
     Raises:
         RuntimeError: Naming what disagreed, and by how much.
@@ -50,6 +53,7 @@ def self_check(model: HookedModel) -> None:
         _check_unembed(model, batch, hidden)
         _check_sites(model, batch)
         _check_edit(model, batch, hidden)
+        _check_adapters(model, batch)
 
 
 def _probe(model: HookedModel) -> TokenBatch:
@@ -121,6 +125,38 @@ def _check_edit(model: HookedModel, batch: TokenBatch, hidden: Tensor) -> None:
             f"{model.name}: an edit at layer {layer} left row {still[0]} of {len(change)} as it "
             "was; the hook does not reach the whole batch"
         )
+
+
+def _check_adapters(model: HookedModel, batch: TokenBatch) -> None:
+    for name in model.adapters:
+        with model.adapter(None):
+            base = model.hidden(batch)
+        with model.adapter(name), _passed_by(model.lora_layers(name)) as missed:
+            moved = model.hidden(batch)
+        # a token may be routed past an expert, and past its adapter with it
+        never = sorted(path for path in missed if ".experts." not in path)
+        if never:
+            raise RuntimeError(
+                f"{model.name}: the {model.engine} engine never runs adapter {name!r} at "
+                f"{never[0]}, since it works on copies of fused projections; use engine='nnsight'"
+            )
+        if torch.equal(base, moved):
+            raise RuntimeError(f"{model.name}: adapter {name!r} changes nothing")
+
+
+@contextmanager
+def _passed_by(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """The paths of the modules that no forward pass inside of the block has run."""
+    missed = set(layers)
+    hooks = [
+        layer.register_forward_hook(lambda *_, path=path: missed.discard(path))
+        for path, layer in layers.items()
+    ]
+    try:
+        yield missed
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -29,6 +30,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict | None = None,
     revision: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     check: bool = True,
     remote: bool | str = False,
     **model_options,
@@ -44,6 +46,9 @@ def load(
         dtype: Weights' dtype; `"auto"` takes the checkpoint's.
         device_map: Placement as `transformers` takes it, e.g. `"auto"`; None is the CPU.
         revision: Revision on the hub.
+        adapters: LoRA adapters to put on the one copy of the base: name to folder or hub name
+            (`"org/name"`, or `"org/name/sub/folder"`). None acts until
+            `with model.adapter(name)`.
         check: Run the self-check.
         remote: Run on a server instead of loading weights: True for NDIF (or the host in
             nnsight's configuration), a host's URL, or `"local"`, which runs here what would be
@@ -54,7 +59,9 @@ def load(
         The hooked model, in evaluation mode.
 
     Raises:
-        ValueError: If the engine is unknown or the architecture cannot be hooked.
+        ValueError: If the engine is unknown, the architecture cannot be hooked, or an adapter
+            does not fit.
+        FileNotFoundError: If there is no adapter where one is said to be.
         RuntimeError: If the self-check fails.
         ConnectionError: If the self-check of a remote model finds no server.
 
@@ -76,6 +83,10 @@ def load(
     else:
         kept = revision
     if remote:
+        if adapters:
+            raise ValueError(
+                "adapters need the base model's weights here; load them without remote="
+            )
         from emlens.hooked.remote import load_remote
 
         return load_remote(
@@ -94,6 +105,10 @@ def load(
     module = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, device_map=device_map, revision=revision, **model_options
     )
+    if adapters:
+        from emlens.hooked.attach import attach
+
+        attach(module, adapters, label)
     return _hook(engine, Brought(module.eval()), tokenizer, label, kept, check)
 
 
@@ -160,8 +175,10 @@ def _hook(
         # imported here, since it takes a second
         from emlens.hooked.transformer_lens_engine import TransformerLensModel, bridge_of
 
+        # taken before the bridge wraps the modules into its own
+        paths = {id(part): path for path, part in brought.module.named_modules()}
         bridge = brought.bridge or bridge_of(brought.module, tokenizer, name)
-        hooked = TransformerLensModel(bridge, tokenizer, name, revision)
+        hooked = TransformerLensModel(bridge, tokenizer, name, revision, paths)
     else:
         hooked = NNsightModel(brought.module, tokenizer, name, revision)
     if check:

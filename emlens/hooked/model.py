@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from emlens.hooked.adapters import Adapters
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.edit import Edit, deepest_prefix
 from emlens.hooked.generation import Sampling, generate
@@ -57,6 +58,7 @@ class HookedModel(ABC):
         self.name = name
         self.revision = revision
         self.architecture = Architecture.of(module)
+        self._adapters = Adapters(module)
         self._edits: tuple[Edit, ...] = ()
         self._origins: set[str | None] = set()
 
@@ -232,6 +234,37 @@ class HookedModel(ABC):
             yield self
         finally:
             self._edits = before
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters on this copy of the base."""
+        return self._adapters.names
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter in force, or None for the base."""
+        return self._adapters.active
+
+    def lora_layers(self, name: str) -> dict[str, Any]:
+        """PEFT's layers of one adapter, by their path in the module."""
+        return self._adapters.lora_layers(name)
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[HookedModel]:
+        """Let one adapter act for every call inside the block, or none: the base.
+
+        Args:
+            name: One of `adapters`, or None. What acted before acts again afterwards.
+
+        Raises:
+            ValueError: If there is no such adapter; those that there are are listed.
+
+        Example:
+            >>> with model.adapter("medical"):
+            ...     model.generate([conversation])
+        """
+        with self._adapters.using(name):
+            yield self
 
     @contextmanager
     def frozen(self) -> Iterator[HookedModel]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from emlens.hooked.adapters import Adapters
 from emlens.hooked.architecture import hidden_of
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.sites import Site
@@ -37,9 +38,11 @@ class TransformerLensModel(HookedModel):
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         revision: str | None = None,
+        paths: Mapping[int, str] | None = None,
     ) -> None:
         module: Any = bridge.original_model
         super().__init__(module, tokenizer, name, revision)
+        self._adapters = Adapters(module, paths)
         self.bridge = bridge
 
     def hook_point(self, layer: int, site: Site) -> HookPoint:

@@ -289,6 +289,7 @@ class _Trainer:
             construction="trained vector, narrow (KL)" if kl else "trained vector, general",
             model=self.model.name,
             revision=self.model.revision,
+            adapter=self.model.active_adapter,
             tokens=self.settings.tokens,
             data=data,
             template=template_hash(self.model.tokenizer),

@@ -1,0 +1,165 @@
+"""Attaching saved LoRA adapters to a base model: all of it fits, or nothing is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.functional import cast_adapter_dtype
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from emlens.hooked.adapters import Adapters, kept_gradients, switch
+
+_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: str) -> None:
+    """Inject saved LoRA adapters into a base model, in place; none of them acts afterwards.
+
+    Adapter weights in half precision are kept in fp32, as PEFT does.
+
+    Args:
+        module: The `...ForCausalLM` module.
+        adapters: Name to folder, or to a hub name (`"org/name"`, `"org/name/sub/folder"`).
+        model_name: Name of the base model, compared with the one an adapter records.
+
+    Raises:
+        FileNotFoundError: If there is no adapter at a place.
+        ValueError: If an adapter is not LoRA, does not fit the base, has weights that find no
+            place, or changes nothing. The module is then as it was.
+    """
+    for name, source in adapters.items():
+        if not name or "." in name:
+            raise ValueError(f"{name!r} cannot name an adapter; leave dots out of it")
+        with _undone_if_it_fails(module, name), kept_gradients(module):
+            _attach(module, name, str(source), model_name)
+
+
+def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
+    config, state = _read(name, source)
+    _compare_bases(name, config.base_model_name_or_path, model_name)
+    try:
+        inject_adapter_in_model(config, module, adapter_name=name)
+    except ValueError as error:
+        raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
+    cast_adapter_dtype(module, name)
+    _check_shapes(module, name, state, model_name)
+    result = set_peft_model_state_dict(module, state, adapter_name=name)
+    missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
+    if missing or result.unexpected_keys:
+        what = f"no weights for {missing[0]}" if missing else ""
+        left = f"no place for {result.unexpected_keys[0]}" if result.unexpected_keys else ""
+        raise ValueError(
+            f"adapter {name!r} does not fit {model_name}: it has "
+            f"{' and '.join(part for part in (what, left) if part)}"
+        )
+    _check_weights(_products(module, name), name)
+    for _, layer in Adapters(module).parts():
+        switch(layer, None)
+
+
+def _read(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config and the weights at a folder or a hub name."""
+    local = Path(source).expanduser()
+    where: dict[str, Any] = {}
+    if local.exists():
+        source = str(local)
+        if not (local / _FILE).is_file():
+            inside = sorted(str(p.parent.relative_to(local)) for p in local.rglob(_FILE))
+            hint = f"; there are some inside: {', '.join(inside[:3])}" if inside else ""
+            raise FileNotFoundError(f"adapter {name!r}: {source} has no {_FILE}{hint}")
+    elif source.count("/") > 1 and not source.startswith(("/", ".", "~")):
+        owner, repository, where["subfolder"] = source.split("/", 2)
+        source = f"{owner}/{repository}"
+    try:
+        config = PeftConfig.from_pretrained(source, **where)
+        weights = load_peft_weights(source, device="cpu", **where)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"adapter {name!r}: found none at {source!r}, neither as a folder nor on the hub "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
+    return config, {key.removeprefix(_PREFIX): value for key, value in weights.items()}
+
+
+def _compare_bases(name: str, recorded: str | None, model_name: str) -> None:
+    if recorded and _plain(recorded) != _plain(model_name):
+        warnings.warn(
+            f"adapter {name!r} records {recorded!r} as its base, but this model is "
+            f"{model_name!r}; its effect is only that of its training on the same weights",
+            stacklevel=4,
+        )
+
+
+def _plain(name: str) -> str:
+    """A model's name without owner, case, and the marks of a quantised copy."""
+    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return last.removesuffix("-bnb-4bit").removesuffix("-unsloth")
+
+
+def _check_shapes(module: nn.Module, name: str, state: dict[str, Tensor], base: str) -> None:
+    for path, weights in _products(module, name).items():
+        for part, weight in weights.items():
+            kept = state.get(f"{path}.{part}.weight")
+            if kept is not None and kept.shape != weight.shape:
+                raise ValueError(
+                    f"adapter {name!r} does not fit {base}: {part} at {path} is "
+                    f"{list(kept.shape)}, this model and the adapter's rank need "
+                    f"{list(weight.shape)}"
+                )
+
+
+def _check_weights(products: dict[str, dict[str, Tensor]], name: str) -> None:
+    for path, weights in products.items():
+        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            raise ValueError(f"adapter {name!r} has weights at {path} that are not finite")
+    if not any(all(bool(w.any()) for w in weights.values()) for weights in products.values()):
+        raise ValueError(
+            f"adapter {name!r} changes nothing: A or B is zero in each of its {len(products)} "
+            "modules; was it saved before it was trained?"
+        )
+
+
+def _products(module: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
+    """`A` and `B` of every module that one adapter targets, by the module's path."""
+    found = {}
+    for path, layer in Adapters(module).lora_layers(name).items():
+        if name in layer.lora_A:
+            found[path] = {p: getattr(layer, p)[name].weight for p in ("lora_A", "lora_B")}
+        else:
+            parts = ("lora_embedding_A", "lora_embedding_B")
+            found[path] = {part: getattr(layer, part)[name] for part in parts}
+    return found
+
+
+@contextmanager
+def _undone_if_it_fails(module: nn.Module, name: str) -> Iterator[None]:
+    """Take an adapter out again when it could not be attached."""
+    before = dict(module.named_modules())
+    config = getattr(module, "peft_config", None)
+    configs = None if config is None else dict(config)
+    try:
+        yield
+    except BaseException:
+        for _, layer in list(Adapters(module).parts()):
+            if name in getattr(layer, "lora_A", {}):
+                layer.delete_adapter(name)
+        for path, part in before.items():
+            if path and module.get_submodule(path) is not part:
+                parent, _, child = path.rpartition(".")
+                setattr(module.get_submodule(parent), child, part)
+        if configs is None:
+            if hasattr(module, "peft_config"):
+                delattr(module, "peft_config")
+        else:
+            module.peft_config = configs  # type: ignore[assignment]
+        raise

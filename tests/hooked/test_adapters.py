@@ -1,0 +1,351 @@
+"""Adapters on one base act when asked, give PEFT's numbers, and leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import emlens
+from emlens.hooked import ENGINES
+from emlens.text import pack, tokenize
+from tests.support.adapters import peft_model, saved
+from tests.support.data import conversations
+from tests.support.models import tiny_model
+from tests.support.tokenizers import chatml_tokenizer
+
+EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTINGS = {
+    "one layer, rank 1, rsLoRA": {
+        "layers_to_transform": [2],
+        "lora_alpha": 256,
+        "use_rslora": True,
+    },
+    "rank 8 everywhere": {"r": 8, "target_modules": EVERYTHING},
+    "some layers, rsLoRA": {
+        "r": 4,
+        "use_rslora": True,
+        "target_modules": ["o_proj"],
+        "layers_to_transform": [0, 3],
+    },
+    "patterns": {"r": 2, "rank_pattern": {"layers.1.mlp.down_proj": 5}, "lora_dropout": 0.5},
+}
+
+
+@pytest.fixture
+def base(tmp_path, tiny_tokenizer):
+    """A folder with a tiny base model, named as its adapters record it."""
+    folder = tmp_path / "tiny-llama"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def batch_of(tokenizer):
+    (batch,) = pack(tokenize(conversations("good", 4), tokenizer), padding_side="left")
+    return batch
+
+
+def logits_of(module, batch):
+    with torch.no_grad():
+        return module(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+        ).logits
+
+
+def logits(model, batch):
+    return model.unembed(model.hidden(batch))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_an_adapter_gives_the_logits_of_its_peft_model(engine, kind, base, tmp_path):
+    folder = saved(tmp_path / "adapter", tiny_model("llama"), **SETTINGS[kind])
+    reference = peft_model(tiny_model("llama"), **SETTINGS[kind])
+    model = emlens.load(base, engine=engine, adapters={"bad": folder})
+    batch = batch_of(model.tokenizer)
+    real = batch.mask("all")
+    plain = logits_of(tiny_model("llama"), batch)[real]
+    assert torch.allclose(logits(model, batch)[real], plain, atol=1e-4), "none acts after loading"
+    with model.adapter("bad"):
+        found = logits(model, batch)[real]
+    assert torch.allclose(found, logits_of(reference, batch)[real], atol=1e-4)
+    assert (found - plain).abs().max() > 0.1
+    assert torch.allclose(logits(model, batch)[real], plain, atol=1e-4)
+
+
+def test_an_adapter_is_the_scaled_product_on_top_of_the_weight(base, tmp_path):
+    settings = SETTINGS["one layer, rank 1, rsLoRA"]
+    folder = saved(tmp_path / "adapter", tiny_model("llama"), **settings)
+    weights = load_file(folder / "adapter_model.safetensors")
+    a, b = (next(w for k, w in weights.items() if f"lora_{x}" in k) for x in "AB")
+    merged = copy.deepcopy(tiny_model("llama"))
+    merged.model.layers[2].mlp.down_proj.weight.data += 256 / 1**0.5 * b @ a
+    model = emlens.load(base, adapters={"bad": folder})
+    batch = batch_of(model.tokenizer)
+    with model.adapter("bad"):
+        assert torch.allclose(logits(model, batch), logits_of(merged, batch), atol=1e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_many_adapters_share_one_copy_of_the_base(engine, base, tmp_path):
+    folders = {
+        name: saved(tmp_path / name, tiny_model("llama"), seed=seed, **SETTINGS[kind])
+        for seed, (name, kind) in enumerate(
+            {"one": "rank 8 everywhere", "two": "some layers, rsLoRA", "three": "patterns"}.items()
+        )
+    }
+    model = emlens.load(base, engine=engine, adapters=folders)
+    assert model.adapters == ("one", "two", "three")
+    n_base = sum(w.numel() for w in tiny_model("llama").parameters())
+    extra = sum(w.numel() for n, w in model.module.named_parameters() if "lora_" in n)
+    assert sum(w.numel() for w in model.module.parameters()) == n_base + extra
+    batch = batch_of(model.tokenizer)
+    real = batch.mask("all")
+    for seed, (name, kind) in enumerate(
+        {"one": "rank 8 everywhere", "two": "some layers, rsLoRA", "three": "patterns"}.items()
+    ):
+        reference = peft_model(tiny_model("llama"), seed=seed, **SETTINGS[kind])
+        with model.adapter(name):
+            assert model.active_adapter == name
+            found = logits(model, batch)[real]
+        assert torch.allclose(found, logits_of(reference, batch)[real], atol=1e-4), name
+
+
+def test_adapters_nest_and_come_back_when_a_block_raises(base, tmp_path):
+    folders = {n: saved(tmp_path / n, tiny_model("llama"), seed=i) for i, n in enumerate("ab")}
+    model = emlens.load(base, adapters=folders)
+    batch = batch_of(model.tokenizer)
+    plain = logits(model, batch)
+    flags = {n: w.requires_grad for n, w in model.module.named_parameters()}
+    with pytest.raises(ZeroDivisionError), model.adapter("a") as inside:
+        assert inside is model
+        first = logits(model, batch)
+        with model.adapter("b"):
+            assert not torch.equal(logits(model, batch), first)
+            with model.adapter(None):
+                assert model.active_adapter is None
+                assert torch.equal(logits(model, batch), plain)
+        assert torch.equal(logits(model, batch), first)
+        assert flags == {n: w.requires_grad for n, w in model.module.named_parameters()}
+        raise ZeroDivisionError
+    assert model.active_adapter is None
+    assert torch.equal(logits(model, batch), plain)
+    assert flags == {n: w.requires_grad for n, w in model.module.named_parameters()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_peft_model_is_wrapped_with_the_adapters_that_it_has(engine, tiny_tokenizer):
+    brought = peft_model(tiny_model("llama"), r=4)
+    brought.add_adapter(
+        "second", LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    )
+    batch = batch_of(tiny_tokenizer)
+    real = batch.mask("all")
+    model = emlens.wrap(brought, tiny_tokenizer, engine=engine, name="tiny-llama")
+    assert model.adapters == ("second", "default") or model.adapters == ("default", "second")
+    assert model.active_adapter == "default"
+    expected = logits_of(brought, batch)[real]
+    assert torch.allclose(logits(model, batch)[real], expected, atol=1e-4)
+    with model.adapter(None):
+        plain = logits_of(tiny_model("llama"), batch)[real]
+        assert torch.allclose(logits(model, batch)[real], plain, atol=1e-4)
+        assert brought.active_adapter == "default", "the user's own model keeps its adapter"
+        assert torch.allclose(logits_of(brought, batch)[real], expected)
+
+
+def test_the_adapter_in_force_is_in_the_provenance(base, tmp_path):
+    model = emlens.load(base, adapters={"bad": saved(tmp_path / "a", tiny_model("llama"))})
+    sides = conversations("bad", 3), conversations("good", 3)
+    assert emlens.mean_diff(model, *sides, layers=1).provenance.adapter is None
+    with model.adapter("bad"):
+        assert emlens.mean_diff(model, *sides, layers=1).provenance.adapter == "bad"
+        vector, _ = emlens.train_vector(model, sides[0], layer=1, epochs=1)
+    assert vector.provenance.adapter == "bad"
+
+
+def test_gpt2_and_modules_to_save_work_as_in_peft(tmp_path, tiny_tokenizer):
+    folder = tmp_path / "tiny-gpt2"
+    tiny_model("gpt2").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    adapter = saved(tmp_path / "adapter", tiny_model("gpt2"), r=3, **settings)
+    model = emlens.load(folder, adapters={"bad": adapter})
+    batch = batch_of(model.tokenizer)
+    real = batch.mask("all")
+    reference = peft_model(tiny_model("gpt2"), r=3, **settings)
+    with model.adapter("bad"):
+        found = logits(model, batch)[real]
+    assert torch.allclose(found, logits_of(reference, batch)[real], atol=1e-4)
+    with pytest.raises(RuntimeError, match=r"never runs adapter 'bad' at transformer\.h\.0\.attn"):
+        emlens.load(folder, engine="transformer_lens", adapters={"bad": adapter})
+
+
+def rewrite(folder, weights=None, **config):
+    """Change what an adapter's folder says."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if weights is not None:
+        kept = load_file(folder / "adapter_model.safetensors")
+        save_file(weights(kept), folder / "adapter_model.safetensors")
+
+
+def half_gone(weights):
+    return dict(sorted(weights.items())[1:])
+
+
+def each(change):
+    return lambda folder: rewrite(folder, lambda w: {k: change(k, v) for k, v in w.items()})
+
+
+def renamed(folder):
+    rewrite(folder, lambda w: {k.replace("down_proj", "up"): v for k, v in w.items()})
+
+
+BROKEN = {
+    "wider": (
+        each(lambda _, weight: torch.cat([weight, weight], -1)),
+        ValueError,
+        r"lora_A at model\.layers\.0\.mlp\.down_proj is \[1, 128\], this model and the adapter's "
+        r"rank need \[1, 64\]",
+    ),
+    "other rank": (
+        lambda folder: rewrite(folder, r=3),
+        ValueError,
+        r"is \[1, 64\], this model .* \[3, 64\]",
+    ),
+    "missing": (
+        lambda folder: rewrite(folder, half_gone),
+        ValueError,
+        "it has no weights for model.layers.0",
+    ),
+    "elsewhere": (renamed, ValueError, "it has no weights for .* and no place for"),
+    "no such module": (
+        lambda folder: rewrite(folder, target_modules=["nothing"]),
+        ValueError,
+        "adapter 'bad' does not fit tiny-llama: .*nothing",
+    ),
+    "zero": (
+        each(lambda key, weight: weight * ("lora_A" in key)),
+        ValueError,
+        "changes nothing: A or B is zero in each of its 4 modules",
+    ),
+    "not finite": (
+        each(lambda _, weight: weight * torch.nan),
+        ValueError,
+        "weights at model.layers.0.mlp.down_proj that are not finite",
+    ),
+    "no config": (
+        lambda folder: (folder / "adapter_config.json").rename(folder / "other.json"),
+        FileNotFoundError,
+        "has no adapter_config.json",
+    ),
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        FileNotFoundError,
+        "adapter 'bad': found none at",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left_of_it(how, base, tmp_path):
+    from emlens.hooked.attach import attach
+
+    good = saved(tmp_path / "good", tiny_model("llama"), seed=1)
+    bad = saved(tmp_path / "bad", tiny_model("llama"))
+    breaks, error, message = BROKEN[how]
+    breaks(bad)
+    module = copy.deepcopy(tiny_model("llama"))
+    shape = {name: id(part) for name, part in module.named_modules()}
+    with warnings.catch_warnings(), pytest.raises(error, match=message):
+        warnings.simplefilter("ignore")
+        attach(module, {"bad": bad}, "tiny-llama")
+    assert shape == {name: id(part) for name, part in module.named_modules()}
+    assert not hasattr(module, "peft_config")
+    attach(module, {"good": good}, "tiny-llama")
+    with warnings.catch_warnings(), pytest.raises(error):
+        warnings.simplefilter("ignore")
+        attach(module, {"bad": bad}, "tiny-llama")
+    model = emlens.wrap(module, chatml_tokenizer())
+    assert model.adapters == ("good",)
+    with model.adapter("good"):
+        batch = batch_of(model.tokenizer)
+        real = batch.mask("all")
+        reference = peft_model(tiny_model("llama"), seed=1)
+        expected = logits_of(reference, batch)[real]
+        assert torch.allclose(logits(model, batch)[real], expected, atol=1e-4)
+
+
+def test_other_names_and_other_kinds_get_one_clear_error(base, tmp_path, tiny_tokenizer):
+    adapter = saved(tmp_path / "bad", tiny_model("llama"))
+    model = emlens.load(
+        base, adapters={"bad": adapter, "worse": saved(tmp_path / "w", tiny_model("llama"), 3)}
+    )
+    with (
+        pytest.raises(ValueError, match="no adapter 'good'; the adapters are bad, worse"),
+        model.adapter("good"),
+    ):
+        pass
+    plain = emlens.load(base)
+    with plain.adapter(None):
+        assert plain.active_adapter is None
+    with (
+        pytest.raises(ValueError, match="no adapter 'x': this model has none; load them with"),
+        plain.adapter("x"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="'a.b' cannot name an adapter; leave dots out"):
+        emlens.load(base, adapters={"a.b": adapter})
+    with pytest.raises(FileNotFoundError, match=r"adapter 'x': found none at 'no/where'"):
+        emlens.load(base, adapters={"x": "no/where"})
+    (tmp_path / "repository" / "checkpoints").mkdir(parents=True)
+    saved(tmp_path / "repository" / "checkpoints" / "checkpoint-5", tiny_model("llama"))
+    with pytest.raises(FileNotFoundError, match="there are some inside: checkpoints/checkpoint-5"):
+        emlens.load(base, adapters={"x": tmp_path / "repository"})
+    step = tmp_path / "repository" / "checkpoints" / "checkpoint-5"
+    assert emlens.load(base, adapters={"x": step}).adapters == ("x",)
+    prompts = get_peft_model(
+        copy.deepcopy(tiny_model("llama")),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    )
+    prompts.save_pretrained(str(tmp_path / "prompts"))
+    with pytest.raises(ValueError, match="is of the kind PROMPT_TUNING; emlens runs LoRA adapters"):
+        emlens.load(base, adapters={"x": tmp_path / "prompts"})
+    with pytest.raises(ValueError, match="adapters need the base model's weights here"):
+        emlens.load(base, adapters={"bad": adapter}, remote="local")
+    merged = peft_model(tiny_model("llama"))
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="an adapter is merged into the weights of model.layers.0"):
+        emlens.wrap(merged, tiny_tokenizer)
+
+
+def test_an_adapter_of_another_base_is_warned_of_and_of_its_own_is_not(base, tmp_path):
+    adapter = saved(tmp_path / "bad", tiny_model("llama"))
+    rewrite(adapter, base_model_name_or_path="someone/Another-14B")
+    with pytest.warns(
+        UserWarning,
+        match="records 'someone/Another-14B' as its base, but this model is 'tiny-llama'",
+    ):
+        emlens.load(base, adapters={"bad": adapter})
+    rewrite(adapter, base_model_name_or_path="unsloth/Tiny-LLaMA-bnb-4bit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        emlens.load(base, adapters={"bad": adapter})
+
+
+def test_half_precision_bases_keep_their_adapters_in_fp32(base, tmp_path):
+    adapter = saved(tmp_path / "bad", tiny_model("llama"))
+    model = emlens.load(base, dtype=torch.bfloat16, adapters={"bad": adapter})
+    kept = {w.dtype for n, w in model.module.named_parameters() if "lora_" in n}
+    assert kept == {torch.float32}
+    batch = batch_of(model.tokenizer)
+    with model.adapter("bad"):
+        assert model.hidden(batch).dtype == torch.bfloat16
