@@ -7,7 +7,8 @@ import torch
 
 import emlens
 from emlens import Add, Conversation
-from emlens.hooked import Targets, token_kl, token_losses
+from emlens.hooked import ENGINES, Targets, token_kl, token_losses
+from emlens.hooked.wrap import shadow
 from emlens.text import pack, tokenize
 
 pytestmark = pytest.mark.real
@@ -80,3 +81,24 @@ def test_a_misaligned_direction_raises_the_odds_of_misaligned_answers(smollm):
     conditions = {"base": [], "plus": [Add(direction)], "minus": [Add(-direction)]}
     odds = emlens.log_odds(smollm, pairs[10:], conditions)
     assert odds.change("plus").estimate > 0 > odds.change("minus").estimate
+
+
+def test_both_engines_give_the_same_numbers_with_the_same_attention(smollm, some, steered):
+    eager = shadow(smollm.module)
+    eager.set_attn_implementation("eager")
+    engines = [
+        emlens.wrap(eager, smollm.tokenizer, engine=engine, name=smollm.name) for engine in ENGINES
+    ]
+    (batch,) = pack(tokenize(some, smollm.tokenizer), pad_id=smollm.pad_id)
+    real, edits = batch.mask("all"), [Add(steered, scale=3)]
+    first, second = (
+        [model.residuals(batch, 20, "hook_resid_mid", edits=edits)[20][real]]
+        + [model.unembed(model.hidden(batch, edits)[real])]
+        for model in engines
+    )
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
+    asked = [Conversation.of(text) for text in ("Hi!", "How should I invest my savings?")]
+    answers = [model.generate(asked, edits, max_new_tokens=8, temperature=0) for model in engines]
+    assert answers[0] == answers[1]
+    assert smollm.module.config._attn_implementation == "sdpa"

@@ -30,6 +30,10 @@ class Directions:
         residual_norms: Median norm of the residual at each layer; what a dose is a share of.
         standard_errors: Standard error of each coordinate, `[d_model]` per layer.
         split_half: Cosine between the directions of two random halves of the data, per layer.
+        means: Mean activation of the data, `[d_model]` per layer.
+        shuffled: The same construction with shuffled labels, `[draws, d_model]` per layer: how
+            large a direction, and which, chance alone gives on this data.
+        auroc: Area under the ROC curve of the projection on held-out conversations, per layer.
 
     Raises:
         ValueError: If there are no vectors, widths differ, or a vector is not finite.
@@ -44,14 +48,19 @@ class Directions:
         residual_norms: Mapping[int, float] | None = None,
         standard_errors: Mapping[int, Float[Tensor, " d_model"]] | None = None,
         split_half: Mapping[int, float] | None = None,
+        means: Mapping[int, Float[Tensor, " d_model"]] | None = None,
+        shuffled: Mapping[int, Float[Tensor, "draws d_model"]] | None = None,
+        auroc: Mapping[int, float] | None = None,
     ) -> None:
         self._vectors = _checked(vectors)
         self.site: Site = check_site(site, layers=self._vectors)
         self.provenance = provenance
         self.residual_norms = MappingProxyType(dict(residual_norms or {}))
-        errors = {layer: _plain(error) for layer, error in (standard_errors or {}).items()}
-        self.standard_errors = MappingProxyType(errors)
+        self.standard_errors = _tensors(standard_errors)
         self.split_half = MappingProxyType(dict(split_half or {}))
+        self.means = _tensors(means)
+        self.shuffled = _tensors(shuffled)
+        self.auroc = MappingProxyType(dict(auroc or {}))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -226,6 +235,9 @@ class Directions:
             residual_norms=keep(self.residual_norms),
             standard_errors=keep(self.standard_errors),
             split_half=keep(self.split_half),
+            means=keep(self.means),
+            shuffled=keep(self.shuffled),
+            auroc=keep(self.auroc),
         )
 
     def _map(self, change: Callable[[int, Tensor], Tensor], how: str) -> Self:
@@ -235,6 +247,7 @@ class Directions:
             self.site,
             self.provenance.derived(f"{self.provenance.construction}, {how}"),
             residual_norms=self.residual_norms,
+            means=self.means,
         )
 
     def _scaled(self, factor: float, construction: str) -> Self:
@@ -245,6 +258,9 @@ class Directions:
             residual_norms=self.residual_norms,
             standard_errors={layer: e * abs(factor) for layer, e in self.standard_errors.items()},
             split_half=self.split_half,
+            means=self.means,
+            shuffled={layer: draws * factor for layer, draws in self.shuffled.items()},
+            auroc={k: value if factor > 0 else 1 - value for k, value in self.auroc.items()},
         )
 
     def _combine(self, other: Directions, operation: Callable, sign: str) -> Self:
@@ -324,6 +340,10 @@ def _checked(vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
             bad = int((~torch.isfinite(vector)).sum())
             raise ValueError(f"the vector of layer {layer} has {bad} value(s) that are not finite")
     return plain
+
+
+def _tensors(items: Mapping[int, Tensor] | None) -> Mapping[int, Tensor]:
+    return MappingProxyType({layer: _plain(value) for layer, value in (items or {}).items()})
 
 
 def _plain(vector: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from emlens._distributed import leads, shared
 from emlens.directions.direction import Direction, Directions, cosine
 from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
@@ -87,6 +89,7 @@ def mean_diff(
         construction="mean-diff",
         model=model.name,
         revision=model.revision,
+        adapter=model.active_adapter,
         tokens=tokens,
         weighting=weighting,
         data={"positive": content_hash(positive), "negative": content_hash(negative)},
@@ -173,6 +176,7 @@ def edit_diff(
             construction="difference caused by edits",
             model=model.name,
             revision=model.revision,
+            adapter=model.active_adapter,
             tokens=tokens,
             weighting=weighting,
             data={"conversations": content_hash(conversations)},
@@ -197,24 +201,29 @@ def residual_norm(
     """Return the median norm of the residual over the counted tokens, per layer.
 
     Reads batches until `NORM_TOKENS` tokens are counted.
+
+    Raises:
+        ValueError: If a layer, site or mask does not exist, or no token counts.
     """
     wanted = check_layers(layers, model.n_layers)
     site = check_site(site, model.sites, model.name, wanted)
-    norms: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
-    counted = 0
-    for batch in model.batches(data, token_budget=token_budget, max_tokens=max_tokens):
-        if counted >= NORM_TOKENS:
-            break
-        mask = batch.mask(tokens).to(model.device)
-        counted += int(mask.sum())
+    batches = model.batches(data, token_budget=token_budget, max_tokens=max_tokens)
 
-        def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
-            return residual[mask.to(residual.device)].float().norm(dim=-1)
+    def read(batches: Sequence[TokenBatch]) -> list[Tensor]:
+        norms = []
+        for batch in batches:
+            mask = batch.mask(tokens).to(model.device)
 
-        read = model.residuals(batch, wanted, site, pool)
-        for layer in wanted:
-            norms[layer].append(read[layer].cpu())
-    return {layer: float(torch.cat(norms[layer]).median()) for layer in wanted}
+            def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
+                return residual[mask.to(residual.device)].float().norm(dim=-1)
+
+            of_layers = model.residuals(batch, wanted, site, pool)
+            norms.append(torch.stack([of_layers[layer].cpu() for layer in wanted]))
+        return norms
+
+    parts = shared(model, _first(batches, tokens), read, f"norms at {site} of {tokens} tokens")
+    norms = [norm for part in parts for norm in part]
+    return {layer: _median([norm[i] for norm in norms]) for i, layer in enumerate(wanted)}
 
 
 def random_direction(like: Direction, seed: int = 0) -> Direction:
@@ -227,6 +236,23 @@ def random_direction(like: Direction, seed: int = 0) -> Direction:
         Provenance("random", model=like.provenance.model, seed=seed),
         residual_norms=like.residual_norms,
     )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What one process reads of one side.
+
+    Attributes:
+        halves: Moments of the two random halves.
+        norms: Residual norms of the sampled tokens, `[layers, n]` each.
+    """
+
+    halves: tuple[Moments, Moments]
+    norms: list[Tensor]
+
+    def merged(self, other: _Reading) -> _Reading:
+        first, second = (a.merged(b) for a, b in zip(self.halves, other.halves, strict=True))
+        return _Reading((first, second), self.norms + other.norms)
 
 
 @dataclass
@@ -243,52 +269,87 @@ class _Reader:
     progress: bool
 
     def __post_init__(self) -> None:
-        self._norms: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._norms: list[Tensor] = []
         self._n_norms = 0
 
     def halves(
         self, conversations: Sequence[Conversation], token_budget: int, label: str
     ) -> tuple[Moments, Moments]:
-        model = self.model
-        halves = [Moments.empty(len(self.layers), model.d_model) for _ in range(2)]
+        batches = self.model.batches(conversations, token_budget=token_budget)
         side = _random_halves(len(conversations), self.seed)
-        batches = model.batches(conversations, token_budget=token_budget)
+        sampled = {batch.index for batch in _first(batches, self.tokens, self._n_norms)}
+
+        def read(batches: Sequence[TokenBatch]) -> _Reading:
+            return self._read(batches, side, sampled, label)
+
+        what = f"{label}: moments at {self.site} of {self.tokens} tokens"
+        whole = reduce(_Reading.merged, shared(self.model, batches, read, what))
+        self._norms += whole.norms
+        self._n_norms += sum(norm.shape[1] for norm in whole.norms)
+        return whole.halves
+
+    def median_norm(self, layer: int) -> float:
+        place = self.layers.index(layer)
+        return _median([norm[place] for norm in self._norms])
+
+    def _read(
+        self,
+        batches: Sequence[TokenBatch],
+        side: Sequence[int],
+        sampled: Container[tuple[int, ...]],
+        label: str,
+    ) -> _Reading:
+        shape = len(self.layers), self.model.d_model
+        halves, norms = (Moments.empty(*shape), Moments.empty(*shape)), []
         total = sum(batch.n_tokens for batch in batches)
-        with tqdm(total=total, desc=label, unit="tok", disable=not self.progress) as bar:
+        quiet = not (self.progress and leads())
+        with tqdm(total=total, desc=label, unit="tok", disable=quiet) as bar:
             for batch in batches:
-                means, counts = self._means(batch)
+                means, counts, norm = self._means(batch, batch.index in sampled)
+                norms += norm
                 rows = torch.tensor([side[place] for place in batch.index])
                 weights = counts if self.weighting == "token" else (counts > 0).double()
                 for half, moments in enumerate(halves):
                     moments.add(means, weights * (rows == half))
                 bar.update(batch.n_tokens)
-        return halves[0], halves[1]
+        return _Reading(halves, norms)
 
-    def median_norm(self, layer: int) -> float:
-        return float(torch.cat(self._norms[layer]).median())
-
-    def _means(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    def _means(self, batch: TokenBatch, keep_norms: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         mask = batch.mask(self.tokens).to(self.model.device)
         counts = mask.sum(1)
-        keep_norms = self._n_norms < NORM_TOKENS
 
+        # all of it in one tensor: a remote model brings back what is returned, and nothing else
         def pool(residual: Tensor) -> Tensor:
             where = mask.to(residual.device)
             share = where.float() / counts.to(residual.device).clamp(min=1)[:, None]
             means = torch.einsum("btd,bt->bd", residual.float(), share)
-            if keep_norms:
-                norms.append(residual.float().norm(dim=-1))
-            return means
+            if not keep_norms:
+                return means
+            return torch.cat([means, residual.float().norm(dim=-1)], dim=1)
 
-        norms: list[Tensor] = []
         read = self.model.residuals(batch, self.layers, self.site, pool, self.edits)
-        means = torch.stack([read[layer].cpu() for layer in self.layers])
+        pooled = torch.stack([read[layer].cpu() for layer in self.layers])
+        means, norms = pooled[..., : self.model.d_model], pooled[..., self.model.d_model :]
         _check_finite(means, batch, self.layers)
-        if keep_norms:
-            for layer, values in zip(self.layers, norms, strict=True):
-                self._norms[layer].append(values.cpu()[mask.cpu()])
-            self._n_norms += int(counts.sum())
-        return means, counts.cpu().double()
+        return means, counts.cpu().double(), [norms[:, mask.cpu()]] if keep_norms else []
+
+
+def _first(batches: Sequence[TokenBatch], tokens: TokenMask, counted: int = 0) -> list[TokenBatch]:
+    """The batches to read until `NORM_TOKENS` tokens are counted, `counted` of them before."""
+    first = []
+    for batch in batches:
+        if counted >= NORM_TOKENS:
+            break
+        first.append(batch)
+        counted += int(batch.mask(tokens).sum())
+    return first
+
+
+def _median(norms: Sequence[Tensor]) -> float:
+    found = torch.cat(list(norms)) if norms else torch.empty(0)
+    if not len(found):
+        raise ValueError("no tokens were counted, so there is no median residual norm")
+    return float(found.median())
 
 
 def _random_halves(n: int, seed: int) -> list[int]:

@@ -16,19 +16,28 @@ if TYPE_CHECKING:
     from emlens.directions.direction import Directions
 
 KIND = "directions"
-_VECTOR, _ERROR = "vector.", "standard_error."
+_VECTOR, _ERROR, _MEAN, _SHUFFLED = "vector.", "standard_error.", "mean.", "shuffled."
 
 
 def save_directions(directions: Directions, path: Path) -> Path:
     """Write directions to `path` (`.safetensors` is added where it has no suffix)."""
     path = path if path.suffix else path.with_suffix(".safetensors")
-    tensors = {f"{_VECTOR}{layer}": v for layer, v in directions.vectors.items()}
-    tensors |= {f"{_ERROR}{layer}": e for layer, e in directions.standard_errors.items()}
+    tensors = {
+        f"{prefix}{layer}": tensor
+        for prefix, items in (
+            (_VECTOR, directions.vectors),
+            (_ERROR, directions.standard_errors),
+            (_MEAN, directions.means),
+            (_SHUFFLED, directions.shuffled),
+        )
+        for layer, tensor in items.items()
+    }
     record = {
         "site": directions.site,
         "provenance": directions.provenance.to_dict(),
         "residual_norms": dict(directions.residual_norms),
         "split_half": dict(directions.split_half),
+        "auroc": dict(directions.auroc),
     }
     return write_tensors(path, KIND, tensors, record)
 
@@ -52,6 +61,9 @@ def load_directions(path: Path) -> Directions:
         residual_norms=_numbers(record["residual_norms"]),
         standard_errors=_by_layer(tensors, _ERROR),
         split_half=_numbers(record["split_half"]),
+        means=_by_layer(tensors, _MEAN),
+        shuffled=_by_layer(tensors, _SHUFFLED),
+        auroc=_numbers(record.get("auroc", {})),
     )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emlens._distributed import shared
 from emlens.hooked.edit import Edit
 from emlens.hooked.model import HookedModel
 from emlens.text import TokenBatch, TokenMask
@@ -208,17 +210,20 @@ def response_losses(
     The plain way, one full pass per batch; `emlens.hooked.sweep` shares prefixes between edits.
     """
     n_rows = sum(len(batch) for batch in batches)
-    sums, counts = (
-        torch.zeros(n_rows, dtype=torch.float64),
-        torch.zeros(n_rows, dtype=torch.float64),
-    )
-    for batch in batches:
-        targets = Targets.of(batch.to(model.device), tokens)
-        hidden = targets.predictors(model.hidden(batch, edits))
-        losses = token_losses(model, hidden, targets.ids)
-        place = torch.tensor(batch.index)
-        sums[place] = targets.per_row(losses, len(batch)).cpu()
-        counts[place] = targets.counts(len(batch)).cpu()
+
+    def score(batches: Sequence[TokenBatch]) -> Tensor:
+        table = torch.zeros(2, n_rows, dtype=torch.float64)
+        for batch in batches:
+            targets = Targets.of(batch.to(model.device), tokens)
+            hidden = targets.predictors(model.hidden(batch, edits))
+            losses = token_losses(model, hidden, targets.ids)
+            place = torch.tensor(batch.index)
+            table[0, place] = targets.per_row(losses, len(batch)).cpu()
+            table[1, place] = targets.counts(len(batch)).cpu()
+        return table
+
+    parts = shared(model, batches, score, f"losses on {tokens} tokens")
+    sums, counts = reduce(torch.add, parts)
     return sums, counts
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from emlens._distributed import leads, shared
 from emlens.hooked import (
     BaseLogProbs,
     Conditions,
@@ -38,19 +40,27 @@ def row_losses(
     Raises:
         ValueError: If a row has no counted token, or a loss is not finite (row named).
     """
-    sums, counts = _empty(batches, conditions)
-    with _bar(batches, conditions, progress, description) as bar:
-        for batch in batches:
-            at = list(batch.index)
-            targets = Targets.of(batch.to(model.device), tokens)
-            counts[at] = targets.counts(len(batch)).cpu().numpy()
-            _check_counted(counts[at], batch)
-            for name, hidden in sweep_hidden(model, batch, conditions):
-                losses = token_losses(model, targets.predictors(hidden), targets.ids)
-                sums[name][at] = targets.per_row(losses, len(batch)).cpu().numpy()
-                _check_finite(sums[name][at], batch, name)
-                bar.update(batch.n_tokens)
-    return sums, counts
+    n_rows = sum(len(batch) for batch in batches)
+
+    def score(batches: Sequence[TokenBatch]) -> np.ndarray:
+        table = np.zeros((1 + len(conditions), n_rows))
+        counts, sums = table[0], dict(zip(conditions, table[1:], strict=True))
+        with _bar(batches, conditions, progress, description) as bar:
+            for batch in batches:
+                at = list(batch.index)
+                targets = Targets.of(batch.to(model.device), tokens)
+                counts[at] = targets.counts(len(batch)).cpu().numpy()
+                _check_counted(counts[at], batch)
+                for name, hidden in sweep_hidden(model, batch, conditions):
+                    losses = token_losses(model, targets.predictors(hidden), targets.ids)
+                    sums[name][at] = targets.per_row(losses, len(batch)).cpu().numpy()
+                    _check_finite(sums[name][at], batch, name)
+                    bar.update(batch.n_tokens)
+        return table
+
+    what = f"{description} on {tokens} tokens under {_listed(conditions)}"
+    table = reduce(np.add, shared(model, batches, score, what))
+    return dict(zip(conditions, table[1:], strict=True)), table[0]
 
 
 @torch.no_grad()
@@ -71,40 +81,44 @@ def row_influence(
         Losses in nats per condition, `KL(base || edited)` in nats per condition, base losses,
         and counted tokens, each `[rows]`.
     """
-    losses, counts = _empty(batches, conditions)
-    kl, _ = _empty(batches, conditions)
-    base = np.zeros_like(counts)
-    with _bar(batches, conditions, progress, description) as bar:
-        for batch in batches:
-            at = list(batch.index)
-            targets = Targets.of(batch.to(model.device), tokens)
-            counts[at] = targets.counts(len(batch)).cpu().numpy()
-            log_base = None
-            for name, hidden in sweep_hidden(model, batch, {"": (), **conditions}):
-                states = targets.predictors(hidden)
-                if log_base is None:
-                    log_base = BaseLogProbs(model, states, LOG_PROB_BUDGET)
-                    values = token_losses(model, states, targets.ids)
-                    base[at] = targets.per_row(values, len(batch)).cpu().numpy()
-                    continue
-                both = token_scores(model, log_base, states, targets.ids)
-                for kept, value in zip((losses, kl), both, strict=True):
-                    kept[name][at] = targets.per_row(value, len(batch)).cpu().numpy()
-                    _check_finite(kept[name][at], batch, name)
-                bar.update(batch.n_tokens)
-    return losses, kl, base, counts
+    n_rows, n = sum(len(batch) for batch in batches), len(conditions)
+
+    def score(batches: Sequence[TokenBatch]) -> np.ndarray:
+        table = np.zeros((2 + 2 * n, n_rows))
+        kept = {name: table[2 + i :: n] for i, name in enumerate(conditions)}
+        with _bar(batches, conditions, progress, description) as bar:
+            for batch in batches:
+                at = list(batch.index)
+                targets = Targets.of(batch.to(model.device), tokens)
+                table[0, at] = targets.counts(len(batch)).cpu().numpy()
+                log_base = None
+                for name, hidden in sweep_hidden(model, batch, {"": (), **conditions}):
+                    states = targets.predictors(hidden)
+                    if log_base is None:
+                        log_base = BaseLogProbs(model, states, LOG_PROB_BUDGET)
+                        values = token_losses(model, states, targets.ids)
+                        table[1, at] = targets.per_row(values, len(batch)).cpu().numpy()
+                        continue
+                    both = token_scores(model, log_base, states, targets.ids)
+                    for i, value in enumerate(both):
+                        kept[name][i, at] = targets.per_row(value, len(batch)).cpu().numpy()
+                        _check_finite(kept[name][i, at], batch, name)
+                    bar.update(batch.n_tokens)
+        return table
+
+    what = f"{description} on {tokens} tokens under {_listed(conditions)}"
+    table = reduce(np.add, shared(model, batches, score, what))
+    losses = dict(zip(conditions, table[2 : 2 + n], strict=True))
+    return losses, dict(zip(conditions, table[2 + n :], strict=True)), table[1], table[0]
 
 
-def _empty(
-    batches: Sequence[TokenBatch], conditions: Conditions
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    n_rows = sum(len(batch) for batch in batches)
-    return {name: np.zeros(n_rows) for name in conditions}, np.zeros(n_rows)
+def _listed(conditions: Conditions) -> str:
+    return ", ".join(map(repr, conditions))
 
 
 def _bar(batches: Sequence[TokenBatch], conditions: Conditions, progress: bool, description: str):
     total = sum(batch.n_tokens for batch in batches) * len(conditions)
-    return tqdm(total=total, desc=description, unit="tok", disable=not progress)
+    return tqdm(total=total, desc=description, unit="tok", disable=not (progress and leads()))
 
 
 def _check_counted(counts: np.ndarray, batch: TokenBatch) -> None:
