@@ -68,9 +68,17 @@ class TokenBatch:
             return real & self.assistant_turn
         if tokens == "prompt":
             return real & ~self.response
+        if tokens == "last":
+            return real & self._last()
         raise ValueError(
-            f"unknown tokens {tokens!r}; choose prompt, response, assistant_turn or all"
+            f"unknown tokens {tokens!r}; choose prompt, response, assistant_turn, all or last"
         )
+
+    def _last(self) -> Bool[Tensor, "batch pos"]:
+        """The token from which the first response token is predicted, or the last of the row."""
+        before = self.response.int().cumsum(1) == 0
+        position = self.position_ids.masked_fill(~(before & self.attention_mask.bool()), -1)
+        return position == position.amax(dim=1, keepdim=True)
 
     def targets(self, tokens: TokenMask) -> Bool[Tensor, "batch pos"]:
         """The mask, minus the first token of each row: nothing predicts it."""

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from emlens.text.conversation import Conversation, names
 from emlens.text.spans import Rendering, Turn, render
 
-TokenMask = Literal["prompt", "response", "assistant_turn", "all"]
+TokenMask = Literal["prompt", "response", "assistant_turn", "all", "last"]
 """The tokens that count.
 
 `response` is the content of assistant messages with the end-of-turn token; `assistant_turn` adds
 the header before it (what the papers average over); `prompt` is everything else than the
-response; `all` is every real token.
+response; `all` is every real token; `last` is the one token from which the first response token is
+predicted (where there is no response, the last token).
 """
 
 
