@@ -94,7 +94,7 @@ def adapter_vectors(
     vectors = {}
     for number, (path, layer) in layers.items():
         weight = layer.lora_B[adapter].weight.detach()
-        kept = _column(weight.shape[1], column, adapter, path)
+        kept = choose_column(weight.shape[1], column, adapter, path)
         vectors[number] = layer.scaling[adapter] * weight[:, kept].float().cpu()
     made = Provenance(
         construction="LoRA B",
@@ -137,7 +137,7 @@ def adapter_scalars(
         raise ValueError("adapter_scalars needs conversations; there are none")
     at, layers = _writers(model, adapter, site)
     rows = {
-        number: _column(layer.lora_A[adapter].weight.shape[0], column, adapter, path)
+        number: choose_column(layer.lora_A[adapter].weight.shape[0], column, adapter, path)
         for number, (path, layer) in layers.items()
     }
     found: list[tuple[Tensor, ...]] = []
@@ -194,28 +194,51 @@ def _writers(
     model: HookedModel, adapter: str, site: SiteName | None
 ) -> tuple[Site, dict[int, tuple[str, Any]]]:
     """The layers of an adapter that write into the stream at one site, by block."""
-    asked = None if site is None else check_site(site, ("attn_out", "mlp_out"), model.name)
-    found: dict[Site, dict[int, tuple[str, Any]]] = {}
-    others = []
-    for path, layer in model.lora_layers(adapter).items():
-        place = _place(model, path)
+    layers = model.lora_layers(adapter)
+    places = {path: _place(model, path) for path in layers}
+    at, paths = choose_writers(adapter, places, site)
+    for path in paths.values():
+        dora = bool(getattr(layers[path], "use_dora", {}).get(adapter))
+        check_plain(adapter, path, dora, bool(getattr(layers[path], "lora_bias", {}).get(adapter)))
+    return at, {number: (path, layers[path]) for number, path in paths.items()}
+
+
+def choose_writers(
+    adapter: str, places: Mapping[str, tuple[int, Site] | None], site: SiteName | None
+) -> tuple[Site, dict[int, str]]:
+    """Return the modules of an adapter that write into the stream at one site.
+
+    Args:
+        adapter: What errors call it.
+        places: The block and site that each module writes at, by its path; None if it does not.
+        site: The site, where the adapter writes at both.
+
+    Returns:
+        The site, and the path at each block.
+
+    Raises:
+        ValueError: If it does not write into the stream, or not at one place.
+    """
+    asked = (
+        None if site is None else check_site(site, ("attn_out", "mlp_out"), f"adapter {adapter!r}")
+    )
+    found: dict[Site, dict[int, str]] = {}
+    for path, place in places.items():
         if place is None:
-            others.append(path)
             continue
         number, at = place
         if number in found.setdefault(at, {}):
             raise ValueError(
                 f"adapter {adapter!r} writes at {at} of layer {number} more than once "
-                f"({found[at][number][0]}, {path}), as in a mixture of experts; there is no one "
+                f"({found[at][number]}, {path}), as in a mixture of experts; there is no one "
                 "vector"
             )
-        _check_plain(adapter, path, layer)
-        found[at][number] = (path, layer)
+        found[at][number] = path
     if not found:
         raise ValueError(
             f"adapter {adapter!r} does not write into the residual stream directly: "
-            f"{others[0]} is read by the rest of its block, or normed before it is added; its "
-            "effect can be read with model.residuals or edit_diff"
+            f"{next(iter(places))} is read by the rest of its block, or normed before it is "
+            "added; its effect can be read with model.residuals or edit_diff"
         )
     if asked is None and len(found) > 1:
         raise ValueError(
@@ -241,17 +264,27 @@ def _place(model: HookedModel, path: str) -> tuple[int, Site] | None:
     return None
 
 
-def _check_plain(adapter: str, path: str, layer: Any) -> None:
-    if getattr(layer, "use_dora", {}).get(adapter):
+def check_plain(adapter: str, path: str, dora: bool, bias: bool) -> None:
+    """Refuse a module to which an adapter does more than add `B A h`.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if dora:
         raise ValueError(
             f"adapter {adapter!r} is DoRA at {path}: it rescales the weight as well, so what it "
             "adds is no multiple of a column of B"
         )
-    if getattr(layer, "lora_bias", {}).get(adapter):
+    if bias:
         raise ValueError(f"adapter {adapter!r} has a bias at {path}, which B alone does not give")
 
 
-def _column(rank: int, column: int | None, adapter: str, path: str) -> int:
+def choose_column(rank: int, column: int | None, adapter: str, path: str) -> int:
+    """Return the column of `B` to take; of several, one has to be named.
+
+    Raises:
+        ValueError: If it has to be and is not, or there is no such column.
+    """
     if column is None and rank > 1:
         raise ValueError(
             f"adapter {adapter!r} has rank {rank} at {path}, so B has {rank} columns; name one "

@@ -5,6 +5,7 @@ The only module that knows foreign module names.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -21,6 +22,11 @@ _BODIES = ("model.language_model", "language_model.model", "model", "transformer
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _ATTENTION = ("self_attn", "attn", "attention")
 _MLP = ("mlp", "block_sparse_moe", "feed_forward")
+_POST_NORM = re.compile(r"(gemma|olmo|exaone)[-_]?[2-9](?![\db])|flex[-_]?olmo", re.IGNORECASE)
+_INSIDE = re.compile(
+    rf"({'|'.join(map(re.escape, _BODIES))})\.({'|'.join(_BLOCKS)})\.(?P<block>\d+)\."
+    rf"((?P<attention>{'|'.join(_ATTENTION)})|{'|'.join(_MLP)})\..+"
+)
 _PARALLEL = frozenset({"phi", "falcon", "cohere", "cohere2", "gptj", "codegen"})
 
 
@@ -124,6 +130,22 @@ def with_hidden(value: object, hidden: Tensor) -> object:
     if isinstance(value, (tuple, list)):
         return type(value)((hidden, *value[1:]))
     return hidden
+
+
+def place_of(path: str) -> tuple[int, Site] | None:
+    """The block that a module is in, and the site that its part of the block adds at.
+
+    For the names in a file, where there is no model to ask; None outside of attention and MLP.
+    """
+    inside = _INSIDE.fullmatch(path)
+    if inside is None:
+        return None
+    return int(inside["block"]), "attn_out" if inside["attention"] else "mlp_out"
+
+
+def norms_what_it_adds(model_name: str) -> bool:
+    """Whether, by its name, a model norms what attention and MLP give before it adds that."""
+    return _POST_NORM.search(model_name) is not None
 
 
 def _logit_scale(config: Any) -> float:

@@ -42,7 +42,7 @@ def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: st
 
 
 def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
-    config, state = _read(name, source)
+    config, state = read_adapter(name, source)
     _compare_bases(name, config.base_model_name_or_path, model_name)
     try:
         inject_adapter_in_model(config, module, adapter_name=name)
@@ -59,13 +59,22 @@ def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
             f"adapter {name!r} does not fit {model_name}: it has "
             f"{' and '.join(part for part in (what, left) if part)}"
         )
-    _check_weights(_products(module, name), name)
+    check_weights(_products(module, name), name)
     for _, layer in Adapters(module).parts():
         switch(layer, None)
 
 
-def _read(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The config and the weights at a folder or a hub name."""
+def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read the config and the weights of a LoRA adapter, by their names in the base model.
+
+    Args:
+        name: What errors call it.
+        source: A folder or a hub name.
+
+    Raises:
+        FileNotFoundError: If there is no adapter.
+        ValueError: If it is not LoRA.
+    """
     local = Path(source).expanduser()
     where: dict[str, Any] = {}
     if local.exists():
@@ -118,7 +127,12 @@ def _check_shapes(module: nn.Module, name: str, state: dict[str, Tensor], base: 
                 )
 
 
-def _check_weights(products: dict[str, dict[str, Tensor]], name: str) -> None:
+def check_weights(products: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
+    """Refuse an adapter by its `A` and `B` at each module's path.
+
+    Raises:
+        ValueError: If a weight is not finite, or the adapter changes nothing.
+    """
     for path, weights in products.items():
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
             raise ValueError(f"adapter {name!r} has weights at {path} that are not finite")

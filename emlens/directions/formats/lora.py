@@ -1,0 +1,170 @@
+"""LoRA adapters in PEFT folders as directions, without a model in memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
+from emlens.directions.direction import Direction, Directions
+from emlens.directions.provenance import Provenance
+from emlens.hooked import Site, SiteName
+from emlens.hooked.architecture import norms_what_it_adds, place_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+FILE = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
+
+
+def adapter_directions(
+    folder: str | Path,
+    *,
+    site: SiteName | None = None,
+    column: int | None = None,
+    name: str | None = None,
+) -> Directions:
+    """Return the columns of `B` by which a saved adapter writes into the residual stream.
+
+    What `adapter_vectors` gives for the adapter on a model, from the files alone: the layer and
+    site from the names of the modules, with the scale that PEFT applies, `alpha / r` or
+    `alpha / sqrt(r)` (rsLoRA), `rank_pattern` and `alpha_pattern` included. What a rank-1 adapter
+    adds is `(A . h) * vector`, with `A` from `adapter_rows`.
+
+    Only the name of the base model says whether its blocks norm what they add; those of Gemma 2
+    and 3, OLMo 2 and 3 and EXAONE 4 are refused.
+
+    Args:
+        folder: A folder that PEFT has written, or a hub name.
+        site: `attn_out` or `mlp_out`; needed where the adapter writes at both.
+        column: The column of `B`, for an adapter of higher rank.
+        name: What the adapter is called; by default as its folder.
+
+    Returns:
+        One vector per adapted layer.
+
+    Raises:
+        FileNotFoundError: If there is no adapter.
+        ValueError: If its weights are truncated, not finite, zero or of another rank than its
+            config says, or as `adapter_vectors`.
+    """
+    saved = _saved(folder, name)
+    at, paths = saved.writers(site)
+    vectors, columns = {}, {}
+    for number, path in paths.items():
+        check_plain(saved.name, path, bool(saved.config.use_dora), bool(saved.config.lora_bias))
+        rank = saved.rank(path)
+        columns[number] = choose_column(rank, column, saved.name, path)
+        taken = saved.products[path]["lora_B"][:, columns[number]].float()
+        vectors[number] = saved.scale(path, rank) * taken
+    made = Provenance(
+        construction="LoRA B",
+        model=saved.config.base_model_name_or_path,
+        revision=saved.config.revision,
+        adapter=saved.name,
+        settings={"modules": list(paths.values()), "column": column or 0},
+    )
+    kind = Direction if len(vectors) == 1 else Directions
+    try:
+        return kind(vectors, at, made)
+    except ValueError as error:
+        raise ValueError(f"adapter {saved.name!r} in {folder}: {error}") from error
+
+
+def adapter_rows(
+    folder: str | Path, *, site: SiteName | None = None, column: int | None = None
+) -> dict[int, Float[Tensor, " d_in"]]:
+    """Return the rows of `A` that go with the vectors of `adapter_directions`, by layer.
+
+    Each reads the input of its module (for `down_proj`, the MLP's hidden layer), not the residual
+    stream, and carries no scale.
+
+    Args:
+        folder: A folder that PEFT has written, or a hub name.
+        site: `attn_out` or `mlp_out`; needed where the adapter writes at both.
+        column: The row of `A`, for an adapter of higher rank.
+
+    Raises:
+        FileNotFoundError: As `adapter_directions`.
+        ValueError: As `adapter_directions`.
+    """
+    saved = _saved(folder)
+    rows = {}
+    for number, path in saved.writers(site)[1].items():
+        row = choose_column(saved.rank(path), column, saved.name, path)
+        rows[number] = saved.products[path]["lora_A"][row].float()
+    return rows
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """An adapter's config, and its `A` and `B` by the path of their module."""
+
+    name: str
+    config: LoraConfig
+    products: Mapping[str, Mapping[str, Tensor]]
+
+    def writers(self, site: SiteName | None) -> tuple[Site, dict[int, str]]:
+        normed = norms_what_it_adds(self.config.base_model_name_or_path or "")
+        places: dict[str, tuple[int, Site] | None] = {}
+        for path in self.products:
+            writes = path.rpartition(".")[2] in WRITERS and not normed
+            places[path] = place_of(path) if writes else None
+        return choose_writers(self.name, places, site)
+
+    def rank(self, path: str) -> int:
+        from peft.utils.other import get_pattern_key
+
+        pattern = self.config.rank_pattern or {}
+        rank = pattern.get(get_pattern_key(list(pattern), path), self.config.r)
+        a, b = (list(self.products[path][part].shape) for part in ("lora_A", "lora_B"))
+        if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+            raise ValueError(
+                f"adapter {self.name!r}: A is {a} and B is {b} at {path}, but its {CONFIG} says "
+                f"rank {rank}: A has to be [{rank}, d_in], B [d_model, {rank}]"
+            )
+        return rank
+
+    def scale(self, path: str, rank: int) -> float:
+        from peft.utils.other import get_pattern_key
+
+        pattern = self.config.alpha_pattern or {}
+        alpha = pattern.get(get_pattern_key(list(pattern), path), self.config.lora_alpha)
+        return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+
+
+def _saved(folder: str | Path, name: str | None = None) -> _Saved:
+    # importing PEFT takes seconds
+    from emlens.hooked.attach import check_weights, read_adapter
+
+    name = name or Path(folder).expanduser().resolve().name
+    try:
+        config, state = read_adapter(name, str(folder))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{Path(folder) / FILE} is not a readable safetensors file ({error}); was it fetched "
+            "as a whole?"
+        ) from error
+    products: dict[str, dict[str, Tensor]] = {}
+    for key, weight in state.items():
+        if part := _PART.fullmatch(key):
+            products.setdefault(part["path"], {})[part["part"]] = weight
+    half = [path for path, parts in products.items() if len(parts) != 2]
+    if half or not products:
+        what = f"only {next(iter(products[half[0]]))} at {half[0]}" if half else "no LoRA weights"
+        raise ValueError(
+            f"adapter {name!r}: {folder} has {what}; its tensors are "
+            f"{', '.join(list(state)[:3]) or 'none'}"
+        )
+    check_weights(products, name)
+    return _Saved(name, config, products)

@@ -1,0 +1,220 @@
+"""Files and folders of directions: which format they are in, reading them, writing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
+
+from emlens.directions.direction import Direction, Directions
+from emlens.directions.files import load_directions, save_directions
+from emlens.directions.formats import lora, papers
+from emlens.directions.formats.llama_cpp import read_gguf, write_gguf
+
+Format = Literal["emlens", "papers", "gguf", "peft"]
+"""`emlens` safetensors, the papers' `steering_vector.pt`, llama.cpp's control vectors, and LoRA
+adapters of PEFT, which are read only."""
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+_SUFFIXES: dict[str, Format] = {".safetensors": "emlens", ".pt": "papers", ".gguf": "gguf"}
+_ENDINGS: dict[Format, str] = {kind: suffix for suffix, kind in _SUFFIXES.items()}
+_OTHERS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|gradients\.safetensors|(optimizer|scheduler|scaler)\.pt"
+)
+_STEP = re.compile(r"checkpoint-(\d+)")
+
+
+def read_directions(
+    path: str | Path, format: Format | None = None, *, d_model: int | None = None
+) -> Directions:
+    """Read directions from a file or a folder, of whichever format it is.
+
+    | format | file | site and layer |
+    |---|---|---|
+    | `emlens` | what `Directions.save` wrote | all, with everything that is known of them |
+    | `papers` | `steering_vector.pt`, also in `checkpoints/final/` | `mlp_out`, `layer_idx` |
+    | `gguf` | a control vector of llama.cpp, repeng | `resid_post`; `direction.<i>` is layer `i` |
+    | `peft` | a folder with a LoRA adapter of rank 1 | `mlp_out` or `attn_out` |
+
+    Vectors come as they act: the papers' times its alpha, an adapter's times its scale.
+
+    Args:
+        path: A file, or a folder with one file of directions (beside those of its checkpoints).
+        format: The format; by default, what the file begins with says it.
+        d_model: The width that the vectors must have: that of the model they are for.
+
+    Returns:
+        A `Direction` where there is one layer.
+
+    Raises:
+        FileNotFoundError: If there is nothing to read.
+        ValueError: If it is of no known format, a folder holds several, the width is another, or
+            as the format's reader says: truncated, not finite, or with the wrong keys.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and format != "peft":
+        path = path / pick(_names(path), str(path))
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    kind = format or _sniffed(path)
+    if kind not in FORMATS:
+        raise ValueError(f"unknown format {kind!r}; the formats are {', '.join(FORMATS)}")
+    if kind == "peft":
+        found = lora.adapter_directions(path if path.is_dir() else path.parent)
+    else:
+        found = {"emlens": _emlens, "papers": papers.read_papers, "gguf": read_gguf}[kind](path)
+    if d_model is not None and found.d_model != d_model:
+        raise ValueError(
+            f"{path} holds vectors of width {found.d_model}, but the model's is {d_model}; they "
+            "are of another model"
+        )
+    return found
+
+
+def write_directions(
+    directions: Directions,
+    path: str | Path,
+    format: Format | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    model_hint: str | None = None,
+) -> Path:
+    """Write directions in a format; atomic.
+
+    Only `emlens` holds all. `papers` holds one layer at `mlp_out` and its alpha; `gguf` holds
+    `resid_post` from layer 1 on and the provenance. What a format cannot place is refused, and no
+    vector is rescaled; norms, errors and means are left out.
+
+    Args:
+        directions: What to write.
+        path: The file; the format's suffix is added where it has none.
+        format: `emlens`, `papers` or `gguf`; by default what the suffix says, or `emlens`.
+        layers: The layers to write; all by default.
+        model_hint: The model type that a GGUF file names.
+
+    Raises:
+        KeyError: If a layer is not there.
+        ValueError: If the format cannot hold the directions, or the suffix says none.
+    """
+    path = Path(path).expanduser()
+    kind = format or _SUFFIXES.get(path.suffix or ".safetensors")
+    if kind not in _ENDINGS:
+        writable = ", ".join(f"{name} ({suffix})" for name, suffix in _ENDINGS.items())
+        what = f"cannot write {path.name}" if kind is None else f"cannot write format {kind!r}"
+        raise ValueError(f"{what}; the formats to write are {writable}")
+    path = path if path.suffix else path.with_suffix(_ENDINGS[kind])
+    if layers is not None:
+        wanted = tuple(sorted({directions[layer].layer for layer in layers}))
+        directions = directions._part(wanted, Direction if len(wanted) == 1 else Directions)
+    if kind == "gguf":
+        return write_gguf(directions, path, model_hint)
+    return {"emlens": save_directions, "papers": papers.write_papers}[kind](directions, path)
+
+
+def read_checkpoints(folder: str | Path, *, d_model: int | None = None) -> dict[int, Directions]:
+    """Read the directions of every `checkpoint-<step>` of a folder, in the order of the steps.
+
+    The checkpoints are looked for in `checkpoints/`, then in the folder itself; each holds a
+    `steering_vector.pt` or a LoRA adapter. `final` is no step and left out.
+
+    Args:
+        folder: The folder, or a copy of a repository.
+        d_model: The width that the vectors must have.
+
+    Returns:
+        `{step: directions}`, with the step in `provenance.n`.
+
+    Raises:
+        FileNotFoundError: If there are no checkpoints.
+        ValueError: As `read_directions`.
+    """
+    folder = Path(folder).expanduser()
+    for place in (folder / "checkpoints", folder):
+        steps = {
+            int(name[1]): child
+            for child in (place.iterdir() if place.is_dir() else ())
+            if (name := _STEP.fullmatch(child.name)) and child.is_dir()
+        }
+        if steps:
+            break
+    else:
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint-<step>, neither in it nor in its checkpoints/"
+        )
+    found = {}
+    for step in sorted(steps):
+        read = read_directions(steps[step], d_model=d_model)
+        made = replace(read.provenance, n={**read.provenance.n, "steps": step})
+        found[step] = type(read)(read.vectors, read.site, made)
+    return found
+
+
+def pick(names: Iterable[str], where: str) -> str:
+    """Return the one file of directions among the files of a folder or repository.
+
+    Those of checkpoints count where there are no others, `checkpoints/final` before the rest.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If there are several; they are listed.
+    """
+    names = sorted(names)
+    found = [name for name in names if _may_hold(PurePosixPath(name))]
+    outside = [name for name in found if not any("checkpoint" in part for part in _above(name))]
+    last = [name for name in found if _above(name)[-2:] == ("checkpoints", "final")]
+    choices = outside or last or found
+    if not choices:
+        have = ", ".join(names[:4]) or "nothing"
+        raise FileNotFoundError(
+            f"{where} holds no directions (.safetensors, .gguf, {papers.FILE} or {lora.FILE}); "
+            f"it has {have}"
+        )
+    if len(choices) > 1:
+        more = f" and {len(choices) - 8} more" if len(choices) > 8 else ""
+        raise ValueError(
+            f"{where} holds {len(choices)} files of directions; name the one to read: "
+            f"{', '.join(choices[:8])}{more}"
+        )
+    return choices[0]
+
+
+def _may_hold(name: PurePosixPath) -> bool:
+    return name.suffix in _SUFFIXES and not _OTHERS.fullmatch(name.name)
+
+
+def _above(name: str) -> tuple[str, ...]:
+    return PurePosixPath(name).parts[:-1]
+
+
+def _names(folder: Path) -> list[str]:
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [path.as_posix() for path in inside if not any(p.startswith(".") for p in path.parts)]
+
+
+def _emlens(path: Path) -> Directions:
+    try:
+        return load_directions(path)
+    except (KeyError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} holds no whole record of directions: {error}") from error
+
+
+def _sniffed(path: Path) -> Format:
+    if path.is_dir() or path.name in (lora.FILE, lora.CONFIG):
+        return "peft"
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[:4] == b"GGUF":
+        return "gguf"
+    if head[8:9] == b"{":
+        return "emlens"
+    if head[:2] in (b"PK", b"\x80\x02"):
+        return "papers"
+    raise ValueError(
+        f"{path} is in no format that emlens reads: its {path.stat().st_size} bytes begin with "
+        f"{head!r}. It reads safetensors of its own, GGUF control vectors, the papers' "
+        f"{papers.FILE} and folders of LoRA adapters"
+    )
