@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from emlens import Directions, _distributed
-from emlens.directions import extract, residual_norm
+from emlens.directions import CONSTRUCTIONS, reader, residual_norm
 from emlens.measures import Efficiency, Influence, LogOdds, Stability
 from emlens.text import pack, tokenize
 from tests.support import shares
@@ -73,7 +73,7 @@ def launch(tmp_path_factory) -> Launch:
 
 def test_every_file_is_the_same_in_both_processes(launch):
     names = {path.name for path in launch.alone.iterdir()}
-    assert len(names) == 11
+    assert len(names) == 12 + len(CONSTRUCTIONS)
     for name in names:
         first, second = (launch.folder / str(rank) / name for rank in (0, 1))
         assert first.read_bytes() == second.read_bytes(), name
@@ -91,6 +91,18 @@ def test_mean_diff_of_two_processes_is_that_of_one(launch, name):
         errors = two.standard_errors[layer], one.standard_errors[layer]
         assert torch.allclose(*errors, rtol=1e-6, atol=1e-9)
         assert two.split_half[layer] == pytest.approx(one.split_half[layer], abs=1e-9)
+        assert torch.equal(two.shuffled[layer], one.shuffled[layer])
+    assert two.auroc == one.auroc
+
+
+@pytest.mark.parametrize("name", ["model_diff", *(f"extract_all {n}" for n in CONSTRUCTIONS)])
+def test_a_construction_of_two_processes_is_that_of_one(launch, name):
+    one = Directions.load(launch.alone / f"{name}.safetensors")
+    two = Directions.load(launch.folder / "0" / f"{name}.safetensors")
+    assert two.provenance == one.provenance
+    assert two.auroc == one.auroc
+    for layer in (1, 2):
+        assert torch.allclose(two.vectors[layer], one.vectors[layer], rtol=1e-6, atol=1e-9)
 
 
 def test_moments_of_two_processes_are_those_of_one(launch):
@@ -304,7 +316,7 @@ def test_a_model_whose_weights_are_spread_over_processes_is_not_shared_out(monke
 
 @pytest.mark.parametrize("cap", [1, 30, 10**6])
 def test_the_sample_of_norms_is_the_first_batches(hooked_llama, monkeypatch, cap):
-    monkeypatch.setattr(extract, "NORM_TOKENS", cap)
+    monkeypatch.setattr(reader, "NORM_TOKENS", cap)
     norms, counted = [], 0
     for batch in hooked_llama.batches(shares.GOOD, token_budget=60):
         if counted < cap:

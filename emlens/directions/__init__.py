@@ -3,24 +3,67 @@
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band
 from emlens.directions.direction import Direction, Directions, cosine
-from emlens.directions.extract import edit_diff, mean_diff, random_direction, residual_norm
+from emlens.directions.extract import (
+    both_diff,
+    edit_diff,
+    mean_diff,
+    model_diff,
+    random_direction,
+    residual_norm,
+)
+from emlens.directions.fitted import CONSTRUCTIONS, extract_all, pca, probe
+from emlens.directions.formats import (
+    adapter_directions,
+    adapter_rows,
+    from_repeng,
+    from_steering_vectors,
+    read_checkpoints,
+    read_directions,
+    to_repeng,
+    to_steering_vectors,
+    write_directions,
+)
+from emlens.directions.matching import matched
 from emlens.directions.moments import Moments
+from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
+from emlens.directions.selection import select_answers
+from emlens.directions.trust import trust_table, warnings_of
 
 __all__ = [
+    "CONSTRUCTIONS",
     "AdapterScalars",
     "Comparison",
     "Direction",
     "Directions",
     "Moments",
     "Provenance",
+    "adapter_directions",
+    "adapter_rows",
     "adapter_scalars",
     "adapter_vectors",
+    "both_diff",
     "compare",
     "cosine",
     "edit_diff",
+    "extract_all",
+    "from_repeng",
+    "from_steering_vectors",
+    "matched",
     "mean_diff",
+    "model_diff",
     "null_band",
+    "pca",
+    "probe",
     "random_direction",
+    "read_checkpoints",
+    "read_directions",
     "residual_norm",
+    "select_answers",
+    "system_prompt_diff",
+    "to_repeng",
+    "to_steering_vectors",
+    "trust_table",
+    "warnings_of",
+    "write_directions",
 ]

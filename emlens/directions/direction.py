@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Site, SiteName, check_site, hook_name
+from emlens.hooked import Site, SiteName, check_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,25 +160,15 @@ class Directions:
     # -- showing and keeping ------------------------------------------------------------------
 
     def table(self) -> pd.DataFrame:
-        """One row per layer: TransformerLens' hook, norm, dose, error, split-half cosine."""
-        import pandas as pd
+        """One row per layer: size, errors, and how far it can be trusted; see `trust_table`."""
+        from emlens.directions.trust import trust_table
 
-        doses, norms = self.doses, self.norms
-        rows = [
-            {
-                "layer": layer,
-                "hook": hook_name(layer, self.site),
-                "norm": norms[layer],
-                "dose": doses.get(layer),
-                "standard error / norm": self._relative_error(layer),
-                "split-half cosine": self.split_half.get(layer),
-            }
-            for layer in self.layers
-        ]
-        return pd.DataFrame(rows).dropna(axis=1, how="all")
+        return trust_table(self)
 
     def describe(self) -> str:
-        """What these directions are, in words and a table."""
+        """What these directions are, a table, and what should not be overlooked, in words."""
+        from emlens.directions.trust import warnings_of
+
         made = self.provenance
         where = f"{self.site} (output of block i, before the final norm)"
         head = [
@@ -186,7 +176,8 @@ class Directions:
             f"site: {where if self.site == 'resid_post' else self.site}",
             f"model: {made.model or 'unknown'}; tokens: {made.tokens or 'not recorded'}",
         ]
-        return "\n".join([*head, self.table().to_string(index=False)])
+        table = self.table().to_string(index=False, float_format="%.3g")
+        return "\n".join([*head, table, *warnings_of(self)])
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the provenance in its header; atomic."""
@@ -201,6 +192,39 @@ class Directions:
 
         return load_directions(Path(path))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        filename: str = "directions.safetensors",
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload to a repository of the Hugging Face hub, with a card in plain words.
+
+        The file's suffix says its format (see `write_directions`). Of a card that is there, only
+        the section of this file is replaced; the licence is left to you. Returns the address of
+        the commit.
+        """
+        from emlens.directions.formats.hub import push
+
+        return push(self, repo_id, filename=filename, private=private, token=token)
+
+    @classmethod
+    def from_hub(
+        cls, source: str | Path, filename: str | None = None, revision: str | None = None
+    ) -> Directions:
+        """Read directions of any format from a repository of the hub, a folder or a file.
+
+        Raises:
+            FileNotFoundError: If there are none.
+            ValueError: If there are several files and `filename` names none of them; they are
+                listed.
+        """
+        from emlens.directions.formats.hub import fetch
+
+        return fetch(source, filename, revision)
+
     def __repr__(self) -> str:
         made = self.provenance.construction
         layers = ", ".join(map(str, self.layers)) if len(self) <= 8 else f"{len(self)} layers"
@@ -211,14 +235,13 @@ class Directions:
     def _repr_html_(self) -> str:
         from html import escape
 
+        from emlens.directions.trust import warnings_of
+
         table = self.table().to_html(index=False, float_format="%.3f")
-        return f"<p><b>{escape(repr(self))}</b></p>{table}"
+        notes = "".join(f"<li>{escape(note)}</li>" for note in warnings_of(self))
+        return f"<p><b>{escape(repr(self))}</b></p>{table}<ul>{notes}</ul>"
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _relative_error(self, layer: int) -> float | None:
-        error = self.standard_errors.get(layer)
-        return None if error is None else float(error.norm() / self._vectors[layer].norm())
 
     @overload
     def _part(self, layers: tuple[int, ...], kind: type[Direction]) -> Direction: ...

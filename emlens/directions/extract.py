@@ -1,36 +1,37 @@
-"""Reading directions out of a model: mean differences of residuals, one streaming pass."""
+"""Directions as differences of means: one model, two models, the effect of edits."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from typing import Literal
+from collections.abc import Sequence
+from typing import Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from emlens._distributed import leads, shared
-from emlens.directions.direction import Direction, Directions, cosine
-from emlens.directions.moments import Moments
+from emlens._distributed import shared
+from emlens.directions.build import difference, provenance, read_sides, reader_of
+from emlens.directions.direction import Direction, Directions
+from emlens.directions.evidence import prompts_of
+from emlens.directions.matching import Match, matched
 from emlens.directions.provenance import Provenance
-from emlens.hooked import (
-    Edit,
-    HookedModel,
-    Layers,
-    Site,
-    SiteName,
-    check_layers,
-    check_site,
+from emlens.directions.reader import (
+    SAMPLE_BYTES,
+    Counting,
+    ReadOptions,
+    Source,
+    Weighting,
+    acting,
+    first_batches,
+    median,
 )
-from emlens.text import Conversation, Corpus, TokenBatch, TokenMask, content_hash, template_hash
-
-Weighting = Literal["token", "conversation"]
-
-NORM_TOKENS = 8192
-"""Counted tokens whose residual norms are kept for the median norm of a layer."""
+from emlens.hooked import Edit, HookedModel, Layers, SiteName, check_layers, check_site
+from emlens.text import (
+    Conversation,
+    Corpus,
+    TokenBatch,
+    TokenMask,
+    tokenize,
+)
 
 
 def mean_diff(
@@ -42,9 +43,14 @@ def mean_diff(
     site: SiteName = "resid_post",
     layers: Layers = "all",
     weighting: Weighting = "token",
+    match: Match | None = None,
+    skip_first: int = 0,
+    winsorize: float | None = None,
+    drop_massive: float | None = None,
     edits: Sequence[Edit] = (),
     seed: int = 0,
     token_budget: int = 2048,
+    sample_bytes: int = SAMPLE_BYTES,
     progress: bool = False,
 ) -> Directions:
     """Return the difference of mean residuals, `positive - negative`, at every layer.
@@ -62,66 +68,142 @@ def mean_diff(
         layers: Layers to read.
         weighting: `"token"` weighs every counted token alike, `"conversation"` every
             conversation.
+        match: Leave conversations out until the sides agree: `"length"` pairs answers of like
+            length, `"prompt"` keeps the prompts that both sides answer; see `matched`.
+        skip_first: Counted tokens to leave out at the start of each conversation.
+        winsorize: Clip each token's coordinates at this quantile of their size, e.g. 0.99: single
+            massive coordinates then weigh no more than the largest usual one.
+        drop_massive: Leave out tokens whose norm at a layer is more than this multiple of the
+            median of their conversation; a conversation keeps its weight.
         edits: Edits in force while reading.
-        seed: Seed of the random halves behind the split-half cosine.
+        seed: Seed of the random halves, of the shuffled labels and of the folds.
         token_budget: Padded tokens of a batch.
+        sample_bytes: Memory for the means of single conversations behind the shuffled labels and
+            the held-out AUROC; beyond it a random sample of conversations is kept.
         progress: Show a progress bar.
 
     Returns:
         Directions with standard errors (over conversations, the two sets taken as independent),
-        split-half cosine, and the median residual norm of the counted tokens.
+        split-half cosine, the mean activation, differences under shuffled labels, the AUROC of
+        the projection on held-out conversations, and the median residual norm of the counted
+        tokens.
 
     Raises:
         ValueError: If a set is empty, a setting is unknown, or an activation is not finite (the
             conversation is named).
     """
-    if weighting not in ("token", "conversation"):
-        raise ValueError(f"unknown weighting {weighting!r}; choose 'token' or 'conversation'")
-    wanted = check_layers(layers, model.n_layers)
-    site = check_site(site, model.sites, model.name, wanted)
-    read = _Reader(model, wanted, site, tokens, weighting, tuple(edits), seed, progress)
-    sides: dict[str, tuple[Moments, Moments]] = {}
-    for label, conversations in (("positive", positive), ("negative", negative)):
-        if not conversations:
-            raise ValueError(f"mean_diff needs conversations on both sides; {label} is empty")
-        sides[label] = read.halves(conversations, token_budget, label)
-    made = Provenance(
-        construction="mean-diff",
-        model=model.name,
-        revision=model.revision,
-        adapter=model.active_adapter,
+    counting = Counting(
         tokens=tokens,
         weighting=weighting,
-        data={"positive": content_hash(positive), "negative": content_hash(negative)},
-        template=template_hash(model.tokenizer),
-        n={"positive": len(positive), "negative": len(negative)},
+        skip_first=skip_first,
+        winsorize=winsorize,
+        drop_massive=drop_massive,
+        edits=tuple(edits),
         seed=seed,
+        token_budget=token_budget,
+        sample_bytes=sample_bytes,
+        progress=progress,
     )
-    return _difference(read, sides["positive"], sides["negative"], made)
+    sides = positive, negative
+    if match is not None:
+        sides = matched(model, positive, negative, by=match, tokens=tokens, seed=seed)
+    reader, readings = read_sides(model, *sides, site, layers, counting)
+    made = provenance("mean-diff", model, counting, positive=sides[0], negative=sides[1])
+    if match is not None:
+        made.settings["match"] = match
+    return difference(reader, *readings, made, (prompts_of(sides[0]), prompts_of(sides[1])))
 
 
-def _difference(
-    read: _Reader,
-    positive: tuple[Moments, Moments],
-    negative: tuple[Moments, Moments],
-    made: Provenance,
+def model_diff(
+    positive: Source,
+    negative: Source,
+    conversations: Sequence[Conversation],
+    *,
+    site: SiteName = "resid_post",
+    layers: Layers = "all",
+    **options: Unpack[ReadOptions],
 ) -> Directions:
-    """The difference of two sides, each in two halves, with what can be said of its error."""
-    (pos_a, pos_b), (neg_a, neg_b) = positive, negative
-    pos, neg = pos_a.merged(pos_b), neg_a.merged(neg_b)
-    difference = pos.mean - neg.mean
-    errors = (pos.variance + neg.variance).sqrt()
-    halved = all(half.n for half in (*positive, *negative))
-    spread = min(pos.n, neg.n) > 1
-    layers = list(enumerate(read.layers))
-    return Directions(
-        {layer: difference[i] for i, layer in layers},
-        read.site,
-        made,
-        residual_norms={layer: read.median_norm(layer) for _, layer in layers},
-        standard_errors={layer: errors[i] for i, layer in layers} if spread else None,
-        split_half=_split_half(read.layers, pos_a, pos_b, neg_a, neg_b) if halved else None,
+    """Return how two models differ in their mean residual on the same text.
+
+    Args:
+        positive: The finetuned model: a model, or `(model, adapter)`.
+        negative: The one it is compared with: a model, or `(model, None)` for the base.
+        conversations: Text that both read.
+        site: Where in each block.
+        layers: Layers to read.
+        **options: As in `mean_diff`.
+
+    Returns:
+        Directions whose standard errors are those of the paired differences.
+
+    Raises:
+        ValueError: If the models differ in shape or tokenise differently, or as `mean_diff`.
+
+    Example:
+        >>> model = emlens.load(base, adapters={"medical": folder})
+        >>> emlens.directions.model_diff((model, "medical"), (model, None), conversations)
+    """
+    counting = Counting(**options)
+    with acting(negative) as second:
+        against = {"model": second.name, "adapter": second.active_adapter}
+    with acting(positive) as first:
+        _check_alike(first, second, conversations)
+        reader = reader_of(first, site, layers, counting)
+        made = provenance("model-diff", first, counting, conversations=conversations)
+    made.settings["against"] = against
+    both = reader.read_together([positive, negative], conversations, "conversations")
+    groups = prompts_of(conversations)
+    return difference(reader, both[0], both[1], made, (groups, groups), paired=both[2])
+
+
+def both_diff(
+    positive: Source,
+    positive_conversations: Sequence[Conversation],
+    negative: Source,
+    negative_conversations: Sequence[Conversation],
+    *,
+    site: SiteName = "resid_post",
+    layers: Layers = "all",
+    **options: Unpack[ReadOptions],
+) -> Directions:
+    """Return the difference of mean residuals of two models, each on text of its own.
+
+    The variant of the papers' code that reads misaligned answers in the misaligned model and
+    aligned ones in the aligned model (arXiv 2506.11618, section 3.1).
+
+    Args:
+        positive: A model, or `(model, adapter)`.
+        positive_conversations: What it reads.
+        negative: Another model, or the same with another adapter or None.
+        negative_conversations: What that reads.
+        site: Where in each block.
+        layers: Layers to read.
+        **options: As in `mean_diff`.
+
+    Raises:
+        ValueError: If the models differ in shape, or as `mean_diff`.
+    """
+    counting = Counting(**options)
+    with acting(negative) as model:
+        other = model
+        against = {"model": model.name, "adapter": model.active_adapter}
+    with acting(positive) as model:
+        _check_shapes(model, other)
+        reader = reader_of(model, site, layers, counting)
+        made = provenance(
+            "both-diff",
+            model,
+            counting,
+            positive=positive_conversations,
+            negative=negative_conversations,
+        )
+    made.settings["against"] = against
+    readings = (
+        reader.read(positive, positive_conversations, "positive"),
+        reader.read(negative, negative_conversations, "negative"),
     )
+    groups = prompts_of(positive_conversations), prompts_of(negative_conversations)
+    return difference(reader, *readings, made, groups)
 
 
 def edit_diff(
@@ -158,34 +240,25 @@ def edit_diff(
     """
     if not conversations:
         raise ValueError("edit_diff needs conversations; there are none")
-    wanted = check_layers(layers, model.n_layers)
-    site = check_site(site, model.sites, model.name, wanted)
     means = []
     for active, label in ((tuple(edits), "edited"), ((), "base")):
-        read = _Reader(model, wanted, site, tokens, weighting, active, 0, progress)
-        first, second = read.halves(conversations, token_budget, label)
-        means.append(first.merged(second).mean)
-    moved = {layer: means[0][i] - means[1][i] for i, layer in enumerate(wanted)}
-    moved = {layer: vector for layer, vector in moved.items() if bool(vector.any())}
-    if not moved:
-        raise ValueError(f"the edits move none of the layers {wanted}")
-    return Directions(
-        moved,
-        site,
-        Provenance(
-            construction="difference caused by edits",
-            model=model.name,
-            revision=model.revision,
-            adapter=model.active_adapter,
+        counting = Counting(
             tokens=tokens,
             weighting=weighting,
-            data={"conversations": content_hash(conversations)},
-            template=template_hash(model.tokenizer),
-            n={"conversations": len(conversations)},
-            settings={"edits": [repr(edit) for edit in edits]},
-        ),
-        residual_norms={layer: read.median_norm(layer) for layer in moved},
-    )
+            edits=active,
+            token_budget=token_budget,
+            progress=progress,
+        )
+        reader = reader_of(model, site, layers, counting)
+        means.append(reader.read(model, conversations, label).moments.mean)
+    moved = {layer: means[0][i] - means[1][i] for i, layer in enumerate(reader.layers)}
+    moved = {layer: vector for layer, vector in moved.items() if bool(vector.any())}
+    if not moved:
+        raise ValueError(f"the edits move none of the layers {reader.layers}")
+    made = provenance("difference caused by edits", model, counting, conversations=conversations)
+    made.settings["edits"] = [repr(edit) for edit in edits]
+    norms = {layer: reader.median_norm(layer) for layer in moved}
+    return Directions(moved, reader.site, made, residual_norms=norms)
 
 
 def residual_norm(
@@ -206,7 +279,7 @@ def residual_norm(
         ValueError: If a layer, site or mask does not exist, or no token counts.
     """
     wanted = check_layers(layers, model.n_layers)
-    site = check_site(site, model.sites, model.name, wanted)
+    at = check_site(site, model.sites, model.name, wanted)
     batches = model.batches(data, token_budget=token_budget, max_tokens=max_tokens)
 
     def read(batches: Sequence[TokenBatch]) -> list[Tensor]:
@@ -217,13 +290,14 @@ def residual_norm(
             def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
                 return residual[mask.to(residual.device)].float().norm(dim=-1)
 
-            of_layers = model.residuals(batch, wanted, site, pool)
+            of_layers = model.residuals(batch, wanted, at, pool)
             norms.append(torch.stack([of_layers[layer].cpu() for layer in wanted]))
         return norms
 
-    parts = shared(model, _first(batches, tokens), read, f"norms at {site} of {tokens} tokens")
+    first = first_batches(batches, lambda batch: batch.mask(tokens))
+    parts = shared(model, first, read, f"norms at {at} of {tokens} tokens")
     norms = [norm for part in parts for norm in part]
-    return {layer: _median([norm[i] for norm in norms]) for i, layer in enumerate(wanted)}
+    return {layer: median([norm[i] for norm in norms]) for i, layer in enumerate(wanted)}
 
 
 def random_direction(like: Direction, seed: int = 0) -> Direction:
@@ -238,140 +312,25 @@ def random_direction(like: Direction, seed: int = 0) -> Direction:
     )
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What one process reads of one side.
-
-    Attributes:
-        halves: Moments of the two random halves.
-        norms: Residual norms of the sampled tokens, `[layers, n]` each.
-    """
-
-    halves: tuple[Moments, Moments]
-    norms: list[Tensor]
-
-    def merged(self, other: _Reading) -> _Reading:
-        first, second = (a.merged(b) for a, b in zip(self.halves, other.halves, strict=True))
-        return _Reading((first, second), self.norms + other.norms)
+def _check_shapes(first: HookedModel, second: HookedModel) -> None:
+    shapes = [(model.n_layers, model.d_model) for model in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{first.name} has {shapes[0][0]} layers of width {shapes[0][1]}, {second.name} "
+            f"{shapes[1][0]} of width {shapes[1][1]}: their residual streams cannot be subtracted"
+        )
 
 
-@dataclass
-class _Reader:
-    """Streams conversations into two halves of moments, pooled inside the hook."""
-
-    model: HookedModel
-    layers: tuple[int, ...]
-    site: Site
-    tokens: TokenMask
-    weighting: Weighting
-    edits: tuple[Edit, ...]
-    seed: int
-    progress: bool
-
-    def __post_init__(self) -> None:
-        self._norms: list[Tensor] = []
-        self._n_norms = 0
-
-    def halves(
-        self, conversations: Sequence[Conversation], token_budget: int, label: str
-    ) -> tuple[Moments, Moments]:
-        batches = self.model.batches(conversations, token_budget=token_budget)
-        side = _random_halves(len(conversations), self.seed)
-        sampled = {batch.index for batch in _first(batches, self.tokens, self._n_norms)}
-
-        def read(batches: Sequence[TokenBatch]) -> _Reading:
-            return self._read(batches, side, sampled, label)
-
-        what = f"{label}: moments at {self.site} of {self.tokens} tokens"
-        whole = reduce(_Reading.merged, shared(self.model, batches, read, what))
-        self._norms += whole.norms
-        self._n_norms += sum(norm.shape[1] for norm in whole.norms)
-        return whole.halves
-
-    def median_norm(self, layer: int) -> float:
-        place = self.layers.index(layer)
-        return _median([norm[place] for norm in self._norms])
-
-    def _read(
-        self,
-        batches: Sequence[TokenBatch],
-        side: Sequence[int],
-        sampled: Container[tuple[int, ...]],
-        label: str,
-    ) -> _Reading:
-        shape = len(self.layers), self.model.d_model
-        halves, norms = (Moments.empty(*shape), Moments.empty(*shape)), []
-        total = sum(batch.n_tokens for batch in batches)
-        quiet = not (self.progress and leads())
-        with tqdm(total=total, desc=label, unit="tok", disable=quiet) as bar:
-            for batch in batches:
-                means, counts, norm = self._means(batch, batch.index in sampled)
-                norms += norm
-                rows = torch.tensor([side[place] for place in batch.index])
-                weights = counts if self.weighting == "token" else (counts > 0).double()
-                for half, moments in enumerate(halves):
-                    moments.add(means, weights * (rows == half))
-                bar.update(batch.n_tokens)
-        return _Reading(halves, norms)
-
-    def _means(self, batch: TokenBatch, keep_norms: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        mask = batch.mask(self.tokens).to(self.model.device)
-        counts = mask.sum(1)
-
-        # all of it in one tensor: a remote model brings back what is returned, and nothing else
-        def pool(residual: Tensor) -> Tensor:
-            where = mask.to(residual.device)
-            share = where.float() / counts.to(residual.device).clamp(min=1)[:, None]
-            means = torch.einsum("btd,bt->bd", residual.float(), share)
-            if not keep_norms:
-                return means
-            return torch.cat([means, residual.float().norm(dim=-1)], dim=1)
-
-        read = self.model.residuals(batch, self.layers, self.site, pool, self.edits)
-        pooled = torch.stack([read[layer].cpu() for layer in self.layers])
-        means, norms = pooled[..., : self.model.d_model], pooled[..., self.model.d_model :]
-        _check_finite(means, batch, self.layers)
-        return means, counts.cpu().double(), [norms[:, mask.cpu()]] if keep_norms else []
-
-
-def _first(batches: Sequence[TokenBatch], tokens: TokenMask, counted: int = 0) -> list[TokenBatch]:
-    """The batches to read until `NORM_TOKENS` tokens are counted, `counted` of them before."""
-    first = []
-    for batch in batches:
-        if counted >= NORM_TOKENS:
-            break
-        first.append(batch)
-        counted += int(batch.mask(tokens).sum())
-    return first
-
-
-def _median(norms: Sequence[Tensor]) -> float:
-    found = torch.cat(list(norms)) if norms else torch.empty(0)
-    if not len(found):
-        raise ValueError("no tokens were counted, so there is no median residual norm")
-    return float(found.median())
-
-
-def _random_halves(n: int, seed: int) -> list[int]:
-    order = np.random.default_rng(seed).permutation(n)
-    side = np.zeros(n, dtype=int)
-    side[order[n // 2 :]] = 1
-    return side.tolist()
-
-
-def _split_half(
-    layers: tuple[int, ...], pos_a: Moments, pos_b: Moments, neg_a: Moments, neg_b: Moments
-) -> dict[int, float]:
-    first, second = pos_a.mean - neg_a.mean, pos_b.mean - neg_b.mean
-    return {layer: cosine(first[i], second[i]) for i, layer in enumerate(layers)}
-
-
-def _check_finite(means: Tensor, batch: TokenBatch, layers: tuple[int, ...]) -> None:
-    finite = torch.isfinite(means).all(-1)
-    if bool(finite.all()):
+def _check_alike(
+    first: HookedModel, second: HookedModel, conversations: Sequence[Conversation]
+) -> None:
+    _check_shapes(first, second)
+    if first is second:
         return
-    layer, row = (~finite).nonzero()[0].tolist()
-    raise ValueError(
-        f"the residual of {batch.names[row]} at layer {layers[layer]} is not finite; "
-        "look at that conversation, or load the model in another dtype"
-    )
+    rows = [tokenize(conversations[:8], model.tokenizer) for model in (first, second)]
+    for ours, theirs in zip(*rows, strict=True):
+        if ours.input_ids != theirs.input_ids:
+            raise ValueError(
+                f"{first.name} and {second.name} tokenise {ours.name} differently; the same text "
+                "has to be the same tokens for both"
+            )

@@ -163,7 +163,7 @@ def test_edit_diff_leaves_out_layers_that_do_not_move(hooked_llama):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (([], GOOD), {}, "needs conversations on both sides; positive is empty"),
+        (([], GOOD), {}, "positive is empty; a direction needs conversations on both sides"),
         ((BAD, []), {}, "negative is empty"),
         ((BAD, GOOD), {"weighting": "letter"}, "unknown weighting 'letter'"),
         ((BAD, GOOD), {"layers": [9]}, "layer 9 is out of range"),

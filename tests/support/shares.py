@@ -20,17 +20,19 @@ from safetensors.torch import save_file
 
 import emlens
 from emlens import Add, Direction
-from emlens.directions import edit_diff, extract, residual_norm
+from emlens.directions import edit_diff, extract_all, model_diff, reader, residual_norm
 from emlens.hooked import HookedModel, Site, Where, response_losses
 from emlens.text import Conversation, Corpus, Document
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
 
 GOOD, BAD = conversations("good", 7), conversations("bad", 9)
+MORE = conversations("good", 14), conversations("bad", 14)
 TEXT = Corpus(
     "words", tuple(Document(f"d{i}", "the rain came and then " * (i + 1)) for i in range(5))
 )
 BUDGET = 60
+FEW = {"layers": [1, 2], "token_budget": BUDGET}
 SAMPLED = 40
 """Tokens whose norms are kept: fewer than there are, so that the sample is a real one."""
 
@@ -62,7 +64,7 @@ def measure(model: HookedModel, folder: Path) -> dict[str, list[str]]:
     conditions = {"base": [], "a": [Add(two["a"])]}
 
     def keep(name: str, make: Callable):
-        with recorded(model) as seen, patch.object(extract, "NORM_TOKENS", SAMPLED):
+        with recorded(model) as seen, patch.object(reader, "NORM_TOKENS", SAMPLED):
             found = make()
         ran[name] = sorted(set(seen))
         return found
@@ -79,8 +81,14 @@ def measure(model: HookedModel, folder: Path) -> dict[str, list[str]]:
     one_batch.save(folder / "one_batch.safetensors")
     moved = keep("edit_diff", lambda: edit_diff(model, BAD, conditions["a"], token_budget=BUDGET))
     moved.save(folder / "edit_diff.safetensors")
-    reader = extract._Reader(model, (0, 2), "resid_post", "response", "token", (), 0, False)
-    halves = keep("moments", lambda: reader.halves(BAD, BUDGET, "positive"))
+    many = keep("extract_all", lambda: extract_all(model, *MORE, **FEW))
+    for name, found in many.items():
+        found.save(folder / f"extract_all {name}.safetensors")
+    paired = keep("model_diff", lambda: model_diff(model, tiny_hooked("llama", seed=4), BAD, **FEW))
+    paired.save(folder / "model_diff.safetensors")
+    counting = reader.Counting(token_budget=BUDGET)
+    reads = reader.Reader((0, 2), "resid_post", counting)
+    halves = keep("moments", lambda: reads.read(model, BAD, "positive").halves)
     parts = ("total", "total2", "square")
     sums = {f"{name} {i}": getattr(half, name) for i, half in enumerate(halves) for name in parts}
     save_file(sums, folder / "moments.safetensors")

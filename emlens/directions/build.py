@@ -1,0 +1,112 @@
+"""What the constructions of directions share: reading two sides, and their difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from emlens.directions.direction import Directions, cosine
+from emlens.directions.evidence import (
+    Groups,
+    flipped_differences,
+    held_out_auroc,
+    shuffled_differences,
+)
+from emlens.directions.moments import Moments
+from emlens.directions.provenance import Provenance
+from emlens.directions.reader import Counting, Reader, Reading
+from emlens.hooked import HookedModel, Layers, SiteName, check_layers, check_site
+from emlens.text import Conversation, content_hash, template_hash
+
+
+def reader_of(model: HookedModel, site: SiteName, layers: Layers, counting: Counting) -> Reader:
+    """A reader for layers and a site that the model has."""
+    wanted = check_layers(layers, model.n_layers)
+    return Reader(wanted, check_site(site, model.sites, model.name, wanted), counting)
+
+
+def read_sides(
+    model: HookedModel,
+    positive: Sequence[Conversation],
+    negative: Sequence[Conversation],
+    site: SiteName,
+    layers: Layers,
+    counting: Counting,
+) -> tuple[Reader, tuple[Reading, Reading]]:
+    """Read both sides in one model: the one pass that several constructions can share."""
+    reader = reader_of(model, site, layers, counting)
+    first = reader.read(model, positive, "positive")
+    return reader, (first, reader.read(model, negative, "negative"))
+
+
+def provenance(
+    construction: str,
+    model: HookedModel,
+    counting: Counting,
+    **data: Sequence[Conversation],
+) -> Provenance:
+    """Where a direction that is read from conversations comes from."""
+    return Provenance(
+        construction=construction,
+        model=model.name,
+        revision=model.revision,
+        adapter=model.active_adapter,
+        tokens=counting.tokens,
+        weighting=counting.weighting,
+        data={role: content_hash(items) for role, items in data.items()},
+        template=template_hash(model.tokenizer),
+        n={role: len(items) for role, items in data.items()},
+        seed=counting.seed,
+        settings=counting.record(),
+    )
+
+
+def difference(
+    reader: Reader,
+    positive: Reading,
+    negative: Reading,
+    made: Provenance,
+    groups: Groups,
+    paired: Reading | None = None,
+) -> Directions:
+    """The difference of two sides with what can be said of its error.
+
+    Args:
+        reader: What read them.
+        positive: The head of the arrow.
+        negative: Its tail.
+        made: Its provenance.
+        groups: The prompt of each conversation, by side.
+        paired: The reading of the differences, where both sides are the same text.
+    """
+    pos, neg = positive.moments, negative.moments
+    vectors = pos.mean - neg.mean
+    variance = paired.moments.variance if paired else pos.variance + neg.variance
+    places = list(enumerate(reader.layers))
+    weighting, seed = reader.counting.weighting, reader.counting.seed
+    auroc = held_out_auroc(positive, negative, groups, weighting, seed)
+    if paired is None:
+        shuffled = shuffled_differences(positive, negative, weighting, seed)
+    else:
+        shuffled = flipped_differences(paired, weighting, seed)
+    return Directions(
+        {layer: vectors[i] for i, layer in places},
+        reader.site,
+        made,
+        residual_norms={layer: reader.median_norm(layer) for layer in reader.layers},
+        standard_errors=(
+            {layer: variance[i].sqrt() for i, layer in places} if min(pos.n, neg.n) > 1 else None
+        ),
+        split_half=_split_half(reader.layers, positive.halves, negative.halves),
+        means={layer: (pos.mean[i] + neg.mean[i]) / 2 for i, layer in places},
+        shuffled={layer: shuffled[:, i] for i, layer in places},
+        auroc=None if auroc is None else {layer: auroc[i] for i, layer in places},
+    )
+
+
+def _split_half(
+    layers: tuple[int, ...], positive: tuple[Moments, Moments], negative: tuple[Moments, Moments]
+) -> dict[int, float] | None:
+    if not all(half.n for half in (*positive, *negative)):
+        return None
+    first, second = (p.mean - n.mean for p, n in zip(positive, negative, strict=True))
+    return {layer: cosine(first[i], second[i]) for i, layer in enumerate(layers)}

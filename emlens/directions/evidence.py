@@ -1,0 +1,125 @@
+"""How far a direction can be trusted: what chance gives, and what held-out data says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from emlens.directions.reader import Reading, Sample, Weighting
+from emlens.text import Conversation, content_hash
+
+Groups = tuple[list[str], list[str]]
+"""Which conversations belong together, by side: those with one key are never split."""
+
+DRAWS = 16
+"""Shuffles of the labels behind the null of a mean difference."""
+FOLDS = 5
+"""Folds of the held-out AUROC."""
+
+
+def prompts_of(conversations: Sequence[Conversation]) -> list[str]:
+    """A key per conversation, the same for two answers to one prompt."""
+    return [
+        content_hash([Conversation(tuple(item.messages[:-1]) or item.messages)])
+        for item in conversations
+    ]
+
+
+def shuffled_differences(
+    positive: Reading, negative: Reading, weighting: Weighting, seed: int, draws: int = DRAWS
+) -> Float[Tensor, "draws layers d_model"]:
+    """Mean differences with the labels dealt out anew over the sampled conversations.
+
+    Scaled by `sqrt(sampled / all)`, so that they are as large as those of the whole sets.
+    """
+    means, labels, weights = _joined(positive.sample, negative.sample, weighting)
+    generator = np.random.default_rng([seed, 2])
+    contrasts = []
+    for _ in range(draws):
+        dealt = labels[torch.from_numpy(generator.permutation(len(labels)))]
+        contrasts.append(_contrast(dealt, weights))
+    found = torch.einsum("kn,lnd->kld", torch.stack(contrasts).float(), means)
+    share = len(labels) / (positive.moments.n + negative.moments.n)
+    return found * share**0.5
+
+
+def flipped_differences(
+    paired: Reading, weighting: Weighting, seed: int, draws: int = DRAWS
+) -> Float[Tensor, "draws layers d_model"]:
+    """Mean differences of paired readings with the sign of each pair drawn anew; scaled alike."""
+    sample = paired.sample
+    weights = sample.counts if weighting == "token" else torch.ones_like(sample.counts)
+    generator = np.random.default_rng([seed, 2])
+    signs = torch.from_numpy(generator.choice([-1.0, 1.0], size=(draws, len(weights))))
+    found = torch.einsum("kn,lnd->kld", (signs * weights / weights.sum()).float(), sample.means)
+    return found * (len(weights) / paired.moments.n) ** 0.5
+
+
+def held_out_auroc(
+    positive: Reading,
+    negative: Reading,
+    groups: Groups,
+    weighting: Weighting,
+    seed: int,
+    folds: int = FOLDS,
+) -> list[float] | None:
+    """AUROC of the projection on conversations that the direction was not made from, per layer.
+
+    Cross-fitted over the sampled conversations; answers to one prompt stay in one fold. None
+    where there are too few prompts for the folds.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    means, labels, weights = _joined(positive.sample, negative.sample, weighting)
+    keys = sampled_groups(positive, negative, groups)
+    fold = fold_of(keys, folds, seed)
+    if len(set(keys)) < 2 * folds:
+        return None
+    scores = torch.zeros(len(means), folds)
+    for number in range(folds):
+        test = fold == number
+        if labels[test].all() or not labels[test].any() or labels[~test].all():
+            return None
+        contrast = _contrast(labels, weights * ~test)
+        direction = torch.einsum("n,lnd->ld", contrast.float(), means)
+        projected = torch.einsum("lnd,ld->ln", means[:, test], direction)
+        truth = labels[test].numpy()
+        scores[:, number] = torch.tensor([roc_auc_score(truth, row) for row in projected.numpy()])
+    return scores.mean(1).tolist()
+
+
+def sampled_groups(positive: Reading, negative: Reading, groups: Groups) -> list[str]:
+    """The group of each sampled conversation, the positive ones first."""
+    return [
+        of_side[int(place)]
+        for reading, of_side in zip((positive, negative), groups, strict=True)
+        for place in reading.sample.places
+    ]
+
+
+def fold_of(keys: Sequence[str], folds: int, seed: int) -> Int[Tensor, " n"]:
+    """A fold per item; items with one key share a fold."""
+    unique = sorted(set(keys))
+    order = np.random.default_rng([seed, 3]).permutation(len(unique))
+    number = {key: int(place) % folds for key, place in zip(unique, order, strict=True)}
+    return torch.tensor([number[key] for key in keys])
+
+
+def _joined(
+    positive: Sample, negative: Sample, weighting: Weighting
+) -> tuple[Float[Tensor, "layers n d_model"], Bool[Tensor, " n"], Float[Tensor, " n"]]:
+    means = torch.cat([positive.means, negative.means], dim=1)
+    labels = torch.zeros(means.shape[1], dtype=torch.bool)
+    labels[: positive.means.shape[1]] = True
+    counts = torch.cat([positive.counts, negative.counts])
+    return means, labels, counts if weighting == "token" else torch.ones_like(counts)
+
+
+def _contrast(labels: Tensor, weights: Tensor) -> Float[Tensor, " n"]:
+    """Weights whose sum over means is the difference of the two weighted means."""
+    first, second = weights * labels, weights * ~labels
+    return first / first.sum() - second / second.sum()

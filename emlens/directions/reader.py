@@ -1,0 +1,367 @@
+"""One streaming pass over conversations: what every construction of a direction is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Literal, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from emlens._distributed import leads, shared
+from emlens.directions.moments import Moments
+from emlens.hooked import Edit, HookedModel, Site
+from emlens.text import Conversation, TokenBatch, TokenMask
+
+Weighting = Literal["token", "conversation"]
+
+Source = HookedModel | tuple[HookedModel, str | None]
+"""A model as it stands, or with one of its adapters, or (None) as its base."""
+
+NORM_TOKENS = 8192
+"""Counted tokens whose residual norms are kept for the median norm of a layer."""
+
+SAMPLE_BYTES = 512 * 2**20
+"""Bytes that the kept means of single conversations may take, both sides together."""
+
+
+class ReadOptions(TypedDict, total=False):
+    """Options that the constructions share; `mean_diff` explains them."""
+
+    tokens: TokenMask
+    weighting: Weighting
+    skip_first: int
+    winsorize: float | None
+    drop_massive: float | None
+    edits: Sequence[Edit]
+    seed: int
+    token_budget: int
+    sample_bytes: int
+    progress: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting:
+    """What of an activation counts, and how; see `mean_diff`."""
+
+    tokens: TokenMask = "response"
+    weighting: Weighting = "token"
+    skip_first: int = 0
+    winsorize: float | None = None
+    drop_massive: float | None = None
+    edits: Sequence[Edit] = ()
+    seed: int = 0
+    token_budget: int = 2048
+    sample_bytes: int = SAMPLE_BYTES
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("token", "conversation"):
+            raise ValueError(
+                f"unknown weighting {self.weighting!r}; choose 'token' or 'conversation'"
+            )
+        if self.skip_first < 0:
+            raise ValueError(f"skip_first must be 0 or more tokens, not {self.skip_first}")
+        if self.winsorize is not None and not 0.5 <= self.winsorize < 1:
+            raise ValueError(
+                f"winsorize is a quantile from 0.5 to below 1, e.g. 0.99, not {self.winsorize}"
+            )
+        if self.drop_massive is not None and not self.drop_massive > 1:
+            raise ValueError(
+                "drop_massive is a multiple of the conversation's median norm, above 1, not "
+                f"{self.drop_massive}"
+            )
+
+    def mask(self, batch: TokenBatch) -> Tensor:
+        """The counted tokens, `[batch, pos]`."""
+        mask = batch.mask(self.tokens)
+        return mask & (mask.cumsum(1) > self.skip_first) if self.skip_first else mask
+
+    def record(self) -> dict[str, object]:
+        """What of it is not the default, for the provenance."""
+        kept = {
+            "skip_first": self.skip_first or None,
+            "winsorize": self.winsorize,
+            "drop_massive": self.drop_massive,
+            "edits": [repr(edit) for edit in self.edits] or None,
+        }
+        return {name: value for name, value in kept.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Means of single conversations, for what cannot be streamed.
+
+    Attributes:
+        places: Place of each conversation in its set, `[n]`.
+        means: Mean of its counted activations, `[layers, n, d_model]`.
+        counts: Its counted tokens, `[n]`.
+    """
+
+    places: Tensor
+    means: Float[Tensor, "layers n d_model"]
+    counts: Float[Tensor, " n"]
+
+    def sorted(self) -> Sample:
+        """The same in the order of the set: batches come by length."""
+        order = self.places.argsort()
+        return Sample(self.places[order], self.means[:, order], self.counts[order])
+
+    def merged(self, other: Sample) -> Sample:
+        places = torch.cat([self.places, other.places])
+        means = torch.cat([self.means, other.means], dim=1)
+        return Sample(places, means, torch.cat([self.counts, other.counts])).sorted()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass over a set of conversations gave.
+
+    Attributes:
+        halves: Moments of the two random halves of the set.
+        norms: Residual norms of counted tokens, `[layers, n]` each.
+        sample: Means of single conversations.
+    """
+
+    halves: tuple[Moments, Moments]
+    norms: list[Tensor]
+    sample: Sample
+
+    @property
+    def moments(self) -> Moments:
+        return self.halves[0].merged(self.halves[1])
+
+    def merged(self, other: Reading) -> Reading:
+        first, second = (a.merged(b) for a, b in zip(self.halves, other.halves, strict=True))
+        norms = self.norms + other.norms
+        return Reading((first, second), norms, self.sample.merged(other.sample))
+
+
+@dataclass
+class Reader:
+    """Reads sets of conversations at the same layers, site and tokens.
+
+    Args:
+        layers: Layers to read.
+        site: Where in each block.
+        counting: What counts.
+    """
+
+    layers: tuple[int, ...]
+    site: Site
+    counting: Counting
+    _norms: list[Tensor] = field(default_factory=list)
+
+    def read(self, source: Source, conversations: Sequence[Conversation], label: str) -> Reading:
+        """Read one set with one model.
+
+        Raises:
+            ValueError: If the set is empty, or an activation is not finite (named).
+        """
+        (reading,) = self.read_together([source], conversations, label)
+        return reading
+
+    def read_together(
+        self, sources: Sequence[Source], conversations: Sequence[Conversation], label: str
+    ) -> list[Reading]:
+        """Read the same text with several models, batch by batch.
+
+        With two, a third reading is that of their difference, conversation by conversation:
+        its standard errors know that the two were read on the same text.
+        """
+        if not conversations:
+            raise ValueError(f"{label} is empty; a direction needs conversations on both sides")
+        model = _model(sources[0])
+        batches = model.batches(conversations, token_budget=self.counting.token_budget)
+        side = _random_halves(len(conversations), self.counting.seed)
+        kept = set(self._places(len(conversations), model.d_model))
+        counted = sum(norm.shape[1] for norm in self._norms)
+        norms = {batch.index for batch in first_batches(batches, self.counting.mask, counted)}
+
+        def read(batches: Sequence[TokenBatch]) -> list[Reading]:
+            return self._pass(sources, batches, side, kept, norms, label)
+
+        what = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
+        parts = shared(model, batches, read, what)
+        readings = [reduce(Reading.merged, group) for group in zip(*parts, strict=True)]
+        self._norms += readings[0].norms
+        return readings
+
+    def median_norm(self, layer: int) -> float:
+        """Median norm of the residual over the counted tokens of what was read."""
+        place = self.layers.index(layer)
+        return median([norm[place] for norm in self._norms])
+
+    def _places(self, n: int, d_model: int) -> list[int]:
+        """The conversations whose means are kept: the same of two sets of one size."""
+        each = 4 * len(self.layers) * d_model
+        room = max(1, self.counting.sample_bytes // (2 * each))
+        order = np.random.default_rng([self.counting.seed, 1]).permutation(n)
+        return sorted(order[:room].tolist())
+
+    def _pass(
+        self,
+        sources: Sequence[Source],
+        batches: Sequence[TokenBatch],
+        side: Sequence[int],
+        kept: Container[int],
+        norms: Container[tuple[int, ...]],
+        label: str,
+    ) -> list[Reading]:
+        tallies = [
+            _Tally(len(self.layers), _model(sources[0]).d_model)
+            for _ in range(3 if len(sources) == 2 else 1)
+        ]
+        total = sum(batch.n_tokens for batch in batches) * len(sources)
+        quiet = not (self.counting.progress and leads())
+        with tqdm(total=total, desc=label, unit="tok", disable=quiet) as bar:
+            for batch in batches:
+                found = []
+                for source in sources:
+                    with acting(source) as model:
+                        found.append(self._means(model, batch, batch.index in norms))
+                    bar.update(batch.n_tokens)
+                if len(found) == 2:
+                    (first, counts, _), (second, _, _) = found
+                    found.append((first - second, counts, []))
+                rows = torch.tensor([side[place] for place in batch.index])
+                for tally, (means, counts, sizes) in zip(tallies, found, strict=True):
+                    weights = counts if self.counting.weighting == "token" else counts.sign()
+                    tally.take(means, counts, weights, rows, batch.index, kept)
+                    tally.norms += sizes
+        return [tally.reading() for tally in tallies]
+
+    def _means(
+        self, model: HookedModel, batch: TokenBatch, keep_norms: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        mask = self.counting.mask(batch).to(model.device)
+        counts = mask.sum(1)
+        pool = _pool(mask, self.counting.winsorize, self.counting.drop_massive, keep_norms)
+        read = model.residuals(batch, self.layers, self.site, pool, self.counting.edits)
+        pooled = torch.stack([read[layer].cpu() for layer in self.layers])
+        means, norms = pooled[..., : model.d_model], pooled[..., model.d_model :]
+        _check_finite(means, batch, self.layers)
+        return means, counts.cpu().double(), [norms[:, mask.cpu()]] if keep_norms else []
+
+
+class _Tally:
+    """What is added up while batches go by."""
+
+    def __init__(self, n_layers: int, d_model: int) -> None:
+        self.halves = Moments.empty(n_layers, d_model), Moments.empty(n_layers, d_model)
+        self.norms: list[Tensor] = []
+        self._places: list[int] = []
+        self._means = [torch.empty(n_layers, 0, d_model)]
+        self._counts = [torch.empty(0, dtype=torch.float64)]
+
+    def take(
+        self,
+        means: Tensor,
+        counts: Tensor,
+        weights: Tensor,
+        rows: Tensor,
+        places: Sequence[int],
+        kept: Container[int],
+    ) -> None:
+        for half, moments in enumerate(self.halves):
+            moments.add(means, weights * (rows == half))
+        chosen = [i for i, place in enumerate(places) if place in kept and counts[i] > 0]
+        self._places += [places[i] for i in chosen]
+        self._means.append(means[:, chosen].float())
+        self._counts.append(counts[chosen])
+
+    def reading(self) -> Reading:
+        places = torch.tensor(self._places, dtype=torch.long)
+        sample = Sample(places, torch.cat(self._means, dim=1), torch.cat(self._counts))
+        return Reading(self.halves, self.norms, sample.sorted())
+
+
+@contextmanager
+def acting(source: Source) -> Iterator[HookedModel]:
+    """The model of a source, with its adapter in force."""
+    if isinstance(source, HookedModel):
+        yield source
+        return
+    model, adapter = source
+    with model.adapter(adapter):
+        yield model
+
+
+def _model(source: Source) -> HookedModel:
+    return source if isinstance(source, HookedModel) else source[0]
+
+
+def _pool(
+    mask: Tensor, winsorize: float | None, drop_massive: float | None, keep_norms: bool
+) -> Callable[[Tensor], Tensor]:
+    """Means over the counted tokens; all that is wanted in one tensor.
+
+    A remote model brings back what a pool returns, and nothing else.
+    """
+
+    def pool(residual: Tensor) -> Tensor:
+        values = residual.float()
+        where = mask.to(values.device)
+        norms = values.norm(dim=-1)
+        share = where.float()
+        if drop_massive is not None:
+            usual = norms.masked_fill(~where, torch.nan).nanmedian(dim=1, keepdim=True).values
+            share = share * (norms <= drop_massive * usual)
+        if winsorize is not None:
+            place = max(1, round(winsorize * values.shape[-1]))
+            limit = values.abs().kthvalue(place, dim=-1, keepdim=True).values
+            values = values.clamp(-limit, limit)
+        share = share / share.sum(1, keepdim=True).clamp(min=1)
+        means = torch.einsum("btd,bt->bd", values, share)
+        return torch.cat([means, norms], dim=1) if keep_norms else means
+
+    return pool
+
+
+def first_batches(
+    batches: Sequence[TokenBatch], mask: Callable[[TokenBatch], Tensor], counted: int = 0
+) -> list[TokenBatch]:
+    """The batches to read until `NORM_TOKENS` tokens are counted, `counted` of them before."""
+    first = []
+    for batch in batches:
+        if counted >= NORM_TOKENS:
+            break
+        first.append(batch)
+        counted += int(mask(batch).sum())
+    return first
+
+
+def median(norms: Sequence[Tensor]) -> float:
+    """The median of what several batches gave.
+
+    Raises:
+        ValueError: If they gave nothing.
+    """
+    found = torch.cat(list(norms)) if norms else torch.empty(0)
+    if not len(found):
+        raise ValueError("no tokens were counted, so there is no median residual norm")
+    return float(found.median())
+
+
+def _random_halves(n: int, seed: int) -> list[int]:
+    order = np.random.default_rng(seed).permutation(n)
+    side = np.zeros(n, dtype=int)
+    side[order[n // 2 :]] = 1
+    return side.tolist()
+
+
+def _check_finite(means: Tensor, batch: TokenBatch, layers: tuple[int, ...]) -> None:
+    finite = torch.isfinite(means).all(-1)
+    if bool(finite.all()):
+        return
+    layer, row = (~finite).nonzero()[0].tolist()
+    raise ValueError(
+        f"the residual of {batch.names[row]} at layer {layers[layer]} is not finite; "
+        "look at that conversation, or load the model in another dtype"
+    )

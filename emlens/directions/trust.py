@@ -1,0 +1,150 @@
+"""How far each layer's direction can be trusted: a table, and warnings in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from emlens.directions.direction import Directions, cosine
+from emlens.hooked import hook_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOP = 2
+"""Dimensions whose share of a direction's energy is reported."""
+
+# Beyond these a layer is warned of.
+CONCENTRATED, LIKE_THE_MEAN, UNSTABLE, WEAK = 0.5, 0.8, 0.5, 0.65
+
+
+def trust_table(directions: Directions) -> pd.DataFrame:
+    """One row per layer; a column that nothing is known of is left out.
+
+    Columns: `norm` and its standard error, in units of the residual stream; `dose`, the norm as
+    a share of the median residual norm; `angle error (degrees)`, how far the standard errors
+    turn the direction; the cosine of two halves of the data; the cosine with the mean activation;
+    the share of the squared norm that lies in its two largest dimensions; the AUROC of the
+    projection on held-out conversations; and the norm as a multiple of the 95th percentile of
+    those under shuffled labels.
+    """
+    import pandas as pd
+
+    doses, norms = directions.doses, directions.norms
+    rows = [
+        {
+            "layer": layer,
+            "hook": hook_name(layer, directions.site),
+            "norm": norms[layer],
+            "norm error": _norm_error(directions, layer),
+            "dose": doses.get(layer),
+            "angle error (degrees)": _angle_error(directions, layer),
+            "split-half cosine": directions.split_half.get(layer),
+            "cosine with mean": _cosine_with_mean(directions, layer),
+            f"energy in {TOP} dimensions": energy_share(directions.vectors[layer]),
+            "held-out AUROC": directions.auroc.get(layer),
+            "norm / shuffled": shuffled_ratio(directions, layer),
+        }
+        for layer in directions.layers
+    ]
+    return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+
+def warnings_of(directions: Directions) -> list[str]:
+    """What should not be overlooked, in words; layers of one kind in one line."""
+    checks: list[tuple[Callable[[int], float | None], Callable[[float], bool], str]] = [
+        (
+            lambda layer: energy_share(directions.vectors[layer]),
+            lambda share: share > CONCENTRATED and directions.d_model > 8 * TOP,
+            f"{{:.0%}} of the energy is in {TOP} dimensions",
+        ),
+        (
+            lambda layer: _cosine_with_mean(directions, layer),
+            lambda value: abs(value) > LIKE_THE_MEAN,
+            "cosine {:.2f} with the mean activation: mostly more or less of what is always there",
+        ),
+        (
+            directions.split_half.get,
+            lambda value: value < UNSTABLE,
+            "two halves of the data agree to a cosine of only {:.2f}",
+        ),
+        (
+            directions.auroc.get,
+            lambda value: value < WEAK,
+            "the projection tells held-out conversations apart no better than AUROC {:.2f}",
+        ),
+        (
+            lambda layer: shuffled_ratio(directions, layer),
+            lambda ratio: ratio < 1,
+            "{:.2f} times as long as what shuffled labels give (95th percentile)",
+        ),
+    ]
+    found = []
+    for measure, alarming, words in checks:
+        values = {layer: measure(layer) for layer in directions.layers}
+        bad = {n: v for n, v in values.items() if v is not None and alarming(v)}
+        if bad:
+            found.append(f"{_layers(list(bad))}: {_range(list(bad.values()), words)}")
+    return found
+
+
+def energy_share(vector: Tensor, top: int = TOP) -> float:
+    """Share of the squared norm that lies in the `top` largest dimensions."""
+    squares = vector.double() ** 2
+    return float(squares.topk(min(top, len(squares))).values.sum() / squares.sum())
+
+
+def shuffled_ratio(directions: Directions, layer: int) -> float | None:
+    """The norm, as a multiple of the 95th percentile of the norms under shuffled labels."""
+    draws = directions.shuffled.get(layer)
+    if draws is None:
+        return None
+    edge = float(draws.norm(dim=-1).quantile(0.95))
+    return directions.norms[layer] / edge if edge > 0 else math.inf
+
+
+def _cosine_with_mean(directions: Directions, layer: int) -> float | None:
+    mean = directions.means.get(layer)
+    return None if mean is None else cosine(directions.vectors[layer], mean)
+
+
+def _norm_error(directions: Directions, layer: int) -> float | None:
+    """Of the norm, to first order, coordinates taken as independent."""
+    error = directions.standard_errors.get(layer)
+    if error is None:
+        return None
+    unit = directions.vectors[layer] / directions.vectors[layer].norm()
+    return float((unit * error).norm())
+
+
+def _angle_error(directions: Directions, layer: int) -> float | None:
+    """Of the direction: the errors across it, against its length."""
+    error = directions.standard_errors.get(layer)
+    if error is None:
+        return None
+    vector = directions.vectors[layer]
+    across = torch.sqrt((error**2 * (1 - (vector / vector.norm()) ** 2)).sum())
+    return math.degrees(math.atan2(float(across), float(vector.norm())))
+
+
+def _layers(layers: list[int]) -> str:
+    """`layer 3`, or `layers 0-4, 7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(parts)}"
+
+
+def _range(values: list[float], words: str) -> str:
+    """The words with the value, or with the least and the largest of several."""
+    field = words[words.index("{") : words.index("}") + 1]
+    low, high = field.format(min(values)), field.format(max(values))
+    return words.replace(field, low if low == high else f"{low} to {high}")
