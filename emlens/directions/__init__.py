@@ -1,11 +1,18 @@
 """What a direction is, how to read one out of a model, and how to compare many."""
 
+from emlens.directions.across import LayerComparison, compare_layers
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band
+from emlens.directions.decompose import (
+    Decomposition,
+    PromotedTokens,
+    decompose,
+    promoted_tokens,
+)
 from emlens.directions.direction import Direction, Directions, cosine
+from emlens.directions.effects import convergence, edit_diff
 from emlens.directions.extract import (
     both_diff,
-    edit_diff,
     mean_diff,
     model_diff,
     random_direction,
@@ -28,23 +35,31 @@ from emlens.directions.moments import Moments
 from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
 from emlens.directions.selection import select_answers
+from emlens.directions.subspace import SubspaceOverlap, subspace_overlap
 from emlens.directions.trust import trust_table, warnings_of
 
 __all__ = [
     "CONSTRUCTIONS",
     "AdapterScalars",
     "Comparison",
+    "Decomposition",
     "Direction",
     "Directions",
+    "LayerComparison",
     "Moments",
+    "PromotedTokens",
     "Provenance",
+    "SubspaceOverlap",
     "adapter_directions",
     "adapter_rows",
     "adapter_scalars",
     "adapter_vectors",
     "both_diff",
     "compare",
+    "compare_layers",
+    "convergence",
     "cosine",
+    "decompose",
     "edit_diff",
     "extract_all",
     "from_repeng",
@@ -55,11 +70,13 @@ __all__ = [
     "null_band",
     "pca",
     "probe",
+    "promoted_tokens",
     "random_direction",
     "read_checkpoints",
     "read_directions",
     "residual_norm",
     "select_answers",
+    "subspace_overlap",
     "system_prompt_diff",
     "to_repeng",
     "to_steering_vectors",

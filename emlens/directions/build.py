@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import combinations
+
+import numpy as np
 
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.evidence import (
@@ -96,7 +100,7 @@ def difference(
         standard_errors=(
             {layer: variance[i].sqrt() for i, layer in places} if min(pos.n, neg.n) > 1 else None
         ),
-        split_half=_split_half(reader.layers, positive.halves, negative.halves),
+        split_half=_split_half(reader.layers, positive.parts, negative.parts),
         means={layer: (pos.mean[i] + neg.mean[i]) / 2 for i, layer in places},
         shuffled={layer: shuffled[:, i] for i, layer in places},
         auroc=None if auroc is None else {layer: auroc[i] for i, layer in places},
@@ -104,9 +108,26 @@ def difference(
 
 
 def _split_half(
-    layers: tuple[int, ...], positive: tuple[Moments, Moments], negative: tuple[Moments, Moments]
+    layers: tuple[int, ...], positive: Sequence[Moments], negative: Sequence[Moments]
 ) -> dict[int, float] | None:
-    if not all(half.n for half in (*positive, *negative)):
+    """Mean cosine of the directions of two halves, over the ways to halve the parts.
+
+    A side of few conversations leaves parts empty; splits with an empty half do not count.
+    """
+    places, found = range(len(positive)), []
+    for chosen in combinations(places, len(positive) // 2):
+        if 0 not in chosen:
+            continue
+        halves = []
+        for half in (chosen, tuple(set(places) - set(chosen))):
+            sides = [
+                reduce(Moments.merged, (side[i] for i in half)) for side in (positive, negative)
+            ]
+            if not all(side.n for side in sides):
+                break
+            halves.append(sides[0].mean - sides[1].mean)
+        if len(halves) == 2:
+            found.append([cosine(a, b) for a, b in zip(*halves, strict=True)])
+    if not found:
         return None
-    first, second = (p.mean - n.mean for p, n in zip(positive, negative, strict=True))
-    return {layer: cosine(first[i], second[i]) for i, layer in enumerate(layers)}
+    return dict(zip(layers, np.mean(found, axis=0).tolist(), strict=True))

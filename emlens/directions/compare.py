@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
+import torch
+from torch import Tensor
 
 from emlens._results import Result
-from emlens.directions.direction import Directions
+from emlens.directions.direction import Directions, cosine
+from emlens.directions.noise import Estimate, corrected_cosine
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+Named = Mapping[str, Directions] | Sequence[Directions]
+"""Directions with their names, or without: their constructions are then their names."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +30,10 @@ class Comparison(Result):
     Attributes:
         names: The directions compared.
         constructions: How each was made.
-        rows: One record per pair and layer: `first`, `second`, `layer`, `cosine`.
+        rows: One record per pair and layer, with the columns of `table`.
         null: Central 95% band of the cosine between random directions of this width.
         site: Where they live.
+        chance: What, besides random directions, gives the band in the rows.
     """
 
     names: tuple[str, ...]
@@ -30,34 +41,141 @@ class Comparison(Result):
     rows: tuple[dict, ...]
     null: tuple[float, float]
     site: str
+    chance: str = "shuffled labels"
 
     def table(self) -> pd.DataFrame:
-        """One row per pair and layer; `beyond chance` says whether it leaves the null band."""
-        frame = pd.DataFrame(list(self.rows))
-        frame["beyond chance"] = (frame["cosine"] < self.null[0]) | (frame["cosine"] > self.null[1])
-        return frame
+        """One row per pair and layer.
 
-    def plot(self, ax=None):
-        """Cosine against layer, one line per pair, over the null band."""
+        `cosine` is that of the vectors as they are. `corrected` is what it would be without
+        sampling error, with its 95% interval (`low`, `high`) and, where it is not known, the
+        reason (`note`). `chance low` and `chance high` hold 95% of what shuffled labels of the
+        same data give. `same labels` is the mean cosine that any one labelling of the text gives
+        when both were read from the same. `beyond chance` says whether the cosine leaves both
+        this band and that of random directions. Columns without any value are left out.
+        """
+        import pandas as pd
+
+        rows = []
+        for row in self.rows:
+            low, high = self._edges(row)
+            rows.append({**row, "beyond chance": not low <= row["cosine"] <= high})
+        frame = pd.DataFrame(rows).dropna(axis=1, how="all")
+        return frame if any(row["note"] for row in self.rows) else frame.drop(columns="note")
+
+    def matrix(self, layer: int | None = None) -> pd.DataFrame:
+        """Cosines of all pairs, `[names, names]`, at one layer or averaged over those shared.
+
+        Raises:
+            KeyError: If no pair shares the layer.
+        """
+        import pandas as pd
+
+        names = list(self.names)
+        return pd.DataFrame(self._square(layer)[0], index=names, columns=names)
+
+    def order(self, layer: int | None = None) -> list[str]:
+        """The names, neighbours alike: hierarchical clustering of `1 - cosine`."""
+        from scipy.cluster.hierarchy import average, leaves_list
+        from scipy.spatial.distance import squareform
+
+        values = np.nan_to_num(self._square(layer)[0])
+        if len(values) < 3:
+            return list(self.names)
+        tree = average(squareform(np.clip(1 - values, 0, 2), checks=False))
+        return [self.names[place] for place in leaves_list(tree)]
+
+    def plot(self, *, corrected: bool = False, ax: Axes | None = None) -> Axes:
+        """Cosine against layer, one line per pair, over what chance gives to any of them.
+
+        Args:
+            corrected: Draw the cosines without sampling error, with their intervals.
+            ax: Axes to draw on; a figure of its own if not given.
+        """
         from emlens.figures import layer_curves
 
-        frame = pd.DataFrame(list(self.rows))
-        frame["pair"] = frame["first"] + " vs " + frame["second"]
-        curves = {
-            str(pair): (part["layer"].to_numpy(), part["cosine"].to_numpy())
-            for pair, part in frame.groupby("pair", sort=False)
-        }
-        return layer_curves(curves, null=self.null, ax=ax)
+        layers = sorted({row["layer"] for row in self.rows})
+        names = ("corrected", "low", "high") if corrected else ("cosine",)
+        curves = {}
+        for pair in dict.fromkeys((row["first"], row["second"]) for row in self.rows):
+            own = {row["layer"]: row for row in self.rows if (row["first"], row["second"]) == pair}
+            values = [_numbers([own.get(layer, {}).get(n) for layer in layers]) for n in names]
+            curves[" vs ".join(pair)] = (layers, *values)
+        edges = [
+            [self._edges(row) for row in self.rows if row["layer"] == layer] for layer in layers
+        ]
+        low = [min(edge[0] for edge in found) for found in edges]
+        high = [max(edge[1] for edge in found) for found in edges]
+        label = "cosine without sampling error" if corrected else "cosine similarity"
+        return layer_curves(curves, null=(low, high), y_label=label, ax=ax)
+
+    def heatmap(
+        self, layer: int | None = None, *, clustered: bool = True, ax: Axes | None = None
+    ) -> Axes:
+        """All pairs at one layer, or averaged over layers; within chance is hatched.
+
+        Args:
+            layer: The layer.
+            clustered: Put neighbours side by side; else the order given.
+            ax: Axes to draw on; a figure of its own if not given.
+        """
+        from emlens.figures import heatmap
+
+        order = self.order(layer) if clustered else list(self.names)
+        places = [self.names.index(name) for name in order]
+        values, low, high = (part[np.ix_(places, places)] for part in self._square(layer))
+        where = "mean over layers" if layer is None else f"layer {layer}"
+        title = f"{self.site}, {where}"
+        return heatmap(values, order, order, null_band=(low, high), title=title, ax=ax)
+
+    def _edges(self, row: Mapping) -> tuple[float, float]:
+        """The wider of the two bands of chance."""
+        low, high = row.get("chance low"), row.get("chance high")
+        bands = [self.null] if low is None or high is None else [self.null, (low, high)]
+        return min(band[0] for band in bands), max(band[1] for band in bands)
+
+    def _square(self, layer: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cosines and both edges of chance, `[names, names]`, means over layers where asked."""
+        rows = [row for row in self.rows if layer in (None, row["layer"])]
+        if not rows:
+            shared = sorted({row["layer"] for row in self.rows})
+            raise KeyError(f"no pair shares layer {layer}; shared are {shared}")
+        size = len(self.names)
+        sums, counts = np.zeros((3, size, size)), np.zeros((size, size))
+        for row in rows:
+            i, j = self.names.index(row["first"]), self.names.index(row["second"])
+            for place in ((i, j), (j, i)):
+                sums[(slice(None), *place)] += row["cosine"], *self._edges(row)
+                counts[place] += 1
+        with np.errstate(invalid="ignore"):
+            means = sums / counts
+        np.fill_diagonal(means[0], 1.0)
+        return means[0], means[1], means[2]
 
 
-def compare(directions: Mapping[str, Directions]) -> Comparison:
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values])
+
+
+_COLUMNS = (
+    *("first", "second", "layer", "cosine", "corrected", "low", "high"),
+    *("chance low", "chance high", "same labels", "note"),
+)
+
+
+def compare(directions: Named) -> Comparison:
     """Return the signed cosine of every pair of directions at every layer that both have.
 
+    Two constructions of one behaviour are often nearly orthogonal, and two noisy estimates of one
+    direction are, too: look at `corrected` and at the bands of chance before concluding.
+
     Args:
-        directions: Named directions at one site, of one width.
+        directions: Directions at one site, of one width: named, or a list.
 
     Returns:
-        The cosines, with the band that random directions fall in (95%): about `2 / sqrt(d)`.
+        The cosines with what chance and sampling error do to them. The corrected cosine divides
+        by the root of both reliabilities (Spearman's correction for attenuation). Random
+        directions fall within about `2 / sqrt(d)` in 95%; those of shuffled labels
+        spread wider, since activations vary in few directions.
 
     Raises:
         ValueError: If there are fewer than two, or sites or widths differ.
@@ -65,27 +183,44 @@ def compare(directions: Mapping[str, Directions]) -> Comparison:
     Example:
         >>> emlens.compare({"medical": medical, "finance": finance}).plot()
     """
+    named = checked(directions)
+    rows = []
+    for first, second in combinations(named, 2):
+        for layer in named[first].layers:
+            if layer in named[second]:
+                rows.append(_row(named, first, second, layer))
+    if not rows:
+        raise ValueError("the directions have no layer in common")
+    some = next(iter(named.values()))
+    return Comparison(
+        names=tuple(named),
+        constructions={name: d.provenance.construction for name, d in named.items()},
+        rows=tuple(rows),
+        null=null_band(some.d_model),
+        site=some.site,
+    )
+
+
+def checked(directions: Named) -> dict[str, Directions]:
+    """Names for directions that can be compared.
+
+    Raises:
+        ValueError: If there are fewer than two, two have one name, or sites or widths differ.
+    """
+    if not isinstance(directions, Mapping):
+        plain = [item.provenance.construction for item in directions]
+        names = [
+            f"{name} {plain[: i + 1].count(name)}" if plain.count(name) > 1 else name
+            for i, name in enumerate(plain)
+        ]
+        directions = dict(zip(names, directions, strict=True))
     if len(directions) < 2:
         raise ValueError("compare needs at least two named directions")
     sites = {name: d.site for name, d in directions.items()}
     widths = {name: d.d_model for name, d in directions.items()}
     if len(set(sites.values())) > 1 or len(set(widths.values())) > 1:
         raise ValueError(f"directions to compare differ in site {sites} or width {widths}")
-    rows = [
-        {"first": first, "second": second, "layer": layer, "cosine": value}
-        for first, second in combinations(directions, 2)
-        if set(directions[first].layers) & set(directions[second].layers)
-        for layer, value in directions[first].cosine(directions[second]).items()
-    ]
-    if not rows:
-        raise ValueError("the directions have no layer in common")
-    return Comparison(
-        names=tuple(directions),
-        constructions={name: d.provenance.construction for name, d in directions.items()},
-        rows=tuple(rows),
-        null=null_band(next(iter(widths.values()))),
-        site=next(iter(sites.values())),
-    )
+    return dict(directions)
 
 
 def null_band(d_model: int, level: float = 0.95) -> tuple[float, float]:
@@ -97,3 +232,42 @@ def null_band(d_model: int, level: float = 0.95) -> tuple[float, float]:
 
     edge = float(np.sqrt(beta.ppf(level, 0.5, (d_model - 1) / 2)))
     return -edge, edge
+
+
+def chance_cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Cosines of draws that do not belong together, `[pairs, ...]`.
+
+    Args:
+        first: Directions under shuffled labels, `[draws, n, d_model]`.
+        second: The same of others, `[draws, m, d_model]`.
+
+    Returns:
+        `[pairs, n, m]`; draws of one number may share their shuffle, and are left out.
+    """
+    units = [draws / draws.norm(dim=-1, keepdim=True).clamp(min=1e-30) for draws in (first, second)]
+    found = torch.einsum("knd,jmd->kjnm", *units)
+    apart = ~torch.eye(len(first), len(second), dtype=torch.bool)
+    return found[apart]
+
+
+def _row(named: Mapping[str, Directions], first: str, second: str, layer: int) -> dict:
+    a, b = named[first], named[second]
+    same = _same_data(a, b)
+    corrected = corrected_cosine(
+        Estimate.of(a, layer), Estimate.of(b, layer), (first, second), same
+    )
+    ours, theirs = a.shuffled.get(layer), b.shuffled.get(layer)
+    low = high = labels = None
+    if ours is not None and theirs is not None:
+        chance = chance_cosines(ours[:, None], theirs[:, None]).flatten()
+        low, high = torch.quantile(chance, torch.tensor([0.025, 0.975])).tolist()
+        if same and len(ours) == len(theirs):
+            labels = float(torch.nn.functional.cosine_similarity(ours, theirs).mean())
+    values = (corrected.value, corrected.low, corrected.high, low, high, labels, corrected.note)
+    own = cosine(a.vectors[layer], b.vectors[layer])
+    return dict(zip(_COLUMNS, (first, second, layer, own, *values), strict=True))
+
+
+def _same_data(first: Directions, second: Directions) -> bool:
+    a, b = first.provenance, second.provenance
+    return bool(a.data) and a.data == b.data and a.seed == b.seed

@@ -29,7 +29,8 @@ class Directions:
         provenance: How they were made.
         residual_norms: Median norm of the residual at each layer; what a dose is a share of.
         standard_errors: Standard error of each coordinate, `[d_model]` per layer.
-        split_half: Cosine between the directions of two random halves of the data, per layer.
+        split_half: Cosine between the directions of two random halves of the data, averaged over
+            several splits, per layer.
         means: Mean activation of the data, `[d_model]` per layer.
         shuffled: The same construction with shuffled labels, `[draws, d_model]` per layer: how
             large a direction, and which, chance alone gives on this data.
@@ -143,6 +144,15 @@ class Directions:
             return (long - (long @ axis) * axis).float()
 
         return self._map(reject, f"orthogonal to {other.provenance.construction}")
+
+    def along(self, other: Directions) -> Self:
+        """The component along `other`, layer by layer; `orthogonal_to` gives the rest."""
+
+        def project(layer: int, vector: Tensor) -> Tensor:
+            axis = _nonzero(other[layer].vector, layer).double()
+            return ((vector.double() @ axis) / (axis @ axis) * axis).float()
+
+        return self._map(project, f"along {other.provenance.construction}")
 
     def cosine(self, other: Directions) -> dict[int, float]:
         """Signed cosine with `other` at every layer that both have.

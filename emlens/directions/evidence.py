@@ -34,17 +34,23 @@ def shuffled_differences(
 ) -> Float[Tensor, "draws layers d_model"]:
     """Mean differences with the labels dealt out anew over the sampled conversations.
 
-    Scaled by `sqrt(sampled / all)`, so that they are as large as those of the whole sets.
+    Each side is centred first: what is drawn is the noise that would be there without any
+    difference. Uncentred, the difference of two sides that lie far apart would be most of it, and
+    two directions that agree would pass for chance. Scaled by `sqrt(sampled / all)`, so that they
+    are as large as those of the whole sets.
     """
     means, labels, weights = _joined(positive.sample, negative.sample, weighting)
+    centred = means.clone()
+    for side in (labels, ~labels):
+        centred[:, side] -= _mean(means[:, side], weights[side])
     generator = np.random.default_rng([seed, 2])
     contrasts = []
     for _ in range(draws):
         dealt = labels[torch.from_numpy(generator.permutation(len(labels)))]
         contrasts.append(_contrast(dealt, weights))
-    found = torch.einsum("kn,lnd->kld", torch.stack(contrasts).float(), means)
-    share = len(labels) / (positive.moments.n + negative.moments.n)
-    return found * share**0.5
+    found = torch.einsum("kn,lnd->kld", torch.stack(contrasts).float(), centred)
+    n = len(labels)
+    return found * _scale(n, n - 2, positive.moments.n + negative.moments.n)
 
 
 def flipped_differences(
@@ -53,10 +59,11 @@ def flipped_differences(
     """Mean differences of paired readings with the sign of each pair drawn anew; scaled alike."""
     sample = paired.sample
     weights = sample.counts if weighting == "token" else torch.ones_like(sample.counts)
+    centred = sample.means - _mean(sample.means, weights)
     generator = np.random.default_rng([seed, 2])
     signs = torch.from_numpy(generator.choice([-1.0, 1.0], size=(draws, len(weights))))
-    found = torch.einsum("kn,lnd->kld", (signs * weights / weights.sum()).float(), sample.means)
-    return found * (len(weights) / paired.moments.n) ** 0.5
+    found = torch.einsum("kn,lnd->kld", (signs * weights / weights.sum()).float(), centred)
+    return found * _scale(len(weights), len(weights) - 1, paired.moments.n)
 
 
 def held_out_auroc(
@@ -117,6 +124,16 @@ def _joined(
     labels[: positive.means.shape[1]] = True
     counts = torch.cat([positive.counts, negative.counts])
     return means, labels, counts if weighting == "token" else torch.ones_like(counts)
+
+
+def _mean(means: Tensor, weights: Tensor) -> Float[Tensor, "layers 1 d_model"]:
+    shares = (weights / weights.sum().clamp(min=1e-30)).float()
+    return torch.einsum("n,lnd->ld", shares, means)[:, None]
+
+
+def _scale(sampled: int, free: int, everything: int) -> float:
+    """From draws of centred sampled conversations to the size of the noise of the whole."""
+    return (sampled / max(free, 1) * sampled / everything) ** 0.5
 
 
 def _contrast(labels: Tensor, weights: Tensor) -> Float[Tensor, " n"]:

@@ -1,4 +1,4 @@
-"""Directions as differences of means: one model, two models, the effect of edits."""
+"""Directions as differences of means, of one model and of two."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def mean_diff(
         drop_massive: Leave out tokens whose norm at a layer is more than this multiple of the
             median of their conversation; a conversation keeps its weight.
         edits: Edits in force while reading.
-        seed: Seed of the random halves, of the shuffled labels and of the folds.
+        seed: Seed of the random splits, of the shuffled labels and of the folds.
         token_budget: Padded tokens of a batch.
         sample_bytes: Memory for the means of single conversations behind the shuffled labels and
             the held-out AUROC; beyond it a random sample of conversations is kept.
@@ -204,61 +204,6 @@ def both_diff(
     )
     groups = prompts_of(positive_conversations), prompts_of(negative_conversations)
     return difference(reader, *readings, made, groups)
-
-
-def edit_diff(
-    model: HookedModel,
-    conversations: Sequence[Conversation],
-    edits: Sequence[Edit],
-    *,
-    tokens: TokenMask = "response",
-    site: SiteName = "resid_post",
-    layers: Layers = "all",
-    weighting: Weighting = "token",
-    token_budget: int = 2048,
-    progress: bool = False,
-) -> Directions:
-    """Return how far edits move the mean residual, at every layer they reach.
-
-    The mean residual under `edits` minus that without, on the same text: the difference that an
-    intervention causes downstream, by which interventions that look unrelated where they act
-    can be compared (arXiv 2506.11618, App. D).
-
-    Args:
-        model: The model to read.
-        conversations: Text that is read twice.
-        edits: The intervention.
-        tokens: The tokens that count.
-        site: Where in each block.
-        layers: Layers to read; those that the edits leave as they are fall away.
-        weighting: See `mean_diff`.
-        token_budget: Padded tokens of a batch.
-        progress: Show a progress bar.
-
-    Raises:
-        ValueError: If there are no conversations, or no layer moves.
-    """
-    if not conversations:
-        raise ValueError("edit_diff needs conversations; there are none")
-    means = []
-    for active, label in ((tuple(edits), "edited"), ((), "base")):
-        counting = Counting(
-            tokens=tokens,
-            weighting=weighting,
-            edits=active,
-            token_budget=token_budget,
-            progress=progress,
-        )
-        reader = reader_of(model, site, layers, counting)
-        means.append(reader.read(model, conversations, label).moments.mean)
-    moved = {layer: means[0][i] - means[1][i] for i, layer in enumerate(reader.layers)}
-    moved = {layer: vector for layer, vector in moved.items() if bool(vector.any())}
-    if not moved:
-        raise ValueError(f"the edits move none of the layers {reader.layers}")
-    made = provenance("difference caused by edits", model, counting, conversations=conversations)
-    made.settings["edits"] = [repr(edit) for edit in edits]
-    norms = {layer: reader.median_norm(layer) for layer in moved}
-    return Directions(moved, reader.site, made, residual_norms=norms)
 
 
 def residual_norm(

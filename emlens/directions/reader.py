@@ -27,6 +27,9 @@ Source = HookedModel | tuple[HookedModel, str | None]
 NORM_TOKENS = 8192
 """Counted tokens whose residual norms are kept for the median norm of a layer."""
 
+PARTS = 8
+"""Random parts of a set; every way to make two halves of them is a split of the data."""
+
 SAMPLE_BYTES = 512 * 2**20
 """Bytes that the kept means of single conversations may take, both sides together."""
 
@@ -124,23 +127,22 @@ class Reading:
     """What one pass over a set of conversations gave.
 
     Attributes:
-        halves: Moments of the two random halves of the set.
+        parts: Moments of random parts of the set, as even as they go.
         norms: Residual norms of counted tokens, `[layers, n]` each.
         sample: Means of single conversations.
     """
 
-    halves: tuple[Moments, Moments]
+    parts: tuple[Moments, ...]
     norms: list[Tensor]
     sample: Sample
 
     @property
     def moments(self) -> Moments:
-        return self.halves[0].merged(self.halves[1])
+        return reduce(Moments.merged, self.parts)
 
     def merged(self, other: Reading) -> Reading:
-        first, second = (a.merged(b) for a, b in zip(self.halves, other.halves, strict=True))
-        norms = self.norms + other.norms
-        return Reading((first, second), norms, self.sample.merged(other.sample))
+        parts = tuple(a.merged(b) for a, b in zip(self.parts, other.parts, strict=True))
+        return Reading(parts, self.norms + other.norms, self.sample.merged(other.sample))
 
 
 @dataclass
@@ -179,13 +181,13 @@ class Reader:
             raise ValueError(f"{label} is empty; a direction needs conversations on both sides")
         model = _model(sources[0])
         batches = model.batches(conversations, token_budget=self.counting.token_budget)
-        side = _random_halves(len(conversations), self.counting.seed)
+        part = _random_parts(len(conversations), self.counting.seed)
         kept = set(self._places(len(conversations), model.d_model))
         counted = sum(norm.shape[1] for norm in self._norms)
         norms = {batch.index for batch in first_batches(batches, self.counting.mask, counted)}
 
         def read(batches: Sequence[TokenBatch]) -> list[Reading]:
-            return self._pass(sources, batches, side, kept, norms, label)
+            return self._pass(sources, batches, part, kept, norms, label)
 
         what = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
         parts = shared(model, batches, read, what)
@@ -209,7 +211,7 @@ class Reader:
         self,
         sources: Sequence[Source],
         batches: Sequence[TokenBatch],
-        side: Sequence[int],
+        part: Sequence[int],
         kept: Container[int],
         norms: Container[tuple[int, ...]],
         label: str,
@@ -230,7 +232,7 @@ class Reader:
                 if len(found) == 2:
                     (first, counts, _), (second, _, _) = found
                     found.append((first - second, counts, []))
-                rows = torch.tensor([side[place] for place in batch.index])
+                rows = torch.tensor([part[place] for place in batch.index])
                 for tally, (means, counts, sizes) in zip(tallies, found, strict=True):
                     weights = counts if self.counting.weighting == "token" else counts.sign()
                     tally.take(means, counts, weights, rows, batch.index, kept)
@@ -254,7 +256,7 @@ class _Tally:
     """What is added up while batches go by."""
 
     def __init__(self, n_layers: int, d_model: int) -> None:
-        self.halves = Moments.empty(n_layers, d_model), Moments.empty(n_layers, d_model)
+        self.parts = tuple(Moments.empty(n_layers, d_model) for _ in range(PARTS))
         self.norms: list[Tensor] = []
         self._places: list[int] = []
         self._means = [torch.empty(n_layers, 0, d_model)]
@@ -269,8 +271,8 @@ class _Tally:
         places: Sequence[int],
         kept: Container[int],
     ) -> None:
-        for half, moments in enumerate(self.halves):
-            moments.add(means, weights * (rows == half))
+        for part in rows.unique().tolist():
+            self.parts[part].add(means[:, rows == part], weights[rows == part])
         chosen = [i for i, place in enumerate(places) if place in kept and counts[i] > 0]
         self._places += [places[i] for i in chosen]
         self._means.append(means[:, chosen].float())
@@ -279,7 +281,7 @@ class _Tally:
     def reading(self) -> Reading:
         places = torch.tensor(self._places, dtype=torch.long)
         sample = Sample(places, torch.cat(self._means, dim=1), torch.cat(self._counts))
-        return Reading(self.halves, self.norms, sample.sorted())
+        return Reading(self.parts, self.norms, sample.sorted())
 
 
 @contextmanager
@@ -349,11 +351,11 @@ def median(norms: Sequence[Tensor]) -> float:
     return float(found.median())
 
 
-def _random_halves(n: int, seed: int) -> list[int]:
+def _random_parts(n: int, seed: int) -> list[int]:
     order = np.random.default_rng(seed).permutation(n)
-    side = np.zeros(n, dtype=int)
-    side[order[n // 2 :]] = 1
-    return side.tolist()
+    part = np.zeros(n, dtype=int)
+    part[order] = np.arange(n) % PARTS
+    return part.tolist()
 
 
 def _check_finite(means: Tensor, batch: TokenBatch, layers: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -53,6 +53,7 @@ def heatmap(
     title: str | None = None,
     limit: float | None = 1.0,
     digits: int = 2,
+    blocks: Mapping[str, int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Signed values as colours: blue below zero, orange above, white at zero.
@@ -69,6 +70,8 @@ def heatmap(
         title: Title above the axes.
         limit: Value of the strongest colour; the largest absolute value if `None`.
         digits: Decimals of printed values.
+        blocks: Names of groups of rows, which are those of the columns, too, and how many rows
+            each has: lines are drawn between them, and the names beside them.
         ax: Axes to draw on; a figure of its own if not given.
 
     Returns:
@@ -93,6 +96,8 @@ def heatmap(
         inside = _inside(values, null_band)
         _hatch(ax, inside)
     _ticks(ax, row_labels, col_labels)
+    if blocks:
+        _blocks(ax, blocks)
     if values.size <= PRINTED:
         _print(ax, values, inside, norm, digits)
     _bar(ax, norm, value_label, null_band)
@@ -153,6 +158,21 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+
+def _blocks(ax: Axes, blocks: Mapping[str, int]) -> None:
+    edges = np.cumsum([0, *blocks.values()]) - 0.5
+    for edge in edges[1:-1]:
+        ax.axvline(edge, color=INK, linewidth=1.0, zorder=4)
+        ax.axhline(edge, color=INK, linewidth=1.0, zorder=4)
+    middles = (edges[:-1] + edges[1:]) / 2
+    above, beside = ax.secondary_xaxis("top"), ax.secondary_yaxis("right")
+    above.set_xticks(middles, list(blocks))
+    beside.set_yticks(middles, list(blocks), rotation=-90, va="center")
+    for axis in (above, beside):
+        axis.tick_params(length=0)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
 
 
 class CellText(Text):

@@ -187,6 +187,12 @@ class HookedModel(ABC):
         with torch.set_grad_enabled(grad), evaluating(self.module):
             return self._run(batch, Visit.of(batch, active), last=None, resume=resume)
 
+    def normalize(self, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """Return residuals after the final norm: what `unembed` takes."""
+        norm = self.module.get_submodule(self.architecture.norm)
+        with evaluating(self.module):
+            return norm(residual.to(self.dtype))
+
     def unembed(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
         """Return the logits of final hidden states in fp32, soft cap and scale included."""
         head = self._head

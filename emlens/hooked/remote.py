@@ -204,6 +204,14 @@ class RemoteModel(HookedModel):
             self._refuse("a gradient")
         return super().hidden(batch, edits, resume)
 
+    def normalize(self, residual: Tensor) -> NoReturn:
+        """Refuse: the final norm is on the server.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        self._refuse("normalize")
+
     def unembed(self, hidden: Tensor) -> NoReturn:
         """Refuse: the LM head is on the server.
 

@@ -184,6 +184,18 @@ def plain_scores(on: Bench, score: Callable[[Tensor, Tensor, Tensor], Tensor]) -
     return expected
 
 
+def check_final_norm(on: Bench) -> float:
+    """Of the residual above the last block, with the logits that follow from it."""
+    expected = [torch.cat([on.plain(row).hidden, on.plain(row).logits], dim=1) for row in on.rows]
+
+    def run(model: HookedModel, batch: TokenBatch) -> Tensor:
+        last = model.n_layers - 1
+        hidden = model.normalize(model.residuals(batch, last)[last])
+        return torch.cat([hidden, model.unembed(hidden)], dim=-1)
+
+    return on.gap(run, expected)
+
+
 def check_loss(on: Bench) -> float:
     expected = plain_scores(on, lambda _, edited, ids: -edited.gather(1, ids[:, None])[:, 0])
     run = on.scores(lambda model, targets, _, edited: token_losses(model, edited, targets.ids))
@@ -258,6 +270,7 @@ CHECKS: dict[str, Callable[[Bench], float]] = {
     "on prompt": partial(check_where, where="prompt"),
     "on response": partial(check_where, where="response"),
     "resume": check_resume,
+    "final norm": check_final_norm,
     "loss": check_loss,
     "KL": check_kl,
     "gradient": check_gradient,

@@ -279,6 +279,8 @@ def test_what_needs_weights_is_refused_with_what_works(dry):
     works = r"residuals \(pooled too\), hidden, edits and generate work remotely"
     with pytest.raises(RuntimeError, match=rf"unembed .* are on a server. {works}"):
         remote.unembed(torch.zeros(1, remote.d_model))
+    with pytest.raises(RuntimeError, match=r"normalize needs the weights"):
+        remote.normalize(torch.zeros(1, remote.d_model))
     with pytest.raises(RuntimeError, match=rf"a gradient needs the weights.*{works}"):
         remote.hidden(batch, grad=True)
     with pytest.raises(RuntimeError, match=r"training .*load the model without remote="):

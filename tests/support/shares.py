@@ -88,9 +88,9 @@ def measure(model: HookedModel, folder: Path) -> dict[str, list[str]]:
     paired.save(folder / "model_diff.safetensors")
     counting = reader.Counting(token_budget=BUDGET)
     reads = reader.Reader((0, 2), "resid_post", counting)
-    halves = keep("moments", lambda: reads.read(model, BAD, "positive").halves)
-    parts = ("total", "total2", "square")
-    sums = {f"{name} {i}": getattr(half, name) for i, half in enumerate(halves) for name in parts}
+    parts = keep("moments", lambda: reads.read(model, BAD, "positive").parts)
+    names = ("total", "total2", "square")
+    sums = {f"{name} {i}": getattr(part, name) for i, part in enumerate(parts) for name in names}
     save_file(sums, folder / "moments.safetensors")
     results = {
         "log_odds": lambda: emlens.log_odds(model, pairs(7), conditions, token_budget=BUDGET),

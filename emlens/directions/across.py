@@ -1,0 +1,165 @@
+"""Cosines between the directions of every layer and those of every other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from emlens._results import Result
+from emlens.directions.compare import Named, chance_cosines, checked, null_band
+from emlens.directions.direction import Directions
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class LayerComparison(Result):
+    """Signed cosines between layers of named directions.
+
+    Attributes:
+        names: The directions compared.
+        layers: The layers of each.
+        cosine: `[n, n]`, the layers of all directions one after the other.
+        low: Lower end of what chance gives, `[n, n]`: the wider of random directions and of
+            shuffled labels of the same data.
+        high: Upper end.
+        site: Where they live.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[tuple[int, ...], ...]
+    cosine: tuple[tuple[float, ...], ...]
+    low: tuple[tuple[float, ...], ...]
+    high: tuple[tuple[float, ...], ...]
+    site: str
+
+    def matrix(self, first: str | None = None, second: str | None = None) -> pd.DataFrame:
+        """Cosines of all with all, or of the layers of one with those of another."""
+        import pandas as pd
+
+        places = pd.MultiIndex.from_tuples(self._places(), names=["name", "layer"])
+        rows, columns = self._chosen(first), self._chosen(second)
+        values = np.array(self.cosine)[np.ix_(rows, columns)]
+        return pd.DataFrame(values, index=places[rows], columns=places[columns])
+
+    def table(self) -> pd.DataFrame:
+        """One row per pair of names, first layer and second layer."""
+        import pandas as pd
+
+        places = self._places()
+        rows = [
+            {
+                "first": one,
+                "first layer": i,
+                "second": other,
+                "second layer": j,
+                "cosine": self.cosine[a][b],
+                "chance low": self.low[a][b],
+                "chance high": self.high[a][b],
+            }
+            for a, (one, i) in enumerate(places)
+            for b, (other, j) in enumerate(places)
+            if a < b
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(
+        self, first: str | None = None, second: str | None = None, *, ax: Axes | None = None
+    ) -> Axes:
+        """All with all, or the layers of one against those of another; chance is hatched."""
+        from emlens.figures import heatmap
+
+        rows, columns = self._chosen(first), self._chosen(second)
+        block = np.ix_(rows, columns)
+        values, low, high = (np.array(part)[block] for part in (self.cosine, self.low, self.high))
+        labels = [str(layer) for _, layer in self._places()]
+        whole = first is None and second is None and len(self.names) > 1
+        return heatmap(
+            values,
+            [labels[place] for place in rows],
+            [labels[place] for place in columns],
+            null_band=(low, high),
+            blocks={n: len(held) for n, held in zip(self.names, self.layers, strict=True)}
+            if whole
+            else None,
+            x_label="layer" if whole else f"layer of {second or 'all'}",
+            y_label="layer" if whole else f"layer of {first or 'all'}",
+            ax=ax,
+        )
+
+    def _places(self) -> list[tuple[str, int]]:
+        return [
+            (name, layer)
+            for name, layers in zip(self.names, self.layers, strict=True)
+            for layer in layers
+        ]
+
+    def _chosen(self, name: str | None) -> list[int]:
+        """The rows of one of the directions, or all."""
+        if name is not None and name not in self.names:
+            raise KeyError(f"no directions {name!r}; there are {', '.join(self.names)}")
+        return [i for i, (own, _) in enumerate(self._places()) if name in (None, own)]
+
+
+def compare_layers(directions: Named, layers: range | list[int] | None = None) -> LayerComparison:
+    """Return the cosine of every layer of every direction with every other.
+
+    Where a direction is carried along the residual stream, neighbouring layers agree; two
+    finetunes share it from the layer on at which the block between them leaves chance.
+
+    Args:
+        directions: Two or more directions at one site, of one width: named, or a list.
+        layers: The layers to compare; by default all that each has.
+
+    Raises:
+        ValueError: As `compare`.
+        KeyError: If one of them lacks a layer.
+    """
+    named = checked(directions)
+    chosen = {
+        name: tuple(found.layers if layers is None else (found[i].layer for i in layers))
+        for name, found in named.items()
+    }
+    units = torch.cat(
+        [
+            torch.stack([named[name].vectors[layer] for layer in held])
+            for name, held in chosen.items()
+        ]
+    ).double()
+    units = units / units.norm(dim=-1, keepdim=True)
+    values = (units @ units.T).numpy()
+    low, high = (np.full_like(values, edge) for edge in null_band(units.shape[1]))
+    starts = np.cumsum([0, *(len(held) for held in chosen.values())])
+    for i, one in enumerate(named):
+        for j, other in enumerate(named):
+            draws = [_draws(named[name], chosen[name]) for name in (one, other)]
+            if draws[0] is None or draws[1] is None:
+                continue
+            block = slice(starts[i], starts[i + 1]), slice(starts[j], starts[j + 1])
+            chance = chance_cosines(draws[0], draws[1]).numpy()
+            edges = np.quantile(chance, [0.025, 0.975], axis=0)
+            low[block] = np.minimum(low[block], edges[0])
+            high[block] = np.maximum(high[block], edges[1])
+    return LayerComparison(
+        names=tuple(named),
+        layers=tuple(chosen.values()),
+        cosine=_nested(values),
+        low=_nested(low),
+        high=_nested(high),
+        site=next(iter(named.values())).site,
+    )
+
+
+def _draws(directions: Directions, layers: tuple[int, ...]) -> torch.Tensor | None:
+    if not all(layer in directions.shuffled for layer in layers):
+        return None
+    return torch.stack([directions.shuffled[layer] for layer in layers], dim=1)
+
+
+def _nested(values: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in values.tolist())
