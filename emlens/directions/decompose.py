@@ -112,9 +112,7 @@ def decompose(directions: Named, *, by: SharedBy = "mean") -> Decomposition:
         settings={"parents": {name: d.provenance.to_dict() for name, d in named.items()}},
     )
     shared = kind(vectors, some.site, made, residual_norms=some.residual_norms)
-    specific = {
-        name: d._part(tuple(layers), kind).orthogonal_to(shared) for name, d in named.items()
-    }
+    specific = {name: d.at(layers).orthogonal_to(shared) for name, d in named.items()}
     return Decomposition(shared, specific, tuple(rows), null_band(some.d_model))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -89,10 +89,7 @@ class Directions:
         return {layer: norms[layer] / size for layer, size in self.residual_norms.items()}
 
     def __getitem__(self, layer: int) -> Direction:
-        if layer not in self._vectors:
-            have = ", ".join(map(str, self.layers))
-            raise KeyError(f"no direction at layer {layer}; there are layers {have}")
-        return self._part((layer,), Direction)
+        return cast(Direction, self.at([layer]))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._vectors)
@@ -166,6 +163,34 @@ class Directions:
         if not shared:
             raise ValueError(f"no layer in common: {self.layers} against {other.layers}")
         return {layer: cosine(self._vectors[layer], other._vectors[layer]) for layer in shared}
+
+    def at(self, layers: Iterable[int]) -> Directions:
+        """The same directions at some of their layers; a `Direction` if it is one.
+
+        Raises:
+            KeyError: If one of the layers is not there.
+        """
+        wanted = sorted(set(layers))
+        for layer in wanted:
+            if layer not in self._vectors:
+                have = ", ".join(map(str, self.layers))
+                raise KeyError(f"no direction at layer {layer}; there are layers {have}")
+
+        def keep(items: Mapping) -> dict:
+            return {layer: items[layer] for layer in wanted if layer in items}
+
+        kind = Direction if len(wanted) == 1 else Directions
+        return kind(
+            keep(self._vectors),
+            self.site,
+            self.provenance,
+            residual_norms=keep(self.residual_norms),
+            standard_errors=keep(self.standard_errors),
+            split_half=keep(self.split_half),
+            means=keep(self.means),
+            shuffled=keep(self.shuffled),
+            auroc=keep(self.auroc),
+        )
 
     # -- showing and keeping ------------------------------------------------------------------
 
@@ -252,26 +277,6 @@ class Directions:
         return f"<p><b>{escape(repr(self))}</b></p>{table}<ul>{notes}</ul>"
 
     # -- inside -------------------------------------------------------------------------------
-
-    @overload
-    def _part(self, layers: tuple[int, ...], kind: type[Direction]) -> Direction: ...
-    @overload
-    def _part(self, layers: tuple[int, ...], kind: type[Directions]) -> Directions: ...
-    def _part(self, layers, kind):
-        def keep(items: Mapping) -> dict:
-            return {layer: items[layer] for layer in layers if layer in items}
-
-        return kind(
-            keep(self._vectors),
-            self.site,
-            self.provenance,
-            residual_norms=keep(self.residual_norms),
-            standard_errors=keep(self.standard_errors),
-            split_half=keep(self.split_half),
-            means=keep(self.means),
-            shuffled=keep(self.shuffled),
-            auroc=keep(self.auroc),
-        )
 
     def _map(self, change: Callable[[int, Tensor], Tensor], how: str) -> Self:
         vectors = {layer: change(layer, vector) for layer, vector in self._vectors.items()}

@@ -8,14 +8,18 @@ from itertools import combinations
 
 import numpy as np
 
-from emlens.directions.build import provenance, reader_of
+from emlens.directions.build import difference, provenance, reader_of
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions, cosine
+from emlens.directions.evidence import prompts_of
 from emlens.directions.reader import Counting, Weighting
 from emlens.hooked import Edit, HookedModel, Layers, SiteName
 from emlens.text import Conversation, TokenMask
 
 Interventions = Mapping[str, Sequence[Edit]]
+
+ONE = "edited"
+"""The name of an only intervention."""
 
 
 def edit_diff(
@@ -53,7 +57,7 @@ def edit_diff(
     counting = Counting(
         tokens=tokens, weighting=weighting, token_budget=token_budget, progress=progress
     )
-    return _effects(model, conversations, {"edited": edits}, site, layers, counting)["edited"]
+    return _effects(model, conversations, {ONE: edits}, site, layers, counting)[ONE]
 
 
 def convergence(
@@ -108,7 +112,7 @@ def convergence(
     rows = []
     for row in found.rows:
         band = _band(moved[row["first"]], moved[row["second"]], chance, row["layer"])
-        rows.append({**row, **band, "note": ""})
+        rows.append({**row, **band})
     return replace(found, rows=tuple(rows), chance="control interventions")
 
 
@@ -121,24 +125,23 @@ def _effects(
     counting: Counting,
 ) -> dict[str, Directions]:
     """The difference that each intervention causes; the text is read without any once."""
-    if not conversations:
-        raise ValueError("there are no conversations to read with edits and without")
     reader = reader_of(model, site, layers, counting)
-    base = reader.read(model, conversations, "base").moments.mean
-    found = {}
-    for name, edits in interventions.items():
-        edited = reader_of(model, site, layers, replace(counting, edits=tuple(edits)))
-        shift = edited.read(model, conversations, name).moments.mean - base
-        moved = {layer: shift[i] for i, layer in enumerate(reader.layers) if bool(shift[i].any())}
-        if not moved:
-            whose = "" if name == "edited" else f" of {name}"
-            raise ValueError(f"the edits{whose} move none of the layers {reader.layers}")
+    sources = [*((model, edits) for edits in interventions.values()), model]
+    readings, paired = reader.read_together(sources, conversations, "conversations")
+    groups, found = prompts_of(conversations), {}
+    for (name, edits), edited, shift in zip(
+        interventions.items(), readings[:-1], paired, strict=True
+    ):
         made = provenance(
             "difference caused by edits", model, counting, conversations=conversations
         )
         made.settings["edits"] = [repr(edit) for edit in edits]
-        norms = {layer: reader.median_norm(layer) for layer in moved}
-        found[name] = Directions(moved, reader.site, made, residual_norms=norms)
+        whole = difference(reader, edited, readings[-1], made, (groups, groups), shift)
+        moved = tuple(layer for layer, norm in whole.norms.items() if norm > 0)
+        if not moved:
+            whose = "" if name == ONE else f" of {name}"
+            raise ValueError(f"the edits{whose} move none of the layers {reader.layers}")
+        found[name] = whole.at(moved)
     return found
 
 

@@ -23,6 +23,8 @@ from emlens.directions.reader import (
     acting,
     first_batches,
     median,
+    model_of,
+    record_of,
 )
 from emlens.hooked import Edit, HookedModel, Layers, SiteName, check_layers, check_site
 from emlens.text import (
@@ -126,8 +128,9 @@ def model_diff(
     """Return how two models differ in their mean residual on the same text.
 
     Args:
-        positive: The finetuned model: a model, or `(model, adapter)`.
-        negative: The one it is compared with: a model, or `(model, None)` for the base.
+        positive: The finetuned model: a model, `(model, adapter)`, or `(model, edits)`.
+        negative: The one it is compared with: a model, or `(model, None)` for the base of its
+            adapters.
         conversations: Text that both read.
         site: Where in each block.
         layers: Layers to read.
@@ -144,16 +147,15 @@ def model_diff(
         >>> emlens.directions.model_diff((model, "medical"), (model, None), conversations)
     """
     counting = Counting(**options)
-    with acting(negative) as second:
-        against = {"model": second.name, "adapter": second.active_adapter}
+    second = model_of(negative)
     with acting(positive) as first:
         _check_alike(first, second, conversations)
         reader = reader_of(first, site, layers, counting)
         made = provenance("model-diff", first, counting, conversations=conversations)
-    made.settings["against"] = against
-    both = reader.read_together([positive, negative], conversations, "conversations")
+    _note_sources(made, positive, negative)
+    readings, paired = reader.read_together([positive, negative], conversations, "conversations")
     groups = prompts_of(conversations)
-    return difference(reader, both[0], both[1], made, (groups, groups), paired=both[2])
+    return difference(reader, readings[0], readings[1], made, (groups, groups), paired[0])
 
 
 def both_diff(
@@ -172,7 +174,7 @@ def both_diff(
     aligned ones in the aligned model (arXiv 2506.11618, section 3.1).
 
     Args:
-        positive: A model, or `(model, adapter)`.
+        positive: A model, `(model, adapter)` or `(model, edits)`.
         positive_conversations: What it reads.
         negative: Another model, or the same with another adapter or None.
         negative_conversations: What that reads.
@@ -184,11 +186,8 @@ def both_diff(
         ValueError: If the models differ in shape, or as `mean_diff`.
     """
     counting = Counting(**options)
-    with acting(negative) as model:
-        other = model
-        against = {"model": model.name, "adapter": model.active_adapter}
     with acting(positive) as model:
-        _check_shapes(model, other)
+        _check_shapes(model, model_of(negative))
         reader = reader_of(model, site, layers, counting)
         made = provenance(
             "both-diff",
@@ -197,7 +196,7 @@ def both_diff(
             positive=positive_conversations,
             negative=negative_conversations,
         )
-    made.settings["against"] = against
+    _note_sources(made, positive, negative)
     readings = (
         reader.read(positive, positive_conversations, "positive"),
         reader.read(negative, negative_conversations, "negative"),
@@ -255,6 +254,13 @@ def random_direction(like: Direction, seed: int = 0) -> Direction:
         Provenance("random", model=like.provenance.model, seed=seed),
         residual_norms=like.residual_norms,
     )
+
+
+def _note_sources(made: Provenance, positive: Source, negative: Source) -> None:
+    edits = record_of(positive).get("edits")
+    if edits is not None:
+        made.settings["edits"] = edits
+    made.settings["against"] = record_of(negative)
 
 
 def _check_shapes(first: HookedModel, second: HookedModel) -> None:

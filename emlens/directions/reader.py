@@ -21,8 +21,8 @@ from emlens.text import Conversation, TokenBatch, TokenMask
 
 Weighting = Literal["token", "conversation"]
 
-Source = HookedModel | tuple[HookedModel, str | None]
-"""A model as it stands, or with one of its adapters, or (None) as its base."""
+Source = HookedModel | tuple[HookedModel, str | Sequence[Edit] | None]
+"""A model as it stands, with one of its adapters, with edits, or (None) as its base."""
 
 NORM_TOKENS = 8192
 """Counted tokens whose residual norms are kept for the median norm of a layer."""
@@ -166,20 +166,20 @@ class Reader:
         Raises:
             ValueError: If the set is empty, or an activation is not finite (named).
         """
-        (reading,) = self.read_together([source], conversations, label)
-        return reading
+        return self.read_together([source], conversations, label)[0][0]
 
     def read_together(
         self, sources: Sequence[Source], conversations: Sequence[Conversation], label: str
-    ) -> list[Reading]:
+    ) -> tuple[list[Reading], list[Reading]]:
         """Read the same text with several models, batch by batch.
 
-        With two, a third reading is that of their difference, conversation by conversation:
-        its standard errors know that the two were read on the same text.
+        Returns:
+            The reading of each, and those of the differences of all but the last from the last,
+            conversation by conversation: their standard errors know that the text was the same.
         """
         if not conversations:
             raise ValueError(f"{label} is empty; a direction needs conversations on both sides")
-        model = _model(sources[0])
+        model = model_of(sources[-1])
         batches = model.batches(conversations, token_budget=self.counting.token_budget)
         part = _random_parts(len(conversations), self.counting.seed)
         kept = set(self._places(len(conversations), model.d_model))
@@ -190,10 +190,10 @@ class Reader:
             return self._pass(sources, batches, part, kept, norms, label)
 
         what = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
-        parts = shared(model, batches, read, what)
-        readings = [reduce(Reading.merged, group) for group in zip(*parts, strict=True)]
-        self._norms += readings[0].norms
-        return readings
+        shares = shared(model, batches, read, what)
+        readings = [reduce(Reading.merged, group) for group in zip(*shares, strict=True)]
+        self._norms += readings[len(sources) - 1].norms
+        return readings[: len(sources)], readings[len(sources) :]
 
     def median_norm(self, layer: int) -> float:
         """Median norm of the residual over the counted tokens of what was read."""
@@ -217,8 +217,8 @@ class Reader:
         label: str,
     ) -> list[Reading]:
         tallies = [
-            _Tally(len(self.layers), _model(sources[0]).d_model)
-            for _ in range(3 if len(sources) == 2 else 1)
+            _Tally(len(self.layers), model_of(sources[-1]).d_model)
+            for _ in range(2 * len(sources) - 1)
         ]
         total = sum(batch.n_tokens for batch in batches) * len(sources)
         quiet = not (self.counting.progress and leads())
@@ -229,9 +229,8 @@ class Reader:
                     with acting(source) as model:
                         found.append(self._means(model, batch, batch.index in norms))
                     bar.update(batch.n_tokens)
-                if len(found) == 2:
-                    (first, counts, _), (second, _, _) = found
-                    found.append((first - second, counts, []))
+                last = found[-1][0]
+                found += [(means - last, counts, []) for means, counts, _ in found[:-1]]
                 rows = torch.tensor([part[place] for place in batch.index])
                 for tally, (means, counts, sizes) in zip(tallies, found, strict=True):
                     weights = counts if self.counting.weighting == "token" else counts.sign()
@@ -286,16 +285,27 @@ class _Tally:
 
 @contextmanager
 def acting(source: Source) -> Iterator[HookedModel]:
-    """The model of a source, with its adapter in force."""
+    """The model of a source, with its adapter or its edits in force."""
     if isinstance(source, HookedModel):
         yield source
         return
-    model, adapter = source
-    with model.adapter(adapter):
+    model, how = source
+    with model.adapter(how) if how is None or isinstance(how, str) else model.edited(*how):
         yield model
 
 
-def _model(source: Source) -> HookedModel:
+def record_of(source: Source) -> dict[str, object]:
+    """What a source is, for the provenance."""
+    with acting(source) as model:
+        found: dict[str, object] = {"model": model.name, "adapter": model.active_adapter}
+    how = None if isinstance(source, HookedModel) else source[1]
+    if how is not None and not isinstance(how, str):
+        found["edits"] = [repr(edit) for edit in how]
+    return found
+
+
+def model_of(source: Source) -> HookedModel:
+    """The model of a source, with nothing in force."""
     return source if isinstance(source, HookedModel) else source[0]
 
 

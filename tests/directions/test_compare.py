@@ -324,7 +324,7 @@ def test_convergence_is_the_cosine_of_what_interventions_cause(hooked_llama):
             lambda m: subspace_overlap([made(1, (0,))], [made(1, (1,))]),
             "no layer in common",
         ),
-        (lambda m: convergence(m, [], {"a": [], "b": []}), "no conversations to read with"),
+        (lambda m: convergence(m, [], {"a": [], "b": []}), "conversations is empty; a dir"),
         (
             lambda m: convergence(m, conversations("good", 2), {"a": []}),
             "at least two interventions, not 1",

@@ -14,6 +14,7 @@ from emlens import Add, Conversation, Direction, mean_diff
 from emlens.directions import (
     both_diff,
     cosine,
+    edit_diff,
     extract_all,
     matched,
     model_diff,
@@ -393,6 +394,19 @@ def test_models_of_different_shape_or_tokens_are_not_subtracted(hooked, tiny_tok
     other = emlens.wrap(tiny_model("llama"), llama3_tokenizer(), name="other", check=False)
     with pytest.raises(ValueError, match="and other tokenise .* differently; the same text has to"):
         model_diff(hooked("llama"), other, GOOD)
+
+
+def test_an_organism_that_is_a_base_with_edits_is_compared_like_one_with_an_adapter(hooked_llama):
+    push = [Add(Direction.of(random_vector(7, 2.0), 1))]
+    found = model_diff((hooked_llama, push), hooked_llama, GOOD)
+    moved = edit_diff(hooked_llama, GOOD, push)
+    assert moved.layers == (1, 2, 3)
+    for layer in moved:
+        assert torch.equal(found.vectors[layer], moved.vectors[layer])
+        assert torch.equal(found.standard_errors[layer], moved.standard_errors[layer])
+    assert found.provenance.settings["edits"] == [repr(push[0])]
+    assert torch.allclose(moved[1].vector, random_vector(7, 2.0), atol=1e-5)
+    assert float(moved.standard_errors[1].max()) < 1e-5 < float(moved.standard_errors[3].min())
 
 
 def test_an_edit_on_one_side_is_a_both_diff_of_edited_and_plain(hooked_llama):

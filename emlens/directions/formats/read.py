@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from emlens.directions.direction import Direction, Directions
+from emlens.directions.direction import Directions
 from emlens.directions.files import load_directions, save_directions
 from emlens.directions.formats import lora, papers
 from emlens.directions.formats.llama_cpp import read_gguf, write_gguf
@@ -106,8 +106,7 @@ def write_directions(
         raise ValueError(f"{what}; the formats to write are {writable}")
     path = path if path.suffix else path.with_suffix(_ENDINGS[kind])
     if layers is not None:
-        wanted = tuple(sorted({directions[layer].layer for layer in layers}))
-        directions = directions._part(wanted, Direction if len(wanted) == 1 else Directions)
+        directions = directions.at(layers)
     if kind == "gguf":
         return write_gguf(directions, path, model_hint)
     return {"emlens": save_directions, "papers": papers.write_papers}[kind](directions, path)
