@@ -51,27 +51,40 @@ def extract(
     data: Annotated[str, typer.Argument(help="Embedded set or JSONL of pairs.")],
     out: Out = Path("directions.safetensors"),
     model: Model = DEFAULT_MODEL,
-    tokens: Annotated[str, typer.Option(help="response, assistant_turn, prompt or all.")] = (
+    tokens: Annotated[str, typer.Option(help="response, assistant_turn, prompt, last or all.")] = (
         "response"
     ),
     site: Annotated[str, typer.Option(help="Site in the block.")] = "resid_post",
+    construction: Annotated[
+        str, typer.Option(help="mean-diff, 'logistic probe', 'LDA probe' or 'PCA of differences'.")
+    ] = "mean-diff",
+    match: Annotated[
+        str | None, typer.Option(help="Make the sides agree first: in length, or in prompt.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Read mean-difference directions, misaligned minus aligned, at every layer.
+    """Read directions, misaligned minus aligned, at every layer; by default mean differences.
 
-    Example: emlens extract finance --out finance.safetensors
+    Example: emlens extract finance --match length --out finance.safetensors
     """
     import emlens
+    from emlens.directions import extract_all, matched
 
-    pairs = emlens.load_pairs(data)
-    directions = emlens.mean_diff(
-        emlens.load(model),
+    pairs, hooked = emlens.load_pairs(data), emlens.load(model)
+    sides = (
         [pair.conversation("misaligned") for pair in pairs],
         [pair.conversation("aligned") for pair in pairs],
+    )
+    if match is not None:
+        sides = matched(hooked, *sides, by=match, tokens=tokens)  # type: ignore[arg-type]
+    directions = extract_all(
+        hooked,
+        *sides,
+        constructions=[construction],  # type: ignore[list-item]
         tokens=tokens,  # type: ignore[arg-type]
         site=site,  # type: ignore[arg-type]
         progress=not quiet,
-    )
+    )[construction]
     typer.echo(directions.describe())
     typer.echo(f"written: {directions.save(out)}")
 
@@ -122,14 +135,36 @@ def compare(
     files: Annotated[list[Path], typer.Argument(help="Two or more files of directions.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the signed cosine of every pair of directions, layer by layer.
+    """Print the signed cosine of every pair of directions, layer by layer, and what chance gives.
+
+    Files may be of any format that emlens reads.
 
     Example: emlens compare finance.safetensors medical.safetensors
     """
     import emlens
+    from emlens.directions import read_directions
 
-    found = emlens.compare({path.stem: emlens.Directions.load(path) for path in files})
+    found = emlens.compare({n: read_directions(path) for n, path in _named(files).items()})
     _show(found.table(), as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="File, folder or hub repository of directions.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .safetensors, .gguf or .pt.")],
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to write, e.g. 15, or 10-20; all by default.")
+    ] = None,
+) -> None:
+    """Write directions in another format; what that cannot hold is refused.
+
+    Example: emlens convert finance.safetensors finance.gguf --layers 1-29
+    """
+    from emlens.directions import Directions, write_directions
+
+    directions = Directions.from_hub(source)
+    typer.echo(repr(directions))
+    typer.echo(f"written: {write_directions(directions, out, layers=_layers(layers))}")
 
 
 @app.command()
@@ -150,13 +185,14 @@ def influence(
     Example: emlens influence vector.safetensors --documents 32
     """
     import emlens
+    from emlens.directions import read_directions
 
     hooked = emlens.load(model)
     directions = {}
-    for path in files:
-        kept = emlens.Directions.load(path)
+    for name, path in _named(files).items():
+        kept = read_directions(path)
         middle = hooked.n_layers // 2 if layer is None else layer
-        directions[path.stem] = kept[kept.layers[0] if len(kept) == 1 else middle]
+        directions[name] = kept[kept.layers[0] if len(kept) == 1 else middle]
     found = emlens.influence(
         hooked,
         emlens.corpus(corpus, documents=documents),
@@ -181,6 +217,25 @@ def _show(table, as_json: bool) -> None:
         typer.echo(json.dumps(table.to_dict("records")))
     else:
         typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+
+
+def _named(files: list[Path]) -> dict[str, Path]:
+    """By their stems, or in full where two share one."""
+    stems = [path.stem for path in files]
+    short = len(set(stems)) == len(stems)
+    return {path.stem if short else str(path): path for path in files}
+
+
+def _layers(text: str | None) -> range | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    try:
+        return range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--layers takes a layer or a range, 10-20, not {text!r}"
+        ) from None
 
 
 def _options(items: list[str]) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from typer.testing import CliRunner
 
 import emlens
 from emlens import Direction, Directions, cli
+from emlens.directions import read_directions
 from tests.support.models import tiny_hooked
 
-VERBS = ("study", "extract", "train", "compare", "influence")
+VERBS = ("study", "extract", "train", "compare", "convert", "influence")
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def run(monkeypatch):
     """Call the command line with a tiny model in the place of every other."""
     model = tiny_hooked("llama")
     monkeypatch.setattr(emlens, "load", lambda name: model)
-    monkeypatch.setattr(sys.modules["emlens.study.run"], "load", lambda name: model)
+    monkeypatch.setattr(import_module("emlens.study.run"), "load", lambda name: model)
 
     def call(*arguments):
         done = CliRunner().invoke(cli.app, list(map(str, arguments)))
@@ -43,8 +45,6 @@ def few_pairs(tmp_path):
 
 
 def test_help_lists_the_verbs_and_each_has_an_example(run):
-    import emlens.study.run  # noqa: F401
-
     overview = run("--help")
     for verb in VERBS:
         assert verb in overview
@@ -77,6 +77,28 @@ def test_extract_train_compare_and_influence_work_on_each_others_files(run, few_
     )
     assert "extracted" in table
     assert "KL [nats/token]" in table
+
+
+def test_extract_takes_a_construction_and_matches_the_sides(run, few_pairs, tmp_path):
+    out = tmp_path / "pca.safetensors"
+    arguments = ("--construction", "PCA of differences", "--match", "prompt")
+    run("extract", few_pairs, "--out", out, "--quiet", *arguments)
+    made = Directions.load(out).provenance
+    assert made.construction == "PCA of differences"
+    assert made.n == {"positive": 1, "negative": 1}
+
+
+def test_convert_writes_the_layers_that_a_format_can_hold(run, few_pairs, tmp_path):
+    source, out = tmp_path / "extracted.safetensors", tmp_path / "extracted.gguf"
+    run("extract", few_pairs, "--out", source, "--quiet")
+    assert "extracted.gguf" in run("convert", source, out, "--layers", "1-3")
+    found = read_directions(out)
+    assert found.layers == (1, 2, 3)
+    assert torch.equal(found[2].vector, Directions.load(source)[2].vector)
+    assert "cosine" in run("compare", source, out)
+    done = CliRunner().invoke(cli.app, ["convert", str(source), str(out), "--layers", "a-b"])
+    assert done.exit_code == 2
+    assert "--layers takes a layer or a range" in " ".join(done.output.split())
 
 
 def test_study_takes_settings_and_says_where_the_report_is(run, tmp_path):
