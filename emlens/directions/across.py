@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from emlens._results import Result
-from emlens.directions.compare import Named, chance_cosines, checked, null_band
+from emlens.directions.compare import Named, chance_cosines, checked, draws_of, null_band
 from emlens.directions.direction import Directions
 
 if TYPE_CHECKING:
@@ -156,9 +156,8 @@ def compare_layers(directions: Named, layers: range | list[int] | None = None) -
 
 
 def _draws(directions: Directions, layers: tuple[int, ...]) -> torch.Tensor | None:
-    if not all(layer in directions.shuffled for layer in layers):
-        return None
-    return torch.stack([directions.shuffled[layer] for layer in layers], dim=1)
+    found = [draws for layer in layers if (draws := draws_of(directions, layer)) is not None]
+    return torch.stack(found, dim=1) if len(found) == len(layers) else None
 
 
 def _nested(values: np.ndarray) -> tuple[tuple[float, ...], ...]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Named = Mapping[str, Directions] | Sequence[Directions]
 """Directions with their names, or without: their constructions are then their names."""
 
+ROUNDING = 1e-4
+"""Share of a direction's norm below which its noise is taken for rounding."""
+
 
 @dataclass(frozen=True)
 class Comparison(Result):
@@ -234,6 +237,18 @@ def null_band(d_model: int, level: float = 0.95) -> tuple[float, float]:
     return -edge, edge
 
 
+def draws_of(directions: Directions, layer: int) -> Tensor | None:
+    """Directions under shuffled labels, `[draws, d_model]`; zero where they are only rounding.
+
+    A push that is the same in every conversation leaves nothing to shuffle at its own layer.
+    """
+    draws = directions.shuffled.get(layer)
+    if draws is None:
+        return None
+    real = draws.norm(dim=-1, keepdim=True) > ROUNDING * directions.vectors[layer].norm()
+    return draws * real
+
+
 def chance_cosines(first: Tensor, second: Tensor) -> Tensor:
     """Cosines of draws that do not belong together, `[pairs, ...]`.
 
@@ -256,7 +271,7 @@ def _row(named: Mapping[str, Directions], first: str, second: str, layer: int) -
     corrected = corrected_cosine(
         Estimate.of(a, layer), Estimate.of(b, layer), (first, second), same
     )
-    ours, theirs = a.shuffled.get(layer), b.shuffled.get(layer)
+    ours, theirs = draws_of(a, layer), draws_of(b, layer)
     low = high = labels = None
     if ours is not None and theirs is not None:
         chance = chance_cosines(ours[:, None], theirs[:, None]).flatten()

@@ -15,6 +15,7 @@ from emlens.directions import (
     convergence,
     cosine,
     edit_diff,
+    null_band,
     random_direction,
     subspace_overlap,
 )
@@ -122,6 +123,20 @@ def test_curves_are_over_the_wider_band_of_chance():
     assert len(drawn) == 3
     corrected = compare({"a": estimated(1, 0.0), "b": estimated(2, 0.0)}).plot(corrected=True)
     assert corrected.get_ylabel() == "cosine without sampling error"
+
+
+def test_rounding_is_not_taken_for_what_shuffled_labels_give(hooked_llama):
+    """A vector shifts every conversation alike at its own layer: there is nothing to shuffle."""
+    data = conversations("good", 12)
+    shared = vector(7, 32)
+    pushes = [[Add(Direction.of(shared + 0.5 * vector(i, 32), 1))] for i in (0, 1)]
+    a, b = (edit_diff(hooked_llama, data, edits) for edits in pushes)
+    assert float(a.shuffled[1].norm(dim=-1).max()) < 1e-4
+    (own, *above) = compare({"a": a, "b": b}).rows
+    assert (own["layer"], own["chance low"], own["chance high"]) == (1, 0, 0)
+    assert all(row["chance high"] > 0.01 for row in above)
+    layers = compare_layers({"a": a, "b": b})
+    assert layers.high[0][3] == pytest.approx(null_band(32)[1])
 
 
 # -- sampling error ---------------------------------------------------------------------------
