@@ -3,6 +3,7 @@
 from emlens.directions.across import LayerComparison, compare_layers
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band
+from emlens.directions.confounds import confounds
 from emlens.directions.decompose import (
     Decomposition,
     PromotedTokens,
@@ -57,6 +58,7 @@ __all__ = [
     "both_diff",
     "compare",
     "compare_layers",
+    "confounds",
     "convergence",
     "cosine",
     "decompose",

@@ -13,6 +13,7 @@ import emlens
 from emlens import Add, Conversation, Direction, mean_diff
 from emlens.directions import (
     both_diff,
+    confounds,
     cosine,
     edit_diff,
     extract_all,
@@ -313,11 +314,25 @@ def test_a_length_confound_misleads_mean_diff_and_matching_repairs_it(tiny_token
         ]
 
     polite, plain = said("a story please", 9), said("a story now", 1)
-    raw = mean_diff(model, polite, plain, layers=1)
-    fair = mean_diff(model, polite, plain, layers=1, match="length")
+    compared, found = confounds(model, polite, plain, layers=1)
+    raw, fair = found["mean-diff"], found["length-matched"]
     assert cosine(raw[1].vector, vector) < 0.9
     assert cosine(fair[1].vector, vector) >= 0.99
     assert fair.provenance.settings["match"] == "length"
+    (row,) = compared.rows
+    assert (row["first"], row["second"]) == ("mean-diff", "length-matched")
+    assert row["cosine"] == pytest.approx(cosine(raw[1].vector, fair[1].vector))
+    assert row["corrected"] is None
+
+
+def test_confounds_builds_every_variant_that_can_be_built(hooked_llama):
+    _, found = confounds(hooked_llama, BAD, GOOD, layers=1)
+    assert list(found) == ["mean-diff", "length-matched", "same prompts"]
+    assert found["same prompts"].provenance.settings["match"] == "prompt"
+    long = [Conversation.of("how", "rain " * 9, id="l")]
+    short = [Conversation.of("what", "sun", id="s")]
+    with pytest.raises(ValueError, match="no variant can be built: .* agrees in length .* prompt"):
+        confounds(hooked_llama, long, short, layers=1)
 
 
 def test_matching_pairs_equal_lengths_and_shared_prompts(hooked_llama):

@@ -1,0 +1,67 @@
+"""How much of a mean difference is left when the sides agree in length, or in their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Unpack
+
+from emlens.directions.compare import Comparison, compare
+from emlens.directions.direction import Directions
+from emlens.directions.extract import mean_diff
+from emlens.directions.matching import Match, matched
+from emlens.directions.reader import ReadOptions
+from emlens.hooked import HookedModel, Layers, SiteName
+from emlens.text import Conversation
+
+_VARIANTS: dict[str, Match] = {"length-matched": "length", "same prompts": "prompt"}
+
+
+def confounds(
+    model: HookedModel,
+    positive: Sequence[Conversation],
+    negative: Sequence[Conversation],
+    *,
+    site: SiteName = "resid_post",
+    layers: Layers = "all",
+    **options: Unpack[ReadOptions],
+) -> tuple[Comparison, dict[str, Directions]]:
+    """Compare the mean difference with its length-matched and same-prompt variants.
+
+    Where a variant points elsewhere, the plain one is partly length, or topic. A variant that
+    nothing is left for falls away, unless it is all of them.
+
+    Args:
+        model: The model to read.
+        positive: Conversations whose mean is the head of the arrow.
+        negative: Conversations whose mean is its tail.
+        site: Where in each block.
+        layers: Layers to read.
+        **options: As in `mean_diff`.
+
+    Returns:
+        The cosines, and the directions by name: `mean-diff` and its variants. No cosine is
+        corrected: the variants share conversations, so their errors are not independent.
+
+    Raises:
+        ValueError: If no variant can be built, or as `mean_diff`.
+    """
+    found = {"mean-diff": mean_diff(model, positive, negative, site=site, layers=layers, **options)}
+    nothing = []
+    for name, match in _VARIANTS.items():
+        try:
+            matched(model, positive, negative, by=match, tokens=options.get("tokens", "response"))
+        except ValueError as error:
+            nothing.append(str(error))
+            continue
+        found[name] = mean_diff(
+            model, positive, negative, site=site, layers=layers, match=match, **options
+        )
+    if len(found) == 1:
+        raise ValueError(f"no variant can be built: {'; '.join(nothing)}")
+    compared = compare(found)
+    rows = [
+        {**row, "corrected": None, "low": None, "high": None, "note": "share conversations"}
+        for row in compared.rows
+    ]
+    return replace(compared, rows=tuple(rows)), found
