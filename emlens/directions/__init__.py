@@ -33,6 +33,7 @@ from emlens.directions.formats import (
 )
 from emlens.directions.matching import matched
 from emlens.directions.moments import Moments
+from emlens.directions.noise import projection
 from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
 from emlens.directions.selection import select_answers
@@ -72,6 +73,7 @@ __all__ = [
     "null_band",
     "pca",
     "probe",
+    "projection",
     "promoted_tokens",
     "random_direction",
     "read_checkpoints",

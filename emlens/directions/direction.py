@@ -202,7 +202,7 @@ class Directions:
 
     def describe(self) -> str:
         """What these directions are, a table, and what should not be overlooked, in words."""
-        from emlens.directions.trust import warnings_of
+        from emlens.directions.trust import trust_text, warnings_of
 
         made = self.provenance
         where = f"{self.site} (output of block i, before the final norm)"
@@ -211,8 +211,7 @@ class Directions:
             f"site: {where if self.site == 'resid_post' else self.site}",
             f"model: {made.model or 'unknown'}; tokens: {made.tokens or 'not recorded'}",
         ]
-        table = self.table().to_string(index=False, float_format="%.3g")
-        return "\n".join([*head, table, *warnings_of(self)])
+        return "\n".join([*head, trust_text(self), *warnings_of(self)])
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the provenance in its header; atomic."""

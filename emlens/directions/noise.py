@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from emlens._stats import Interval
 from emlens.directions.direction import Directions
 
 LEVEL = 0.95
@@ -83,6 +84,39 @@ class Estimate:
         if other.draws is not None:
             return other.overlap(self)
         return float(self.variances @ other.variances)
+
+
+def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
+    """Return how far directions go along others, with 95% intervals, layer by layer.
+
+    The length of the component along `onto` (taken as known), in units of the residual stream.
+    Its error is that of this one axis, from the directions under shuffled labels: coordinates are
+    correlated, and their standard errors do not give it.
+
+    Args:
+        directions: Directions with shuffled labels, as `mean_diff` gives.
+        onto: The axes; only their directions matter.
+
+    Raises:
+        ValueError: If sites differ, no layer is shared, or no shuffled labels are known.
+    """
+    directions.cosine(onto)
+    found = {}
+    for layer in directions.layers:
+        if layer not in onto:
+            continue
+        estimate = Estimate.of(directions, layer)
+        if estimate.draws is None:
+            raise ValueError(
+                f"nothing is known of the noise of {directions!r} at layer {layer}; mean_diff, "
+                "model_diff and edit_diff keep what shuffled labels give"
+            )
+        axis = onto.vectors[layer].double().numpy()
+        axis = axis / np.linalg.norm(axis)
+        along = float(estimate.vector @ axis)
+        reach = _quantile(estimate) * float(np.sqrt(estimate.covariance(axis, axis)))
+        found[layer] = Interval(along, along - reach, along + reach)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,26 @@ def trust_table(directions: Directions) -> pd.DataFrame:
     return pd.DataFrame(rows).dropna(axis=1, how="all")
 
 
+_SHORT = {
+    "norm error": "+-",
+    "angle error (degrees)": "angle +-",
+    "split-half cosine": "split-half",
+    "cosine with mean": "cos mean",
+    f"energy in {TOP} dimensions": f"top-{TOP} energy",
+    "held-out AUROC": "AUROC",
+    "norm / shuffled": "/ shuffled",
+}
+
+
+def trust_text(directions: Directions) -> str:
+    """The table for a terminal, with short headings."""
+    table = trust_table(directions).drop(columns="hook").rename(columns=_SHORT)
+    for name in table.columns.drop("layer"):
+        digits = "{:.3g}" if name in ("norm", "+-", "dose") else "{:.2f}"
+        table[name] = table[name].map(digits.format)
+    return table.to_string(index=False)
+
+
 def warnings_of(directions: Directions) -> list[str]:
     """What should not be overlooked, in words; layers of one kind in one line."""
     checks: list[tuple[Callable[[int], float | None], Callable[[float], bool], str]] = [
