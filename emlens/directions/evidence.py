@@ -39,16 +39,15 @@ def shuffled_differences(
     two directions that agree would pass for chance. Scaled by `sqrt(sampled / all)`, so that they
     are as large as those of the whole sets.
     """
-    means, labels, weights = _joined(positive.sample, negative.sample, weighting)
-    centred = means.clone()
-    for side in (labels, ~labels):
-        centred[:, side] -= _mean(means[:, side], weights[side])
+    samples = positive.sample, negative.sample
+    labels, weights = _labels(samples), _weights(samples, weighting)
     generator = np.random.default_rng([seed, 2])
-    contrasts = []
-    for _ in range(draws):
-        dealt = labels[torch.from_numpy(generator.permutation(len(labels)))]
-        contrasts.append(_contrast(dealt, weights))
-    found = torch.einsum("kn,lnd->kld", torch.stack(contrasts).float(), centred)
+    dealt = [labels[torch.from_numpy(generator.permutation(len(labels)))] for _ in range(draws)]
+    contrasts = torch.stack([_contrast(each, weights) for each in dealt])
+    found = _weighted(contrasts, samples)
+    for side, sample in zip((labels, ~labels), samples, strict=True):
+        shares = (weights[side] / weights[side].sum())[None]
+        found -= contrasts[:, side].sum(1)[:, None, None].float() * _weighted(shares, [sample])
     n = len(labels)
     return found * _scale(n, n - 2, positive.moments.n + negative.moments.n)
 
@@ -57,12 +56,13 @@ def flipped_differences(
     paired: Reading, weighting: Weighting, seed: int, draws: int = DRAWS
 ) -> Float[Tensor, "draws layers d_model"]:
     """Mean differences of paired readings with the sign of each pair drawn anew; scaled alike."""
-    sample = paired.sample
-    weights = sample.counts if weighting == "token" else torch.ones_like(sample.counts)
-    centred = sample.means - _mean(sample.means, weights)
+    weights = _weights([paired.sample], weighting)
+    shares = (weights / weights.sum())[None]
     generator = np.random.default_rng([seed, 2])
     signs = torch.from_numpy(generator.choice([-1.0, 1.0], size=(draws, len(weights))))
-    found = torch.einsum("kn,lnd->kld", (signs * weights / weights.sum()).float(), centred)
+    # each pair less the mean of all
+    contrasts = signs * shares - (signs * shares).sum(1, keepdim=True) * shares
+    found = _weighted(contrasts, [paired.sample])
     return found * _scale(len(weights), len(weights) - 1, paired.moments.n)
 
 
@@ -81,21 +81,22 @@ def held_out_auroc(
     """
     from sklearn.metrics import roc_auc_score
 
-    means, labels, weights = _joined(positive.sample, negative.sample, weighting)
+    samples = positive.sample, negative.sample
+    labels, weights = _labels(samples), _weights(samples, weighting)
     keys = sampled_groups(positive, negative, groups)
     fold = fold_of(keys, folds, seed)
     if len(set(keys)) < 2 * folds:
         return None
-    scores = torch.zeros(len(means), folds)
+    scores = torch.zeros(len(positive.sample.means), folds)
     for number in range(folds):
         test = fold == number
-        if labels[test].all() or not labels[test].any() or labels[~test].all():
+        if any(not side.any() or side.all() for side in (labels[test], labels[~test])):
             return None
-        contrast = _contrast(labels, weights * ~test)
-        direction = torch.einsum("n,lnd->ld", contrast.float(), means)
-        projected = torch.einsum("lnd,ld->ln", means[:, test], direction)
+        direction = _weighted(_contrast(labels, weights * ~test)[None], samples)[0]
+        along = [torch.einsum("lnd,ld->ln", sample.means, direction) for sample in samples]
+        projected = torch.cat(along, dim=1)[:, test].numpy()
         truth = labels[test].numpy()
-        scores[:, number] = torch.tensor([roc_auc_score(truth, row) for row in projected.numpy()])
+        scores[:, number] = torch.tensor([roc_auc_score(truth, row) for row in projected])
     return scores.mean(1).tolist()
 
 
@@ -116,19 +117,27 @@ def fold_of(keys: Sequence[str], folds: int, seed: int) -> Int[Tensor, " n"]:
     return torch.tensor([number[key] for key in keys])
 
 
-def _joined(
-    positive: Sample, negative: Sample, weighting: Weighting
-) -> tuple[Float[Tensor, "layers n d_model"], Bool[Tensor, " n"], Float[Tensor, " n"]]:
-    means = torch.cat([positive.means, negative.means], dim=1)
-    labels = torch.zeros(means.shape[1], dtype=torch.bool)
-    labels[: positive.means.shape[1]] = True
-    counts = torch.cat([positive.counts, negative.counts])
-    return means, labels, counts if weighting == "token" else torch.ones_like(counts)
+def _labels(samples: Sequence[Sample]) -> Bool[Tensor, " n"]:
+    """True for the first sample."""
+    sizes = [len(sample.counts) for sample in samples]
+    return torch.arange(sum(sizes)) < sizes[0]
 
 
-def _mean(means: Tensor, weights: Tensor) -> Float[Tensor, "layers 1 d_model"]:
-    shares = (weights / weights.sum().clamp(min=1e-30)).float()
-    return torch.einsum("n,lnd->ld", shares, means)[:, None]
+def _weights(samples: Sequence[Sample], weighting: Weighting) -> Float[Tensor, " n"]:
+    counts = torch.cat([sample.counts for sample in samples])
+    return counts if weighting == "token" else torch.ones_like(counts)
+
+
+def _weighted(
+    contrasts: Float[Tensor, "k n"], samples: Sequence[Sample]
+) -> Float[Tensor, "k layers d_model"]:
+    """Weighted sums of the sampled means; never all samples in one tensor, which are large."""
+    parts = contrasts.float().split([len(sample.counts) for sample in samples], dim=1)
+    sums = [
+        torch.einsum("kn,lnd->kld", part, sample.means)
+        for part, sample in zip(parts, samples, strict=True)
+    ]
+    return torch.stack(sums).sum(0)
 
 
 def _scale(sampled: int, free: int, everything: int) -> float:

@@ -14,7 +14,7 @@ from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.direction import Directions
 from emlens.directions.evidence import FOLDS, Groups, fold_of, prompts_of, sampled_groups
 from emlens.directions.provenance import Provenance
-from emlens.directions.reader import Counting, Reader, Reading, ReadOptions
+from emlens.directions.reader import FITTED_BYTES, Counting, Reader, Reading, ReadOptions
 from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation
 
@@ -56,8 +56,8 @@ def probe(
         regularisation: Of the logistic regression: scikit-learn's `C`.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`. Beyond `sample_bytes` a random sample of conversations is
-            fitted.
+        **options: As in `mean_diff`. Beyond `sample_bytes` (here 2 GiB unless given) a random
+            sample of conversations is fitted.
 
     Returns:
         Directions with the held-out AUROC, and the held-out accuracy under
@@ -68,7 +68,7 @@ def probe(
     """
     if kind not in ("logistic", "lda"):
         raise ValueError(f"unknown probe {kind!r}; choose 'logistic' or 'lda'")
-    counting = Counting(**options)
+    counting = Counting(**{"sample_bytes": FITTED_BYTES, **options})
     reader, readings = read_sides(model, positive, negative, site, layers, counting)
     name = "logistic probe" if kind == "logistic" else "LDA probe"
     made = provenance(name, model, counting, positive=positive, negative=negative)
@@ -111,7 +111,7 @@ def pca(
             f"pca takes pairs in one order, but there are {len(positive)} positive and "
             f"{len(negative)} negative conversations"
         )
-    counting = Counting(**options)
+    counting = Counting(**{"sample_bytes": FITTED_BYTES, **options})
     reader, readings = read_sides(model, positive, negative, site, layers, counting)
     made = provenance("PCA of differences", model, counting, positive=positive, negative=negative)
     return _component(reader, readings, made)
@@ -154,7 +154,7 @@ def extract_all(
             f"PCA takes pairs, but there are {len(positive)} positive and {len(negative)} negative "
             "conversations; leave it out of constructions="
         )
-    counting = Counting(**options)
+    counting = Counting(**{"sample_bytes": FITTED_BYTES, **options})
     reader, readings = read_sides(model, positive, negative, site, layers, counting)
     groups = prompts_of(positive), prompts_of(negative)
     found: dict[str, Directions] = {}

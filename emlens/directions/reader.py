@@ -30,8 +30,11 @@ NORM_TOKENS = 8192
 PARTS = 8
 """Random parts of a set; every way to make two halves of them is a split of the data."""
 
-SAMPLE_BYTES = 512 * 2**20
+SAMPLE_BYTES = 128 * 2**20
 """Bytes that the kept means of single conversations may take, both sides together."""
+
+FITTED_BYTES = 2 * 2**30
+"""The same where a construction is fitted to single conversations: probes, PCA."""
 
 
 class ReadOptions(TypedDict, total=False):
@@ -102,7 +105,7 @@ class Sample:
     """Means of single conversations, for what cannot be streamed.
 
     Attributes:
-        places: Place of each conversation in its set, `[n]`.
+        places: Place of each conversation in its set, `[n]`, ascending.
         means: Mean of its counted activations, `[layers, n, d_model]`.
         counts: Its counted tokens, `[n]`.
     """
@@ -111,15 +114,12 @@ class Sample:
     means: Float[Tensor, "layers n d_model"]
     counts: Float[Tensor, " n"]
 
-    def sorted(self) -> Sample:
-        """The same in the order of the set: batches come by length."""
-        order = self.places.argsort()
-        return Sample(self.places[order], self.means[:, order], self.counts[order])
-
     def merged(self, other: Sample) -> Sample:
+        """Both, in the order of the set."""
         places = torch.cat([self.places, other.places])
-        means = torch.cat([self.means, other.means], dim=1)
-        return Sample(places, means, torch.cat([self.counts, other.counts])).sorted()
+        order = places.argsort()
+        means = torch.cat([self.means, other.means], dim=1)[:, order]
+        return Sample(places[order], means, torch.cat([self.counts, other.counts])[order])
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Reader:
         model = model_of(sources[-1])
         batches = model.batches(conversations, token_budget=self.counting.token_budget)
         part = _random_parts(len(conversations), self.counting.seed)
-        kept = set(self._places(len(conversations), model.d_model))
+        kept = self._places(len(conversations), model.d_model)
         counted = sum(norm.shape[1] for norm in self._norms)
         norms = {batch.index for batch in first_batches(batches, self.counting.mask, counted)}
 
@@ -212,12 +212,14 @@ class Reader:
         sources: Sequence[Source],
         batches: Sequence[TokenBatch],
         part: Sequence[int],
-        kept: Container[int],
+        kept: Sequence[int],
         norms: Container[tuple[int, ...]],
         label: str,
     ) -> list[Reading]:
+        here = {place for batch in batches for place in batch.index}
+        mine = [place for place in kept if place in here]
         tallies = [
-            _Tally(len(self.layers), model_of(sources[-1]).d_model)
+            _Tally(len(self.layers), model_of(sources[-1]).d_model, mine)
             for _ in range(2 * len(sources) - 1)
         ]
         total = sum(batch.n_tokens for batch in batches) * len(sources)
@@ -231,10 +233,10 @@ class Reader:
                     bar.update(batch.n_tokens)
                 last = found[-1][0]
                 found += [(means - last, counts, []) for means, counts, _ in found[:-1]]
-                rows = torch.tensor([part[place] for place in batch.index])
+                parts = torch.tensor([part[place] for place in batch.index])
                 for tally, (means, counts, sizes) in zip(tallies, found, strict=True):
                     weights = counts if self.counting.weighting == "token" else counts.sign()
-                    tally.take(means, counts, weights, rows, batch.index, kept)
+                    tally.take(means, counts, weights, parts, batch.index)
                     tally.norms += sizes
         return [tally.reading() for tally in tallies]
 
@@ -252,35 +254,32 @@ class Reader:
 
 
 class _Tally:
-    """What is added up while batches go by."""
+    """What is added up while batches go by; room for the sample is taken at once."""
 
-    def __init__(self, n_layers: int, d_model: int) -> None:
+    def __init__(self, n_layers: int, d_model: int, kept: Sequence[int]) -> None:
         self.parts = tuple(Moments.empty(n_layers, d_model) for _ in range(PARTS))
         self.norms: list[Tensor] = []
-        self._places: list[int] = []
-        self._means = [torch.empty(n_layers, 0, d_model)]
-        self._counts = [torch.empty(0, dtype=torch.float64)]
+        self._row = {place: row for row, place in enumerate(kept)}
+        self._means = torch.empty(n_layers, len(kept), d_model)
+        self._counts = torch.zeros(len(kept), dtype=torch.float64)
 
     def take(
-        self,
-        means: Tensor,
-        counts: Tensor,
-        weights: Tensor,
-        rows: Tensor,
-        places: Sequence[int],
-        kept: Container[int],
+        self, means: Tensor, counts: Tensor, weights: Tensor, parts: Tensor, places: Sequence[int]
     ) -> None:
-        for part in rows.unique().tolist():
-            self.parts[part].add(means[:, rows == part], weights[rows == part])
-        chosen = [i for i, place in enumerate(places) if place in kept and counts[i] > 0]
-        self._places += [places[i] for i in chosen]
-        self._means.append(means[:, chosen].float())
-        self._counts.append(counts[chosen])
+        for part in parts.unique().tolist():
+            self.parts[part].add(means[:, parts == part], weights[parts == part])
+        chosen = [i for i, place in enumerate(places) if place in self._row]
+        rows = [self._row[places[i]] for i in chosen]
+        self._means[:, rows] = means[:, chosen].float()
+        self._counts[rows] = counts[chosen]
 
     def reading(self) -> Reading:
-        places = torch.tensor(self._places, dtype=torch.long)
-        sample = Sample(places, torch.cat(self._means, dim=1), torch.cat(self._counts))
-        return Reading(self.parts, self.norms, sample.sorted())
+        places, read = torch.tensor(list(self._row)), self._counts > 0
+        if bool(read.all()):
+            sample = Sample(places, self._means, self._counts)
+        else:
+            sample = Sample(places[read], self._means[:, read], self._counts[read])
+        return Reading(self.parts, self.norms, sample)
 
 
 @contextmanager
