@@ -22,7 +22,10 @@ _BODIES = ("model.language_model", "language_model.model", "model", "transformer
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _ATTENTION = ("self_attn", "attn", "attention")
 _MLP = ("mlp", "block_sparse_moe", "feed_forward")
-_POST_NORM = re.compile(r"(gemma|olmo|exaone)[-_]?[2-9](?![\db])|flex[-_]?olmo", re.IGNORECASE)
+_POST_NORM = re.compile(
+    r"((gemma|olmo)[-_]?[2-9]|exaone[-_]?[4-9])(?![\db])|(med|shield)gemma|flex[-_]?olmo",
+    re.IGNORECASE,
+)
 _INSIDE = re.compile(
     rf"({'|'.join(map(re.escape, _BODIES))})\.({'|'.join(_BLOCKS)})\.(?P<block>\d+)\."
     rf"((?P<attention>{'|'.join(_ATTENTION)})|{'|'.join(_MLP)})\..+"

@@ -11,6 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.functional import cast_adapter_dtype
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from emlens.hooked.adapters import Adapters, kept_gradients, switch
@@ -73,7 +74,7 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
 
     Raises:
         FileNotFoundError: If there is no adapter.
-        ValueError: If it is not LoRA.
+        ValueError: If it is not LoRA, or its weights are truncated.
     """
     local = Path(source).expanduser()
     where: dict[str, Any] = {}
@@ -93,6 +94,11 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
         raise FileNotFoundError(
             f"adapter {name!r}: found none at {source!r}, neither as a folder nor on the hub "
             f"({str(error).splitlines()[0]})"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter {name!r}: its weights in {source} are not readable ({error}); were they "
+            "fetched as a whole?"
         ) from error
     if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)

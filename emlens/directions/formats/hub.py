@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError
 
 from emlens.directions.direction import Directions
 from emlens.directions.formats import lora
@@ -94,16 +94,15 @@ def fetch(
     if local.is_file():
         return read_directions(local)
     repository = str(source)
-    names: list[str] = []
     if filename is None:
         with _not_found(repository):
             names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
         filename = pick(names, repository)
     with _not_found(f"{repository}/{filename}"):
-        path, *_ = (
-            Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-            for name in (filename, *_beside(filename, names))
-        )
+        path = Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision))
+    for config in _configs(filename):
+        with suppress(EntryNotFoundError):
+            huggingface_hub.hf_hub_download(repository, config, revision=revision)
     if path.name == lora.FILE:
         return lora.adapter_directions(path.parent, name=repository)
     return read_directions(path)
@@ -125,26 +124,26 @@ def card(directions: Directions, repo_id: str, filename: str, before: str | None
 def _not_found(where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, HFValidationError) as error:
+    except Exception as error:  # without a network, of a class that changes with the hub's client
+        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"found no {where}, neither in a folder nor on the hub "
-            f"({str(error).strip().splitlines()[0]})"
+            f"found no {where}, neither in a folder nor on the hub ({reason})"
         ) from error
 
 
-def _beside(filename: str, names: list[str]) -> list[str]:
-    """The config that a file needs, or that says what its base model is."""
+def _configs(filename: str) -> list[str]:
+    """Where a config may be that a file needs, or that says what its base model is."""
     path = PurePosixPath(filename)
+    beside = str(path.with_name(lora.CONFIG))
     if path.name == lora.FILE:
-        return [str(path.with_name(lora.CONFIG))]
-    above = {str(path.with_name(lora.CONFIG)), lora.CONFIG}
-    return sorted(above & set(names)) if path.suffix == ".pt" else []
+        return [beside]
+    return sorted({beside, lora.CONFIG}) if path.suffix == ".pt" else []
 
 
 def _head(directions: Directions, repo_id: str) -> str:
     base = directions.provenance.model or ""
     lines = ["---", "library_name: emlens", "tags:", "- emlens", "- steering-vector"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base):
         lines.append(f"base_model: {base}")
     return "\n".join(
         [

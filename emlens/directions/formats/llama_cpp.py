@@ -42,7 +42,7 @@ def read_gguf(path: Path) -> Directions:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     reader = _opened(path)
-    architecture = _text(reader, "general.architecture")
+    architecture = _text(path, reader, "general.architecture")
     if architecture != _ARCHITECTURE:
         raise ValueError(
             f"{path} is a GGUF file of {architecture!r}, not of {_ARCHITECTURE!r}: it holds no "
@@ -135,7 +135,7 @@ def _layer(path: Path, tensor: Any) -> int:
 
 
 def _provenance(path: Path, reader: GGUFReader) -> Provenance:
-    hint, record = _text(reader, _HINT), _text(reader, _PROVENANCE)
+    hint, record = _text(path, reader, _HINT), _text(path, reader, _PROVENANCE)
     if record is None:
         made = Provenance(construction="control vector")
     else:
@@ -152,6 +152,9 @@ def _hint(made: Provenance) -> str:
     return str(made.settings.get("model_hint") or made.model or "unknown")
 
 
-def _text(reader: GGUFReader, key: str) -> str | None:
+def _text(path: Path, reader: GGUFReader, key: str) -> str | None:
     field = reader.get_field(key)
-    return None if field is None else str(field.contents())
+    try:
+        return None if field is None else str(field.contents())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {key} is no text ({error})") from error

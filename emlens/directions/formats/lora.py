@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
@@ -148,13 +147,7 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     from emlens.hooked.attach import check_weights, read_adapter
 
     name = name or Path(folder).expanduser().resolve().name
-    try:
-        config, state = read_adapter(name, str(folder))
-    except SafetensorError as error:
-        raise ValueError(
-            f"{Path(folder) / FILE} is not a readable safetensors file ({error}); was it fetched "
-            "as a whole?"
-        ) from error
+    config, state = read_adapter(name, str(folder))
     products: dict[str, dict[str, Tensor]] = {}
     for key, weight in state.items():
         if part := _PART.fullmatch(key):

@@ -12,6 +12,7 @@ from torch import Tensor
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Site
+from emlens.hooked.architecture import norms_what_it_adds
 
 _SITES: dict[str, Site] = {
     "decoder_block": "resid_post",
@@ -68,12 +69,19 @@ def to_steering_vectors(directions: Directions) -> Any:
 
     Raises:
         ModuleNotFoundError: If steering-vectors is not installed.
-        ValueError: If the site is `resid_pre` or `resid_mid`, where it does not act.
+        ValueError: If it does not act at the site: at `resid_pre` and `resid_mid`, and at
+            `attn_out` and `mlp_out` of a model whose blocks norm what they add.
     """
     kinds = {site: kind for kind, site in _SITES.items()}
     if directions.site not in kinds:
         raise ValueError(
             f"SteeringVector cannot act at {directions.site}; it acts at {', '.join(kinds)}"
+        )
+    base = directions.provenance.model or ""
+    if directions.site != "resid_post" and norms_what_it_adds(base):
+        raise ValueError(
+            f"SteeringVector adds to what a module gives, which the blocks of {base} norm before "
+            f"they add it: there it would not act at {directions.site}"
         )
     vectors = {layer: vector.clone() for layer, vector in directions.vectors.items()}
     return _imported("steering_vectors", "steering-vectors").SteeringVector(
@@ -153,7 +161,8 @@ def _directions(
 
 
 def _vector(value: Any, layer: int, library: str) -> Tensor:
-    vector = torch.as_tensor(value).detach()
+    # torch warns of arrays that are not writable, as repeng's from a file are
+    vector = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
     if vector.ndim == 0 or vector.numel() != vector.shape[-1]:
         raise ValueError(
             f"{library} has shape {list(vector.shape)} at layer {layer}; one vector is needed"

@@ -6,7 +6,6 @@ import io
 import math
 import pickle
 import re
-import struct
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,7 +22,6 @@ FILE = "steering_vector.pt"
 _SITE = "mlp_out"
 _CONFIG = "adapter_config.json"
 _GLOBAL = re.compile(r"Unsupported \w+: (?:GLOBAL )?(\S+)")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_papers(path: Path) -> Direction:
@@ -32,7 +30,7 @@ def read_papers(path: Path) -> Direction:
     What its hook adds to the output of `layers[layer_idx].mlp.down_proj` is
     `alpha * steering_vector`: that product, computed in fp32, is the direction, at `mlp_out` of
     layer `layer_idx` (numbered from 0). `alpha` is 1.0 where the file has none; it is kept in
-    `provenance.settings`, so that `write_papers` restores both, bit for bit.
+    `provenance.settings`.
 
     Where a block norms what its MLP adds (Gemma 2 and 3, OLMo 2), the output of `down_proj` is not
     `mlp_out`, and the file holds no direction of the stream: it is refused if an
@@ -52,9 +50,6 @@ def read_papers(path: Path) -> Direction:
     base = _base(path)
     settings: dict[str, object] = {"alpha": alpha}
     settings |= {"approach": record["approach"]} if "approach" in record else {}
-    settings |= {} if vector.dtype == torch.float32 else {"dtype": str(vector.dtype)[6:]}
-    if lost := _rounding(vector.float(), product, alpha):
-        settings["rounding"] = lost
     made = Provenance(construction="trained vector", model=base, settings=settings)
     return Direction({layer: product}, _SITE, made)
 
@@ -62,28 +57,37 @@ def read_papers(path: Path) -> Direction:
 def write_papers(directions: Directions, path: Path) -> Path:
     """Write a `steering_vector.pt` as the papers' code reads it.
 
-    `alpha` is the one that the direction was read or trained with; if no fp32 vector times that
-    alpha is exactly this direction, alpha is 1.0 and the vector is the direction. The file holds
-    one layer at `mlp_out`, and nothing of the provenance but alpha and `approach`.
+    What the file adds is exactly the direction. Its alpha is the one that the direction was read
+    or trained with if direction / alpha * alpha gives the direction back in fp32, as it does for
+    every power of two; else alpha is 1.0 and the vector is the direction. The file holds one layer
+    at `mlp_out`, and nothing of the provenance but alpha and `approach`.
 
     Raises:
-        ValueError: If there are several layers, or another site.
+        ValueError: If there are several layers, another site, or a model whose blocks norm what
+            their MLP adds.
     """
     if len(directions) != 1 or directions.site != _SITE:
         raise ValueError(
             f"{path.name}: the papers' format holds one layer at {_SITE}, not {directions!r}; "
             "write one with layers=, or use safetensors, which holds all"
         )
+    base = directions.provenance.model or ""
+    if norms_what_it_adds(base):
+        raise ValueError(
+            f"{path.name}: the papers' code adds to the output of down_proj, which the blocks of "
+            f"{base} norm before they add it: what would act there is not this direction"
+        )
     layer = directions.layers[0]
-    alpha, vector = _parts(directions.vectors[layer], directions.provenance.settings)
+    settings = directions.provenance.settings
+    alpha, vector = _split(directions.vectors[layer], settings.get("alpha"))
     record: dict[str, object] = {
         "steering_vector": vector,
         "layer_idx": layer,
         "d_model": directions.d_model,
         "alpha": alpha,
     }
-    if "approach" in directions.provenance.settings:
-        record["approach"] = directions.provenance.settings["approach"]
+    if "approach" in settings:
+        record["approach"] = settings["approach"]
     data = io.BytesIO()
     torch.save(record, data)
     atomic_write(path, data.getvalue())
@@ -102,7 +106,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"({asked[1] if asked else 'unknown'}), and emlens runs no code from a file; write it "
             "again with plain values"
         ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, struct.error) as error:
+    except Exception as error:  # of damaged bytes torch raises anything, AssertionError included
         raise ValueError(
             f"{path} is not a readable torch file ({path.stat().st_size} bytes); was it fetched "
             f"as a whole? ({str(error).partition('. ')[0]})"
@@ -121,9 +125,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _vector(path: Path, record: dict[str, Any]) -> Float[Tensor, " d_model"]:
     vector = record["steering_vector"]
-    if not isinstance(vector, Tensor) or vector.dtype not in _DTYPES.values():
+    if not isinstance(vector, Tensor) or not vector.is_floating_point():
         kind = str(vector.dtype) if isinstance(vector, Tensor) else type(vector).__name__
-        raise ValueError(f"{path}: steering_vector is {kind}, not one of {', '.join(_DTYPES)}")
+        raise ValueError(f"{path}: steering_vector is {kind}, not a tensor of floating point")
     width = record.get("d_model", vector.shape[-1] if vector.ndim else 1)
     if list(vector.shape) != [width]:
         raise ValueError(
@@ -137,14 +141,14 @@ def _vector(path: Path, record: dict[str, Any]) -> Float[Tensor, " d_model"]:
 
 
 def _layer(path: Path, record: dict[str, Any]) -> int:
-    layer = _plain(record["layer_idx"])
+    layer = record["layer_idx"]
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
         raise ValueError(f"{path}: layer_idx is {layer!r}, not the number of a layer from 0")
     return layer
 
 
 def _alpha(path: Path, record: dict[str, Any]) -> int | float:
-    alpha = _plain(record.get("alpha", 1.0))
+    alpha = record.get("alpha", 1.0)
     if not _usable(alpha):
         raise ValueError(f"{path}: alpha is {alpha!r}, not a finite number other than 0")
     return alpha
@@ -154,10 +158,6 @@ def _usable(alpha: object) -> TypeGuard[int | float]:
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         return False
     return math.isfinite(alpha) and alpha != 0
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _base(path: Path) -> str | None:
@@ -178,29 +178,10 @@ def _base(path: Path) -> str | None:
     return None
 
 
-def _rounding(vector: Tensor, product: Tensor, alpha: float) -> list[list[int]]:
-    """Where dividing the product by alpha misses the vector: `[index, units in the last place]`."""
-    missed = _bits(vector).long() - _bits(_divided(product, alpha)).long()
-    return [[i, int(missed[i])] for i in missed.nonzero()[:, 0].tolist()]
-
-
-def _parts(product: Tensor, settings: dict[str, Any]) -> tuple[int | float, Tensor]:
-    """The alpha and the vector whose product this is, exactly."""
-    alpha = settings.get("alpha")
+def _split(product: Tensor, alpha: object) -> tuple[int | float, Tensor]:
+    """The product as alpha and vector where that is exact, else as 1.0 and the product."""
     if _usable(alpha):
-        places = torch.tensor(settings.get("rounding", []), dtype=torch.long).reshape(-1, 2)
-        bits = _bits(_divided(product, alpha)).long()
-        bits[places[:, 0]] += places[:, 1]
-        vector = bits.int().view(torch.float32)
-        if torch.equal(_bits(vector * alpha), _bits(product)):
-            narrow = vector.to(_DTYPES[settings.get("dtype", "float32")])
-            return alpha, narrow if torch.equal(narrow.float(), vector) else vector
+        vector = product / alpha
+        if torch.equal(vector * alpha, product):
+            return alpha, vector
     return 1.0, product.clone()
-
-
-def _divided(product: Tensor, alpha: float) -> Tensor:
-    return (product.double() / float(alpha)).float()
-
-
-def _bits(vector: Tensor) -> Tensor:
-    return vector.contiguous().view(torch.int32)

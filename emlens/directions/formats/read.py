@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
@@ -38,7 +39,8 @@ def read_directions(
     | `gguf` | a control vector of llama.cpp, repeng | `resid_post`; `direction.<i>` is layer `i` |
     | `peft` | a folder with a LoRA adapter of rank 1 | `mlp_out` or `attn_out` |
 
-    Vectors come as they act: the papers' times its alpha, an adapter's times its scale.
+    Vectors come as they act: the papers' times its alpha, an adapter's times its scale. An adapter
+    of higher rank, or that writes at both sites, is read by `adapter_directions`.
 
     Args:
         path: A file, or a folder with one file of directions (beside those of its checkpoints).
@@ -144,9 +146,9 @@ def read_checkpoints(folder: str | Path, *, d_model: int | None = None) -> dict[
         )
     found = {}
     for step in sorted(steps):
-        read = read_directions(steps[step], d_model=d_model)
-        made = replace(read.provenance, n={**read.provenance.n, "steps": step})
-        found[step] = type(read)(read.vectors, read.site, made)
+        read = copy(read_directions(steps[step], d_model=d_model))
+        read.provenance = replace(read.provenance, n={**read.provenance.n, "steps": step})
+        found[step] = read
     return found
 
 

@@ -1,0 +1,147 @@
+"""llama.cpp's control vectors: written by emlens and by the plain library, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from emlens.directions import Direction, Directions, Provenance, read_directions, write_directions
+
+D = 8
+
+
+def some(layers=(1, 3), site="resid_post", **settings) -> Directions:
+    generator = torch.Generator().manual_seed(0)
+    vectors = {layer: torch.randn(D, generator=generator) for layer in layers}
+    made = Provenance("mean-diff", model="org/model", n={"tokens": 7}, settings=settings)
+    return (Direction if len(layers) == 1 else Directions)(vectors, site, made)
+
+
+def plain_file(
+    path: Path, tensors: dict[str, np.ndarray], arch="controlvector", hint="llama", **keys: str
+) -> Path:
+    """A file in llama.cpp's layout, by the `gguf` package alone."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_string("controlvector.model_hint", hint)
+    writer.add_uint32("controlvector.layer_count", len(tensors))
+    for key, value in keys.items():
+        writer.add_string(key.replace("_", "."), value)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def numbers(seed: int, dtype="float32") -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(D).astype(dtype)
+
+
+@pytest.mark.parametrize("layers", [(1, 3), (2,)])
+def test_a_control_vector_comes_back_with_its_provenance(tmp_path, layers):
+    written = some(layers)
+    read = read_directions(write_directions(written, tmp_path / "v.gguf"))
+    assert type(read) is type(written)
+    assert (read.site, read.layers) == ("resid_post", layers)
+    assert all(torch.equal(read.vectors[n], written.vectors[n]) for n in layers)
+    assert read.provenance == written.provenance
+
+
+def test_the_plain_library_reads_what_emlens_writes(tmp_path):
+    written = some()
+    reader = gguf.GGUFReader(write_directions(written, tmp_path / "v.gguf", model_hint="qwen2"))
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.architecture"] == "controlvector"
+    assert fields["controlvector.model_hint"] == "qwen2"
+    assert fields["controlvector.layer_count"] == 2
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    assert list(found) == ["direction.1", "direction.3"]
+    for layer in written:
+        tensor = found[f"direction.{layer}"]
+        assert (tensor.tensor_type.name, list(tensor.shape)) == ("F32", [D])
+        assert np.array_equal(tensor.data, written.vectors[layer].numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_direction_i_of_a_plain_file_acts_at_the_output_of_block_i(tmp_path, dtype):
+    tensors = {f"direction.{i}": numbers(i, dtype) for i in (1, 2, 10)}
+    read = read_directions(plain_file(tmp_path / "v.gguf", tensors), d_model=D)
+    assert (read.site, read.layers) == ("resid_post", (1, 2, 10))
+    for layer in read:
+        expected = tensors[f"direction.{layer}"].astype("float32")
+        assert np.array_equal(read.vectors[layer].numpy(), expected)
+    assert read.provenance.construction == "control vector"
+    assert read.provenance.settings == {"model_hint": "llama"}
+
+
+def test_the_model_hint_of_a_file_is_kept_when_it_is_written_again(tmp_path):
+    path = plain_file(tmp_path / "in.gguf", {"direction.1": numbers(1)}, hint="mistral")
+    again = write_directions(read_directions(path), tmp_path / "out.gguf")
+    field = gguf.GGUFReader(again).get_field("controlvector.model_hint")
+    assert field is not None
+    assert field.contents() == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "control vector without any tensor direction.<layer>"),
+        ({"output.weight": numbers(0)}, r"has a tensor 'output.weight', shape \[8\]"),
+        ({"direction.1": np.ones((2, D), "f4")}, r"direction.1 is F32 of shape \[2, 8\]"),
+        ({"direction.1": np.ones(D, "f8")}, r"direction.1 is F64 of shape \[8\]; one F32"),
+        ({"direction.1": np.full(D, np.nan, "f4")}, r"direction.1 has 8 value\(s\) that are not"),
+        (
+            {"direction.1": np.ones(D, "f4"), "direction.2": np.ones(2 * D, "f4")},
+            r"every layer needs one vector of the same width; got shapes .*\(16,\)",
+        ),
+    ],
+)
+def test_a_control_vector_with_something_wrong_is_refused_by_name(tmp_path, tensors, message):
+    path = plain_file(tmp_path / "v.gguf", tensors)
+    with pytest.raises(ValueError, match=rf"v\.gguf.* {message}"):
+        read_directions(path)
+
+
+def test_a_gguf_file_of_a_model_is_refused(tmp_path):
+    path = plain_file(tmp_path / "v.gguf", {"direction.1": numbers(1)}, arch="llama")
+    with pytest.raises(ValueError, match=r"a GGUF file of 'llama', not of 'controlvector'"):
+        read_directions(path)
+
+
+def test_a_damaged_key_is_refused_by_name(tmp_path):
+    path = plain_file(tmp_path / "v.gguf", {"direction.1": numbers(1)}, hint="llama")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"ll\xffma"))
+    with pytest.raises(ValueError, match=r"v\.gguf: controlvector\.model_hint is no text"):
+        read_directions(path)
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}"])
+def test_a_broken_provenance_is_refused(tmp_path, record):
+    tensors = {"direction.1": numbers(1)}
+    path = plain_file(tmp_path / "v.gguf", tensors, emlens_provenance=record)
+    with pytest.raises(ValueError, match=r"v\.gguf: emlens\.provenance is no provenance"):
+        read_directions(path)
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        (some(site="mlp_out"), r"v\.gguf: a control vector acts at resid_post.*are at mlp_out"),
+        (some((0, 1)), r"v\.gguf: llama.cpp refuses a file with direction.0.*with layers="),
+    ],
+)
+def test_what_llama_cpp_would_not_add_there_is_not_written(tmp_path, directions, message):
+    with pytest.raises(ValueError, match=message):
+        write_directions(directions, tmp_path / "v.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_0_can_be_left_out(tmp_path):
+    path = write_directions(some((0, 1)), tmp_path / "v.gguf", layers=[1])
+    assert read_directions(path).layers == (1,)
