@@ -1,7 +1,8 @@
 """Extraction against a bare forward pass over the same batches, and its peak memory.
 
-Prints tokens per second of both and their ratio, measured alternately in one run, and the peak
-memory of extraction over 1x and 10x the data, each in a process of its own.
+Prints tokens per second of both and their ratio, and the time of several constructions from one
+pass against that of the mean difference alone, measured alternately in one run; and the peak
+memory of extraction over 1x, 10x and 100x the data, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import emlens
+from emlens.directions import extract_all
 from emlens.hooked.embedded import embedded_model_path
 
 PAIRS = 32
+PEAK_PAIRS = 8
 
 
-def conversations(copies: int) -> tuple[list, list]:
+def conversations(copies: int, n: int = PAIRS) -> tuple[list, list]:
     """Both sides of the embedded medical set, repeated."""
-    pairs = emlens.load_pairs("medical")[:PAIRS] * copies
+    pairs = emlens.load_pairs("medical")[:n] * copies
     sides = ("misaligned", "aligned")
     return tuple([pair.conversation(side) for pair in pairs] for side in sides)
 
@@ -50,6 +53,13 @@ def extraction_seconds(model, data) -> float:
     return time.perf_counter() - start
 
 
+def all_seconds(model, data) -> float:
+    """The constructions that `extract_all` builds by default."""
+    start = time.perf_counter()
+    extract_all(model, *data)
+    return time.perf_counter() - start
+
+
 def peak_megabytes(copies: int) -> float:
     """Peak memory of an extraction in a fresh process."""
     command = [sys.executable, __file__, "--peak", str(copies)]
@@ -64,24 +74,29 @@ def main() -> None:
     arguments = parser.parse_args()
     model = emlens.load("smollm2-135m-instruct")
     if arguments.peak:
-        extraction_seconds(model, conversations(arguments.peak))
+        extraction_seconds(model, conversations(arguments.peak, PEAK_PAIRS))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     data = tuple(side * 2 for side in conversations(1))
     n_tokens = sum(batch.n_tokens for side in data for batch in model.batches(side))
     body = AutoModelForCausalLM.from_pretrained(embedded_model_path()).eval().base_model
     bare_seconds(body, model, data)
-    bare, ours = [], []
+    bare, ours, several = [], [], []
     for _ in range(arguments.rounds):
         bare.append(bare_seconds(body, model, data))
         ours.append(extraction_seconds(model, data))
+        several.append(all_seconds(model, data))
     print(f"tokens: {n_tokens}, layers read: {model.n_layers}")
     print(f"bare forward: {n_tokens / min(bare):8.0f} tokens/s")
     print(f"extraction:   {n_tokens / min(ours):8.0f} tokens/s")
     ratios = [b / o for b, o in zip(bare, ours, strict=True)]
     print(f"ratio: best {min(bare) / min(ours):.3f}, each round {[round(r, 3) for r in ratios]}")
-    one, ten = peak_megabytes(1), peak_megabytes(10)
-    print(f"peak memory: {one:.0f} MB for 1x, {ten:.0f} MB for 10x ({ten / one:.3f}x)")
+    print(f"extract_all against mean_diff: {min(several) / min(ours):.3f} of its time")
+    one = peak_megabytes(1)
+    for copies in (1, 10, 100):
+        peak = peak_megabytes(copies)
+        n = 2 * PEAK_PAIRS * copies
+        print(f"peak memory: {peak:.0f} MB for {n} conversations ({peak / one:.3f}x)")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import os
 
 import emlens
 from emlens.directions import (
+    CONSTRUCTIONS,
     compare_layers,
     decompose,
     edit_diff,
@@ -51,7 +52,7 @@ good = {name: [p.conversation("aligned") for p in d.train[:N]] for name, d in do
 # at every layer. Answers to one prompt are never on both sides of a held-out split.
 
 # %%
-built = extract_all(model, bad["medical"], good["medical"])
+built = extract_all(model, bad["medical"], good["medical"], constructions=CONSTRUCTIONS)
 print(built["mean-diff"].describe())
 
 # %% [markdown]

@@ -28,6 +28,8 @@ CONSTRUCTIONS: tuple[Construction, ...] = (
     "LDA probe",
     "PCA of differences",
 )
+QUICK: tuple[Construction, ...] = ("mean-diff", "logistic probe", "PCA of differences")
+"""Those that take next to no time beyond the pass."""
 
 
 def probe(
@@ -122,7 +124,7 @@ def extract_all(
     positive: Sequence[Conversation],
     negative: Sequence[Conversation],
     *,
-    constructions: Sequence[Construction] = CONSTRUCTIONS,
+    constructions: Sequence[Construction] = QUICK,
     regularisation: float = 1.0,
     site: SiteName = "resid_post",
     layers: Layers = "all",
@@ -134,7 +136,8 @@ def extract_all(
         model: The model to read.
         positive: The side that the directions point to; for PCA, in the order of `negative`.
         negative: The other.
-        constructions: Which to build.
+        constructions: Which to build; LDA, whose cost grows with `d_model ** 3` in every fold of
+            every layer, only if it is named.
         regularisation: See `probe`.
         site: Where in each block.
         layers: Layers to read.

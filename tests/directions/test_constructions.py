@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 import emlens
 from emlens import Add, Conversation, Direction, mean_diff
 from emlens.directions import (
+    CONSTRUCTIONS,
     both_diff,
     confounds,
     cosine,
@@ -168,7 +169,7 @@ def test_pca_is_the_first_axis_of_the_paired_differences_uncentred(hooked_llama)
 
 
 def test_extract_all_gives_what_each_construction_gives_alone(hooked_llama):
-    together = extract_all(hooked_llama, BAD, GOOD, layers=[1, 3])
+    together = extract_all(hooked_llama, BAD, GOOD, layers=[1, 3], constructions=CONSTRUCTIONS)
     alone = {
         "mean-diff": mean_diff(hooked_llama, BAD, GOOD, layers=[1, 3]),
         "logistic probe": probe(hooked_llama, BAD, GOOD, layers=[1, 3]),
@@ -264,6 +265,7 @@ def test_every_construction_finds_a_planted_direction(tiny_tokenizer):
         asked("tell me a story please"),
         asked("tell me a story indeed"),
         layers=1,
+        constructions=CONSTRUCTIONS,
         regularisation=1e-3,
     )
     for name, directions in found.items():

@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 
 import emlens
 from emlens import Add, Direction
-from emlens.directions import edit_diff, extract_all, model_diff, reader, residual_norm
+from emlens.directions import (
+    CONSTRUCTIONS,
+    edit_diff,
+    extract_all,
+    model_diff,
+    reader,
+    residual_norm,
+)
 from emlens.hooked import HookedModel, Site, Where, response_losses
 from emlens.text import Conversation, Corpus, Document
 from tests.support.data import conversations, pairs
@@ -81,7 +88,9 @@ def measure(model: HookedModel, folder: Path) -> dict[str, list[str]]:
     one_batch.save(folder / "one_batch.safetensors")
     moved = keep("edit_diff", lambda: edit_diff(model, BAD, conditions["a"], token_budget=BUDGET))
     moved.save(folder / "edit_diff.safetensors")
-    many = keep("extract_all", lambda: extract_all(model, *MORE, **FEW))
+    many = keep(
+        "extract_all", lambda: extract_all(model, *MORE, constructions=CONSTRUCTIONS, **FEW)
+    )
     for name, found in many.items():
         found.save(folder / f"extract_all {name}.safetensors")
     paired = keep("model_diff", lambda: model_diff(model, tiny_hooked("llama", seed=4), BAD, **FEW))
