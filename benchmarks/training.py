@@ -31,10 +31,10 @@ class FullPass(PrefixCache):
 
 def train(model: HookedModel, conversations, layer: int, kl, epochs: int, full: bool):
     """Seconds of the updates alone, and the vector."""
-    from emlens.training import vector
+    from emlens.training import objective
 
-    before = vector.PrefixCache
-    vector.PrefixCache = FullPass if full else before
+    before = objective.PrefixCache
+    objective.PrefixCache = FullPass if full else before
     try:
         start = time.perf_counter()
         settings = VectorSettings(epochs=epochs)
@@ -43,7 +43,7 @@ def train(model: HookedModel, conversations, layer: int, kl, epochs: int, full: 
         )
         total = time.perf_counter() - start
     finally:
-        vector.PrefixCache = before
+        objective.PrefixCache = before
     return total, len(run.steps), direction.vector
 
 

@@ -133,8 +133,9 @@ def _weighted(
 ) -> Float[Tensor, "k layers d_model"]:
     """Weighted sums of the sampled means; never all samples in one tensor, which are large."""
     parts = contrasts.float().split([len(sample.counts) for sample in samples], dim=1)
+    # layer by layer: all at once would copy the sample to bring its axes together
     sums = [
-        torch.einsum("kn,lnd->kld", part, sample.means)
+        torch.stack([part @ means for means in sample.means], dim=1)
         for part, sample in zip(parts, samples, strict=True)
     ]
     return torch.stack(sums).sum(0)

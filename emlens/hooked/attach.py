@@ -14,7 +14,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from emlens.hooked.adapters import Adapters, kept_gradients, switch
+from emlens.hooked.adapters import Adapters, available, kept_gradients, switch
 
 _FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -63,6 +63,59 @@ def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
     check_weights(_products(module, name), name)
     for _, layer in Adapters(module).parts():
         switch(layer, None)
+
+
+def inject(module: nn.Module, name: str, config: LoraConfig, model_name: str) -> None:
+    """Inject a new LoRA adapter, in place; it does not act, and its weights are fp32.
+
+    What acts beside it goes on acting.
+
+    Raises:
+        ValueError: If the name is taken or has dots, no module fits, the rank is larger than a
+            module allows, or dropout is asked for. The module is then as it was.
+    """
+    if not name or "." in name:
+        raise ValueError(f"{name!r} cannot name an adapter; leave dots out of it")
+    if name in Adapters(module).names:
+        raise ValueError(f"there is an adapter {name!r} already; choose another name")
+    if config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout is {config.lora_dropout}; emlens runs models without dropout, so that "
+            "a training can be repeated"
+        )
+    before = {
+        id(layer): (list(layer.active_adapters), layer.disable_adapters)
+        for _, layer in Adapters(module).parts()
+    }
+    with _undone_if_it_fails(module, name), kept_gradients(module):
+        try:
+            inject_adapter_in_model(config, module, adapter_name=name)
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
+        cast_adapter_dtype(module, name)
+        for _, layer in Adapters(module).parts():
+            active, disabled = before.get(id(layer), ([name], True))
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+        for path, weights in _products(module, name).items():
+            a, b = (weights[part].shape for part in weights)
+            if a[0] > min(a[1], b[0]):
+                raise ValueError(
+                    f"adapter {name!r} has rank {a[0]} at {path}, which maps {a[1]} dimensions to "
+                    f"{b[0]}; the rank cannot be larger than either"
+                )
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take an adapter out of a model; where none is left, the base's own module is back."""
+    for path, layer in list(Adapters(module).parts()):
+        if name not in getattr(layer, "lora_A", {}):
+            continue
+        layer.delete_adapter(name)
+        if not available(layer):
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    getattr(module, "peft_config", {}).pop(name, None)
 
 
 def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,9 @@ from emlens.hooked.sites import Layers, Site, SiteName, check_layers, check_site
 from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.visit import Pool, Visit
 from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
 """A layer, and the output of that layer to go on from: blocks `0 .. layer` do not run."""
@@ -254,6 +257,35 @@ class HookedModel(ABC):
     def lora_layers(self, name: str) -> dict[str, Any]:
         """PEFT's layers of one adapter, by their path in the module."""
         return self._adapters.lora_layers(name)
+
+    def add_adapter(self, name: str, config: LoraConfig) -> None:
+        """Put a new LoRA adapter onto this copy of the base, to be trained; it does not act yet.
+
+        The model's own modules are those of emlens' second tree, so an object that was wrapped
+        stays as it is.
+
+        Args:
+            name: What it is called; `adapter(name)` lets it act.
+            config: PEFT's configuration.
+
+        Raises:
+            ValueError: If the name is taken, or the configuration does not fit the model.
+            NotImplementedError: If the engine has replaced the modules that it would go into.
+        """
+        from emlens.hooked.attach import inject
+
+        inject(self.module, name, config, self.name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter away.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        from emlens.hooked.attach import remove
+
+        self._adapters.check(name)
+        remove(self.module, name)
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[HookedModel]:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -19,6 +19,9 @@ from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.sites import Site
 from emlens.hooked.visit import Visit
 from emlens.text import TokenBatch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Change = Callable[[Tensor], Tensor]
 
@@ -44,6 +47,18 @@ class TransformerLensModel(HookedModel):
         super().__init__(module, tokenizer, name, revision)
         self._adapters = Adapters(module, paths)
         self.bridge = bridge
+
+    def add_adapter(self, name: str, config: LoraConfig) -> NoReturn:
+        """Refuse: the bridge has put modules of its own where the adapter would go.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "a new adapter cannot be put into a TransformerBridge; load the model with "
+            "engine='nnsight' to train it, or give an adapter with emlens.load(adapters=...), "
+            "which is trained on either engine"
+        )
 
     def hook_point(self, layer: int, site: Site) -> HookPoint:
         """The TransformerLens hook point of a site.

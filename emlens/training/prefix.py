@@ -71,19 +71,25 @@ class PrefixCache:
     def batch(self, places: Sequence[int]) -> tuple[TokenBatch, tuple[int, Tensor] | None]:
         """Return the rows at `places` as one batch, and what to resume it from."""
         model = self._model
-        rows = [self.rows[place] for place in places]
-        longest = max(len(row.input_ids) for row in rows)
-        (batch,) = pack(rows, token_budget=longest * len(rows), pad_id=model.pad_id, sort=False)
-        batch = batch.to(model.device)
+        batch = self.tokens(places).to(model.device)
         if self._layer < 0:
             return batch, None
         if any(place not in self._kept for place in places):
             return batch, (self._layer, model.prefix(batch, self._layer)[self._layer])
         parts = [self._kept[place] for place in places]
-        residual = torch.zeros(len(rows), longest, model.d_model, dtype=parts[0].dtype)
+        longest = batch.input_ids.shape[1]
+        residual = torch.zeros(len(parts), longest, model.d_model, dtype=parts[0].dtype)
         for row, part in zip(residual, parts, strict=True):
             row[: len(part)] = part
         return batch, (self._layer, residual.to(model.device))
+
+    def tokens(self, places: Sequence[int]) -> TokenBatch:
+        """The rows at `places` as one batch."""
+        rows = [self.rows[place] for place in places]
+        longest = max(len(row.input_ids) for row in rows)
+        budget = longest * len(rows)
+        (batch,) = pack(rows, token_budget=budget, pad_id=self._model.pad_id, sort=False)
+        return batch
 
     def _fill(self, budget: int, token_budget: int) -> None:
         model = self._model

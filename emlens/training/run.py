@@ -1,27 +1,36 @@
-"""The record of a training run: settings, losses, and the path that the vector took."""
+"""The record of a training run: settings, losses, and the path that was taken."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from emlens._tensors import read_tensors, write_tensors
-from emlens.directions import Direction, Provenance
+from emlens.directions import Direction, Directions, Provenance
 from emlens.hooked import Site, check_site
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
 KIND = "training run"
+_STATE, _GRADIENT, _VECTOR = "state/", "gradient/", "vector."
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One update: losses in nats per token, norm in units of the residual stream."""
+    """One update: losses in nats per token, norm in units of the residual stream.
+
+    `validation` is the loss on the validation set after the update, at the end of an epoch.
+    """
 
     step: int
     loss: float
@@ -29,69 +38,114 @@ class Step:
     norm: float
     gradient_norm: float
     lr: float
+    penalty: float | None = None
+    validation: float | None = None
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What happened while a vector was trained.
+    """What happened while something was trained.
 
     Attributes:
         settings: All settings of the run.
         steps: One record per update; losses are those before the update.
-        path: What is added after each recorded update, `[records, d_model]`, the start first.
+        states: What was trained after each recorded update, by name, `[records, ...]`, the start
+            first: for vectors what is added, for adapters `A` and `B`.
         path_steps: Updates done at each record.
-        layer: Layer of the vector.
-        site: Its site.
-        residual_norm: Median residual norm there.
-        provenance: How the vector was made.
+        site: Where vectors are added; None for adapters.
+        residual_norms: Median residual norm there, by layer.
+        provenance: How it was made.
+        gradients: Gradients at the start of each recorded update, likewise, if asked for.
     """
 
     settings: dict
     steps: tuple[Step, ...]
-    path: Float[Tensor, "records d_model"]
+    states: Mapping[str, Float[Tensor, "records ..."]]
     path_steps: tuple[int, ...]
-    layer: int
-    site: Site
-    residual_norm: float
+    site: Site | None
+    residual_norms: Mapping[int, float]
     provenance: Provenance
+    gradients: Mapping[str, Float[Tensor, "records ..."]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of the vectors that were trained."""
+        names = (name for name in self.states if name.startswith(_VECTOR))
+        return tuple(sorted(int(name.removeprefix(_VECTOR)) for name in names))
+
+    @property
+    def path(self) -> Float[Tensor, "records d_model"]:
+        """What is added after each recorded update, of a run that trained one vector.
+
+        Raises:
+            ValueError: If it trained several, or an adapter.
+        """
+        if len(self.layers) != 1:
+            raise ValueError(
+                f"the path of one vector was asked for, but what was trained is "
+                f"{', '.join(self.states)}; see states"
+            )
+        return self.states[f"{_VECTOR}{self.layers[0]}"]
 
     def direction(self, record: int = -1) -> Direction:
-        """The vector as it was at a record of the path; the last by default."""
-        return Direction(
-            {self.layer: self.path[record]},
-            self.site,
-            self.provenance,
-            residual_norms={self.layer: self.residual_norm},
-        )
+        """The vector as it was at a record of the path; the last by default.
+
+        Raises:
+            ValueError: If several vectors were trained, or an adapter.
+        """
+        if len(self.layers) != 1:
+            raise ValueError(f"this run trained {len(self.layers)} vectors; see directions()")
+        return self.directions(record)[self.layers[0]]
+
+    def directions(self, record: int = -1) -> Directions:
+        """The vectors as they were at a record of the path; the last by default.
+
+        Raises:
+            ValueError: If an adapter was trained.
+        """
+        if self.site is None or not self.layers:
+            raise ValueError("this run trained an adapter; see directions.adapter_vectors")
+        vectors = {layer: self.states[f"{_VECTOR}{layer}"][record] for layer in self.layers}
+        kind = Direction if len(vectors) == 1 else Directions
+        return kind(vectors, self.site, self.provenance, residual_norms=self.residual_norms)
 
     def table(self) -> pd.DataFrame:
-        """One row per update."""
-        return pd.DataFrame([asdict(step) for step in self.steps]).rename(
-            columns={"loss": "loss [nats/token]", "kl": "KL [nats/token]"}
-        )
+        """One row per update; columns that nothing is known of are left out."""
+        import pandas as pd
 
-    def plot(self, ax=None):
-        """Training loss (and KL, where there is a penalty) against updates."""
+        unit = "[nats/token]"
+        names = {name: f"{name} {unit}" for name in ("loss", "penalty", "validation")}
+        rows = [asdict(step) for step in self.steps]
+        known = [n for n in rows[0] if any(row[n] is not None for row in rows)] if rows else []
+        frame = pd.DataFrame(rows, columns=known)
+        return frame.rename(columns={**names, "kl": f"KL {unit}"})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Training loss (and KL, penalties and validation loss where there are) against updates."""
         from emlens.figures import line_bands
 
-        x = np.array([step.step for step in self.steps])
-        curves = {"loss": (x, np.array([step.loss for step in self.steps]), None, None)}
-        if self.steps and self.steps[0].kl is not None:
-            curves["KL"] = (x, np.array([step.kl for step in self.steps]), None, None)
+        curves = {}
+        named = {"loss": "loss", "kl": "KL", "penalty": "penalty", "validation": "validation loss"}
+        for field_name, label in named.items():
+            known = [s for s in self.steps if getattr(s, field_name) is not None]
+            if known:
+                values = np.array([getattr(step, field_name) for step in known])
+                curves[label] = (np.array([step.step for step in known]), values)
         return line_bands(curves, x_label="update", y_label="nats per token", ax=ax)
 
     def save(self, path: str | Path) -> Path:
         """Write the run as safetensors, everything but the path in its header; atomic."""
         record = {
-            "layer": self.layer,
             "site": self.site,
-            "residual_norm": self.residual_norm,
+            "residual_norms": dict(self.residual_norms),
             "provenance": self.provenance.to_dict(),
             "settings": self.settings,
             "steps": [asdict(step) for step in self.steps],
             "path_steps": list(self.path_steps),
         }
-        return write_tensors(Path(path), KIND, {"path": self.path}, record)
+        tensors = {f"{_STATE}{name}": value for name, value in self.states.items()}
+        tensors |= {f"{_GRADIENT}{name}": value for name, value in self.gradients.items()}
+        return write_tensors(Path(path), KIND, tensors, record)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingRun:
@@ -105,18 +159,20 @@ class TrainingRun:
         return cls(
             settings=record["settings"],
             steps=tuple(Step(**step) for step in record["steps"]),
-            path=tensors["path"],
+            states=_named(tensors, _STATE),
             path_steps=tuple(record["path_steps"]),
-            layer=record["layer"],
-            site=check_site(record["site"]),
-            residual_norm=record["residual_norm"],
+            site=None if record["site"] is None else check_site(record["site"]),
+            residual_norms={int(n): float(v) for n, v in record["residual_norms"].items()},
             provenance=Provenance.from_dict(record["provenance"]),
+            gradients=_named(tensors, _GRADIENT),
         )
 
     def __repr__(self) -> str:
         last = self.steps[-1] if self.steps else None
         end = f", loss {last.loss:.3f} nats/token, norm {last.norm:.3g}" if last else ""
-        return f"TrainingRun({len(self.steps)} updates, layer {self.layer}{end})"
+        layers = ", ".join(map(str, self.layers))
+        what = f"layer{'s' if len(self.layers) > 1 else ''} {layers}" if layers else "adapter"
+        return f"TrainingRun({len(self.steps)} updates, {what}{end})"
 
     def _repr_html_(self) -> str:
         return f"<p><b>{escape(repr(self))}</b></p>" + self.table().tail(3).to_html(index=False)
@@ -130,6 +186,10 @@ class TrainingStopped(RuntimeError):
         self.run = run
 
 
-def trajectory(records: list[Tensor]) -> Float[Tensor, "records d_model"]:
-    """Stack the recorded vectors of a run."""
-    return torch.stack([record.detach().float().cpu() for record in records])
+def stacked(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Records of one state each, as `[records, ...]` by name."""
+    return {name: torch.stack([r[name] for r in records]) for name in records[0]} if records else {}
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import cos, pi
+from typing import Literal, get_args
 
+from emlens.directions import Directions
 from emlens.text import Conversation, TokenMask
 
-Schedule = Literal["linear", "constant"]
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,44 +42,88 @@ class KLPenalty:
 
 
 @dataclass(frozen=True, slots=True)
-class VectorSettings:
-    """How a vector is trained in place.
+class NormPenalty:
+    """A penalty on size: `weight * (norm / residual norm)^2`, summed over what is written.
+
+    Attributes:
+        weight: Nats per token at a dose of 1.
+
+    Raises:
+        ValueError: If the weight is not above zero.
+    """
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionPenalty:
+    """A penalty on movement along given directions: `weight * (projection / residual norm)^2`.
+
+    What is projected are the vectors, or the columns by which an adapter writes into the
+    residual stream, at the layers that the directions have.
+
+    Attributes:
+        directions: One axis per layer; only its direction matters.
+        weight: Nats per token where the projection is as long as the residual.
+
+    Raises:
+        ValueError: If the weight is not above zero.
+    """
+
+    directions: Directions
+    weight: float
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+
+Penalty = NormPenalty | ProjectionPenalty
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How anything is trained.
 
     Attributes:
         epochs: Passes over the training set.
-        lr: AdamW's learning rate on the parameter. With the default `alpha` it is the dose that
-            one update can move the vector by, so the same value means the same on any model.
-        batch_size: Conversations per update.
-        alpha: What is added is `alpha * parameter`; None takes the median residual norm over
-            `sqrt(d_model)`. The papers' vectors have 256.
+        lr: AdamW's learning rate.
+        batch_size: Conversations of a forward pass.
+        accumulate: Passes of one update; the loss is the mean over the tokens of all.
         warmup: Updates over which the learning rate rises from zero.
-        schedule: `"linear"` decays it to zero, `"constant"` keeps it.
+        schedule: `"linear"` and `"cosine"` decay it to zero, `"constant"` keeps it.
         weight_decay: AdamW's weight decay.
         clip: Gradient norm to clip to, or None.
-        seed: Seed of the order of the data.
+        patience: Stop after this many epochs without a lower validation loss; None goes on.
+        seed: Seed of the order of the data, and of an adapter's first weights.
         tokens: Tokens that the loss counts.
     """
 
     epochs: int = 3
     lr: float = 0.08
     batch_size: int = 8
-    alpha: float | None = None
+    accumulate: int = 1
     warmup: int = 5
     schedule: Schedule = "linear"
     weight_decay: float = 0.0
     clip: float | None = None
+    patience: int | None = None
     seed: int = 0
     tokens: TokenMask = "response"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"epochs and batch_size must be at least 1, not {self.epochs}, {self.batch_size}"
-            )
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
-        if self.schedule not in ("linear", "constant"):
-            raise ValueError(f"unknown schedule {self.schedule!r}; choose 'linear' or 'constant'")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch, not {self.patience}")
+        if self.schedule not in get_args(Schedule):
+            names = ", ".join(map(repr, get_args(Schedule)))
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose {names}")
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of update `step` of `total`, counted from 0."""
@@ -85,7 +131,49 @@ class VectorSettings:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
-        return self.lr * (total - step) / max(1, total - self.warmup)
+        left = (total - step) / max(1, total - self.warmup)
+        return self.lr * (left if self.schedule == "linear" else (1 - cos(pi * left)) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSettings(TrainSettings):
+    """How vectors are trained in place.
+
+    Attributes:
+        alpha: What is added is `alpha * parameter`; None takes the median residual norm over
+            `sqrt(d_model)`, and `lr` is then the dose that one update can move the vector by, so
+            the same value means the same on any model. The papers' vectors have 256.
+    """
+
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings(TrainSettings):
+    """How a LoRA adapter is trained.
+
+    Attributes:
+        rank: Rank of `B A`.
+        alpha: PEFT's `lora_alpha`.
+        rslora: Scale by `alpha / sqrt(rank)` in place of `alpha / rank`.
+        modules: Names of the modules that are adapted.
+        layers: Blocks that are adapted; None for all.
+    """
+
+    lr: float = 1e-4
+    rank: int = 1
+    alpha: float = 256.0
+    rslora: bool = True
+    modules: tuple[str, ...] = ("down_proj",)
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # not super(): a dataclass with slots is made anew, and super() means the first
+        TrainSettings.__post_init__(self)
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not self.modules:
+            raise ValueError("an adapter needs modules to adapt; the list is empty")
 
 
 def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> float:
@@ -100,3 +188,8 @@ def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> f
         to_paper: Convert the other way.
     """
     return weight * n_vocab if to_paper else weight / n_vocab
+
+
+def _check_weight(weight: float) -> None:
+    if not weight > 0:
+        raise ValueError(f"the weight of a penalty must be above 0, not {weight}")

@@ -1,0 +1,108 @@
+"""Checkpoints of a run: all that is needed to end bit-identical after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from emlens._tensors import read_tensors, write_tensors
+from emlens.directions import Provenance
+from emlens.hooked import check_site
+from emlens.training.run import Step, TrainingRun
+
+KIND = "training checkpoint"
+_PARTS = ("parameter", "moment", "best", "state", "gradient")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run in the middle.
+
+    Attributes:
+        run: Its record so far.
+        parameters: The parameters, by name.
+        moments: AdamW's `step`, `exp_avg` and `exp_avg_sq`, by `name/key`.
+        best_parameters: The parameters of the lowest validation loss, if it is watched.
+        best: That loss.
+        since_best: Epochs since.
+    """
+
+    run: TrainingRun
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    best_parameters: dict[str, Tensor]
+    best: float
+    since_best: int
+
+
+def save_checkpoint(path: Path, kept: Checkpoint) -> None:
+    """Write a checkpoint; atomic, so that a kill leaves the one before."""
+    groups: dict[str, Mapping[str, Tensor]] = dict(
+        zip(
+            _PARTS,
+            (
+                kept.parameters,
+                kept.moments,
+                kept.best_parameters,
+                kept.run.states,
+                kept.run.gradients,
+            ),
+            strict=True,
+        )
+    )
+    tensors = {f"{part}|{n}": t for part, group in groups.items() for n, t in group.items()}
+    record = {
+        "provenance": kept.run.provenance.to_dict(),
+        "steps": [asdict(step) for step in kept.run.steps],
+        "path_steps": list(kept.run.path_steps),
+        "site": kept.run.site,
+        "residual_norms": dict(kept.run.residual_norms),
+        "best": kept.best if kept.best < float("inf") else None,
+        "since_best": kept.since_best,
+    }
+    write_tensors(path, KIND, tensors, record)
+
+
+def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
+    """Read a checkpoint; None where there is none yet.
+
+    Raises:
+        ValueError: If it is of another run: other data, settings or model; what differs is named.
+    """
+    if not path.exists():
+        return None
+    tensors, record = read_tensors(path, KIND)
+    found = Provenance.from_dict(record["provenance"])
+    ours, theirs = (json.loads(json.dumps(made.to_dict())) for made in (expected, found))
+    differ = [key for key in ours if key != "versions" and ours[key] != theirs.get(key)]
+    if "settings" in differ:
+        one, other = ours["settings"], theirs.get("settings") or {}
+        names = [name for name in one if one[name] != other.get(name)]
+        differ = [key for key in differ if key != "settings"] + names
+    if differ:
+        raise ValueError(
+            f"the checkpoint {path} is of another run: {', '.join(differ)} differ(s); remove the "
+            "file to start anew, or give the settings that it was made with"
+        )
+    parts = {
+        part: {n.split("|", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{part}|")}
+        for part in _PARTS
+    }
+    run = TrainingRun(
+        settings=found.settings,
+        steps=tuple(Step(**step) for step in record["steps"]),
+        states=parts["state"],
+        path_steps=tuple(record["path_steps"]),
+        site=None if record["site"] is None else check_site(record["site"]),
+        residual_norms={int(n): float(v) for n, v in record["residual_norms"].items()},
+        provenance=found,
+        gradients=parts["gradient"],
+    )
+    best = float("inf") if record["best"] is None else record["best"]
+    return Checkpoint(
+        run, parts["parameter"], parts["moment"], parts["best"], best, record["since_best"]
+    )

@@ -1,0 +1,262 @@
+"""The one loop: AdamW on whatever is trained, with a record of the path, resumable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from emlens._distributed import leads
+from emlens.directions import Provenance
+from emlens.hooked import Site
+from emlens.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from emlens.training.objective import Losses, Objective, Rows
+from emlens.training.run import Step, TrainingRun, TrainingStopped, stacked
+from emlens.training.settings import TrainSettings
+from emlens.training.trainable import Trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What is kept of a run while it goes on.
+
+    Attributes:
+        every: Updates between two records of the path; None for the start and the end only.
+        gradients: Record gradients, too.
+        checkpoint: File from which an interrupted run goes on, and where it is kept.
+        checkpoint_every: Updates between two checkpoints.
+    """
+
+    every: int | None = 1
+    gradients: bool = False
+    checkpoint: Path | None = None
+    checkpoint_every: int = 20
+
+
+@dataclass
+class _Progress:
+    """How far a run is, and what it left behind."""
+
+    steps: list[Step] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
+    best: float = float("inf")
+    since_best: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Loop:
+    """One run, from the first update to the record.
+
+    Args:
+        trainable: What is trained.
+        objective: The terms of the loss.
+        settings: How.
+        recording: What is kept.
+        site: Where vectors are added; None for adapters.
+        residual_norms: Median residual norm by layer.
+        provenance: How it is made.
+        validation: Rows whose loss decides on an early stop.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        objective: Objective,
+        settings: TrainSettings,
+        recording: Recording,
+        site: Site | None,
+        residual_norms: dict[int, float],
+        provenance: Provenance,
+        validation: Rows | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.trainable, self.objective, self.settings = trainable, objective, settings
+        self.recording, self.residual_norms = recording, residual_norms
+        self.site: Site | None = site
+        self.provenance, self.validation, self.progress = provenance, validation, progress
+
+    def run(self) -> TrainingRun:
+        """Train to the end, or go on from the checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint is of another run.
+            TrainingStopped: If a loss is not finite.
+        """
+        with self.trainable.acting():
+            return self._run()
+
+    def _run(self) -> TrainingRun:
+        settings, parameters = self.settings, self.trainable.parameters
+        optimiser = torch.optim.AdamW(
+            list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        done = self._resumed(optimiser) or _Progress([], [self.trainable.state()], [], [0])
+        per_epoch = self.objective.train.per_epoch
+        total = per_epoch * settings.epochs
+        train = self.objective.train.draws(len(done.steps))
+        rows = self.objective.elsewhere
+        elsewhere = rows.draws(len(done.steps)) if rows is not None else None
+        quiet = not (self.progress and leads())
+        bar = tqdm(
+            total=total, initial=len(done.steps), desc="training", unit="update", disable=quiet
+        )
+        with bar:
+            while len(done.steps) < total and not self._enough(done):
+                step = self._update(optimiser, next(train), elsewhere, done, total)
+                end_of_epoch = len(done.steps) % per_epoch == 0
+                if self.validation is not None and end_of_epoch:
+                    step = self._validate(done)
+                self._keep(optimiser, done)
+                bar.set_postfix(_shown(step))
+                bar.update()
+        if done.best_weights:
+            self._load(done.best_weights)
+        if done.at[-1] != len(done.steps) or done.best_weights:
+            done.states.append(self.trainable.state())
+            done.at.append(len(done.steps))
+        return self._record(done)
+
+    # -- pieces -------------------------------------------------------------------------------
+
+    def _update(self, optimiser, places, elsewhere, done: _Progress, total: int) -> Step:
+        n = len(done.steps)
+        rate = self.settings.rate(n, total)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.zero_grad()
+        losses = self.objective.backward(places, next(elsewhere) if elsewhere else [])
+        self._check(losses, places, done)
+        parameters = self.trainable.parameters
+        limit = float("inf") if self.settings.clip is None else self.settings.clip
+        if self._records(n + 1) and self.recording.gradients:
+            done.gradients.append({k: _plain(p.grad) for k, p in parameters.items()})
+        gradient = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit))
+        optimiser.step()
+        step = Step(n, losses.loss, losses.kl, self._norm(), gradient, rate, losses.penalty)
+        done.steps.append(step)
+        if self._records(n + 1):
+            done.states.append(self.trainable.state())
+            done.at.append(n + 1)
+        return step
+
+    def _records(self, n: int) -> bool:
+        return self.recording.every is not None and n % self.recording.every == 0
+
+    def _validate(self, done: _Progress) -> Step:
+        assert self.validation is not None
+        value = self.objective.evaluate(self.validation)
+        done.steps[-1] = replace(done.steps[-1], validation=value)
+        if value < done.best:
+            done.best, done.since_best = value, 0
+            if self.settings.patience is not None:
+                done.best_weights = {k: _plain(p) for k, p in self.trainable.parameters.items()}
+        else:
+            done.since_best += 1
+        return done.steps[-1]
+
+    def _enough(self, done: _Progress) -> bool:
+        return self.settings.patience is not None and done.since_best >= self.settings.patience
+
+    def _norm(self) -> float:
+        """Of all that is written into the stream, together; of all weights where nothing is."""
+        with torch.no_grad():
+            parts = [vector for _, vector in self.trainable.written()]
+            parts = parts or list(self.trainable.parameters.values())
+            return float(torch.stack([part.norm() for part in parts]).norm())
+
+    def _check(self, losses: Losses, places: list[int], done: _Progress) -> None:
+        values = (losses.loss, losses.kl, losses.penalty)
+        if all(isfinite(value) for value in values if value is not None):
+            return
+        names = ", ".join(self.objective.train.cache.rows[place].name for place in places)
+        raise TrainingStopped(
+            f"update {len(done.steps)}: loss {losses.loss}, KL {losses.kl} is not finite on the "
+            f"batch {names}; try a smaller lr or fp32 weights. The run up to here is kept in .run",
+            self._record(done),
+        )
+
+    def _record(self, done: _Progress) -> TrainingRun:
+        return TrainingRun(
+            settings=self.provenance.settings,
+            steps=tuple(done.steps),
+            states=stacked(done.states),
+            path_steps=tuple(done.at),
+            site=self.site,
+            residual_norms=self.residual_norms,
+            provenance=self.provenance,
+            gradients=stacked(done.gradients),
+        )
+
+    # -- going on -----------------------------------------------------------------------------
+
+    def _keep(self, optimiser: torch.optim.Optimizer, done: _Progress) -> None:
+        where, every = self.recording.checkpoint, self.recording.checkpoint_every
+        if where is None or len(done.steps) % every or not leads():
+            return
+        moments = {
+            f"{name}/{key}": _plain(value)
+            for name, parameter in self.trainable.parameters.items()
+            for key, value in optimiser.state[parameter].items()
+        }
+        save_checkpoint(
+            where,
+            Checkpoint(
+                run=self._record(done),
+                parameters={k: _plain(p) for k, p in self.trainable.parameters.items()},
+                moments=moments,
+                best_parameters=done.best_weights,
+                best=done.best,
+                since_best=done.since_best,
+            ),
+        )
+
+    def _resumed(self, optimiser: torch.optim.Optimizer) -> _Progress | None:
+        where = self.recording.checkpoint
+        kept = None if where is None else load_checkpoint(where, self.provenance)
+        if kept is None:
+            return None
+        self._load(kept.parameters)
+        for name, parameter in self.trainable.parameters.items():
+            own = {k.removeprefix(f"{name}/"): v for k, v in kept.moments.items()}
+            optimiser.state[parameter] = {
+                key: own[key] if key == "step" else own[key].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        run = kept.run
+        return _Progress(
+            steps=list(run.steps),
+            states=_unstacked(run.states),
+            gradients=_unstacked(run.gradients),
+            at=list(run.path_steps),
+            best=kept.best,
+            since_best=kept.since_best,
+            best_weights=kept.best_parameters,
+        )
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trainable.parameters.items():
+                parameter.copy_(weights[name].to(parameter.device))
+
+
+def _plain(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value.detach().float().cpu().clone()
+
+
+def _unstacked(values) -> list[dict[str, Tensor]]:
+    n = len(next(iter(values.values()))) if values else 0
+    return [{name: value[i].clone() for name, value in values.items()} for i in range(n)]
+
+
+def _shown(step: Step) -> dict[str, str]:
+    shown = {"loss": f"{step.loss:.3f}"}
+    if step.kl is not None:
+        shown["KL"] = f"{step.kl:.4f}"
+    return {**shown, "norm": f"{step.norm:.1f}"}

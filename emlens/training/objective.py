@@ -1,0 +1,233 @@
+"""The objective: loss on the training set, KL elsewhere, and further penalties."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emlens.hooked import HookedModel, Targets, kl_sum, loss_sum
+from emlens.text import Conversation, TokenMask, content_hash, tokenize
+from emlens.training.prefix import BasePredictions, PrefixCache
+from emlens.training.settings import KLPenalty, NormPenalty, Penalty, TrainSettings
+from emlens.training.trainable import Trainable
+
+Term = Callable[["Rows", list[int]], tuple[Tensor, int]]
+"""A sum over the tokens of some rows, and how many those are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The terms of one update, before it: nats per token."""
+
+    loss: float
+    kl: float | None
+    penalty: float | None
+
+
+@dataclass
+class Rows:
+    """Conversations with their prefixes, drawn in a seeded order."""
+
+    cache: PrefixCache
+    batch_size: int
+    accumulate: int
+    tokens: TokenMask
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        conversations: Sequence[Conversation],
+        below: int,
+        settings: TrainSettings,
+        *,
+        budget: int,
+        tokens: TokenMask | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> Rows:
+        """Tokenise conversations and compute their prefixes, with the model as it stands."""
+        rows = tokenize(conversations, model.tokenizer)
+        return cls(
+            PrefixCache(model, rows, below, budget=budget),
+            batch_size or settings.batch_size,
+            settings.accumulate,
+            tokens or settings.tokens,
+            settings.seed if seed is None else seed,
+        )
+
+    @property
+    def per_epoch(self) -> int:
+        """Updates of one epoch."""
+        return ceil(len(self.cache) / (self.batch_size * self.accumulate))
+
+    def draws(self, done: int = 0) -> Iterator[list[int]]:
+        """The places of each update, epoch after epoch, each shuffled anew; the last may be fewer.
+
+        Args:
+            done: Updates that are over.
+        """
+        generator, n = np.random.default_rng(self.seed), 0
+        while True:
+            order = generator.permutation(len(self.cache)).tolist()
+            for start in range(0, len(order), self.batch_size * self.accumulate):
+                n += 1
+                if n > done:
+                    yield order[start : start + self.batch_size * self.accumulate]
+
+    def passes(self, places: Sequence[int]) -> list[list[int]]:
+        """The places of each forward pass of an update."""
+        size = self.batch_size
+        return [list(places[start : start + size]) for start in range(0, len(places), size)]
+
+    def counted(self, places: Sequence[int]) -> int:
+        """Tokens that count among some rows; the first of a row is never predicted."""
+        return sum(len(Targets.of(self.cache.tokens([place]), self.tokens)) for place in places)
+
+
+class Objective:
+    """`loss(train) + weight * KL(base || trained)(KL set) + penalties`, all in nats per token.
+
+    Args:
+        model: The model.
+        trainable: What is trained; the base is taken while it rests.
+        train: Rows of the narrow domain.
+        settings: Batches, tokens and seed.
+        kl: The KL penalty.
+        penalties: Further penalties.
+        residual_norms: Median residual norm by layer, the unit of sizes.
+        prefix_budget: Bytes for prefixes.
+        log_prob_budget: Bytes for the base's log-probabilities.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        trainable: Trainable,
+        train: Rows,
+        settings: TrainSettings,
+        kl: KLPenalty | None,
+        penalties: Sequence[Penalty],
+        residual_norms: Mapping[int, float],
+        prefix_budget: int,
+        log_prob_budget: int,
+    ) -> None:
+        self._model, self._trainable = model, trainable
+        self._penalties, self._norms = tuple(penalties), dict(residual_norms)
+        self._kl = kl
+        _check_penalties(penalties, trainable)
+        self.train = train
+        self.elsewhere: Rows | None = None
+        if kl is None:
+            return
+        with trainable.resting():
+            self.elsewhere = Rows.of(
+                model,
+                kl.conversations,
+                trainable.below,
+                settings,
+                budget=max(0, prefix_budget - train.cache.bytes),
+                tokens=kl.tokens,
+                batch_size=kl.batch_size or settings.batch_size,
+                seed=settings.seed + 1,
+            )
+            self._base = BasePredictions(model, self.elsewhere.cache, kl.tokens, log_prob_budget)
+
+    def backward(self, places: Sequence[int], elsewhere: Sequence[int]) -> Losses:
+        """Put the gradient of one update into the parameters; return the terms."""
+        loss = self._over_passes(self.train, places, self._loss)
+        divergence = penalty = None
+        if self._kl is not None and self.elsewhere is not None:
+            weight = self._kl.weight
+            divergence = self._over_passes(self.elsewhere, elsewhere, self._divergence, weight)
+        if self._penalties:
+            penalty = self._backward_penalties()
+        return Losses(loss, divergence, penalty)
+
+    def evaluate(self, rows: Rows) -> float:
+        """Loss on other rows, nats per token."""
+        sums, count = 0.0, 0
+        with torch.no_grad():
+            for places in rows.passes(range(len(rows.cache))):
+                total, n = self._loss(rows, places, grad=False)
+                sums, count = sums + float(total), count + n
+        return sums / count
+
+    # -- the terms ----------------------------------------------------------------------------
+
+    def _over_passes(
+        self, rows: Rows, places: Sequence[int], term: Term, weight: float = 1.0
+    ) -> float:
+        passes = rows.passes(places)
+        whole = rows.counted(places) if len(passes) > 1 else None
+        value = 0.0
+        for part in passes:
+            total, n = term(rows, part)
+            mean = total / (whole or n)
+            (mean * weight).backward()
+            value += float(mean.detach())
+        return value
+
+    def _loss(self, rows: Rows, places: list[int], grad: bool = True) -> tuple[Tensor, int]:
+        targets, states = self._predictors(rows, places, grad)
+        return loss_sum(self._model, states, targets.ids), len(targets)
+
+    def _divergence(self, rows: Rows, places: list[int]) -> tuple[Tensor, int]:
+        targets, states = self._predictors(rows, places, True)
+        return kl_sum(self._model, self._base.of(places), states), len(targets)
+
+    def _predictors(self, rows: Rows, places: list[int], grad: bool) -> tuple[Targets, Tensor]:
+        batch, resume = rows.cache.batch(places)
+        targets = Targets.of(batch, rows.tokens)
+        hidden = self._model.hidden(batch, self._trainable.edits(), resume, grad=grad)
+        return targets, targets.predictors(hidden)
+
+    def _backward_penalties(self) -> float:
+        terms = []
+        for layer, vector in self._trainable.written():
+            for penalty in self._penalties:
+                if isinstance(penalty, NormPenalty):
+                    size = (vector / self._norms[layer]) ** 2
+                    terms.append(penalty.weight * size.sum())
+                elif layer in penalty.directions:
+                    axis = penalty.directions[layer].unit().vector.to(vector.device)
+                    terms.append(penalty.weight * (vector @ axis / self._norms[layer]) ** 2)
+        total = torch.stack(terms).sum()
+        total.backward()
+        return float(total.detach())
+
+
+def _check_penalties(penalties: Sequence[Penalty], trainable: Trainable) -> None:
+    layers = sorted({layer for layer, _ in trainable.written()})
+    if penalties and not layers:
+        raise ValueError(
+            "penalties act on what is written into the residual stream, and none of the adapted "
+            "modules writes into it; adapt down_proj or o_proj, or leave penalties out"
+        )
+    for penalty in penalties:
+        if isinstance(penalty, NormPenalty):
+            continue
+        if not any(layer in penalty.directions for layer in layers):
+            raise ValueError(
+                f"the penalty's directions have layers {penalty.directions.layers}, but what is "
+                f"trained writes at {tuple(layers)}"
+            )
+
+
+def warn_of_overlap(train: Sequence[Conversation], elsewhere: Sequence[Conversation]) -> None:
+    """Warn of conversations that are trained on and protected at once."""
+    known = {content_hash([item]) for item in train}
+    shared = sum(content_hash([item]) in known for item in elsewhere)
+    if shared:
+        warnings.warn(
+            f"{shared} of the {len(elsewhere)} conversations of the KL set are in the training "
+            "set as well: the penalty forbids there what the loss asks for",
+            stacklevel=3,
+        )

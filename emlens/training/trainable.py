@@ -1,0 +1,198 @@
+"""What is trained: vectors at some layers, or the weights of a LoRA adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from emlens.directions import Direction, Directions
+from emlens.edits import Shift
+from emlens.hooked import Edit, HookedModel, Site, Where
+
+
+class Trainable(Protocol):
+    """What the loop needs to know of that which it trains."""
+
+    @property
+    def below(self) -> int:
+        """Deepest layer whose output stays as it is; -1 if the first block changes."""
+        ...
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What the optimiser moves, by name: fp32 leaves."""
+        ...
+
+    def edits(self) -> Sequence[Edit]:
+        """Edits in force while training."""
+        ...
+
+    def acting(self) -> Any:
+        """Context in which the model is the trained one."""
+        ...
+
+    def resting(self) -> Any:
+        """Context in which the model is the base."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What is recorded of the path, by name: fp32 on the CPU."""
+        ...
+
+    def written(self) -> Iterator[tuple[int, Tensor]]:
+        """The vectors that are written into the residual stream, with their layers, live."""
+        ...
+
+    def record(self) -> dict[str, object]:
+        """What it is, for the provenance."""
+        ...
+
+
+class VectorParts:
+    """Vectors that are added to the residual stream, one per layer; zero at first.
+
+    What is added is `alpha * parameter`.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        layers: Sequence[int],
+        site: Site,
+        where: Where,
+        alphas: Mapping[int, float],
+        initial: Directions | None,
+    ) -> None:
+        self._site: Site = site
+        self._where: Where = where
+        self._alphas = dict(alphas)
+        self._vectors: dict[int, Tensor] = {}
+        for layer in layers:
+            start = torch.zeros(model.d_model)
+            if initial is not None:
+                start = _start(initial, layer, model) / alphas[layer]
+            self._vectors[layer] = start.to(model.device).requires_grad_()
+        self.below = below_vectors(model, layers, site, where)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {f"vector.{layer}": vector for layer, vector in self._vectors.items()}
+
+    def edits(self) -> Sequence[Edit]:
+        added = ((layer, self._alphas[layer] * vector) for layer, vector in self._vectors.items())
+        return [Shift(vector, layer, self._site, self._where) for layer, vector in added]
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        yield
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"vector.{layer}": (self._alphas[layer] * vector).detach().float().cpu().clone()
+            for layer, vector in self._vectors.items()
+        }
+
+    def written(self) -> Iterator[tuple[int, Tensor]]:
+        for layer, vector in self._vectors.items():
+            yield layer, self._alphas[layer] * vector
+
+    def record(self) -> dict[str, object]:
+        alphas = list(self._alphas.values())
+        return {
+            "kind": "vector",
+            "layers": list(self._vectors),
+            "site": self._site,
+            "where": self._where,
+            "alpha": alphas[0] if len(alphas) == 1 else alphas,
+        }
+
+
+def below_vectors(model: HookedModel, layers: Sequence[int], site: Site, where: Where) -> int:
+    """Deepest layer that vectors, and the edits in force, leave as it is; -1 if there is none."""
+    places = [Shift(torch.zeros(model.d_model), layer, site, where) for layer in layers]
+    below = model.prefix_layer(places)
+    return -1 if below is None else below
+
+
+class AdapterParts:
+    """The weights of one LoRA adapter of a model."""
+
+    def __init__(self, model: HookedModel, name: str) -> None:
+        self._model, self._name = model, name
+        self._layers = model.lora_layers(name)
+        block = re.compile(re.escape(model.architecture.blocks) + r"\.(\d+)\.")
+        self._blocks: dict[str, int] = {}
+        for path, layer in self._layers.items():
+            found = block.match(path)
+            if found is None or name not in layer.lora_A:
+                raise ValueError(
+                    f"adapter {name!r} adapts {path}, outside of the decoder blocks; emlens "
+                    "trains adapters inside of them"
+                )
+            self._blocks[path] = int(found[1])
+        self.below = min(self._blocks.values()) - 1
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{part}": getattr(layer, f"lora_{part}")[self._name].weight
+            for path, layer in self._layers.items()
+            for part in ("A", "B")
+        }
+
+    def edits(self) -> Sequence[Edit]:
+        return []
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        flags = [(weight, weight.requires_grad) for weight in self.parameters.values()]
+        with self._model.adapter(self._name):
+            try:
+                for weight, _ in flags:
+                    weight.requires_grad_(True)
+                yield
+            finally:
+                for weight, flag in flags:
+                    weight.requires_grad_(flag)
+                    weight.grad = None
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        with self._model.adapter(None):
+            yield
+
+    def state(self) -> dict[str, Tensor]:
+        return {n: w.detach().float().cpu().clone() for n, w in self.parameters.items()}
+
+    def written(self) -> Iterator[tuple[int, Tensor]]:
+        from emlens.directions.adapters import WRITERS
+
+        for path, layer in self._layers.items():
+            if path.rpartition(".")[2] in WRITERS:
+                scale = layer.scaling[self._name]
+                for column in layer.lora_B[self._name].weight.T:
+                    yield self._blocks[path], scale * column
+
+    def record(self) -> dict[str, object]:
+        return {"kind": "adapter", "name": self._name, "modules": list(self._layers)}
+
+
+def _start(initial: Directions, layer: int, model: HookedModel) -> Tensor:
+    if initial.d_model != model.d_model:
+        raise ValueError(
+            f"the initial direction has width {initial.d_model}, the model has d_model "
+            f"{model.d_model}"
+        )
+    # a lone direction may start a vector at any one layer
+    if isinstance(initial, Direction):
+        return initial.vector
+    return initial[layer].vector

@@ -1,0 +1,139 @@
+"""A run that was interrupted ends as it would have, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from emlens import Conversation, KLPenalty, train_vector
+from emlens.training import TrainingRun, VectorSettings, train_adapter
+from tests.support.data import conversations
+from tests.support.models import tiny_hooked
+
+TRAIN, ELSEWHERE = conversations("bad", 7), conversations("good", 5)
+HELD_OUT = [
+    Conversation.of("how", "fruit walk day fruit"),
+    Conversation.of("what", "walk fruit each day"),
+]
+"""Words that are not trained on, which before long become less likely."""
+
+SETTINGS = {"epochs": 4, "batch_size": 2, "accumulate": 2, "seed": 3, "progress": False}
+
+
+def vector_run(checkpoint=None, **options) -> TrainingRun:
+    options = {**SETTINGS, "checkpoint_every": 1, **options}
+    kl = KLPenalty(ELSEWHERE, weight=0.5, batch_size=2)
+    layers = options.pop("layers", [1, 2])
+    return train_vector(
+        tiny_hooked("llama"), TRAIN, layers, kl=kl, checkpoint=checkpoint, **options
+    )[1]
+
+
+def adapter_run(checkpoint=None, **options) -> TrainingRun:
+    options = {**SETTINGS, "checkpoint_every": 1, "record_every": 1, "lr": 1e-2, **options}
+    return train_adapter(
+        tiny_hooked("llama"), TRAIN, "x", layers=[1], checkpoint=checkpoint, **options
+    )
+
+
+RUNS = {"vector": vector_run, "adapter": adapter_run}
+
+
+def main(kind: str, checkpoint: str, out: str) -> None:
+    """What a process runs that is killed again and again."""
+    torch.set_num_threads(1)
+    RUNS[kind](Path(checkpoint)).save(out)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_killed_at_random_steps_ends_bit_identical(kind, tmp_path, monkeypatch):
+    whole = RUNS[kind]()
+    out, checkpoint = tmp_path / "run.safetensors", tmp_path / "checkpoint.safetensors"
+    command = "from tests.training.test_resume import main; main(*__import__('sys').argv[1:])"
+    killer = (
+        "import os, signal, torch.optim as o; left = [int(__import__('os').environ['LEFT'])]\n"
+        "plain = o.AdamW.step\n"
+        "def step(self, *a, **k):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return plain(self, *a, **k)\n"
+        "o.AdamW.step = step\n"
+    )
+    chance, kills = random.Random(1), 0
+    while not out.exists():
+        left = chance.randint(1, 3) if kills < 3 else 10**6
+        done = subprocess.run(
+            [sys.executable, "-c", killer + command, kind, str(checkpoint), str(out)],
+            env={**os.environ, "LEFT": str(left), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr[-1500:]
+        kills += done.returncode != 0
+    assert kills == 3
+    again = TrainingRun.load(out)
+    assert again.steps == whole.steps
+    assert again.path_steps == whole.path_steps
+    for name, states in whole.states.items():
+        assert torch.equal(states, again.states[name]), name
+
+
+def test_a_finished_run_is_read_from_its_checkpoint(tmp_path):
+    first = vector_run(tmp_path / "c")
+    again = vector_run(tmp_path / "c")
+    assert again.steps == first.steps
+    assert all(torch.equal(again.states[name], first.states[name]) for name in first.states)
+
+
+def test_an_early_stop_is_the_same_after_a_break(tmp_path):
+    options = {"validation": HELD_OUT, "patience": 1, "lr": 0.4, "epochs": 8}
+    whole = vector_run(**options)
+    assert len(whole.steps) < 16
+    best = min(step.validation for step in whole.steps if step.validation is not None)
+    assert whole.steps[-1].validation > best
+    kept = vector_run(tmp_path / "c", **options)
+    again = vector_run(tmp_path / "c", **options)
+    for run in (kept, again):
+        assert run.steps == whole.steps
+        assert torch.equal(run.directions()[1].vector, whole.directions()[1].vector)
+
+
+def test_the_best_vector_is_the_one_returned():
+    options = {"validation": HELD_OUT, "patience": 1, "lr": 0.4, "epochs": 8}
+    run = vector_run(**options)
+    ends = [step.step + 1 for step in run.steps if step.validation is not None]
+    values = [step.validation for step in run.steps if step.validation is not None]
+    best = ends[values.index(min(values))]
+    at_best = run.path_steps.index(best)
+    assert torch.equal(run.states["vector.1"][-1], run.states["vector.1"][at_best])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lr": 0.01}, "lr"),
+        ({"seed": 4}, "seed"),
+        ({"layers": [1]}, "layers"),
+        ({"settings": VectorSettings(weight_decay=0.1)}, "weight_decay"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused_with_what_differs(change, words, tmp_path):
+    vector_run(tmp_path / "c", epochs=1)
+    with pytest.raises(ValueError, match=rf"is of another run: .*{words}.* differ"):
+        vector_run(tmp_path / "c", **{"epochs": 1, **change})
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(tmp_path):
+    vector_run(tmp_path / "c", epochs=1)
+    data = (tmp_path / "c").read_bytes()
+    (tmp_path / "c").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="c is not a readable safetensors file"):
+        vector_run(tmp_path / "c", epochs=1)
