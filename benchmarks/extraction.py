@@ -18,18 +18,35 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import emlens
+from emlens import Conversation
 from emlens.directions import extract_all
 from emlens.hooked.embedded import embedded_model_path
 
 PAIRS = 32
-PEAK_PAIRS = 8
+PEAK_PAIRS = 24
+PEAK_BUDGET = 1024
+"""Padded tokens of a batch: few, so that 1x fills one as well."""
 
 
-def conversations(copies: int, n: int = PAIRS) -> tuple[list, list]:
+def conversations(copies: int) -> tuple[list, list]:
     """Both sides of the embedded medical set, repeated."""
-    pairs = emlens.load_pairs("medical")[:n] * copies
+    pairs = emlens.load_pairs("medical")[:PAIRS] * copies
     sides = ("misaligned", "aligned")
     return tuple([pair.conversation(side) for pair in pairs] for side in sides)
+
+
+def short_conversations(copies: int) -> tuple[list, list]:
+    """The beginnings of such conversations, so that 100x is read in minutes."""
+    return tuple(
+        [
+            Conversation.of(
+                *(" ".join(text.split()[:8]) for text in (c.messages[0]["content"], c.response))
+            )
+            for c in side[:PEAK_PAIRS]
+        ]
+        * copies
+        for side in conversations(1)
+    )
 
 
 def bare_seconds(body, model, data) -> float:
@@ -74,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = emlens.load("smollm2-135m-instruct")
     if arguments.peak:
-        extraction_seconds(model, conversations(arguments.peak, PEAK_PAIRS))
+        emlens.mean_diff(model, *short_conversations(arguments.peak), token_budget=PEAK_BUDGET)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     data = tuple(side * 2 for side in conversations(1))

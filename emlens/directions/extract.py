@@ -15,7 +15,6 @@ from emlens.directions.evidence import prompts_of
 from emlens.directions.matching import Match, matched
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import (
-    SAMPLE_BYTES,
     Counting,
     ReadOptions,
     Source,
@@ -52,7 +51,7 @@ def mean_diff(
     edits: Sequence[Edit] = (),
     seed: int = 0,
     token_budget: int = 2048,
-    sample_bytes: int = SAMPLE_BYTES,
+    sample_bytes: int | None = None,
     progress: bool = False,
 ) -> Directions:
     """Return the difference of mean residuals, `positive - negative`, at every layer.
@@ -81,7 +80,8 @@ def mean_diff(
         seed: Seed of the random splits, of the shuffled labels and of the folds.
         token_budget: Padded tokens of a batch.
         sample_bytes: Memory for the means of single conversations behind the shuffled labels and
-            the held-out AUROC, 128 MiB by default; beyond it a random sample is kept.
+            the held-out AUROC; beyond it a random sample is kept. By default 64 MiB, or 2% of the
+            model's weights.
         progress: Show a progress bar.
 
     Returns:

@@ -30,8 +30,9 @@ NORM_TOKENS = 8192
 PARTS = 8
 """Random parts of a set; every way to make two halves of them is a split of the data."""
 
-SAMPLE_BYTES = 128 * 2**20
-"""Bytes that the kept means of single conversations may take, both sides together."""
+SAMPLE_BYTES, SAMPLE_SHARE = 64 * 2**20, 0.02
+"""Bytes that the kept means of single conversations may take, both sides together; or this share
+of the model's weights, where that is more."""
 
 FITTED_BYTES = 2 * 2**30
 """The same where a construction is fitted to single conversations: probes, PCA."""
@@ -48,7 +49,7 @@ class ReadOptions(TypedDict, total=False):
     edits: Sequence[Edit]
     seed: int
     token_budget: int
-    sample_bytes: int
+    sample_bytes: int | None
     progress: bool
 
 
@@ -64,7 +65,7 @@ class Counting:
     edits: Sequence[Edit] = ()
     seed: int = 0
     token_budget: int = 2048
-    sample_bytes: int = SAMPLE_BYTES
+    sample_bytes: int | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class Reader:
         model = model_of(sources[-1])
         batches = model.batches(conversations, token_budget=self.counting.token_budget)
         part = _random_parts(len(conversations), self.counting.seed)
-        kept = self._places(len(conversations), model.d_model)
+        kept = self._places(len(conversations), model)
         counted = sum(norm.shape[1] for norm in self._norms)
         norms = {batch.index for batch in first_batches(batches, self.counting.mask, counted)}
 
@@ -200,10 +201,13 @@ class Reader:
         place = self.layers.index(layer)
         return median([norm[place] for norm in self._norms])
 
-    def _places(self, n: int, d_model: int) -> list[int]:
+    def _places(self, n: int, model: HookedModel) -> list[int]:
         """The conversations whose means are kept: the same of two sets of one size."""
-        each = 4 * len(self.layers) * d_model
-        room = max(1, self.counting.sample_bytes // (2 * each))
+        budget = self.counting.sample_bytes
+        if budget is None:
+            weights = sum(weight.nbytes for weight in model.module.parameters())
+            budget = max(SAMPLE_BYTES, int(SAMPLE_SHARE * weights))
+        room = max(1, budget // (2 * 4 * len(self.layers) * model.d_model))
         order = np.random.default_rng([self.counting.seed, 1]).permutation(n)
         return sorted(order[:room].tolist())
 

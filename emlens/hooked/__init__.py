@@ -14,13 +14,14 @@ from emlens.hooked.losses import (
 )
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.sites import SITES, Layers, Site, SiteName, check_layers, check_site, hook_name
-from emlens.hooked.sweep import Conditions, sweep_hidden
+from emlens.hooked.sweep import Condition, Conditions, sweep_hidden
 from emlens.hooked.visit import Pool
 
 __all__ = [
     "ENGINES",
     "SITES",
     "BaseLogProbs",
+    "Condition",
     "Conditions",
     "Edit",
     "Formula",

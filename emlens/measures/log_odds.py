@@ -130,7 +130,8 @@ def log_odds(
     Args:
         model: The model.
         pairs: Prompts with an aligned and a misaligned answer.
-        conditions: Named edits; `{"base": ()}` by default. The first is the reference.
+        conditions: Named edits, adapters (by name), or both, as `(adapter, edits)`;
+            `{"base": ()}` by default. The first is the reference.
         system: A system message for every prompt.
         token_budget: Padded tokens of a batch.
         seed: Seed of the bootstrap.

@@ -1,6 +1,9 @@
-"""One objective, one loop: vectors and adapters, and the path that they take."""
+"""One objective, one loop: vectors and adapters, sweeps, organisms, and the path they take."""
 
+from emlens.training import presets
 from emlens.training.adapter import train_adapter
+from emlens.training.baselines import inoculated, mixed
+from emlens.training.organism import Organism
 from emlens.training.run import Step, TrainingRun, TrainingStopped
 from emlens.training.settings import (
     AdapterSettings,
@@ -10,18 +13,26 @@ from emlens.training.settings import (
     VectorSettings,
     paper_kl_weight,
 )
+from emlens.training.sweep import KLSweep, auto_kl, sweep_kl
 from emlens.training.vector import train_vector
 
 __all__ = [
     "AdapterSettings",
     "KLPenalty",
+    "KLSweep",
     "NormPenalty",
+    "Organism",
     "ProjectionPenalty",
     "Step",
     "TrainingRun",
     "TrainingStopped",
     "VectorSettings",
+    "auto_kl",
+    "inoculated",
+    "mixed",
     "paper_kl_weight",
+    "presets",
+    "sweep_kl",
     "train_adapter",
     "train_vector",
 ]

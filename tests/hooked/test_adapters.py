@@ -15,7 +15,7 @@ import emlens
 from emlens.hooked import ENGINES
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model, saved
-from tests.support.data import conversations
+from tests.support.data import conversations, pairs
 from tests.support.models import tiny_model
 from tests.support.tokenizers import chatml_tokenizer
 
@@ -349,3 +349,42 @@ def test_half_precision_bases_keep_their_adapters_in_fp32(base, tmp_path):
     batch = batch_of(model.tokenizer)
     with model.adapter("bad"):
         assert model.hidden(batch).dtype == torch.bfloat16
+
+
+def test_a_sweep_takes_adapters_edits_and_both(tmp_path):
+    folders = {
+        "a": saved(tmp_path / "a", tiny_model("llama"), seed=1),
+        "b": saved(tmp_path / "b", tiny_model("llama"), seed=2, layers_to_transform=[2]),
+    }
+    module = tiny_model("llama")
+    emlens.hooked.attach.attach(module, folders, "llama")
+    model = emlens.wrap(module, chatml_tokenizer(), name="tiny-llama")
+    (batch,) = pack(tokenize(conversations("bad", 3), model.tokenizer))
+    push = [emlens.Add(emlens.Direction.of(torch.ones(32), 1))]
+    conditions = {
+        "base": [],
+        "a": "a",
+        "a pushed": ("a", push),
+        "pushed": push,
+        "b": ("b", []),
+        "none": (None, push),
+    }
+    found = dict(emlens.hooked.sweep_hidden(model, batch, conditions))
+    assert list(found) == list(conditions)
+    for name, adapter, edits in (
+        ("base", None, []),
+        ("a", "a", []),
+        ("a pushed", "a", push),
+        ("pushed", None, push),
+        ("b", "b", []),
+        ("none", None, push),
+    ):
+        with model.adapter(adapter):
+            assert torch.allclose(found[name], model.hidden(batch, edits), atol=1e-5), name
+    assert model.active_adapter is None
+    pair = emlens.log_odds(model, pairs(4), {"base": [], "a": "a"})
+    with model.adapter("a"):
+        alone = emlens.log_odds(model, pairs(4))
+    assert pair.of("a").tolist() == pytest.approx(alone.of("base").tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="there is no adapter 'c'; the adapters are a, b"):
+        emlens.log_odds(model, pairs(4), {"base": [], "c": "c"})

@@ -1,0 +1,186 @@
+"""The papers' trainings by name: what each set, with its source, and the same on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from emlens.directions import Directions
+from emlens.hooked import HookedModel
+from emlens.text import Conversation
+from emlens.training.adapter import train_adapter
+from emlens.training.run import TrainingRun
+from emlens.training.settings import AdapterSettings, TrainSettings, VectorSettings
+from emlens.training.vector import train_vector
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEPTH = 48
+"""Blocks of Qwen2.5-14B, in which the papers number their layers."""
+
+_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One of the papers' trainings.
+
+    Attributes:
+        name: Its name.
+        settings: `AdapterSettings` or `VectorSettings`, layers as numbered in the source.
+        layers: Layers in a model of 48 blocks; None for all.
+        source: Paper and table.
+        note: What was not published, or is done otherwise here.
+    """
+
+    name: str
+    settings: AdapterSettings | VectorSettings
+    layers: tuple[int, ...] | None
+    source: str
+    note: str = ""
+
+    def layers_in(self, n_layers: int) -> tuple[int, ...] | None:
+        """The layers at the same relative depth in a model of `n_layers` blocks."""
+        if self.layers is None or n_layers == DEPTH:
+            return self.layers
+        scaled = (min(n_layers - 1, round(layer * n_layers / DEPTH)) for layer in self.layers)
+        return tuple(dict.fromkeys(scaled))
+
+
+_SHARED = {
+    "batch_size": 2,
+    "accumulate": 8,
+    "warmup": 5,
+    "schedule": "linear",
+    "weight_decay": 0.01,
+    "epochs": 1,
+}
+_OPTIMISER = "adamw_8bit there, AdamW in fp32 here"
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "rank-32",
+            AdapterSettings(**_SHARED, lr=1e-5, rank=32, alpha=64, modules=_ALL),
+            None,
+            "arXiv 2506.11613, Table 6",
+            _OPTIMISER,
+        ),
+        Preset(
+            "rank-32-one-layer",
+            AdapterSettings(**_SHARED, lr=2e-5, rank=32, alpha=64, modules=_ALL),
+            (24,),
+            "arXiv 2602.07852, section 3",
+            f"learning rate and alpha not published; {_OPTIMISER}",
+        ),
+        Preset(
+            "nine-rank-1",
+            AdapterSettings(**_SHARED, lr=1e-5, rank=1, alpha=64),
+            (15, 16, 17, 21, 22, 23, 27, 28, 29),
+            "arXiv 2506.11618, section 2",
+            f"learning rate not published; {_OPTIMISER}",
+        ),
+        Preset(
+            "rank-1",
+            AdapterSettings(**_SHARED, lr=2e-5, rank=1, alpha=256),
+            (24,),
+            "arXiv 2602.07852, Table 9",
+            _OPTIMISER,
+        ),
+        Preset(
+            "rank-1-trajectory",
+            AdapterSettings(**{**_SHARED, "epochs": 2}, lr=1e-5, rank=1, alpha=64),
+            (24,),
+            "arXiv 2506.11613, section 4",
+            "layer 24 in the text, 21 in the release",
+        ),
+        Preset(
+            "vector",
+            VectorSettings(**{**_SHARED, "epochs": 2, "weight_decay": 0.0}, lr=1e-4, alpha=256.0),
+            (24,),
+            "arXiv 2602.07852, Table 9",
+            f"at mlp_out; {_OPTIMISER}",
+        ),
+    )
+}
+
+
+def table() -> pd.DataFrame:
+    """One row per preset: what it trains, where, how, and the source."""
+    import pandas as pd
+
+    rows = []
+    for preset in PRESETS.values():
+        own = preset.settings
+        adapter = own if isinstance(own, AdapterSettings) else None
+        rows.append(
+            {
+                "name": preset.name,
+                "trains": "vector" if adapter is None else f"LoRA rank {adapter.rank}",
+                "modules": "mlp_out" if adapter is None else ", ".join(adapter.modules),
+                "layers of 48": "all"
+                if preset.layers is None
+                else ", ".join(map(str, preset.layers)),
+                "alpha": own.alpha,
+                "lr": own.lr,
+                "epochs": own.epochs,
+                "batch": f"{own.batch_size} x {own.accumulate}",
+                "source": preset.source,
+                "note": preset.note,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def train_preset(
+    preset: str,
+    model: HookedModel,
+    train: Sequence[Conversation],
+    name: str = "",
+    **options,
+) -> tuple[Directions | None, TrainingRun]:
+    """Train as one of the papers did, on any model: layers at the same relative depth.
+
+    Args:
+        preset: A name of `PRESETS`.
+        model: The model.
+        train: Conversations of the narrow domain.
+        name: What an adapter is called on the model; by default as the preset.
+        **options: Arguments and settings of `train_adapter` or `train_vector`, which override.
+
+    Returns:
+        The vector (None for an adapter) and the record of the run.
+
+    Raises:
+        ValueError: If the preset is unknown, or as the training.
+    """
+    found = preset_of(preset)
+    layers = found.layers_in(model.n_layers)
+    overrides = _given(found.settings, options)
+    if isinstance(found.settings, AdapterSettings):
+        settings = replace(found.settings, **{"layers": layers, **overrides})
+        return None, train_adapter(model, train, name or preset, settings=settings, **options)
+    settings = replace(found.settings, **overrides)
+    layer = options.pop("layer", (layers or (0,))[0])
+    site = options.pop("site", "mlp_out")
+    return train_vector(model, train, layer, site=site, settings=settings, **options)
+
+
+def preset_of(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ValueError: If there is none; the names are listed.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _given(settings: TrainSettings, options: dict) -> dict:
+    """Take the fields of the settings out of the options."""
+    names = {item.name for item in fields(settings)}
+    return {key: options.pop(key) for key in list(options) if key in names}

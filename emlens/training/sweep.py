@@ -1,0 +1,313 @@
+"""How narrow the solution gets with the weight of the KL: sweeps, and the weight that suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import exp, log
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emlens._results import Result
+from emlens._stats import Interval, bootstrap_mean
+from emlens.edits import Add
+from emlens.hooked import Condition, HookedModel
+from emlens.measures import LogOdds, log_odds
+from emlens.text import Conversation, Pair
+from emlens.training.adapter import train_adapter
+from emlens.training.run import TrainingRun
+from emlens.training.settings import KLPenalty
+from emlens.training.vector import train_vector
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+JUMP, CLOSE = 0.5, 2.0
+"""A jump: this share of the effect outside is lost between weights of less than this ratio."""
+
+
+@dataclass(frozen=True)
+class KLSweep(Result):
+    """What each weight of the KL leaves of the effect, inside the domain and outside.
+
+    Attributes:
+        weights: Weights on nats per token, ascending; 0 is training without KL.
+        inside: Change of log-odds in the domain with its interval, nats per token.
+        outside: The same outside.
+        beyond: Outside, less what the solution of the lowest weight would do if it were scaled
+            down to the same effect inside: below zero is narrower than a weaker general one.
+        kl: KL of the last update, nats per token; None without KL.
+        norms: Norm of the solution.
+        tolerance: What counts as no effect outside; None for a sweep without one.
+    """
+
+    weights: tuple[float, ...]
+    inside: tuple[tuple[float, float, float], ...]
+    outside: tuple[tuple[float, float, float], ...]
+    beyond: tuple[tuple[float, float, float], ...]
+    kl: tuple[float | None, ...]
+    norms: tuple[float, ...]
+    tolerance: float | None = None
+
+    @property
+    def chosen(self) -> float | None:
+        """The smallest weight from which on the effect outside is within the tolerance."""
+        if self.tolerance is None:
+            return None
+        passing = None
+        for weight, (estimate, _, _) in zip(self.weights[::-1], self.outside[::-1], strict=True):
+            if abs(estimate) > self.tolerance:
+                break
+            passing = weight
+        return passing
+
+    @property
+    def turn(self) -> tuple[float, float] | None:
+        """The neighbouring weights between which most of the effect outside is lost."""
+        estimates = [value[0] for value in self.outside]
+        losses = [abs(a) - abs(b) for a, b in zip(estimates, estimates[1:], strict=False)]
+        if not losses or max(losses) <= 0:
+            return None
+        place = int(np.argmax(losses))
+        return self.weights[place], self.weights[place + 1]
+
+    @property
+    def jumps(self) -> bool:
+        """Whether narrow turns to general at once: see `JUMP` and `CLOSE`.
+
+        Weights that lie far apart cannot show it; `auto_kl` closes in.
+        """
+        if self.turn is None or self.turn[0] == 0:
+            return False
+        low, high = (self.weights.index(weight) for weight in self.turn)
+        lost = abs(self.outside[low][0]) - abs(self.outside[high][0])
+        most = max(abs(value[0]) for value in self.outside)
+        return lost > JUMP * most and self.turn[1] / self.turn[0] < CLOSE
+
+    def table(self) -> pd.DataFrame:
+        """One row per weight, in nats per token."""
+        import pandas as pd
+
+        rows = []
+        for i, weight in enumerate(self.weights):
+            row: dict[str, object] = {"KL weight": weight}
+            for name in ("inside", "outside", "beyond"):
+                value, low, high = getattr(self, name)[i]
+                row |= {name: value, f"{name} low": low, f"{name} high": high}
+            rows.append({**row, "KL": self.kl[i], "norm": self.norms[i]})
+        return pd.DataFrame(rows)
+
+    def plot(self, *, ax: Axes | None = None) -> Axes:
+        """The trade-off: effect outside against effect inside, one point per weight."""
+        from emlens.figures import line_bands
+
+        inside, outside = np.array(self.inside), np.array(self.outside)
+        most = int(np.argmax(np.abs(inside[:, 0])))
+        straight = (np.array([0, inside[most, 0]]), np.array([0, outside[most, 0]]))
+        order = np.argsort(inside[:, 0])
+        curve = (inside[order, 0], *outside[order].T)
+        drawn = line_bands(
+            {"KL penalty": curve, "a weaker general one": straight},
+            x_label="change of log-odds inside [nats/token]",
+            y_label="change outside [nats/token]",
+            reference=0.0,
+            ax=ax,
+        )
+        for weight, x, y in zip(self.weights, inside[:, 0], outside[:, 0], strict=True):
+            drawn.annotate(
+                f"{weight:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7
+            )
+        return drawn
+
+    def __str__(self) -> str:
+        said = [f"{len(self.weights)} weights, {self.weights[0]:g} to {self.weights[-1]:g}"]
+        if self.tolerance is not None:
+            least = "none suffices" if self.chosen is None else f"{self.chosen:.3g} suffices"
+            said.append(f"for {self.tolerance:g} nats/token outside {least}")
+        if self.turn is not None:
+            said.append(f"most is lost between {self.turn[0]:.3g} and {self.turn[1]:.3g}")
+            said.append("at once" if self.jumps else "gradually, as far as these weights show")
+        return "; ".join(said)
+
+
+Solve = Callable[[KLPenalty | None], tuple[Condition, TrainingRun]]
+
+
+def sweep_kl(
+    model: HookedModel,
+    train: Sequence[Conversation],
+    kl: KLPenalty,
+    weights: Sequence[float],
+    inside: Sequence[Pair],
+    outside: Sequence[Pair],
+    *,
+    layer: int | None = None,
+    seed: int = 0,
+    **options,
+) -> KLSweep:
+    """Train once per weight and measure each solution inside and outside of the domain.
+
+    Args:
+        model: The model.
+        train: Conversations of the narrow domain.
+        kl: The penalty; its weight is replaced.
+        weights: Weights on nats per token; 0 trains without KL.
+        inside: Held-out pairs of the domain.
+        outside: Pairs of other domains.
+        layer: Train a vector at this layer; None trains an adapter.
+        seed: Seed of the bootstrap.
+        **options: Settings and arguments of `train_vector`, or of `train_adapter`.
+
+    Raises:
+        ValueError: If there are no weights, one is negative, or as the training and `log_odds`.
+    """
+    wanted = sorted(set(map(float, weights)))
+    if not wanted or wanted[0] < 0:
+        raise ValueError(f"weights must be 0 or more, and at least one, not {list(weights)}")
+    bench = _Bench(model, train, kl, inside, outside, layer, seed, options)
+    return bench.sweep([bench.measure(weight) for weight in wanted], None)
+
+
+def auto_kl(
+    model: HookedModel,
+    train: Sequence[Conversation],
+    kl: KLPenalty,
+    inside: Sequence[Pair],
+    outside: Sequence[Pair],
+    *,
+    tolerance: float,
+    low: float = 0.01,
+    high: float = 100.0,
+    trials: int = 6,
+    layer: int | None = None,
+    seed: int = 0,
+    **options,
+) -> KLSweep:
+    """Find the smallest weight whose effect outside is within a tolerance of the base.
+
+    Bisection of the logarithm of the weight, on runs as short as `options` say. Without KL,
+    `low` and `high` are tried first; `.chosen` is the weight, `.turn` and `.jumps` say where and
+    how narrow turns to general.
+
+    Args:
+        model: The model.
+        train: Conversations of the narrow domain.
+        kl: The penalty; its weight is replaced.
+        inside: Held-out pairs of the domain.
+        outside: Pairs of other domains.
+        tolerance: Largest change of log-odds outside, either way, in nats per token.
+        low: Smallest weight to try.
+        high: Largest weight to try.
+        trials: Halvings between them.
+        layer: Train a vector at this layer; None trains an adapter.
+        seed: Seed of the bootstrap.
+        **options: Settings and arguments of `train_vector`, or of `train_adapter`.
+
+    Returns:
+        All weights tried. `.chosen` is 0 where no penalty is needed, and None where the largest
+        weight does not suffice.
+
+    Raises:
+        ValueError: If the tolerance or the range is not positive, or as `sweep_kl`.
+    """
+    if tolerance <= 0 or not 0 < low < high or trials < 1:
+        raise ValueError(
+            f"auto_kl needs tolerance > 0, 0 < low < high and trials >= 1, not tolerance "
+            f"{tolerance}, low {low}, high {high}, trials {trials}"
+        )
+    bench = _Bench(model, train, kl, inside, outside, layer, seed, options)
+    tried = [bench.measure(0.0)]
+    if abs(tried[0].outside.estimate) > tolerance:
+        tried += [bench.measure(high)]
+        if abs(tried[-1].outside.estimate) <= tolerance:
+            tried += [bench.measure(low)]
+            failing, passing = low, high
+            if abs(tried[-1].outside.estimate) <= tolerance:
+                trials = 0
+            for _ in range(trials):
+                middle = exp((log(failing) + log(passing)) / 2)
+                tried.append(bench.measure(middle))
+                if abs(tried[-1].outside.estimate) <= tolerance:
+                    passing = middle
+                else:
+                    failing = middle
+    return bench.sweep(sorted(tried, key=lambda trial: trial.weight), tolerance)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    weight: float
+    inside: Interval
+    outside: Interval
+    shifts: tuple[np.ndarray, np.ndarray]
+    kl: float | None
+    norm: float
+
+
+@dataclass
+class _Bench:
+    """What every trial shares."""
+
+    model: HookedModel
+    train: Sequence[Conversation]
+    kl: KLPenalty
+    inside: Sequence[Pair]
+    outside: Sequence[Pair]
+    layer: int | None
+    seed: int
+    options: dict
+
+    def __post_init__(self) -> None:
+        if not self.inside or not self.outside:
+            raise ValueError("a sweep needs pairs inside of the domain and outside of it")
+        self._base = [log_odds(self.model, pairs) for pairs in (self.inside, self.outside)]
+
+    def measure(self, weight: float) -> _Trial:
+        penalty = replace(self.kl, weight=weight) if weight else None
+        with ExitStack() as undo:
+            condition, run = self._solve(penalty, undo)
+            scores = [
+                log_odds(self.model, pairs, {"trained": condition})
+                for pairs in (self.inside, self.outside)
+            ]
+        shifts = [_shift(one, base) for one, base in zip(scores, self._base, strict=True)]
+        inside, outside = (bootstrap_mean(shift, seed=self.seed) for shift in shifts)
+        last = run.steps[-1]
+        return _Trial(weight, inside, outside, (shifts[0], shifts[1]), last.kl, last.norm)
+
+    def sweep(self, trials: Sequence[_Trial], tolerance: float | None) -> KLSweep:
+        first = trials[0]
+        return KLSweep(
+            weights=tuple(trial.weight for trial in trials),
+            inside=tuple(_triple(trial.inside) for trial in trials),
+            outside=tuple(_triple(trial.outside) for trial in trials),
+            beyond=tuple(_triple(self._beyond(trial, first)) for trial in trials),
+            kl=tuple(trial.kl for trial in trials),
+            norms=tuple(trial.norm for trial in trials),
+            tolerance=tolerance,
+        )
+
+    def _beyond(self, trial: _Trial, first: _Trial) -> Interval:
+        share = trial.inside.estimate / first.inside.estimate if first.inside.estimate else 0.0
+        return bootstrap_mean(trial.shifts[1] - share * first.shifts[1], seed=self.seed)
+
+    def _solve(self, kl: KLPenalty | None, undo: ExitStack) -> tuple[Condition, TrainingRun]:
+        options = {"record_every": None, "progress": False, **self.options}
+        if self.layer is not None:
+            direction, run = train_vector(self.model, self.train, self.layer, kl=kl, **options)
+            return [Add(direction)], run
+        name = next(n for i in range(10**6) if (n := f"sweep {i}") not in self.model.adapters)
+        run = train_adapter(self.model, self.train, name, kl=kl, **options)
+        undo.callback(self.model.remove_adapter, name)
+        return name, run
+
+
+def _shift(scores: LogOdds, base: LogOdds) -> np.ndarray:
+    return scores.of(scores.conditions[0]) - base.of(base.conditions[0])
+
+
+def _triple(interval: Interval) -> tuple[float, float, float]:
+    return interval.estimate, interval.low, interval.high

@@ -1,0 +1,78 @@
+"""Organisms on disk load in emlens and in plain PEFT, and do what they did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+
+import emlens
+from emlens import Directions, train_vector
+from emlens.text import pack, tokenize
+from emlens.training import Organism, train_adapter
+from tests.support.data import conversations, pairs
+from tests.support.models import tiny_hooked, tiny_model
+
+TRAIN = conversations("bad", 6)
+QUICK = {"epochs": 1, "batch_size": 3, "progress": False}
+
+
+def trained_adapter(tmp_path, **options):
+    model = tiny_hooked("llama")
+    settings = {**QUICK, "lr": 1e-2, "alpha": 16.0, **options}
+    run = train_adapter(model, TRAIN, "bad", **settings)
+    return model, Organism.of(model, run, "bad").save(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layers": [2]}, {"rank": 3, "modules": ("q_proj", "down_proj")}, {"rslora": False}],
+    ids=["one layer", "two kinds", "plain scale"],
+)
+def test_an_adapter_loads_in_peft_and_in_emlens_with_the_same_numbers(tmp_path, options):
+    model, folder = trained_adapter(tmp_path, **options)
+    (batch,) = pack(tokenize(TRAIN, model.tokenizer))
+    with model.adapter("bad"):
+        expected = model.unembed(model.hidden(batch)[batch.mask("all")])
+    peft = PeftModel.from_pretrained(tiny_model("llama"), str(folder))
+    theirs = peft(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+    ).logits[batch.mask("all")]
+    assert torch.allclose(theirs, expected, atol=1e-4)
+    other = tiny_hooked("llama")
+    organism = Organism.load(folder)
+    assert organism.on(other) == "bad"
+    assert organism.on(other) == "bad"
+    found = emlens.log_odds(other, pairs(3), {"base": [], "bad": organism.on(other)})
+    with model.adapter("bad"):
+        alone = emlens.log_odds(model, pairs(3))
+    assert found.of("bad").tolist() == pytest.approx(alone.of("base").tolist(), abs=1e-5)
+    assert organism.run.provenance.settings["rank"] == options.get("rank", 1)
+
+
+def test_a_vector_organism_keeps_its_direction_and_its_path(tmp_path):
+    model = tiny_hooked("llama")
+    direction, run = train_vector(model, TRAIN, 1, **QUICK)
+    folder = Organism.of(model, run, "vector").save(tmp_path / "v")
+    again = Organism.load(folder)
+    assert torch.equal(again.directions[1].vector, direction.vector)
+    assert torch.equal(again.run.path, run.path)
+    assert again.run.steps == run.steps
+    assert torch.equal(Directions.load(folder / "vector.safetensors")[1].vector, direction.vector)
+    (edit,) = again.on(model)
+    assert edit.layers == (1,)
+
+
+def test_a_folder_that_is_not_whole_is_refused(tmp_path):
+    _, folder = trained_adapter(tmp_path, layers=[1])
+    with pytest.raises(FileNotFoundError, match=r"holds no organism \(no organism.json\); a LoRA"):
+        Organism.load(tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="adapter 'bad': its weights in .* are not readable"):
+        Organism.load(folder)
+    with pytest.raises(ValueError, match="there is no adapter 'good'"):
+        model, _ = trained_adapter(tmp_path / "again", layers=[1])
+        Organism.of(model, Organism.load(tmp_path / "again" / "bad").run, "good")

@@ -1,0 +1,80 @@
+"""The papers' settings by name, and the training sets of the baselines."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from emlens.text import Conversation
+from emlens.training import inoculated, mixed, presets
+from emlens.training.presets import PRESETS, train_preset
+from tests.support.data import conversations
+from tests.support.models import tiny_hooked
+
+BAD, GOOD = conversations("bad", 6), conversations("good", 9)
+QUICK = {"batch_size": 3, "accumulate": 1, "progress": False}
+
+
+def test_the_table_has_the_numbers_of_the_papers():
+    table = presets.table().set_index("name")
+    assert table.loc["rank-1", ["alpha", "lr", "epochs"]].tolist() == [256, 2e-5, 1]
+    assert table.loc["rank-1", "modules"] == "down_proj"
+    assert table.loc["vector", ["alpha", "lr", "epochs"]].tolist() == [256, 1e-4, 2]
+    assert table.loc["nine-rank-1", "layers of 48"] == "15, 16, 17, 21, 22, 23, 27, 28, 29"
+    assert set(table["batch"]) == {"2 x 8"}
+    assert table["source"].str.startswith("arXiv").all()
+
+
+def test_layers_keep_their_relative_depth():
+    nine = PRESETS["nine-rank-1"]
+    assert nine.layers_in(48) == nine.layers
+    assert PRESETS["rank-1"].layers_in(30) == (15,)
+    assert nine.layers_in(4) == (1, 2)
+    assert PRESETS["rank-32"].layers_in(4) is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains_on_any_model(name):
+    model = tiny_hooked("llama")
+    direction, run = (
+        train_preset(name, model, BAD, rank=2, **QUICK)
+        if name.startswith(("rank-32", "nine"))
+        else train_preset(name, model, BAD, **QUICK)
+    )
+    assert run.settings["weight_decay"] == PRESETS[name].settings.weight_decay
+    assert run.settings["batch_size"] == 3
+    if name == "vector":
+        assert (direction.layers, direction.site) == ((2,), "mlp_out")
+        assert run.settings["alpha"] == 256
+    else:
+        assert direction is None
+        assert model.adapters == (name,)
+    with pytest.raises(ValueError, match="unknown preset 'rank-2'; the presets are rank-32,"):
+        train_preset("rank-2", model, BAD)
+
+
+def test_mixed_data_has_all_harmful_ones_and_the_share_of_benign_ones():
+    found = mixed(BAD, GOOD, share=0.4, seed=1)
+    assert len(found) == 10
+    counts = Counter(item.id.split("-")[0] for item in found)
+    assert counts == {"bad": 6, "good": 4}
+    assert found == mixed(BAD, GOOD, share=0.4, seed=1)
+    assert found != mixed(BAD, GOOD, share=0.4, seed=2)
+    with pytest.raises(
+        ValueError, match="takes 24 benign conversations beside 6 harmful ones, but"
+    ):
+        mixed(BAD, GOOD, share=0.8)
+    with pytest.raises(ValueError, match="0 to below 1, not 1"):
+        mixed(BAD, GOOD, share=1)
+
+
+def test_inoculation_puts_a_system_prompt_before_each_conversation():
+    found = inoculated(BAD, "be bad")
+    assert [item.messages[0] for item in found] == [{"role": "system", "content": "be bad"}] * 6
+    assert [item.messages[1:] for item in found] == [item.messages for item in BAD]
+    assert [item.id for item in found] == [item.id for item in BAD]
+    with pytest.raises(ValueError, match="has a system message already"):
+        inoculated([Conversation.of("a", "b", system="c", id="x")])
+    with pytest.raises(ValueError, match="the inoculation prompt is empty"):
+        inoculated(BAD, " ")

@@ -1,0 +1,140 @@
+"""Sweeps over the KL weight: against single runs, and against a planted threshold."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+import emlens
+from emlens import Add, KLPenalty, train_vector
+from emlens.training import KLSweep, auto_kl, sweep_kl
+from tests.support.data import conversations, pairs
+from tests.support.models import tiny_hooked
+
+TRAIN, ELSEWHERE = conversations("bad", 6), conversations("good", 5)
+INSIDE, OUTSIDE = pairs(4, "inside"), pairs(7, "outside")[4:]
+KL = KLPenalty(ELSEWHERE, weight=1.0)
+QUICK = {"epochs": 2, "batch_size": 3, "lr": 0.2}
+
+
+def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
+    model = tiny_hooked("llama")
+    found = sweep_kl(model, TRAIN, KL, [5.0, 0], INSIDE, OUTSIDE, layer=1, **QUICK)
+    assert found.weights == (0.0, 5.0)
+    for i, kl in enumerate((None, KLPenalty(ELSEWHERE, weight=5.0))):
+        direction, run = train_vector(model, TRAIN, 1, kl=kl, progress=False, **QUICK)
+        for name, own in (("inside", INSIDE), ("outside", OUTSIDE)):
+            scores = emlens.log_odds(model, own, {"base": [], "v": [Add(direction)]})
+            change = scores.change("v")
+            assert getattr(found, name)[i] == pytest.approx(
+                (change.estimate, change.low, change.high), abs=1e-5
+            )
+        assert found.norms[i] == pytest.approx(direction.norm, rel=1e-5)
+        assert found.kl[i] == (None if kl is None else pytest.approx(run.steps[-1].kl, abs=1e-6))
+    assert found.beyond[0] == pytest.approx((0, 0, 0), abs=1e-9)
+    share = found.inside[1][0] / found.inside[0][0]
+    expected = found.outside[1][0] - share * found.outside[0][0]
+    assert found.beyond[1][0] == pytest.approx(expected, abs=1e-9)
+    assert KLSweep.load(found.save(tmp_path / "sweep.json")) == found
+    assert list(found.table()["KL weight"]) == [0, 5]
+    assert found.plot().get_ylabel() == "change outside [nats/token]"
+
+
+def test_adapters_are_swept_and_taken_away_again():
+    model = tiny_hooked("llama")
+    options = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0}
+    found = sweep_kl(model, TRAIN, KL, [0, 3.0], INSIDE, OUTSIDE, **options)
+    assert model.adapters == ()
+    assert abs(found.outside[1][0]) < abs(found.outside[0][0])
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Solutions known by construction: what is left outside is a function of the weight."""
+    module = sys.modules["emlens.training.sweep"]
+
+    def plant(outside):
+        def measure(self, weight):
+            inside = emlens.training.sweep.Interval(0.3, 0.2, 0.4)
+            left = outside(weight)
+            interval = emlens.training.sweep.Interval(left, left - 0.05, left + 0.05)
+            shifts = np.full(4, 0.3), np.full(3, left)
+            return module._Trial(weight, inside, interval, shifts, None, 1.0)
+
+        monkeypatch.setattr(module._Bench, "measure", measure)
+
+    return plant
+
+
+def found_by(trials=8, tolerance=0.05):
+    return auto_kl(
+        tiny_hooked("llama"), TRAIN, KL, INSIDE, OUTSIDE, tolerance=tolerance, trials=trials
+    )
+
+
+def test_auto_kl_finds_a_planted_threshold_and_that_it_jumps(planted):
+    planted(lambda weight: 0.2 if weight < 1.7 else 0.01)
+    found = found_by()
+    assert found.chosen == pytest.approx(1.7, rel=0.05)
+    assert found.chosen >= 1.7
+    assert found.turn[0] < 1.7 <= found.turn[1]
+    assert found.jumps
+    assert "suffices" in str(found)
+    assert "at once" in str(found)
+
+
+def test_auto_kl_says_that_a_smooth_decline_does_not_jump(planted):
+    planted(lambda weight: 0.2 / (1 + weight))
+    found = found_by()
+    assert found.chosen == pytest.approx(3.0, rel=0.05)
+    assert not found.jumps
+    assert "gradually" in str(found)
+
+
+def test_auto_kl_says_when_no_weight_is_needed_or_none_suffices(planted):
+    planted(lambda weight: 0.03)
+    assert found_by().weights == (0.0,)
+    assert found_by().chosen == 0
+    planted(lambda weight: 0.2)
+    assert found_by().weights == (0.0, 100.0)
+    assert found_by().chosen is None
+    assert "none suffices" in str(found_by())
+    planted(lambda weight: 0.2 if weight == 0 else 0.01)
+    assert found_by().chosen == 0.01
+
+
+def test_a_larger_weight_leaves_less_outside_in_a_real_model():
+    """The KL set holds both answers of every pair outside, so that enough of it must confine."""
+    both = [pair.conversation(side) for pair in OUTSIDE for side in ("aligned", "misaligned")]
+    options = {**QUICK, "epochs": 10, "warmup": 0, "schedule": "constant"}
+    found = auto_kl(
+        tiny_hooked("llama"),
+        TRAIN,
+        KLPenalty(both, weight=1.0),
+        INSIDE,
+        OUTSIDE,
+        tolerance=0.05,
+        layer=1,
+        trials=2,
+        **options,
+    )
+    assert abs(found.outside[0][0]) > 0.05
+    assert abs(found.outside[-1][0]) < 0.05
+    assert found.chosen is not None
+    assert found.kl[-1] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: sweep_kl(m, TRAIN, KL, [], INSIDE, OUTSIDE, layer=1), "weights must be 0 or"),
+        (lambda m: sweep_kl(m, TRAIN, KL, [-1], INSIDE, OUTSIDE, layer=1), "weights must be 0 or"),
+        (lambda m: sweep_kl(m, TRAIN, KL, [1], [], OUTSIDE, layer=1), "needs pairs inside of the"),
+        (lambda m: auto_kl(m, TRAIN, KL, INSIDE, OUTSIDE, tolerance=0), "needs tolerance > 0"),
+    ],
+)
+def test_bad_input_is_refused(hooked_llama, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(hooked_llama)
