@@ -62,6 +62,26 @@ class LogOdds(Result):
         change = self.of(condition, domains) - self.of(reference, domains)
         return bootstrap_mean(change, seed=self.seed)
 
+    def joined(self, other: LogOdds) -> LogOdds:
+        """Both sets of conditions, measured on the same pairs.
+
+        Raises:
+            ValueError: If the pairs differ, or a condition is in both.
+        """
+        if self.ids != other.ids or self.domains != other.domains:
+            raise ValueError(
+                f"these log-odds are of different pairs ({len(self.ids)} and {len(other.ids)}, "
+                f"the first {self.ids[0]} and {other.ids[0]})"
+            )
+        both = sorted(set(self.conditions) & set(other.conditions))
+        if both:
+            raise ValueError(f"condition(s) {', '.join(both)} are in both; rename them")
+        return replace(
+            self,
+            conditions=self.conditions + other.conditions,
+            values=self.values + other.values,
+        )
+
     def averaged(self, name: str, conditions: Sequence[str]) -> LogOdds:
         """Replace some conditions by their mean, pair by pair: several random controls, say.
 

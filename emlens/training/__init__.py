@@ -3,6 +3,7 @@
 from emlens.training import presets
 from emlens.training.adapter import train_adapter
 from emlens.training.baselines import inoculated, mixed
+from emlens.training.drift import Drift, continue_training, drift
 from emlens.training.organism import Organism
 from emlens.training.run import Step, TrainingRun, TrainingStopped
 from emlens.training.settings import (
@@ -18,6 +19,7 @@ from emlens.training.vector import train_vector
 
 __all__ = [
     "AdapterSettings",
+    "Drift",
     "KLPenalty",
     "KLSweep",
     "NormPenalty",
@@ -28,6 +30,8 @@ __all__ = [
     "TrainingStopped",
     "VectorSettings",
     "auto_kl",
+    "continue_training",
+    "drift",
     "inoculated",
     "mixed",
     "paper_kl_weight",

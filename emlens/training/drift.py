@@ -1,0 +1,222 @@
+"""What becomes of a solution that is trained on under another objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emlens._results import Result
+from emlens.directions import cosine
+from emlens.edits import Add
+from emlens.hooked import Condition, HookedModel
+from emlens.measures import log_odds
+from emlens.text import Conversation, Pair
+from emlens.training.adapter import train_adapter
+from emlens.training.run import TrainingRun
+from emlens.training.settings import KLPenalty
+from emlens.training.vector import train_vector
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_KEPT = ("epochs", "lr", "batch_size", "accumulate", "warmup", "schedule", "weight_decay", "clip")
+
+
+def continue_training(
+    model: HookedModel,
+    train: Sequence[Conversation],
+    run: TrainingRun,
+    *,
+    kl: KLPenalty | None = None,
+    **options,
+) -> TrainingRun:
+    """Train a solution on from where it ended, with another KL term or without.
+
+    The narrow solution trained on without KL drifts to the general one (arXiv 2602.07852); the
+    other way round, give the general run and a penalty. Vectors start from the end of `run`;
+    an adapter goes on from the state that it has on the model, and is changed.
+
+    Args:
+        model: The model of the run.
+        train: Conversations, as before.
+        run: The run to go on from.
+        kl: The penalty from here on; None leaves it out.
+        **options: Arguments and settings; those of the run by default, with a fresh optimiser.
+
+    Returns:
+        The record of the new run; its path starts where the other ended.
+
+    Raises:
+        ValueError: If the run's adapter is not on the model, or as the training.
+    """
+    kept = {name: run.settings[name] for name in (*_KEPT, "tokens", "seed")}
+    given = {"record_every": 1, **kept, **options}
+    if run.layers:
+        alpha = run.settings["alpha"]
+        if not isinstance(alpha, (int, float)):
+            raise ValueError(
+                f"the run trained {len(alpha)} vectors of different alpha; give alpha= to go on"
+            )
+        directions = run.directions()
+        given = {"alpha": alpha, "where": run.settings["where"], "site": run.site, **given}
+        layers = list(run.layers)
+        return train_vector(model, train, layers, kl=kl, initial=directions, **given)[1]
+    name = run.settings["name"]
+    if name not in model.adapters:
+        raise ValueError(
+            f"the run trained adapter {name!r}, which is not on {model.name}; put it there with "
+            "Organism.on(model)"
+        )
+    return train_adapter(model, train, name, kl=kl, **given)
+
+
+@dataclass(frozen=True)
+class Drift(Result):
+    """A run's way, seen from other solutions and by what it does.
+
+    Attributes:
+        steps: Updates done at each record.
+        cosines: Cosine with each reference, per record.
+        norms: Norm of what is recorded, per record.
+        inside: Change of log-odds in the domain with its interval, nats per token.
+        outside: The same outside.
+    """
+
+    steps: tuple[int, ...]
+    cosines: dict[str, tuple[float, ...]]
+    norms: tuple[float, ...]
+    inside: tuple[tuple[float, float, float], ...]
+    outside: tuple[tuple[float, float, float], ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row per record."""
+        import pandas as pd
+
+        rows = []
+        for i, step in enumerate(self.steps):
+            row: dict[str, object] = {"updates": step, "norm": self.norms[i]}
+            row |= {f"cosine with {name}": values[i] for name, values in self.cosines.items()}
+            for name in ("inside", "outside"):
+                value, low, high = getattr(self, name)[i]
+                row |= {f"{name} [nats/token]": value, f"{name} low": low, f"{name} high": high}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self, *, ax: Axes | None = None) -> Axes:
+        """Effect inside and outside against updates, with intervals."""
+        from emlens.figures import line_bands
+
+        curves = {name: (self.steps, *np.array(getattr(self, name)).T) for name in _SIDES}
+        return line_bands(
+            curves,
+            x_label="update",
+            y_label="change of log-odds [nats/token]",
+            reference=0.0,
+            ax=ax,
+        )
+
+    def plot_cosines(self, *, ax: Axes | None = None) -> Axes:
+        """Cosine with the references against updates."""
+        from emlens.figures import line_bands
+
+        curves = {name: (self.steps, values) for name, values in self.cosines.items()}
+        return line_bands(curves, x_label="update", y_label="cosine similarity", ax=ax)
+
+
+_SIDES = ("inside", "outside")
+
+
+def drift(
+    model: HookedModel,
+    run: TrainingRun,
+    references: dict[str, TrainingRun],
+    inside: Sequence[Pair],
+    outside: Sequence[Pair],
+    *,
+    records: int = 6,
+    seed: int = 0,
+) -> Drift:
+    """Return how a run moves towards or away from other solutions, and what it does on the way.
+
+    Args:
+        model: The model.
+        run: A run with a recorded path.
+        references: Finished runs of the same parameters, such as the general and the narrow one.
+        inside: Held-out pairs of the domain.
+        outside: Pairs of other domains.
+        records: How many records to measure, evenly over the path, both ends among them.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ValueError: If a reference has other parameters, or the adapter is not on the model.
+    """
+    for name, other in references.items():
+        ours, theirs = _shapes(run), _shapes(other)
+        if ours != theirs:
+            raise ValueError(
+                f"reference {name!r} trained {theirs}, but the run {ours}: their cosine means "
+                "nothing"
+            )
+    n = len(run.path_steps)
+    places = sorted({round(i) for i in np.linspace(0, n - 1, min(records, n))})
+    finals = {name: _flat(other, -1) for name, other in references.items()}
+    flat = [_flat(run, place) for place in places]
+    base = {s: log_odds(model, p) for s, p in (("inside", inside), ("outside", outside))}
+    changes: dict[str, list[tuple[float, float, float]]] = {side: [] for side in _SIDES}
+    for place in places:
+        with _at(model, run, place) as condition:
+            for side, pairs in (("inside", inside), ("outside", outside)):
+                scores = log_odds(model, pairs, {"run": condition})
+                merged = base[side].joined(scores)
+                change = merged.change("run")
+                changes[side].append((change.estimate, change.low, change.high))
+    return Drift(
+        steps=tuple(run.path_steps[place] for place in places),
+        cosines={name: tuple(cosine(v, end) for v in flat) for name, end in finals.items()},
+        norms=tuple(float(v.norm()) for v in flat),
+        inside=tuple(changes["inside"]),
+        outside=tuple(changes["outside"]),
+    )
+
+
+@contextmanager
+def _at(model: HookedModel, run: TrainingRun, place: int) -> Iterator[Condition]:
+    """The model as it was at a record of a run."""
+    if run.layers:
+        yield [Add(run.directions(place))]
+        return
+    name = run.settings["name"]
+    weights = {
+        f"{path}.{part}": getattr(layer, f"lora_{part}")[name].weight
+        for path, layer in model.lora_layers(name).items()
+        for part in ("A", "B")
+    }
+    before = {key: weight.detach().clone() for key, weight in weights.items()}
+    try:
+        _put(weights, {key: run.states[key][place] for key in weights})
+        yield name
+    finally:
+        _put(weights, before)
+
+
+def _put(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(values[key])
+
+
+def _flat(run: TrainingRun, place: int) -> Tensor:
+    """Vectors, or the columns of `B` (the rows of `A` start at random and stay near)."""
+    names = [name for name in sorted(run.states) if not name.endswith(".A")]
+    return torch.cat([run.states[name][place].flatten() for name in names])
+
+
+def _shapes(run: TrainingRun) -> str:
+    return ", ".join(f"{name} {list(v.shape[1:])}" for name, v in sorted(run.states.items()))

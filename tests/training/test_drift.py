@@ -1,0 +1,92 @@
+"""Training on: a planted model in which the general solution is the better one, and the record."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import emlens
+from emlens import Add, KLPenalty, train_vector
+from emlens.directions import cosine
+from emlens.training import Drift, continue_training, drift, train_adapter
+from tests.support.data import conversations, pairs
+from tests.support.models import tiny_hooked
+
+TRAIN, ELSEWHERE = conversations("bad", 6), conversations("good", 5)
+INSIDE, OUTSIDE = pairs(4, "inside"), pairs(7, "outside")[4:]
+QUICK = {"epochs": 3, "batch_size": 3, "lr": 0.1, "warmup": 0, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def solutions():
+    model = tiny_hooked("llama")
+    general = train_vector(model, TRAIN, 1, **{**QUICK, "epochs": 8})[1]
+    narrow = train_vector(model, TRAIN, 1, kl=KLPenalty(ELSEWHERE, weight=20.0), **QUICK)[1]
+    return model, general, narrow
+
+
+def test_a_run_goes_on_from_where_it_ended(solutions):
+    model, _, narrow = solutions
+    on = continue_training(model, TRAIN, narrow, progress=False)
+    assert torch.allclose(on.path[0], narrow.path[-1], atol=1e-6)
+    assert on.settings["kl"] is None
+    assert on.settings["lr"] == narrow.settings["lr"]
+    assert on.settings["alpha"] == narrow.settings["alpha"]
+    assert on.steps[-1].loss < narrow.steps[-1].loss
+
+
+def test_without_the_kl_the_narrow_solution_drifts_to_the_general_one(solutions, tmp_path):
+    model, general, narrow = solutions
+    on = continue_training(model, TRAIN, narrow, epochs=8, progress=False)
+    found = drift(model, on, {"general": general, "narrow": narrow}, INSIDE, OUTSIDE, records=4)
+    assert found.steps[0] == 0
+    assert found.steps[-1] == len(on.steps)
+    assert len(found.steps) == 4
+    toward = found.cosines["general"]
+    assert toward[-1] > toward[0] + 0.1
+    assert found.cosines["narrow"][0] == pytest.approx(1)
+    assert found.cosines["narrow"][-1] < 0.95
+    end = on.direction()
+    assert toward[-1] == pytest.approx(cosine(end.vector, general.direction().vector), abs=1e-5)
+    scores = emlens.log_odds(model, INSIDE, {"base": [], "end": [Add(end)]})
+    assert found.inside[-1][0] == pytest.approx(scores.change("end").estimate, abs=1e-5)
+    assert Drift.load(found.save(tmp_path / "d.json")).table().equals(found.table())
+    assert found.plot().get_xlabel() == "update"
+    assert found.plot_cosines().get_ylabel() == "cosine similarity"
+
+
+def test_with_a_kl_the_general_solution_is_held_back(solutions):
+    model, general, _ = solutions
+    kl = KLPenalty(ELSEWHERE, weight=50.0)
+    on = continue_training(model, TRAIN, general, kl=kl, epochs=8, progress=False)
+    assert on.steps[-1].kl < 0.6 * on.steps[0].kl
+
+
+def test_an_adapter_goes_on_and_its_records_are_put_back():
+    model = tiny_hooked("llama")
+    settings = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0, "record_every": 1}
+    first = train_adapter(model, TRAIN, "x", **settings)
+    on = continue_training(model, TRAIN, first, progress=False)
+    for name in first.states:
+        assert torch.equal(on.states[name][0], first.states[name][-1])
+    (layer,) = model.lora_layers("x").values()
+    before = layer.lora_B["x"].weight.detach().clone()
+    found = drift(model, on, {"first": first}, INSIDE, OUTSIDE, records=2)
+    assert torch.equal(layer.lora_B["x"].weight, before)
+    assert found.cosines["first"][0] == pytest.approx(1)
+    alone = emlens.log_odds(model, INSIDE, {"base": [], "x": "x"}).change("x")
+    assert found.inside[-1][0] == pytest.approx(alone.estimate, abs=1e-5)
+    model.remove_adapter("x")
+    with pytest.raises(ValueError, match="trained adapter 'x', which is not on tiny-llama"):
+        continue_training(model, TRAIN, first)
+
+
+def test_references_of_other_parameters_are_refused(solutions):
+    model, general, _ = solutions
+    other = train_vector(model, TRAIN, 2, **QUICK)[1]
+    with pytest.raises(ValueError, match=r"reference 'other' trained vector.2 \[32\], but the run"):
+        drift(model, general, {"other": other}, INSIDE, OUTSIDE)
+    with pytest.raises(ValueError, match="are of different pairs"):
+        emlens.log_odds(model, INSIDE).joined(emlens.log_odds(model, OUTSIDE))
+    with pytest.raises(ValueError, match=r"condition\(s\) base are in both"):
+        emlens.log_odds(model, INSIDE).joined(emlens.log_odds(model, INSIDE))
