@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from emlens.measures import efficiency, influence, log_odds, stability
     from emlens.study import run_study
     from emlens.text import Conversation, Pair, corpus, load_conversations, load_pairs
-    from emlens.training import KLPenalty, train_vector
+    from emlens.training import KLPenalty, Organism, train_adapter, train_vector
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "Directions",
     "HookedModel",
     "KLPenalty",
+    "Organism",
     "Pair",
     "compare",
     "corpus",
@@ -49,6 +50,7 @@ __all__ = [
     "mean_diff",
     "run_study",
     "stability",
+    "train_adapter",
     "train_vector",
     "wrap",
 ]
@@ -63,6 +65,7 @@ _HOMES = {
     "Directions": "directions",
     "HookedModel": "hooked",
     "KLPenalty": "training",
+    "Organism": "training",
     "Pair": "text",
     "compare": "directions",
     "corpus": "text",
@@ -75,6 +78,7 @@ _HOMES = {
     "mean_diff": "directions",
     "run_study": "study",
     "stability": "measures",
+    "train_adapter": "training",
     "train_vector": "training",
     "wrap": "hooked",
 }
