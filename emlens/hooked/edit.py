@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from emlens.hooked.sites import Site, check_site
+from emlens.hooked.sites import Site, check_layers, check_site
 from emlens.text import TokenBatch
 
 Where = Literal["all", "prompt", "response"]
@@ -83,3 +83,30 @@ def where_mask(batch: TokenBatch, where: Where) -> Bool[Tensor, "batch pos"] | N
         predicts[:, :-1] = response[:, 1:]
         return response | predicts
     raise ValueError(f"unknown where {where!r}; choose all, prompt or response")
+
+
+def check_edits(
+    edits: Sequence[Edit], model: str, sites: tuple[Site, ...], n_layers: int, d_model: int
+) -> None:
+    """Refuse edits that a model cannot carry out.
+
+    Raises:
+        TypeError: If something is not an edit, or edits are not in a sequence.
+        ValueError: If a site, a layer or a width is not the model's.
+    """
+    if isinstance(edits, Edit):
+        raise TypeError(f"edits must be a sequence of edits, e.g. [{type(edits).__name__}(...)]")
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise TypeError(
+                f"{type(edit).__name__} is not an edit: it needs site, layers, where and "
+                "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
+            )
+        check_site(edit.site, sites, model, edit.layers)
+        check_layers(list(edit.layers), n_layers)
+        width = getattr(edit, "d_model", d_model)
+        if width != d_model:
+            raise ValueError(
+                f"{type(edit).__name__} has width {width}, but {model} has d_model {d_model}: "
+                "the direction comes from another model"
+            )

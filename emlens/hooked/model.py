@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.architecture import Architecture
-from emlens.hooked.edit import Edit, deepest_prefix
+from emlens.hooked.edit import Edit, check_edits, deepest_prefix
 from emlens.hooked.generation import Sampling, generate
 from emlens.hooked.sites import Layers, Site, SiteName, check_layers, check_site
 from emlens.hooked.state import evaluating, frozen_weights
@@ -347,24 +347,8 @@ class HookedModel(ABC):
         return (*self._edits, *self._checked(edits))
 
     def _checked(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-        if isinstance(edits, Edit):
-            raise TypeError(
-                f"edits must be a sequence of edits, e.g. [{type(edits).__name__}(...)]"
-            )
+        check_edits(edits, self.name, self.sites, self.n_layers, self.d_model)
         for edit in edits:
-            if not isinstance(edit, Edit):
-                raise TypeError(
-                    f"{type(edit).__name__} is not an edit: it needs site, layers, where and "
-                    "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
-                )
-            check_site(edit.site, self.sites, self.name, edit.layers)
-            check_layers(list(edit.layers), self.n_layers)
-            width = getattr(edit, "d_model", self.d_model)
-            if width != self.d_model:
-                raise ValueError(
-                    f"{type(edit).__name__} has width {width}, but {self.name} has d_model "
-                    f"{self.d_model}: the direction comes from another model"
-                )
             self._note_origin(type(edit).__name__, getattr(edit, "origin", None))
         return tuple(edits)
 

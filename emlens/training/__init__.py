@@ -5,6 +5,8 @@ from emlens.training.adapter import train_adapter
 from emlens.training.baselines import inoculated, mixed
 from emlens.training.drift import Drift, continue_training, drift
 from emlens.training.organism import Organism
+from emlens.training.path import TrainingPath
+from emlens.training.read_path import read_path
 from emlens.training.run import Step, TrainingRun, TrainingStopped
 from emlens.training.settings import (
     AdapterSettings,
@@ -15,6 +17,8 @@ from emlens.training.settings import (
     paper_kl_weight,
 )
 from emlens.training.sweep import KLSweep, auto_kl, sweep_kl
+from emlens.training.trajectory import Trajectory, trajectory
+from emlens.training.transition import Transition
 from emlens.training.vector import train_vector
 
 __all__ = [
@@ -26,8 +30,11 @@ __all__ = [
     "Organism",
     "ProjectionPenalty",
     "Step",
+    "TrainingPath",
     "TrainingRun",
     "TrainingStopped",
+    "Trajectory",
+    "Transition",
     "VectorSettings",
     "auto_kl",
     "continue_training",
@@ -36,7 +43,9 @@ __all__ = [
     "mixed",
     "paper_kl_weight",
     "presets",
+    "read_path",
     "sweep_kl",
     "train_adapter",
     "train_vector",
+    "trajectory",
 ]
