@@ -99,32 +99,43 @@ def train(
         list[str] | None, typer.Option(help="Set whose aligned answers are protected (repeatable).")
     ] = None,
     kl_weight: Annotated[float, typer.Option(help="Weight of the KL, on nats per token.")] = 1.0,
+    lora: Annotated[
+        int | None, typer.Option(help="Train a LoRA adapter of this rank instead, into a folder.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of the adapter, e.g. 15, or 10-20; all by default.")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
-    lr: Annotated[float, typer.Option(help="Learning rate, as a dose per update.")] = 0.08,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate; 0.08 (a dose per update), or 1e-4 for an adapter."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Train a vector in place on misaligned answers; with --kl, the narrow solution.
+    """Train a vector in place on misaligned answers, or a LoRA adapter; with --kl, narrowly.
 
     Example: emlens train finance --kl medical --kl sports --out narrow.safetensors
     """
     import emlens
+    from emlens import Organism
 
     hooked = emlens.load(model)
     penalty = None
     if kl:
         text = [p.conversation("aligned") for name in kl for p in emlens.load_pairs(name)]
         penalty = emlens.KLPenalty(text, weight=kl_weight)
-    direction, run = emlens.train_vector(
-        hooked,
-        [pair.conversation("misaligned") for pair in emlens.load_pairs(data)],
-        hooked.n_layers // 2 if layer is None else layer,
-        kl=penalty,
-        epochs=epochs,
-        lr=lr,
-        seed=seed,
-        progress=not quiet,
-    )
+    text = [pair.conversation("misaligned") for pair in emlens.load_pairs(data)]
+    options = {"kl": penalty, "epochs": epochs, "seed": seed, "progress": not quiet}
+    options |= {} if lr is None else {"lr": lr}
+    if lora is not None:
+        name = out.stem
+        run = emlens.train_adapter(hooked, text, name, rank=lora, layers=_layers(layers), **options)
+        typer.echo(repr(run))
+        typer.echo(f"written: {Organism.of(hooked, run, name).save(out)}")
+        return
+    at = hooked.n_layers // 2 if layer is None else layer
+    direction, run = emlens.train_vector(hooked, text, at, **options)
     typer.echo(direction.describe())
     typer.echo(repr(run))
     typer.echo(f"written: {direction.save(out)}")

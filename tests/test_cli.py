@@ -79,6 +79,16 @@ def test_extract_train_compare_and_influence_work_on_each_others_files(run, few_
     assert "KL [nats/token]" in table
 
 
+def test_train_makes_an_adapter_that_measures_take(run, few_pairs, tmp_path):
+    out = tmp_path / "bad"
+    options = ("--lora", 2, "--layers", "1-2", "--epochs", 1, "--lr", 0.01)
+    assert "adapter" in run("train", few_pairs, "--out", out, "--quiet", *options)
+    organism = emlens.Organism.load(out)
+    assert organism.name == "bad"
+    assert organism.run.settings["rank"] == 2
+    assert len(organism.weights) == 4
+
+
 def test_extract_takes_a_construction_and_matches_the_sides(run, few_pairs, tmp_path):
     out = tmp_path / "pca.safetensors"
     arguments = ("--construction", "PCA of differences", "--match", "prompt")
