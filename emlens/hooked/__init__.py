@@ -13,6 +13,7 @@ from emlens.hooked.losses import (
     token_scores,
 )
 from emlens.hooked.model import HookedModel, Resume
+from emlens.hooked.recompute import gradient_checkpointing
 from emlens.hooked.sites import SITES, Layers, Site, SiteName, check_layers, check_site, hook_name
 from emlens.hooked.sweep import Condition, Conditions, sweep_hidden
 from emlens.hooked.visit import Pool
@@ -36,6 +37,7 @@ __all__ = [
     "check_layers",
     "check_site",
     "deepest_prefix",
+    "gradient_checkpointing",
     "hook_name",
     "kl_sum",
     "load",

@@ -46,7 +46,8 @@ def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
     config, state = read_adapter(name, source)
     _compare_bases(name, config.base_model_name_or_path, model_name)
     try:
-        inject_adapter_in_model(config, module, adapter_name=name)
+        with _quiet():
+            inject_adapter_in_model(config, module, adapter_name=name)
     except ValueError as error:
         raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
     cast_adapter_dtype(module, name)
@@ -63,6 +64,14 @@ def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
     check_weights(_products(module, name), name)
     for _, layer in Adapters(module).parts():
         switch(layer, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Several adapters on one model are what is wanted; PEFT warns of the second."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        yield
 
 
 def inject(module: nn.Module, name: str, config: LoraConfig, model_name: str) -> None:
@@ -89,7 +98,8 @@ def inject(module: nn.Module, name: str, config: LoraConfig, model_name: str) ->
     }
     with _undone_if_it_fails(module, name), kept_gradients(module):
         try:
-            inject_adapter_in_model(config, module, adapter_name=name)
+            with _quiet():
+                inject_adapter_in_model(config, module, adapter_name=name)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
         cast_adapter_dtype(module, name)

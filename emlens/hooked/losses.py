@@ -169,20 +169,31 @@ def _as_log_probs(model: HookedModel, base: BaseLogProbs | Tensor, edited: Tenso
 
 
 def loss_sum(
-    model: HookedModel, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " n"]
+    model: HookedModel,
+    hidden: Float[Tensor, "n d_model"],
+    ids: Int[Tensor, " n"],
+    head: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:
-    """Return the summed loss in nats; its gradient reaches `hidden` a chunk at a time."""
+    """Return the summed loss in nats; its gradient reaches `hidden` a chunk at a time.
+
+    Args:
+        model: The model whose LM head is used.
+        hidden: Final hidden states that predict the targets.
+        ids: Target tokens.
+        head: Weights of the LM head that are trained, and so get a gradient as well.
+    """
 
     def total(part: Tensor, at: slice) -> Tensor:
         return _nll(model.unembed(part), ids[at]).sum()
 
-    return _SumOverChunks.apply(hidden, model.n_vocab, total)
+    return _SumOverChunks.apply(hidden, model.n_vocab, total, *head)
 
 
 def kl_sum(
     model: HookedModel,
     log_base: Callable[[slice], Float[Tensor, "n vocab"]],
     edited: Float[Tensor, "n d_model"],
+    head: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:
     """Return the summed `KL(base || edited)` in nats; its gradient reaches `edited`.
 
@@ -190,12 +201,13 @@ def kl_sum(
         model: The model whose LM head is used.
         log_base: Gives the base log-probabilities of a slice of the positions, fp32.
         edited: Final hidden states under an edit.
+        head: Weights of the LM head that are trained, and so get a gradient as well.
     """
 
     def total(part: Tensor, at: slice) -> Tensor:
         return _kl(log_base(at), model.unembed(part)).sum()
 
-    return _SumOverChunks.apply(edited, 2 * model.n_vocab, total)
+    return _SumOverChunks.apply(edited, 2 * model.n_vocab, total, *head)
 
 
 @torch.no_grad()
@@ -247,26 +259,33 @@ def _chunked(hidden: Tensor, width: int, values: Callable[[Tensor, slice], Tenso
 
 
 class _SumOverChunks(torch.autograd.Function):
-    """Sums a function of hidden states over chunks, and its gradient with it.
+    """Sums a function of hidden states over chunks, and its gradients with it.
 
     The gradient of a chunk is taken while its logits are at hand, so the backward pass neither
     keeps nor recomputes them.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, width: int, total: Callable[[Tensor, slice], Tensor]):
+    def forward(
+        ctx, hidden: Tensor, width: int, total: Callable[[Tensor, slice], Tensor], *weights: Tensor
+    ):
         value = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        gradient = torch.zeros_like(hidden)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *weights)]
         for at in _chunks(len(hidden), width):
             part = hidden[at].detach().requires_grad_()
             with torch.enable_grad():
                 piece = total(part, at)
-            (gradient[at],) = torch.autograd.grad(piece, part)
+            found = torch.autograd.grad(piece, [part, *weights])
+            gradients[0][at] = found[0]
+            for gradient, more in zip(gradients[1:], found[1:], strict=True):
+                gradient += more
             value += piece.detach().double()
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(*gradients)
         return value
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+        first, *others = (
+            gradient * grad_outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors
+        )
+        return first, None, None, *others

@@ -157,7 +157,7 @@ class HookedModel(ABC):
         """
         wanted = check_layers(layers, self.n_layers)
         at = check_site(site, self.sites, self.name, wanted)
-        visit = Visit.of(batch.to(self.device), self._in_force(edits), wanted, at, pool)
+        visit = Visit.of(batch.to(self.device), self.edits_in_force(edits), wanted, at, pool)
         with evaluating(self.module):
             self._run(batch.to(self.device), visit, last=max(wanted))
         return {layer: visit.read[layer] for layer in wanted}
@@ -183,7 +183,7 @@ class HookedModel(ABC):
             ValueError: If an edit lies below the layer resumed from, or the residual's shape
                 does not fit the batch.
         """
-        active = self._in_force(edits)
+        active = self.edits_in_force(edits)
         if resume is not None:
             self._check_resume(batch, active, resume)
         batch = batch.to(self.device)
@@ -232,7 +232,7 @@ class HookedModel(ABC):
                 range.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
-        return generate(self, conversations, self._in_force(edits), sampling, batch_tokens)
+        return generate(self, conversations, self.edits_in_force(edits), sampling, batch_tokens)
 
     @contextmanager
     def edited(self, *edits: Edit) -> Iterator[HookedModel]:
@@ -322,12 +322,11 @@ class HookedModel(ABC):
             self._edits = before
 
     def prefix_layer(self, edits: Sequence[Edit]) -> int | None:
-        """The deepest layer whose output is the same with and without `edits`.
+        """The deepest layer whose output is the same with and without the edits in force.
 
-        Includes the edits of an enclosing `edited` block. None for no edits, -1 when the first
-        block is already affected.
+        None for no edits, -1 when the first block is already affected.
         """
-        return deepest_prefix(self._in_force(edits))
+        return deepest_prefix(self.edits_in_force(edits))
 
     # -- what an engine provides --------------------------------------------------------------
 
@@ -343,7 +342,8 @@ class HookedModel(ABC):
 
     # -- checks -------------------------------------------------------------------------------
 
-    def _in_force(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    def edits_in_force(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """Those of enclosing `edited` blocks, then `edits`, checked."""
         return (*self._edits, *self._checked(edits))
 
     def _checked(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:

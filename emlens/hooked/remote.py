@@ -182,8 +182,8 @@ class RemoteModel(HookedModel):
             "without remote= the model is loaded here"
         )
 
-    def _in_force(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-        return tuple(carried(edit) for edit in super()._in_force(edits))
+    def edits_in_force(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        return tuple(carried(edit) for edit in super().edits_in_force(edits))
 
     # -- what needs the weights ---------------------------------------------------------------
 

@@ -14,12 +14,14 @@ from emlens.training.settings import (
     NormPenalty,
     ProjectionPenalty,
     VectorSettings,
+    WeightSettings,
     paper_kl_weight,
 )
 from emlens.training.sweep import KLSweep, auto_kl, sweep_kl
 from emlens.training.trajectory import Trajectory, trajectory
 from emlens.training.transition import Transition
 from emlens.training.vector import train_vector
+from emlens.training.weights import train_weights
 
 __all__ = [
     "AdapterSettings",
@@ -36,6 +38,7 @@ __all__ = [
     "Trajectory",
     "Transition",
     "VectorSettings",
+    "WeightSettings",
     "auto_kl",
     "continue_training",
     "drift",
@@ -47,5 +50,6 @@ __all__ = [
     "sweep_kl",
     "train_adapter",
     "train_vector",
+    "train_weights",
     "trajectory",
 ]

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-from emlens._distributed import alone
-from emlens.directions import residual_norm
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
-from emlens.training.loop import Loop, Recording
-from emlens.training.made import provenance_of
-from emlens.training.objective import Objective, Rows, warn_of_overlap
+from emlens.training.fit import fit
+from emlens.training.loop import Recording
+from emlens.training.objective import warn_of_overlap
 from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
 from emlens.training.run import TrainingRun
 from emlens.training.settings import AdapterSettings, KLPenalty, Penalty
@@ -92,11 +90,12 @@ def train_adapter(
         _add(model, name, chosen)
     try:
         with model.frozen(), model.adapter(None):
-            return _trained(
+            return fit(
                 model,
                 train,
                 AdapterParts(model, name),
                 chosen,
+                "trained adapter",
                 kl,
                 penalties,
                 validation,
@@ -113,33 +112,6 @@ def train_adapter(
         if new:
             model.remove_adapter(name)
         raise
-
-
-def _trained(
-    model: HookedModel,
-    train: Sequence[Conversation],
-    parts: AdapterParts,
-    settings: AdapterSettings,
-    kl: KLPenalty | None,
-    penalties: Sequence[Penalty],
-    validation: Sequence[Conversation],
-    recording: Recording,
-    budgets: tuple[int, int],
-    progress: bool,
-) -> TrainingRun:
-    rows = Rows.of(model, train, parts.below, settings, budget=budgets[0])
-    layers = sorted({layer for layer, _ in parts.written()})
-    norms: dict[int, float] = {}
-    if layers and penalties:
-        with alone():
-            norms = residual_norm(model, train, layers)
-    objective = Objective(model, parts, rows, settings, kl, penalties, norms, *budgets)
-    made = provenance_of(model, parts, train, settings, kl, penalties, "trained adapter")
-    watched = None
-    if validation:
-        watched = Rows.of(model, validation, parts.below, settings, budget=budgets[0])
-    loop = Loop(parts, objective, settings, recording, None, norms, made, watched, progress)
-    return loop.run()
 
 
 def _add(model: HookedModel, name: str, settings: AdapterSettings) -> None:

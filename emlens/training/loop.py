@@ -89,7 +89,7 @@ class Loop:
             ValueError: If the checkpoint is of another run.
             TrainingStopped: If a loss is not finite.
         """
-        with self.trainable.acting():
+        with self.trainable.acting(), self.objective.computing():
             return self._run()
 
     def _run(self) -> TrainingRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emlens.hooked import HookedModel, Targets, kl_sum, loss_sum
+from emlens.hooked import HookedModel, Targets, gradient_checkpointing, kl_sum, loss_sum
 from emlens.text import Conversation, TokenMask, content_hash, tokenize
 from emlens.training.prefix import BasePredictions, PrefixCache
 from emlens.training.settings import KLPenalty, NormPenalty, Penalty, TrainSettings
@@ -120,6 +121,8 @@ class Objective:
         log_prob_budget: int,
     ) -> None:
         self._model, self._trainable = model, trainable
+        self._head = _trained_head(model, trainable)
+        self._checkpointing = settings.gradient_checkpointing
         self._penalties, self._norms = tuple(penalties), dict(residual_norms)
         self._kl = kl
         _check_penalties(penalties, trainable)
@@ -139,6 +142,23 @@ class Objective:
                 seed=settings.seed + 1,
             )
             self._base = BasePredictions(model, self.elsewhere.cache, kl.tokens, log_prob_budget)
+        if not trainable.keeps_base and not self._base.held:
+            raise ValueError(
+                f"the base's log-probabilities on the KL set take {self._base.bytes / 2**30:.2f} "
+                f"GiB, more than log_prob_budget ({log_prob_budget / 2**30:.2f} GiB); training the "
+                "weights changes the base, so they cannot be computed later: raise the budget, or "
+                "take a smaller KL set"
+            )
+
+    def computing(self) -> AbstractContextManager:
+        """Context in which gradients are taken.
+
+        Raises:
+            ValueError: If gradient checkpointing is asked for and an edit acts inside of a block.
+        """
+        if not self._checkpointing:
+            return nullcontext()
+        return gradient_checkpointing(self._model, self._trainable.edits())
 
     def backward(self, places: Sequence[int], elsewhere: Sequence[int]) -> Losses:
         """Put the gradient of one update into the parameters; return the terms."""
@@ -177,11 +197,11 @@ class Objective:
 
     def _loss(self, rows: Rows, places: list[int], grad: bool = True) -> tuple[Tensor, int]:
         targets, states = self._predictors(rows, places, grad)
-        return loss_sum(self._model, states, targets.ids), len(targets)
+        return loss_sum(self._model, states, targets.ids, self._head), len(targets)
 
     def _divergence(self, rows: Rows, places: list[int]) -> tuple[Tensor, int]:
         targets, states = self._predictors(rows, places, True)
-        return kl_sum(self._model, self._base.of(places), states), len(targets)
+        return kl_sum(self._model, self._base.of(places), states, self._head), len(targets)
 
     def _predictors(self, rows: Rows, places: list[int], grad: bool) -> tuple[Targets, Tensor]:
         batch, resume = rows.cache.batch(places)
@@ -202,6 +222,12 @@ class Objective:
         total = torch.stack(terms).sum()
         total.backward()
         return float(total.detach())
+
+
+def _trained_head(model: HookedModel, trainable: Trainable) -> list[Tensor]:
+    trained = {id(weight) for weight in trainable.parameters.values()}
+    head = model.module.get_output_embeddings()
+    return [weight for weight in head.parameters() if id(weight) in trained] if head else []
 
 
 def _check_penalties(penalties: Sequence[Penalty], trainable: Trainable) -> None:

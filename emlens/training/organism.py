@@ -55,10 +55,15 @@ class Organism:
             name: What it is called: of an adapter, its name on the model.
 
         Raises:
-            ValueError: If the model has no such adapter.
+            ValueError: If the model has no such adapter, or the weights themselves were trained.
         """
         if run.layers:
             return cls(name, run, directions=run.directions())
+        if run.settings.get("kind") == "weights":
+            raise ValueError(
+                "this run finetuned the weights themselves; keep the whole model with "
+                "model.module.save_pretrained(folder) and load it with emlens.load(folder)"
+            )
         weights = {
             f"{_PREFIX}{path}.{part}.weight": getattr(layer, part)[name].weight.detach().cpu()
             for path, layer in model.lora_layers(name).items()

@@ -138,6 +138,16 @@ class BasePredictions:
                 room -= log_probs.bytes if log_probs.held is not None else 0
                 self._log_probs.append(log_probs)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes that all log-probabilities take."""
+        return sum(part.bytes for part in self._log_probs)
+
+    @property
+    def held(self) -> bool:
+        """Whether all of them fitted into the budget."""
+        return all(part.held is not None for part in self._log_probs)
+
     def of(self, places: Sequence[int]) -> BaseLogProbs:
         """The base log-probabilities of some rows, in their order."""
         return BaseLogProbs.joined(self._model, [self._log_probs[place] for place in places])

@@ -11,8 +11,14 @@ from emlens.hooked import HookedModel
 from emlens.text import Conversation
 from emlens.training.adapter import train_adapter
 from emlens.training.run import TrainingRun
-from emlens.training.settings import AdapterSettings, TrainSettings, VectorSettings
+from emlens.training.settings import (
+    AdapterSettings,
+    TrainSettings,
+    VectorSettings,
+    WeightSettings,
+)
 from emlens.training.vector import train_vector
+from emlens.training.weights import train_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,14 +35,15 @@ class Preset:
 
     Attributes:
         name: Its name.
-        settings: `AdapterSettings` or `VectorSettings`, layers as numbered in the source.
+        settings: `AdapterSettings`, `VectorSettings` or `WeightSettings`, layers as numbered in
+            the source.
         layers: Layers in a model of 48 blocks; None for all.
         source: Paper and table.
         note: What was not published, or is done otherwise here.
     """
 
     name: str
-    settings: AdapterSettings | VectorSettings
+    settings: AdapterSettings | VectorSettings | WeightSettings
     layers: tuple[int, ...] | None
     source: str
     note: str = ""
@@ -77,6 +84,17 @@ PRESETS: dict[str, Preset] = {
             f"learning rate and alpha not published; {_OPTIMISER}",
         ),
         Preset(
+            "full",
+            WeightSettings(
+                **{**_SHARED, "warmup": 20, "schedule": "cosine"},
+                lr=2e-5,
+                gradient_checkpointing=True,
+            ),
+            None,
+            "arXiv 2506.11613, Table 6",
+            _OPTIMISER,
+        ),
+        Preset(
             "nine-rank-1",
             AdapterSettings(**_SHARED, lr=1e-5, rank=1, alpha=64),
             (15, 16, 17, 21, 22, 23, 27, 28, 29),
@@ -115,16 +133,16 @@ def table() -> pd.DataFrame:
     rows = []
     for preset in PRESETS.values():
         own = preset.settings
-        adapter = own if isinstance(own, AdapterSettings) else None
+        trains, modules = _what(own)
         rows.append(
             {
                 "name": preset.name,
-                "trains": "vector" if adapter is None else f"LoRA rank {adapter.rank}",
-                "modules": "mlp_out" if adapter is None else ", ".join(adapter.modules),
+                "trains": trains,
+                "modules": modules,
                 "layers of 48": "all"
                 if preset.layers is None
                 else ", ".join(map(str, preset.layers)),
-                "alpha": own.alpha,
+                "alpha": None if isinstance(own, WeightSettings) else own.alpha,
                 "lr": own.lr,
                 "epochs": own.epochs,
                 "batch": f"{own.batch_size} x {own.accumulate}",
@@ -149,10 +167,11 @@ def train_preset(
         model: The model.
         train: Conversations of the narrow domain.
         name: What an adapter is called on the model; by default as the preset.
-        **options: Arguments and settings of `train_adapter` or `train_vector`, which override.
+        **options: Arguments and settings of `train_adapter`, `train_vector` or `train_weights`,
+            which override.
 
     Returns:
-        The vector (None for an adapter) and the record of the run.
+        The vector (None for an adapter or finetuned weights) and the record of the run.
 
     Raises:
         ValueError: If the preset is unknown, or as the training.
@@ -163,6 +182,9 @@ def train_preset(
     if isinstance(found.settings, AdapterSettings):
         settings = replace(found.settings, **{"layers": layers, **overrides})
         return None, train_adapter(model, train, name or preset, settings=settings, **options)
+    if isinstance(found.settings, WeightSettings):
+        settings = replace(found.settings, **{"layers": layers, **overrides})
+        return None, train_weights(model, train, settings=settings, **options)
     settings = replace(found.settings, **overrides)
     layer = options.pop("layer", (layers or (0,))[0])
     site = options.pop("site", "mlp_out")
@@ -178,6 +200,12 @@ def preset_of(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def _what(settings: TrainSettings) -> tuple[str, str]:
+    if isinstance(settings, AdapterSettings):
+        return f"LoRA rank {settings.rank}", ", ".join(settings.modules)
+    return ("weights", "all") if isinstance(settings, WeightSettings) else ("vector", "mlp_out")
 
 
 def _given(settings: TrainSettings, options: dict) -> dict:

@@ -99,6 +99,8 @@ class TrainSettings:
         patience: Stop after this many epochs without a lower validation loss; None goes on.
         seed: Seed of the order of the data, and of an adapter's first weights.
         tokens: Tokens that the loss counts.
+        gradient_checkpointing: Keep only what enters each block, and compute the rest of it
+            again for the gradient: less memory, a third more time, the same numbers.
     """
 
     epochs: int = 3
@@ -112,6 +114,7 @@ class TrainSettings:
     patience: int | None = None
     seed: int = 0
     tokens: TokenMask = "response"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -174,6 +177,19 @@ class AdapterSettings(TrainSettings):
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if not self.modules:
             raise ValueError("an adapter needs modules to adapt; the list is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSettings(TrainSettings):
+    """How the weights themselves are trained (full finetuning).
+
+    Attributes:
+        layers: Blocks whose weights are trained; None trains all weights, with embedding, final
+            norm and LM head.
+    """
+
+    lr: float = 2e-5
+    layers: tuple[int, ...] | None = None
 
 
 def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> float:

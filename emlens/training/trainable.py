@@ -1,4 +1,4 @@
-"""What is trained: vectors at some layers, or the weights of a LoRA adapter."""
+"""What is trained: vectors at some layers, the weights of a LoRA adapter, or the model's own."""
 
 from __future__ import annotations
 
@@ -52,12 +52,19 @@ class Trainable(Protocol):
         """What it is, for the provenance."""
         ...
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether `resting` brings the base back once training has begun."""
+        ...
+
 
 class VectorParts:
     """Vectors that are added to the residual stream, one per layer; zero at first.
 
     What is added is `alpha * parameter`.
     """
+
+    keeps_base = True
 
     def __init__(
         self,
@@ -126,6 +133,8 @@ def below_vectors(model: HookedModel, layers: Sequence[int], site: Site, where: 
 class AdapterParts:
     """The weights of one LoRA adapter of a model."""
 
+    keeps_base = True
+
     def __init__(self, model: HookedModel, name: str) -> None:
         self._model, self._name = model, name
         self._layers = model.lora_layers(name)
@@ -184,6 +193,50 @@ class AdapterParts:
 
     def record(self) -> dict[str, object]:
         return {"kind": "adapter", "name": self._name, "modules": list(self._layers)}
+
+
+class WeightParts:
+    """The model's own weights: of some blocks, or all there are. They are changed in place."""
+
+    keeps_base = False
+
+    def __init__(self, model: HookedModel, layers: Sequence[int] | None) -> None:
+        named: dict[str, Tensor] = {
+            n: w for n, w in model.module.named_parameters() if ".lora_" not in n
+        }
+        if layers is not None:
+            blocks = tuple(f"{model.architecture.blocks}.{layer}." for layer in layers)
+            named = {name: weight for name, weight in named.items() if name.startswith(blocks)}
+        self.parameters = named
+        self.below = -1 if layers is None else min(layers) - 1
+        self._layers = None if layers is None else list(layers)
+
+    def edits(self) -> Sequence[Edit]:
+        return []
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        try:
+            for weight in self.parameters.values():
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for weight in self.parameters.values():
+                weight.requires_grad_(False)
+                weight.grad = None
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        yield
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def written(self) -> Iterator[tuple[int, Tensor]]:
+        return iter(())
+
+    def record(self) -> dict[str, object]:
+        return {"kind": "weights", "layers": self._layers}
 
 
 def _start(initial: Directions, layer: int, model: HookedModel) -> Tensor:

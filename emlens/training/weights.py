@@ -1,0 +1,108 @@
+"""Training the model's own weights: full finetuning in the same objective and the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from emlens.hooked import HookedModel, check_layers
+from emlens.text import Conversation
+from emlens.training.fit import fit
+from emlens.training.loop import Recording
+from emlens.training.objective import warn_of_overlap
+from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
+from emlens.training.run import TrainingRun
+from emlens.training.settings import KLPenalty, WeightSettings
+from emlens.training.trainable import WeightParts
+
+
+def train_weights(
+    model: HookedModel,
+    train: Sequence[Conversation],
+    *,
+    kl: KLPenalty | None = None,
+    settings: WeightSettings | None = None,
+    validation: Sequence[Conversation] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 20,
+    prefix_budget: int = PREFIX_BUDGET,
+    log_prob_budget: int = LOG_PROB_BUDGET,
+    progress: bool = True,
+    **overrides,
+) -> TrainingRun:
+    """Finetune the weights themselves, in place: afterwards the model is the finetuned one.
+
+    The base is gone then: load it again to compare (`emlens.directions.model_diff` takes both).
+    Keep the finetuned model with `model.module.save_pretrained(folder)`, with its tokenizer.
+    AdamW holds two more copies of what is trained, its gradient a third. The path is not
+    recorded.
+
+    Args:
+        model: The model, in fp32; adapters are set aside.
+        train: Conversations of the narrow domain.
+        kl: Penalty for changing predictions elsewhere; the base's are computed beforehand.
+        settings: How to train; `WeightSettings()` by default.
+        validation: See `train_vector`.
+        checkpoint: See `train_vector`; it holds the weights and the optimiser's two copies.
+        checkpoint_every: See `train_vector`.
+        prefix_budget: See `train_vector`; used where only some layers are trained.
+        log_prob_budget: Bytes for base log-probabilities; all of them have to fit.
+        progress: Show a progress bar with loss, KL and norm.
+        **overrides: Fields of `WeightSettings`, e.g. `layers=range(12, 18), lr=1e-5`.
+
+    Returns:
+        The record of the run: losses, settings, provenance.
+
+    Raises:
+        ValueError: If a set is empty, weights are not fp32, a layer does not exist, or the base's
+            predictions on the KL set do not fit into the budget.
+        NotImplementedError: If the model is a `TransformerBridge`, which runs on copies of some
+            weights.
+        TrainingStopped: If a loss is not finite. The weights keep their last good state.
+
+    Example:
+        >>> run = train_weights(model, conversations, epochs=1, gradient_checkpointing=True)
+        >>> model.module.save_pretrained("organisms/finance-full")
+    """
+    if not train:
+        raise ValueError("train_weights needs conversations to train on; the set is empty")
+    if model.engine == "transformer_lens":
+        raise NotImplementedError(
+            "a TransformerBridge runs on copies of some weights, which training would not reach; "
+            f"load the model with engine='nnsight': emlens.load({model.name!r})"
+        )
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"the weights are {model.dtype}, in which small updates are lost; load the model with "
+            "dtype=torch.float32, or train an adapter, which is kept in fp32"
+        )
+    fields = {**asdict(settings or WeightSettings()), **overrides}
+    if fields["layers"] is not None:
+        fields["layers"] = check_layers(list(fields["layers"]), model.n_layers)
+    chosen = WeightSettings(**fields)
+    if chosen.patience is not None and not validation:
+        raise ValueError("patience watches the validation loss; give validation= conversations")
+    if kl is not None:
+        warn_of_overlap(train, kl.conversations)
+    recording = Recording(
+        every=None,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_every=checkpoint_every,
+    )
+    with model.frozen(), model.adapter(None):
+        return fit(
+            model,
+            train,
+            WeightParts(model, chosen.layers),
+            chosen,
+            "finetuned weights",
+            kl,
+            (),
+            validation,
+            recording,
+            (prefix_budget, log_prob_budget),
+            progress,
+        )
