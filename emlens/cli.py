@@ -47,6 +47,33 @@ def study(
 
 
 @app.command()
+def asymmetries(
+    out: Out = Path("runs/asymmetries"),
+    page: Annotated[Path | None, typer.Option(help="Page of findings to write.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder of its figures.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting, e.g. --set 'domains=[\"finance\"]' (repeatable)."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train general and narrow solutions over domains and seeds, and measure the asymmetries.
+
+    Finished trials are kept, so an interrupted run goes on.
+
+    Example: emlens asymmetries --out runs/asymmetries --page docs/findings.md
+    """
+    from emlens.study import AsymmetrySettings, run_asymmetries
+    from emlens.study.asymmetry_page import write_findings
+
+    settings = AsymmetrySettings.from_dict(AsymmetrySettings().to_dict() | _options(option or []))
+    found = run_asymmetries(out, settings, progress=not quiet)
+    written = write_findings(found, page or out / "findings.md", figures or out / "figures")
+    _show(found.table(), as_json=False)
+    typer.echo(f"written: {written}")
+
+
+@app.command()
 def extract(
     data: Annotated[str, typer.Argument(help="Embedded set or JSONL of pairs.")],
     out: Out = Path("directions.safetensors"),

@@ -68,9 +68,10 @@ def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Several adapters on one model are what is wanted; PEFT warns of the second."""
+    """Several adapters on one model, come and go, are what is wanted; PEFT warns of both."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
         yield
 
 
@@ -121,7 +122,8 @@ def remove(module: nn.Module, name: str) -> None:
     for path, layer in list(Adapters(module).parts()):
         if name not in getattr(layer, "lora_A", {}):
             continue
-        layer.delete_adapter(name)
+        with _quiet():
+            layer.delete_adapter(name)
         if not available(layer):
             parent, _, child = path.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
@@ -235,7 +237,8 @@ def _undone_if_it_fails(module: nn.Module, name: str) -> Iterator[None]:
     except BaseException:
         for _, layer in list(Adapters(module).parts()):
             if name in getattr(layer, "lora_A", {}):
-                layer.delete_adapter(name)
+                with _quiet():
+                    layer.delete_adapter(name)
         for path, part in before.items():
             if path and module.get_submodule(path) is not part:
                 parent, _, child = path.rpartition(".")

@@ -1,6 +1,18 @@
-"""The whole experiment, stage by stage, resumable; and its report."""
+"""The whole experiment, stage by stage, and its report; the asymmetries over domains and seeds."""
 
+from emlens.study.asymmetries import Asymmetries, read_asymmetries, run_asymmetries
 from emlens.study.run import StudyResult, run_study
 from emlens.study.settings import PRESETS, StudySettings, preset
+from emlens.study.trials import AsymmetrySettings
 
-__all__ = ["PRESETS", "StudyResult", "StudySettings", "preset", "run_study"]
+__all__ = [
+    "PRESETS",
+    "Asymmetries",
+    "AsymmetrySettings",
+    "StudyResult",
+    "StudySettings",
+    "preset",
+    "read_asymmetries",
+    "run_asymmetries",
+    "run_study",
+]

@@ -1,0 +1,265 @@
+"""An adapter at another strength, and adapters or weights under noise; put back bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from emlens.hooked.adapters import Adapters, available
+from emlens.hooked.model import HookedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What an adapter adds to one module: `scale * B A`.
+
+    Attributes:
+        layer: PEFT's layer.
+        a: `A`, live, `[r, d_in]`.
+        b: `B`, live, `[d_out, r]`.
+        scale: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA).
+    """
+
+    layer: Any
+    a: Float[Tensor, "r d_in"]
+    b: Float[Tensor, "d_out r"]
+    scale: float
+
+    @property
+    def norm(self) -> float:
+        """`||scale * B A||_F`, from the `[r, r]` Grams: the product itself is never formed."""
+        a, b = self.a.detach().double(), self.b.detach().double()
+        square = float(((b.T @ b) * (a @ a.T)).sum())
+        return abs(self.scale) * max(square, 0.0) ** 0.5
+
+
+def adapter_norms(model: HookedModel, name: str) -> dict[str, float]:
+    """Return `||scale * B A||_F` of every module that an adapter changes, by its path.
+
+    The norm of the whole adapter is the root of the sum of their squares.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter.
+
+    Raises:
+        ValueError: If there is no such adapter, it is no plain LoRA, has weights that are not
+            finite, or changes nothing.
+    """
+    return {path: factors.norm for path, factors in adapter_factors(model, name).items()}
+
+
+@contextmanager
+def scaled_adapter(model: HookedModel, name: str, factor: float = 1.0) -> Iterator[HookedModel]:
+    """Let an adapter act with `factor` times what it adds, inside the block.
+
+    A factor of 1 is the adapter itself, bit by bit; 0 is the base.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter.
+        factor: What its scale is multiplied by.
+
+    Raises:
+        ValueError: If there is no such adapter, it is no plain LoRA, or the factor is not finite.
+
+    Example:
+        >>> with scaled_adapter(model, "medical", 0.5):
+        ...     model.generate([conversation])
+    """
+    if not torch.isfinite(torch.tensor(float(factor))):
+        raise ValueError(f"the factor on adapter {name!r} is {factor}; give a finite number")
+    parts = adapter_factors(model, name).values()
+    try:
+        for part in parts:
+            part.layer.scaling[name] = part.scale * factor
+        with model.adapter(name):
+            yield model
+    finally:
+        for part in parts:
+            part.layer.scaling[name] = part.scale
+
+
+@contextmanager
+def noisy_adapter(
+    model: HookedModel, name: str, epsilon: float, seed: int = 0
+) -> Iterator[HookedModel]:
+    """Let an adapter act under noise that keeps the norms of `A` and `B`, inside the block.
+
+    Of each module, `A` becomes `sqrt(1 - eps^2) A + eps Y`, with `Y` random, orthogonal to `A` and
+    of its Frobenius norm; and so does `B`. The noise depends on the seed, the module's path and
+    the shape alone: two adapters of one shape meet the same.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter.
+        epsilon: Noise level, 0 to 1.
+        seed: Seed of the noise.
+
+    Raises:
+        ValueError: If there is no such adapter, it is no plain LoRA, or epsilon is out of range.
+    """
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon must lie between 0 and 1; got {epsilon}")
+    weights = {
+        f"{path} {part}": weight
+        for path, factors in adapter_factors(model, name).items()
+        for part, weight in (("A", factors.a), ("B", factors.b))
+    }
+    with put_back(weights.values()), model.adapter(name):
+        with torch.no_grad():
+            for place, weight in weights.items():
+                flat = weight.detach().double().cpu().flatten()
+                generator = torch.Generator().manual_seed(_seed_of(seed, place))
+                noise = torch.randn(len(flat), generator=generator, dtype=torch.float64)
+                weight.copy_(turned(flat, noise, epsilon).reshape(weight.shape))
+        yield model
+
+
+@contextmanager
+def noisy_weights(model: HookedModel, epsilon: float, seed: int = 0) -> Iterator[HookedModel]:
+    """Add Gaussian noise to the weight matrices of all blocks, inside the block.
+
+    Each matrix `W` becomes `W + eps * ||W||_F * Z`, with `Z` Gaussian of norm 1. Adapters, biases,
+    norms, the embedding and the LM head stay as they are. The noise is drawn on the device of
+    the weights by their paths, so another kind of device, or another engine, gives other draws.
+
+    The originals are kept on the CPU meanwhile: that takes main memory of the size of the blocks,
+    and on a GPU their transfer there and back.
+
+    Args:
+        model: The model.
+        epsilon: Norm of the noise as a share of the norm of each matrix.
+        seed: Seed of the noise.
+
+    Raises:
+        ValueError: If epsilon is negative or not finite, or weights are quantised or offloaded.
+    """
+    if not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon must be finite and not negative; got {epsilon}")
+    matrices = block_matrices(model)
+    with put_back(matrices.values()):
+        with torch.no_grad():
+            for path, weight in matrices.items():
+                generator = torch.Generator(device=weight.device)
+                # the same noise whether or not there is an adapter beside the matrix
+                generator.manual_seed(_seed_of(seed, path.replace(".base_layer", "")))
+                noise = torch.randn(
+                    weight.shape, generator=generator, device=weight.device, dtype=torch.float32
+                )
+                size = weight.float().norm() / noise.norm()
+                weight.copy_(weight.float() + epsilon * size * noise)
+        yield model
+
+
+def turned(
+    x: Float[Tensor, " n"], noise: Float[Tensor, " n"], epsilon: float
+) -> Float[Tensor, " n"]:
+    """Return `sqrt(1 - eps^2) x + eps y`, `y` the noise orthogonal to `x` and of its norm.
+
+    Zero stays zero.
+
+    Raises:
+        ValueError: If the noise has no part that is orthogonal to `x`.
+    """
+    if not bool(x.any()):
+        return x
+    noise = noise - (noise @ x) / (x @ x) * x
+    if not float(noise.norm()) > 0:
+        raise ValueError(f"there is no noise orthogonal to a vector of {len(x)} dimension(s)")
+    noise = noise / noise.norm() * x.norm()
+    return (1 - epsilon**2) ** 0.5 * x + epsilon * noise
+
+
+def adapter_factors(model: HookedModel, name: str) -> dict[str, Factors]:
+    """The factors of an adapter by the path of each module.
+
+    Raises:
+        ValueError: If there is no such adapter, it is no plain LoRA, has weights that are not
+            finite, or changes nothing.
+    """
+    from emlens.hooked.attach import check_weights
+
+    layers = model.lora_layers(name)
+    _check_plain(model.module, name, layers)
+    found = {
+        path: Factors(
+            layer, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        )
+        for path, layer in layers.items()
+    }
+    check_weights({path: {"A": f.a, "B": f.b} for path, f in found.items()}, name)
+    return found
+
+
+def block_matrices(model: HookedModel) -> dict[str, Tensor]:
+    """The weight matrices of all blocks by their path, adapters left out.
+
+    Raises:
+        ValueError: If one is quantised, or offloaded by accelerate.
+    """
+    blocks = model.module.get_submodule(model.architecture.blocks)
+    matrices: dict[str, Tensor] = {
+        path: weight
+        for path, weight in blocks.named_parameters()
+        if weight.ndim >= 2 and ".lora_" not in path
+    }
+    for path, weight in matrices.items():
+        if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
+            what = "offloaded" if weight.is_meta else f"quantised ({weight.dtype})"
+            raise ValueError(
+                f"the weight {path} of {model.name} is {what}, so no noise can be added to it; "
+                "load the model in bfloat16 or float32 on its device"
+            )
+    return matrices
+
+
+@contextmanager
+def put_back(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Give weights their values back, bit by bit; the values are kept on the CPU meanwhile."""
+    kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in kept:
+                weight.copy_(value)
+
+
+def _seed_of(seed: int, place: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:8]) >> 1
+
+
+def _check_plain(module: nn.Module, name: str, layers: Mapping[str, Any]) -> None:
+    """Refuse an adapter that is more than `scale * B A` at linear modules."""
+    for path, part in Adapters(module).parts():
+        if hasattr(part, "modules_to_save") and name in available(part):
+            raise ValueError(
+                f"adapter {name!r} replaces {path} as a whole (modules_to_save), which has no "
+                "scale; its strength and its noise cannot be set"
+            )
+    for path, layer in layers.items():
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        if variant is not None or getattr(layer, "use_dora", {}).get(name):
+            raise ValueError(
+                f"adapter {name!r} is no plain LoRA at {path} ({type(variant).__name__}): it does "
+                "more than add scale * B A, so its strength cannot be set by the scale"
+            )
+        if getattr(layer, "lora_bias", {}).get(name):
+            raise ValueError(
+                f"adapter {name!r} has a bias at {path}, so it is more than scale * B A"
+            )
+        if name not in layer.lora_A or type(layer).__name__ == "ParamWrapper":
+            raise ValueError(
+                f"adapter {name!r} adapts {path}, which is no linear module (an embedding, or the "
+                "stacked weights of experts); only linear ones have one norm of scale * B A"
+            )
+        if layer.lora_A[name].weight.ndim != 2:
+            raise ValueError(f"adapter {name!r} adapts {path}, which is no linear module")

@@ -1,0 +1,291 @@
+"""The four asymmetries of general and narrow solutions, over domains and seeds, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emlens._files import read_json, write_json
+from emlens._results import Result
+from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio, mean_over_seeds
+from emlens.hooked import HookedModel, load
+from emlens.measures import Efficiency, LogOdds, Stability, log_odds
+from emlens.study.trials import (
+    BENIGN,
+    RANDOM,
+    SOLUTIONS,
+    AsymmetrySettings,
+    Kind,
+    Trial,
+    TrialData,
+    read_trials,
+    trial_folder,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_SETTINGS = "settings.json"
+CLAIMS = {
+    "general transfers": "general: change of log-odds outside [nats/token]",
+    "narrow stays": "narrow outside, less general outside scaled to narrow's effect inside",
+    "efficiency": "loss of general minus narrow at equal norm [nats/token]",
+    "stability": "gain lost to noise, narrow minus general [percentage points]",
+    "influence": "KL on pre-training text at equal norm, general minus narrow [nats/token]",
+}
+"""The claims of arXiv 2602.07852, and the quantity that each is read from."""
+
+_SHOWN = ("general inside", "general outside", "narrow inside", "narrow outside", "benign outside")
+
+_EXPECTED = {
+    "general transfers": 1,
+    "narrow stays": -1,
+    "efficiency": -1,
+    "stability": 1,
+    "influence": 1,
+}
+
+
+@dataclass(frozen=True)
+class Asymmetries(Result):
+    """What was found, a row per kind of solution, domain and quantity.
+
+    Attributes:
+        rows: `kind`, `domain`, `quantity`, `estimate`, `low`, `high`, `seeds` (the estimate of
+            each seed alone).
+        settings: What it was tried on.
+    """
+
+    rows: tuple[dict, ...]
+    settings: dict
+
+    def of(self, kind: str, domain: str, quantity: str) -> Interval | None:
+        """One quantity; None where it was not measured."""
+        for row in self.rows:
+            if (row["kind"], row["domain"], row["quantity"]) == (kind, domain, quantity):
+                return Interval(row["estimate"], row["low"], row["high"])
+        return None
+
+    def verdict(self, kind: str, domain: str, claim: str) -> str:
+        """`as in the papers`, `the other way`, `not seen`, or empty where it was not measured."""
+        found = self.of(kind, domain, claim)
+        if found is None:
+            return ""
+        if not found.excludes_zero:
+            return "not seen"
+        return "as in the papers" if found.estimate * _EXPECTED[claim] > 0 else "the other way"
+
+    def table(self) -> pd.DataFrame:
+        """One row per quantity."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    **{k: row[k] for k in ("kind", "domain", "quantity")},
+                    **{k: row[k] for k in ("estimate", "low", "high")},
+                    "by seed": ", ".join(f"{value:+.3f}" for value in row["seeds"]),
+                }
+                for row in self.rows
+            ]
+        )
+
+    def plot(self, kind: str = "adapter", ax: Axes | None = None) -> Axes:
+        """Change of log-odds inside and outside of each domain: general, narrow, benign control."""
+        from emlens.figures import dot_intervals
+
+        shown = [row for row in self.rows if row["kind"] == kind and row["quantity"] in _SHOWN]
+        if not shown:
+            raise ValueError(f"there are no trials of kind {kind!r}")
+        return dot_intervals(
+            groups=[row["domain"] for row in shown],
+            series=[row["quantity"] for row in shown],
+            values=[row["estimate"] for row in shown],
+            low=[row["low"] for row in shown],
+            high=[row["high"] for row in shown],
+            y_label="change of log-odds [nats/token]",
+            x_label="narrow domain",
+            ax=ax,
+        )
+
+
+def run_asymmetries(
+    out: str | Path = "runs/asymmetries",
+    settings: AsymmetrySettings | None = None,
+    *,
+    model: HookedModel | None = None,
+    progress: bool = True,
+    **overrides,
+) -> Asymmetries:
+    """Train general and narrow solutions in every domain with every seed, and measure them.
+
+    Each part that is finished stays finished, so a run that was interrupted goes on; several
+    processes may work on different `kinds` or `domains` in one folder.
+
+    Args:
+        out: The folder.
+        settings: What is tried; `AsymmetrySettings()` by default.
+        model: Take this model instead of loading the settings' one.
+        progress: Show progress bars.
+        **overrides: Fields of `AsymmetrySettings`.
+
+    Returns:
+        What all finished trials in the folder say, those of other calls included.
+
+    Raises:
+        ValueError: If the folder holds trials with other settings.
+    """
+    out = Path(out)
+    chosen = replace(settings or AsymmetrySettings(), **overrides)
+    _check_same(out, chosen)
+    hooked = model or load(chosen.model)
+    for seed in chosen.seeds:
+        for domain in chosen.domains:
+            for kind in chosen.kinds:
+                where = trial_folder(out, domain, kind, seed)
+                trial = Trial(hooked, chosen, domain, kind, seed, where, progress)
+                trial.run(lambda domain=domain: _base(hooked, out, domain, chosen, progress))
+    return read_asymmetries(out)
+
+
+def read_asymmetries(out: str | Path) -> Asymmetries:
+    """Pool the finished trials of a folder.
+
+    Changes of log-odds are averaged over seeds pair by pair, losses and KL conversation by
+    conversation, and intervals are taken over these; noise over draws and seeds together.
+
+    Raises:
+        FileNotFoundError: If the folder holds none.
+    """
+    out = Path(out)
+    if not (out / _SETTINGS).is_file():
+        raise FileNotFoundError(f"{out} holds no asymmetries; run them into it first")
+    settings = AsymmetrySettings.from_dict(read_json(out / _SETTINGS))
+    rows: list[dict] = []
+    everything = AsymmetrySettings()
+    for kind in everything.kinds:
+        for domain in everything.domains:
+            trials = read_trials(out, domain, kind, range(100))
+            if trials:
+                rows += _pooled(kind, domain, trials, settings)
+    return Asymmetries(tuple(rows), settings.to_dict())
+
+
+# -- pooling -------------------------------------------------------------------------------------
+
+
+def _pooled(kind: Kind, domain: str, trials: list, settings: AsymmetrySettings) -> list[dict]:
+    data = TrialData.of(domain, settings)
+    rows: dict[str, tuple[Interval, list[float]]] = {}
+    odds = [trial[0] for trial in trials]
+    n_inside = len(data.inside)
+    shifts = {}
+    for name in (*SOLUTIONS, BENIGN, RANDOM):
+        with_it = [scores for scores in odds if name in scores.conditions]
+        if with_it:
+            each = np.array([scores.of(name) - scores.of("base") for scores in with_it])
+            shifts[name] = each[:, :n_inside], each[:, n_inside:]
+            for place, values in zip(("inside", "outside"), shifts[name], strict=True):
+                rows[f"{name} {place}"] = (
+                    bootstrap_mean(values.mean(0)),
+                    values.mean(1).tolist(),
+                )
+    rows["general transfers"] = rows["general outside"]
+    rows["narrow stays"] = _confined(shifts)
+    rows["efficiency"] = _efficiency([trial[1] for trial in trials])
+    rows["stability"] = _stability([trial[2] for trial in trials])
+    rows["influence"] = _influence([trial[3] for trial in trials], "general", "narrow")
+    if RANDOM in trials[0][3]:
+        rows["influence, general over random"] = _influence(
+            [trial[3] for trial in trials], "general", RANDOM
+        )
+    return [
+        {
+            "kind": kind,
+            "domain": domain,
+            "quantity": quantity,
+            "estimate": interval.estimate,
+            "low": interval.low,
+            "high": interval.high,
+            "seeds": seeds,
+        }
+        for quantity, (interval, seeds) in rows.items()
+    ]
+
+
+def _confined(shifts: dict) -> tuple[Interval, list[float]]:
+    """Narrow outside, less `share` times general outside; the share is redrawn with the pairs."""
+    (g_in, g_out), (n_in, n_out) = (shifts[name] for name in SOLUTIONS)
+
+    def gap(inside: np.ndarray, outside: np.ndarray) -> float:
+        general, narrow = g_in.mean(0)[inside].mean(), n_in.mean(0)[inside].mean()
+        return float((n_out.mean(0) - narrow / general * g_out.mean(0))[outside].mean())
+
+    generator = np.random.default_rng(0)
+    sizes = g_in.shape[1], g_out.shape[1]
+    draws = [gap(*(generator.integers(0, n, n) for n in sizes)) for _ in range(2000)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    whole = gap(*(np.arange(n) for n in sizes))
+    each = [
+        float(b.mean() - a.mean() / c.mean() * d.mean())
+        for a, b, c, d in zip(n_in, n_out, g_in, g_out, strict=True)
+    ]
+    return Interval(whole, float(low), float(high)), each
+
+
+def _efficiency(found: Sequence[Efficiency]) -> tuple[Interval, list[float]]:
+    gaps, each = [], []
+    for one in found:
+        a, b = (np.asarray(one.sums[one.directions.index(name)]) for name in SOLUTIONS)
+        gaps.append((a - b).mean(0))
+        each.append(float(gaps[-1].sum() / np.sum(one.counts)))
+    return bootstrap_ratio(np.mean(gaps, axis=0), found[0].counts), each
+
+
+def _stability(found: Sequence[Stability]) -> tuple[Interval, list[float]]:
+    gaps = [one.increase("narrow") - one.increase("general") for one in found]
+    draws = np.concatenate([gap.mean(0) for gap in gaps])
+    return mean_over_seeds(draws), [float(gap.mean()) for gap in gaps]
+
+
+def _influence(found: Sequence[dict], first: str, second: str) -> tuple[Interval, list[float]]:
+    gaps = [np.asarray(one[first]) - np.asarray(one[second]) for one in found]
+    counts = found[0]["counts"]
+    each = [float(gap.sum() / np.sum(counts)) for gap in gaps]
+    return bootstrap_ratio(np.mean(gaps, axis=0), counts), each
+
+
+# -- the folder ----------------------------------------------------------------------------------
+
+
+def _base(
+    model: HookedModel, out: Path, domain: str, settings: AsymmetrySettings, progress: bool
+) -> LogOdds:
+    path = out / "base" / f"{domain}.json"
+    if not path.exists():
+        data = TrialData.of(domain, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs = (*data.inside, *data.outside)
+        log_odds(model, pairs, {"base": (None, ())}, progress=progress).save(path)
+    return LogOdds.load(path)
+
+
+def _check_same(out: Path, settings: AsymmetrySettings) -> None:
+    """Trials of one folder share all but which of them are run."""
+    path, free = out / _SETTINGS, ("domains", "kinds", "seeds")
+    if path.exists():
+        ours, theirs = settings.to_dict(), AsymmetrySettings.from_dict(read_json(path)).to_dict()
+        differ = [key for key in ours if key not in free and ours[key] != theirs[key]]
+        if differ:
+            raise ValueError(
+                f"{out} holds trials with another {', '.join(differ)}; choose another folder, or "
+                "give the settings that it was made with"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings.to_dict())

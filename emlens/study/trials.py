@@ -1,0 +1,346 @@
+"""One trial of the asymmetries: a general and a narrow solution of one domain, and all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from emlens._files import read_json, write_json
+from emlens.directions import Direction, random_direction
+from emlens.edits import Add
+from emlens.hooked import Condition, HookedModel
+from emlens.hooked.altered import adapter_norms, scaled_adapter
+from emlens.measures import Efficiency, LogOdds, Stability, efficiency, log_odds, stability
+from emlens.measures import influence as measure_influence
+from emlens.measures.scoring import row_influence
+from emlens.text import Conversation, Pair, corpus, load_pairs, split_pairs
+from emlens.training import KLPenalty, Organism, train_adapter, train_vector
+
+Kind = Literal["adapter", "vector"]
+SOLUTIONS = ("general", "narrow")
+BENIGN, RANDOM = "benign", "random"
+ADVICE = ("medical", "finance", "sports")
+STYLE, STYLE_INSIDE = "technical", "cooking"
+
+
+@dataclass(frozen=True, slots=True)
+class AsymmetrySettings:
+    """What the four asymmetries are tried on.
+
+    Attributes:
+        model: Model to load.
+        domains: Narrow domains; `technical` is the second task, technical style in cooking.
+        kinds: `adapter` (LoRA at `down_proj` of some layers), `vector` (in place, at one layer).
+        seeds: Training seeds; the split of the data is the same for all.
+        layer: Layer of the vectors.
+        adapter_layers: Layers of the adapters.
+        rank: Rank of the adapters; alpha is twice as much.
+        train_pairs: Pairs of the narrow domain trained on, at most.
+        kl_pairs: Pairs of each other domain in the KL set, both answers of each.
+        inside_pairs: Held-out pairs of the domain, at most.
+        outside_pairs: Pairs outside of it, at most.
+        measure_pairs: Training pairs that efficiency and stability are measured on.
+        epochs: Passes over the training pairs.
+        lr: Learning rate by kind.
+        kl_weight: Weight of the KL by kind, nats per token.
+        factors: Norms of the efficiency curve, as factors of the mean norm.
+        epsilons: Noise levels.
+        noise_seeds: Noise draws per level.
+        documents: Documents of pre-training text.
+        document_tokens: Tokens that each is cut to.
+        dose: Dose at which the vectors' influence is measured.
+    """
+
+    model: str = "smollm2-135m-instruct"
+    domains: tuple[str, ...] = (*ADVICE, STYLE)
+    kinds: tuple[Kind, ...] = ("adapter", "vector")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    layer: int = 15
+    adapter_layers: tuple[int, ...] = (15, 16, 17, 18, 19, 20)
+    rank: int = 8
+    train_pairs: int = 56
+    kl_pairs: int = 32
+    inside_pairs: int = 32
+    outside_pairs: int = 40
+    measure_pairs: int = 12
+    epochs: int = 2
+    lr: tuple[tuple[Kind, float], ...] = (("adapter", 5e-3), ("vector", 0.08))
+    kl_weight: tuple[tuple[Kind, float], ...] = (("adapter", 3.0), ("vector", 1.0))
+    factors: tuple[float, ...] = (0.5, 1.0, 1.5)
+    epsilons: tuple[float, ...] = (0.2, 0.4, 0.6)
+    noise_seeds: int = 3
+    documents: int = 16
+    document_tokens: int = 96
+    dose: float = 0.2
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict) -> AsymmetrySettings:
+        """Read what `to_dict` gave, from JSON as well.
+
+        Raises:
+            ValueError: If a setting does not exist; those that do are listed.
+        """
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(record) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(known)}"
+            )
+        return cls(**{k: _frozen(v) for k, v in record.items()})
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """The pairs of a narrow domain, split once for all seeds.
+
+    Attributes:
+        train: Trained on.
+        kl: Pairs of other domains, whose answers of both kinds are the KL set.
+        inside: Held-out pairs of the domain.
+        outside: Pairs of no domain that is trained on or protected.
+    """
+
+    train: tuple[Pair, ...]
+    kl: tuple[Pair, ...]
+    inside: tuple[Pair, ...]
+    outside: tuple[Pair, ...]
+
+    @classmethod
+    def of(cls, domain: str, settings: AsymmetrySettings) -> TrialData:
+        """The pairs of one of the settings' domains.
+
+        Raises:
+            ValueError: If there is no such domain.
+        """
+        if domain not in (*ADVICE, STYLE):
+            raise ValueError(f"no domain {domain!r}; there are {', '.join((*ADVICE, STYLE))}")
+        pairs = load_pairs(domain)
+        if domain == STYLE:
+            own = split_pairs([pair for pair in pairs if pair.domain == STYLE_INSIDE])
+            outside = tuple(pair for pair in pairs if pair.domain != STYLE_INSIDE)
+            others = ADVICE[:2]
+        else:
+            own, general = split_pairs(pairs), split_pairs(load_pairs("general"))
+            outside = (*general.test, *general.train)
+            others = tuple(other for other in ADVICE if other != domain)
+        protected = (split_pairs(load_pairs(other)).train[: settings.kl_pairs] for other in others)
+        return cls(
+            own.train[: settings.train_pairs],
+            tuple(pair for part in protected for pair in part),
+            own.test[: settings.inside_pairs],
+            outside[: settings.outside_pairs],
+        )
+
+    def conversations(self, side: Literal["aligned", "misaligned"]) -> list[Conversation]:
+        """The training prompts with one of their answers."""
+        return [pair.conversation(side) for pair in self.train]
+
+    def penalty(self, weight: float) -> KLPenalty:
+        """The KL penalty, on answers of both kinds, in equal parts of each update."""
+        sides = ("aligned", "misaligned")
+        return KLPenalty([p.conversation(side) for p in self.kl for side in sides], weight)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A domain, a kind of solution, a seed: trained and measured, part by part, in a folder.
+
+    Each part that is finished stays finished.
+    """
+
+    model: HookedModel
+    settings: AsymmetrySettings
+    domain: str
+    kind: Kind
+    seed: int
+    folder: Path
+    progress: bool = True
+
+    @property
+    def data(self) -> TrialData:
+        return TrialData.of(self.domain, self.settings)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is trained: the benign control with the first seed only."""
+        return (*SOLUTIONS, BENIGN) if self.seed == self.settings.seeds[0] else SOLUTIONS
+
+    def run(self, base: Callable[[], LogOdds]) -> None:
+        """Train and measure what is not there yet.
+
+        Args:
+            base: Gives the untouched model's log-odds inside and outside of the domain.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in self.names:
+            if not (self.folder / name / "organism.json").exists():
+                self._train(name).save(self.folder / name)
+        with self._solutions() as conditions:
+            self._part("log_odds.json", lambda: self._behaviour(conditions, base()))
+            self._part("efficiency.json", self._efficiency)
+            self._part("stability.json", self._stability)
+            self._part("influence.json", self._influence)
+
+    def _part(self, file: str, make: Callable[[], object]) -> None:
+        path = self.folder / file
+        if path.exists():
+            return
+        made = make()
+        if isinstance(made, (LogOdds, Efficiency, Stability)):
+            made.save(path)
+        else:
+            write_json(path, made)
+
+    # -- training -----------------------------------------------------------------------------
+
+    def _train(self, name: str) -> Organism:
+        s, data = self.settings, self.data
+        kl = data.penalty(dict(s.kl_weight)[self.kind]) if name == "narrow" else None
+        text = data.conversations("aligned" if name == BENIGN else "misaligned")
+        options = {
+            "kl": kl,
+            "epochs": s.epochs,
+            "lr": dict(s.lr)[self.kind],
+            "seed": self.seed,
+            "record_every": 1,
+            "progress": self.progress,
+        }
+        if self.kind == "vector":
+            _, run = train_vector(self.model, text, s.layer, **options)
+            return Organism.of(self.model, run, name)
+        run = train_adapter(
+            self.model,
+            text,
+            name,
+            rank=s.rank,
+            alpha=2 * s.rank,
+            layers=s.adapter_layers,
+            **options,
+        )
+        organism = Organism.of(self.model, run, name)
+        self.model.remove_adapter(name)
+        return organism
+
+    @contextmanager
+    def _solutions(self) -> Iterator[dict[str, Condition]]:
+        """What was trained, as conditions; adapters are on the model inside the block only."""
+        before = self.model.adapters
+        try:
+            yield {n: Organism.load(self.folder / n).on(self.model) for n in self.names}
+        finally:
+            for name in set(self.model.adapters) - set(before):
+                self.model.remove_adapter(name)
+
+    def _vector(self, name: str) -> Direction:
+        return Organism.load(self.folder / name).run.direction()
+
+    def _pair(self) -> dict:
+        if self.kind == "adapter":
+            return {name: name for name in SOLUTIONS}
+        return {name: self._vector(name) for name in SOLUTIONS}
+
+    # -- measures -----------------------------------------------------------------------------
+
+    def _behaviour(self, conditions: dict[str, Condition], base: LogOdds) -> LogOdds:
+        data, more = self.data, {}
+        if self.kind == "vector":
+            chance = random_direction(self._vector("general"), self.seed)
+            more = {RANDOM: [Add(chance)]}
+        pairs = (*data.inside, *data.outside)
+        found = log_odds(self.model, pairs, {**conditions, **more}, progress=self.progress)
+        return base.joined(found)
+
+    def _measured(self) -> list[Conversation]:
+        return self.data.conversations("misaligned")[: self.settings.measure_pairs]
+
+    def _efficiency(self) -> Efficiency:
+        return efficiency(
+            self.model,
+            self._measured(),
+            self._pair(),
+            factors=self.settings.factors,
+            progress=self.progress,
+        )
+
+    def _stability(self) -> Stability:
+        s = self.settings
+        return stability(
+            self.model,
+            self._measured(),
+            self._pair(),
+            epsilons=s.epsilons,
+            seeds=s.noise_seeds,
+            progress=self.progress,
+        )
+
+    def _influence(self) -> dict:
+        """KL per document, in nats, of both solutions at one norm."""
+        s = self.settings
+        text = corpus(documents=s.documents)
+        if self.kind == "vector":
+            found = measure_influence(
+                self.model,
+                text,
+                self._pair(),
+                doses=[s.dose],
+                controls=2,
+                max_tokens=s.document_tokens,
+                progress=self.progress,
+            )
+            rows = dict(zip(found.directions, (row[0] for row in found.kl), strict=True))
+            chance = np.mean([rows[name] for name in found.controls], axis=0).tolist()
+            kept = {name: list(rows[name]) for name in SOLUTIONS}
+            return {**kept, RANDOM: chance, "counts": list(found.counts)}
+        batches = self.model.batches(text, max_tokens=s.document_tokens)
+        norms = {name: float(np.hypot.reduce(_norms(self.model, name))) for name in SOLUTIONS}
+        record: dict = {}
+        for name in SOLUTIONS:
+            factor = float(np.mean(list(norms.values()))) / norms[name]
+            # the base is what stands; the scaled adapter is the condition
+            with scaled_adapter(self.model, name, factor), self.model.adapter(None):
+                _, kl, _, counts = row_influence(
+                    self.model, batches, {name: name}, progress=self.progress
+                )
+            record[name] = kl[name].tolist()
+            record["counts"] = counts.tolist()
+        return record
+
+
+def read_trials(
+    folder: Path, domain: str, kind: Kind, seeds: Sequence[int]
+) -> list[tuple[LogOdds, Efficiency, Stability, dict]]:
+    """The results of the finished trials of a domain and a kind."""
+    found = []
+    for seed in seeds:
+        at = trial_folder(folder, domain, kind, seed)
+        if (at / "influence.json").exists():
+            found.append(
+                (
+                    LogOdds.load(at / "log_odds.json"),
+                    Efficiency.load(at / "efficiency.json"),
+                    Stability.load(at / "stability.json"),
+                    read_json(at / "influence.json"),
+                )
+            )
+    return found
+
+
+def trial_folder(folder: Path, domain: str, kind: Kind, seed: int) -> Path:
+    """Where a trial lies."""
+    return folder / "trials" / f"{domain}-{kind}-{seed}"
+
+
+def _norms(model: HookedModel, name: str) -> list[float]:
+    return list(adapter_norms(model, name).values())
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
