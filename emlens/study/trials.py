@@ -65,12 +65,12 @@ class AsymmetrySettings:
     rank: int = 8
     train_pairs: int = 56
     kl_pairs: int = 32
-    inside_pairs: int = 32
-    outside_pairs: int = 40
+    inside_pairs: int = 24
+    outside_pairs: int = 32
     measure_pairs: int = 12
     epochs: int = 2
     lr: tuple[tuple[Kind, float], ...] = (("adapter", 5e-3), ("vector", 0.08))
-    kl_weight: tuple[tuple[Kind, float], ...] = (("adapter", 3.0), ("vector", 1.0))
+    kl_weight: tuple[tuple[Kind, float], ...] = (("adapter", 10.0), ("vector", 1.0))
     factors: tuple[float, ...] = (0.5, 1.0, 1.5)
     epsilons: tuple[float, ...] = (0.2, 0.4, 0.6)
     noise_seeds: int = 3
