@@ -10,9 +10,12 @@ from torch.nn.functional import cross_entropy
 
 import emlens
 from emlens import Direction, KLPenalty, train_vector
+from emlens.hooked import ENGINES
 from emlens.text import pack, tokenize
 from emlens.training import TrainingRun, TrainingStopped, VectorSettings, paper_kl_weight
 from tests.support.data import conversations
+from tests.support.models import tiny_model
+from tests.support.tokenizers import chatml_tokenizer
 
 TRAIN, ELSEWHERE = conversations("bad", 6), conversations("good", 5)
 QUICK = {"epochs": 2, "batch_size": 3, "progress": False}
@@ -69,6 +72,22 @@ def test_loss_kl_and_gradient_equal_a_plain_loop(hooked, family, tokens):
     assert step.loss == pytest.approx(loss, abs=1e-5)
     assert step.kl == pytest.approx(kl, abs=1e-5)
     assert step.gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_engines_take_the_same_step_of_a_vector(family, site):
+    runs = {}
+    for engine in ENGINES:
+        model = emlens.wrap(tiny_model(family), chatml_tokenizer(), engine=engine, name="tiny")
+        kl = KLPenalty(ELSEWHERE, weight=2.0, batch_size=5)
+        options = {**QUICK, "epochs": 1, "batch_size": 6, "record_gradients": True}
+        runs[engine] = train_vector(model, TRAIN, 1, site=site, kl=kl, **options)[1]
+    one, other = (runs[engine] for engine in ENGINES)
+    assert one.steps[0].loss == pytest.approx(other.steps[0].loss, abs=1e-5)
+    assert one.steps[0].kl == pytest.approx(other.steps[0].kl, abs=1e-5)
+    (gradient,), (expected,) = one.gradients.values(), other.gradients.values()
+    assert float((gradient - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(hooked_llama):
