@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -32,7 +32,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
+        """Read what `save` wrote; a field that has a default may be missing.
 
         Raises:
             ValueError: If the file holds another kind of result, or lacks a field.
@@ -41,10 +41,16 @@ class Result:
         if not isinstance(record, dict) or record.pop("kind", None) != cls.__name__:
             raise ValueError(f"{path} does not hold a {cls.__name__}")
         known = {item.name for item in fields(cls)}
-        if set(record) != known:
+        later = {
+            item.name
+            for item in fields(cls)
+            if item.default is not MISSING or item.default_factory is not MISSING
+        }
+        missing, unknown = known - later - set(record), set(record) - known
+        if missing or unknown:
             raise ValueError(
                 f"{path} does not fit this version of {cls.__name__}: "
-                f"missing {sorted(known - set(record))}, unknown {sorted(set(record) - known)}"
+                f"missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         return cls(**{name: _frozen(value) for name, value in record.items()})
 

@@ -1,5 +1,6 @@
 """One interface to a hooked model, and what is measured on its hidden states."""
 
+from emlens.hooked.altered import adapter_norms, noisy_adapter, noisy_weights, scaled_adapter
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
 from emlens.hooked.load import ENGINES, load, wrap
 from emlens.hooked.losses import (
@@ -34,6 +35,7 @@ __all__ = [
     "SiteName",
     "Targets",
     "Where",
+    "adapter_norms",
     "check_layers",
     "check_site",
     "deepest_prefix",
@@ -42,7 +44,10 @@ __all__ = [
     "kl_sum",
     "load",
     "loss_sum",
+    "noisy_adapter",
+    "noisy_weights",
     "response_losses",
+    "scaled_adapter",
     "sweep_hidden",
     "token_kl",
     "token_losses",

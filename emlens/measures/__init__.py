@@ -4,15 +4,18 @@ from emlens.measures.efficiency import Efficiency, efficiency
 from emlens.measures.influence import Influence, influence
 from emlens.measures.log_odds import LogOdds, log_odds
 from emlens.measures.stability import Stability, perturbed, stability
+from emlens.measures.weight_noise import WeightNoise, weight_noise
 
 __all__ = [
     "Efficiency",
     "Influence",
     "LogOdds",
     "Stability",
+    "WeightNoise",
     "efficiency",
     "influence",
     "log_odds",
     "perturbed",
     "stability",
+    "weight_noise",
 ]

@@ -1,37 +1,59 @@
-"""Efficiency: how low a direction brings the finetuning loss, at matched norm."""
+"""Efficiency: how low vectors and adapters bring the finetuning loss, at matched strength."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
-from emlens.directions import Direction
-from emlens.edits import Add
-from emlens.hooked import HookedModel
-from emlens.measures.grids import dose_of, factors_to_norms, named
-from emlens.measures.scoring import row_losses
+from emlens.directions import Directions
+from emlens.hooked import HookedModel, check_layers
+from emlens.measures.grids import displaced_grid, norm_grid, own_grid
+from emlens.measures.solutions import BASE, read_solutions, variant_losses
 from emlens.text import Conversation, TokenMask
+
+Match = Literal["norm", "own", "displacement"]
+"""What is the same for all solutions at a point of the grid: the norm, the factor on the norm
+that each came with, or how far the residual stream is displaced."""
+
+FACTORS = tuple(np.linspace(0, 2, 9))
+
+REMARK = (
+    "loss / norm^2 falls with the norm by itself: it compares two solutions only at the same norm, "
+    "or each at the norm where it reaches the same loss."
+)
 
 
 @dataclass(frozen=True)
 class Efficiency(Result):
-    """Loss on the finetuning data against the norm of what is added.
+    """Loss on the finetuning data against the strength of a solution.
+
+    A point of the grid is named by its value: a norm, or what `match` says.
 
     Attributes:
-        directions: Names of the directions.
+        directions: Names of the solutions: vectors or adapters.
         constructions: How each was made.
-        norms: The common grid of norms, `[m]`, units of the residual stream.
+        norms: The common grid of norms, `[m]`: units of the residual stream for vectors,
+            `||scale * B A||_F` for adapters. Empty where something else is matched.
         doses: The same as shares of the median residual norm (NaN where that is unknown).
         sums: Summed loss in nats, `[directions, m, conversations]`.
         counts: Counted tokens per conversation.
-        own_norms: Norm that each direction came with.
+        own_norms: Norm that each solution came with.
         tokens: Mask of the tokens that counted.
         seed: Seed of the bootstrap over conversations.
+        kinds: `"vector"` or `"adapter"`, per solution; a vector where it is not said.
+        match: What is the same for all at a point of the grid.
+        levels: The grid, `[m]`, where it is not of norms: factors of the own norms, or
+            displacements as shares of the median residual norm.
+        factors: Factor on each solution, `[m]`, where norms are not matched.
+        displacements: Displacement that was measured at each point, `[m]` per solution, where
+            that is matched.
+        place: Where it was measured.
     """
 
     directions: tuple[str, ...]
@@ -43,118 +65,276 @@ class Efficiency(Result):
     own_norms: dict[str, float]
     tokens: str = "response"
     seed: int = 0
+    kinds: dict[str, str] = field(default_factory=dict)
+    match: str = "norm"
+    levels: tuple[float, ...] = ()
+    factors: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    displacements: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    place: str = ""
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The values by which points are named, `[m]`."""
+        return self.norms if self.match == "norm" else self.levels
+
+    def norms_of(self, direction: str) -> np.ndarray:
+        """Norm of a solution at each point of the grid, `[m]`."""
+        self._of(direction)
+        if self.match == "norm":
+            return np.asarray(self.norms)
+        return np.asarray(self.factors[direction]) * self.own_norms[direction]
 
     def loss(self, direction: str, norm: float) -> Interval:
-        """Loss in nats per token at one norm of the grid, with its interval."""
-        i, j = self.directions.index(direction), self._place(norm)
-        return bootstrap_ratio(self.sums[i][j], self.counts, seed=self.seed)
+        """Loss in nats per token at one point of the grid, with its interval."""
+        return bootstrap_ratio(self._of(direction)[self._place(norm)], self.counts, seed=self.seed)
 
     def difference(self, first: str, second: str, norm: float) -> Interval:
-        """Paired difference of loss, `first - second`, at the same norm, nats per token."""
-        a, b, j = self.directions.index(first), self.directions.index(second), self._place(norm)
-        gap = np.asarray(self.sums[a][j]) - np.asarray(self.sums[b][j])
+        """Paired difference of loss, `first - second`, at the same point, nats per token."""
+        place = self._place(norm)
+        gap = self._of(first)[place] - self._of(second)[place]
         return bootstrap_ratio(gap, self.counts, seed=self.seed)
 
+    def area(self, first: str, second: str) -> Interval:
+        """Area between two curves, `first - second`, over the width of the grid.
+
+        The mean difference of loss over the grid in nats per token (trapezoids), paired by
+        conversation; negative where `first` has the lower loss.
+
+        Raises:
+            ValueError: If the grid has no width.
+        """
+        grid = np.asarray(self.grid)
+        order = np.argsort(grid)
+        steps = np.diff(grid[order])
+        if not steps.sum() > 0:
+            raise ValueError(
+                f"an area needs at least two points on the grid; there is {list(self.grid)}"
+            )
+        weights = np.zeros(len(grid))
+        weights[order[:-1]] += steps / 2
+        weights[order[1:]] += steps / 2
+        gap = weights @ (self._of(first) - self._of(second)) / steps.sum()
+        return bootstrap_ratio(gap, self.counts, seed=self.seed)
+
+    def norm_at(self, direction: str, loss: float) -> float:
+        """Smallest norm at which a solution reaches a loss; NaN where it does not on the grid.
+
+        Interpolated between the points. `loss / norm_at(...)**2` is the ratio at matched loss.
+
+        Args:
+            direction: A solution.
+            loss: Loss in nats per token.
+        """
+        norms = self.norms_of(direction)
+        order = np.argsort(norms)
+        norms, losses = norms[order], self._curve(direction)[order]
+        reached = np.flatnonzero(losses <= loss)
+        if not len(reached):
+            return float("nan")
+        last = int(reached[0])
+        if last == 0:
+            return float(norms[0])
+        share = (losses[last - 1] - loss) / (losses[last - 1] - losses[last])
+        return float(norms[last - 1] + share * (norms[last] - norms[last - 1]))
+
     def table(self) -> pd.DataFrame:
-        """One row per direction and norm.
+        """One row per solution and point of the grid.
 
         `loss / norm^2` is the ratio of arXiv 2602.07852 (Fig. 4a); it falls with the norm by
-        itself, so it says something only between directions at the same norm.
+        itself, so it says something only between solutions at the same norm, or at the same
+        loss (`norm_at`).
         """
         rows = []
         for name in self.directions:
-            for norm, dose in zip(self.norms, self.doses, strict=True):
-                loss = self.loss(name, norm)
-                rows.append(
-                    {
-                        "direction": name,
-                        "norm": norm,
-                        "dose": dose,
-                        "loss [nats/token]": loss.estimate,
-                        "low": loss.low,
-                        "high": loss.high,
-                        "loss / norm^2": loss.estimate / norm**2 if norm else float("nan"),
-                    }
-                )
+            norms = self.norms_of(name)
+            for j, (level, norm) in enumerate(zip(self.grid, norms, strict=True)):
+                loss = self.loss(name, level)
+                row = {"direction": name, "norm": norm}
+                row |= {"dose": self.doses[j]} if self.match == "norm" else {}
+                if self.match != "norm":
+                    row["factor of own norm"] = self.factors[name][j]
+                if self.match == "displacement":
+                    row["displacement asked"] = level
+                    row["displacement [share of median residual norm]"] = self.displacements[name][
+                        j
+                    ]
+                row |= {
+                    "loss [nats/token]": loss.estimate,
+                    "low": loss.low,
+                    "high": loss.high,
+                    "loss / norm^2": loss.estimate / norm**2 if norm else float("nan"),
+                }
+                rows.append(row)
         return pd.DataFrame(rows)
 
     def plot(self, ax=None):
-        """Loss against dose (norm, where doses are unknown), with bands."""
+        """Loss against dose, or whatever the grid is of, with bands."""
         from emlens.figures import line_bands
 
-        known = not np.isnan(self.doses).any()
-        x = np.asarray(self.doses if known else self.norms)
-        frame = self.table()
-        curves = {}
+        frame, curves = self.table(), {}
         for name, part in frame.groupby("direction", sort=False):
             y, low, high = (part[c].to_numpy() for c in ("loss [nats/token]", "low", "high"))
-            curves[str(name)] = (x, y, low, high)
-        unit = "dose [share of median residual norm]" if known else "norm of what is added"
+            curves[str(name)] = (self._across(str(name)), y, low, high)
         return line_bands(
-            curves, x_label=unit, y_label="loss on finetuning data [nats/token]", ax=ax
+            curves,
+            x_label=self._across_label(),
+            y_label="loss on finetuning data [nats/token]",
+            ax=ax,
         )
 
-    def _place(self, norm: float) -> int:
-        return int(np.argmin(np.abs(np.asarray(self.norms) - norm)))
+    def plot_ratio(self, ax=None):
+        """`loss / norm^2` against the same axis as `plot`: see `table` for what it says."""
+        from emlens.figures import line_bands
+
+        curves = {
+            str(name): (self._across(str(name)), part["loss / norm^2"].to_numpy())
+            for name, part in self.table().groupby("direction", sort=False)
+        }
+        return line_bands(
+            curves,
+            x_label=self._across_label(),
+            y_label="loss / norm² [nats/token, norm in its own unit]",
+            title="compares only at the same norm, or at the same loss",
+            y_scale="log",
+            ax=ax,
+        )
+
+    def _repr_html_(self) -> str:
+        return f"{super()._repr_html_()}<p>{REMARK}</p>"
+
+    def _across(self, direction: str) -> np.ndarray:
+        if self.match == "displacement":
+            return np.asarray(self.displacements[direction])
+        known = self.match == "norm" and not np.isnan(self.doses).any()
+        return np.asarray(self.doses if known else self.grid)
+
+    def _across_label(self) -> str:
+        if self.match == "displacement":
+            return f"displacement at {self.place} [share of median residual norm]"
+        if self.match == "own":
+            return "strength [share of own norm]"
+        if not np.isnan(self.doses).any():
+            return "dose [share of median residual norm]"
+        adapters = "adapter" in self.kinds.values()
+        return "norm of the adapter [||scale * B A||]" if adapters else "norm of what is added"
+
+    def _of(self, direction: str) -> np.ndarray:
+        """Summed losses of one solution, `[m, conversations]`."""
+        if direction not in self.directions:
+            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
+        return np.asarray(self.sums[self.directions.index(direction)])
+
+    def _curve(self, direction: str) -> np.ndarray:
+        return self._of(direction).sum(1) / np.sum(self.counts)
+
+    def _place(self, level: float) -> int:
+        return int(np.argmin(np.abs(np.asarray(self.grid) - level)))
 
 
 def efficiency(
     model: HookedModel,
     conversations: Sequence[Conversation],
-    directions: Mapping[str, Direction],
+    directions: Mapping[str, Directions | str],
     *,
     norms: Sequence[float] | None = None,
-    factors: Sequence[float] = tuple(np.linspace(0, 2, 9)),
+    factors: Sequence[float] = FACTORS,
+    match: Match = "norm",
+    displacements: Sequence[float] | None = None,
+    layer: int | None = None,
     tokens: TokenMask = "response",
     token_budget: int = 2048,
     seed: int = 0,
     progress: bool = False,
 ) -> Efficiency:
-    """Return the loss on finetuning data for each direction, rescaled to matched norms.
+    """Return the loss on finetuning data for vectors and adapters, at matched strength.
+
+    A vector's norm is that of what it adds, over several layers the root of the sum of squares;
+    an adapter's is `||scale * B A||_F`, likewise over its modules. Norms of the two have no
+    common unit: vectors and adapters are compared by the displacement they cause.
 
     Args:
         model: The model.
         conversations: Finetuning data.
-        directions: Named directions; all are put on the same grid of norms.
-        norms: The grid, units of the residual stream; `factors` times the mean of the
-            directions' own norms by default (arXiv 2602.07852 uses 0 to 2 times).
-        factors: See `norms`.
+        directions: What is compared, by name: a direction, directions of several layers, or the
+            name of an adapter on the model.
+        norms: The grid of norms; `factors` times the mean of the own norms by default
+            (arXiv 2602.07852 uses 0 to 2 times).
+        factors: See `norms` and `match`.
+        match: `"norm"` puts all on one grid of norms; `"own"` scales each to `factors` times its
+            own norm, 1 being the solution exactly; `"displacement"` scales each so that it
+            displaces the residual stream alike.
+        displacements: The grid for that, as shares of the median residual norm; by default
+            `factors` times the geometric mean of those of the solutions as they are.
+        layer: Where the displacement is measured, at `resid_post`; the last layer by default.
         tokens: Tokens that count.
         token_budget: Padded tokens of a batch.
         seed: Seed of the bootstrap over conversations.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If there is nothing to compare, or a norm is negative.
+        ValueError: If there is nothing to compare, a direction is zero or of another width, an
+            adapter does not exist or is no plain LoRA, a norm is negative or not finite, norms of
+            vectors and adapters are to be matched, or a displacement is out of reach.
+        TypeError: If something is neither directions nor the name of an adapter.
     """
-    named(directions)
-    grid = factors_to_norms(directions, factors) if norms is None else [float(n) for n in norms]
-    if min(grid) < 0:
-        raise ValueError(f"norms must not be negative; got {min(grid):g}")
-    conditions = {"base": []} | {
-        f"{name} {j}": [Add(direction.scaled_to(norm))]
-        for name, direction in directions.items()
-        for j, norm in enumerate(grid)
-        if norm > 0
-    }
+    _check_match(match, norms, displacements, layer)
+    solutions = read_solutions(model, directions)
     batches = model.batches(conversations, token_budget=token_budget)
-    sums, counts = row_losses(
-        model, batches, conditions, tokens=tokens, progress=progress, description="efficiency"
+    if match == "norm":
+        grid = norm_grid(solutions, norms, factors)
+    elif match == "own":
+        grid = own_grid(solutions, factors)
+    else:
+        at = check_layers(model.n_layers - 1 if layer is None else layer, model.n_layers)[0]
+        grid = displaced_grid(model, batches, solutions, displacements, factors, at, tokens)
+    variants = {
+        f"{name} {j}": variant
+        for name, of_name in grid.variants.items()
+        for j, variant in enumerate(of_name)
+        if variant is not None
+    }
+    sums, counts = variant_losses(
+        model, batches, variants, tokens=tokens, progress=progress, description="efficiency"
     )
     return Efficiency(
-        directions=tuple(directions),
-        constructions={name: d.provenance.construction for name, d in directions.items()},
-        norms=tuple(grid),
-        doses=tuple(dose_of(directions, norm) for norm in grid),
+        directions=tuple(solutions),
+        constructions={name: one.construction for name, one in solutions.items()},
+        norms=grid.norms,
+        doses=grid.doses,
         sums=tuple(
             tuple(
-                tuple(sums[f"{name} {j}" if norm > 0 else "base"].tolist())
-                for j, norm in enumerate(grid)
+                tuple(sums[BASE if variant is None else f"{name} {j}"].tolist())
+                for j, variant in enumerate(of_name)
             )
-            for name in directions
+            for name, of_name in grid.variants.items()
         ),
         counts=tuple(counts.tolist()),
-        own_norms={name: d.norm for name, d in directions.items()},
+        own_norms={name: one.norm for name, one in solutions.items()},
         tokens=tokens,
         seed=seed,
+        kinds={name: one.kind for name, one in solutions.items()},
+        match=match,
+        levels=grid.levels,
+        factors=grid.factors,
+        displacements=grid.displacements,
+        place=grid.place,
     )
+
+
+def _check_match(
+    match: str,
+    norms: Sequence[float] | None,
+    displacements: Sequence[float] | None,
+    layer: int | None,
+) -> None:
+    if match not in get_args(Match):
+        raise ValueError(f"unknown match {match!r}; choose {', '.join(get_args(Match))}")
+    if norms is not None and match != "norm":
+        raise ValueError(f'norms are a grid for match="norm", not for match={match!r}')
+    if match != "displacement" and (displacements is not None or layer is not None):
+        what = (
+            "a layer is given, but it is"
+            if displacements is None
+            else "displacements are given, but they are"
+        )
+        raise ValueError(f'{what} for match="displacement"')

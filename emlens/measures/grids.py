@@ -1,12 +1,125 @@
-"""Grids of norms and doses that several directions share."""
+"""Grids of norms, factors and displacements that several solutions share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from emlens.directions import Direction
+from emlens.hooked import HookedModel
+from emlens.measures.displacement import SITE, displacements, factors_for
+from emlens.measures.solutions import Solution, Variant, VectorSolution
+from emlens.text import TokenBatch, TokenMask
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The strengths at which solutions are scored, `[m]` of each.
+
+    Attributes:
+        variants: Each solution at each point; None is the base, at strength zero.
+        norms: The common norms, where these are matched.
+        doses: The same as shares of the median residual norm.
+        levels: The common factors or displacements, where these are matched.
+        factors: Factor on each solution, where norms are not matched.
+        displacements: What was measured at each point, where that is matched.
+        place: Where it was measured.
+    """
+
+    variants: dict[str, list[Variant | None]]
+    norms: tuple[float, ...] = ()
+    doses: tuple[float, ...] = ()
+    levels: tuple[float, ...] = ()
+    factors: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    displacements: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    place: str = ""
+
+
+def norm_grid(
+    solutions: Mapping[str, Solution], norms: Sequence[float] | None, factors: Sequence[float]
+) -> Grid:
+    """All solutions at the same norms: those given, or factors of their mean.
+
+    Raises:
+        ValueError: If a norm is negative or not finite, or vectors and adapters are mixed.
+    """
+    one_kind(solutions)
+    given = factors_to_norms(solutions, factors) if norms is None else norms
+    grid = checked_grid(given, "norms")
+    variants = {
+        name: [one.at_norm(norm) if norm > 0 else None for norm in grid]
+        for name, one in solutions.items()
+    }
+    doses = tuple(dose_of(solutions, norm) for norm in grid)
+    return Grid(variants, norms=tuple(grid), doses=doses)
+
+
+def own_grid(solutions: Mapping[str, Solution], factors: Sequence[float]) -> Grid:
+    """Each solution at factors of its own norm.
+
+    Raises:
+        ValueError: If a factor is negative or not finite.
+    """
+    grid = checked_grid(factors, "factors")
+    return Grid(
+        {n: [one.times(f) if f > 0 else None for f in grid] for n, one in solutions.items()},
+        levels=tuple(grid),
+        factors={name: tuple(grid) for name in solutions},
+    )
+
+
+def displaced_grid(
+    model: HookedModel,
+    batches: Sequence[TokenBatch],
+    solutions: Mapping[str, Solution],
+    targets: Sequence[float] | None,
+    factors: Sequence[float],
+    layer: int,
+    tokens: TokenMask,
+) -> Grid:
+    """Each solution at the strengths at which it displaces the residual stream alike.
+
+    Args:
+        model: The model.
+        batches: Tokens that the displacement is measured on.
+        solutions: What displaces it.
+        targets: Displacements; by default `factors` times the geometric mean of those of the
+            solutions as they are.
+        factors: See `targets`.
+        layer: Where it is measured.
+        tokens: Tokens that count.
+
+    Raises:
+        ValueError: If a displacement is negative, not finite or out of reach, or a solution
+            displaces nothing at that layer.
+    """
+    measure = partial(displacements, model, batches, layer=layer, tokens=tokens)
+    own = measure({name: one.as_it_is() for name, one in solutions.items()})
+    for name, displaced in own.items():
+        if displaced == 0:
+            raise ValueError(
+                f"{name!r} displaces nothing at {SITE} of layer {layer}; measure it at a layer "
+                "above those that it acts at"
+            )
+    # geometric: one that displaces many times more shall not set the grid for all
+    mean = float(np.exp(np.mean(np.log(list(own.values())))))
+    given = [float(factor) * mean for factor in factors] if targets is None else targets
+    grid = checked_grid(given, "displacements")
+    known = {name: [(1.0, displaced)] for name, displaced in own.items()}
+    found = factors_for(solutions, grid, measure, known)
+    return Grid(
+        {
+            name: [one.times(factor) if factor > 0 else None for factor, _ in found[name]]
+            for name, one in solutions.items()
+        },
+        levels=tuple(grid),
+        factors={name: tuple(factor for factor, _ in at) for name, at in found.items()},
+        displacements={name: tuple(moved for _, moved in at) for name, at in found.items()},
+        place=f"{SITE} of layer {layer}",
+    )
 
 
 def named(directions: Mapping[str, Direction]) -> None:
@@ -27,19 +140,61 @@ def named(directions: Mapping[str, Direction]) -> None:
             raise ValueError(f"direction {name!r} is zero: it has no influence to measure")
 
 
-def factors_to_norms(directions: Mapping[str, Direction], factors: Sequence[float]) -> list[float]:
-    """Factors of the mean norm of the directions."""
-    mean = float(np.mean([direction.norm for direction in directions.values()]))
+def checked_grid(values: Sequence[float], what: str) -> list[float]:
+    """Return the values of a grid, checked.
+
+    Args:
+        values: Norms, factors or displacements.
+        what: What errors call them.
+
+    Raises:
+        ValueError: If there are none, or one is negative or not finite.
+    """
+    grid = [float(value) for value in values]
+    if not grid:
+        raise ValueError(f"no {what} were given; give at least one")
+    if not np.isfinite(grid).all():
+        raise ValueError(f"{what} must be finite; got {grid}")
+    if min(grid) < 0:
+        raise ValueError(f"{what} must not be negative; got {min(grid):g}")
+    return grid
+
+
+def factors_to_norms(solutions: Mapping[str, Solution], factors: Sequence[float]) -> list[float]:
+    """Factors of the mean norm of the solutions."""
+    mean = float(np.mean([solution.norm for solution in solutions.values()]))
     return [float(factor) * mean for factor in factors]
 
 
-def residual_size(directions: Mapping[str, Direction]) -> float:
-    """Median residual norm that the directions share, or NaN where it is unknown or differs."""
-    sizes = {d.residual_norm for d in directions.values() if d.residual_norm is not None}
-    places = {(d.layer, d.site) for d in directions.values()}
-    return float(np.mean(list(sizes))) if sizes and len(places) == 1 else float("nan")
+def one_kind(solutions: Mapping[str, Solution]) -> None:
+    """Refuse a common grid of norms for vectors and adapters together.
+
+    Raises:
+        ValueError: If there are both.
+    """
+    kinds = {solution.kind: name for name, solution in solutions.items()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{kinds['vector']!r} is a vector and {kinds['adapter']!r} an adapter: their norms "
+            "have different units (residual stream, weights) and no common grid; use "
+            'match="displacement", which both have in common, or match="own"'
+        )
 
 
-def dose_of(directions: Mapping[str, Direction], norm: float) -> float:
-    """A norm as a share of the residual norm that the directions share."""
-    return norm / residual_size(directions)
+def residual_size(solutions: Mapping[str, Solution]) -> float:
+    """Median residual norm that single-layer vectors share, or NaN where there is no one."""
+    directions = [
+        one.directions
+        for one in solutions.values()
+        if isinstance(one, VectorSolution) and isinstance(one.directions, Direction)
+    ]
+    sizes = {d.residual_norm for d in directions if d.residual_norm is not None}
+    places = {(d.layer, d.site) for d in directions}
+    if not sizes or len(places) != 1 or len(directions) != len(solutions):
+        return float("nan")
+    return float(np.mean(list(sizes)))
+
+
+def dose_of(solutions: Mapping[str, Solution], norm: float) -> float:
+    """A norm as a share of the residual norm that the solutions share."""
+    return norm / residual_size(solutions)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
-from emlens.directions import Direction
-from emlens.edits import Add
-from emlens.hooked import Edit, HookedModel
-from emlens.measures.grids import named
-from emlens.measures.scoring import row_losses
+from emlens.directions import Directions
+from emlens.hooked import HookedModel
+from emlens.measures.solutions import BASE, Axes, Variant, perturbed, read_solutions, variant_losses
 from emlens.text import Conversation, TokenMask
 
+__all__ = ["EPSILONS", "Stability", "perturbed", "stability"]
+
 EPSILONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+Noise = Literal["random"] | Axes | Mapping[str, Directions]
+"""`"random"`, or directions that span what the noise is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,16 @@ class Stability(Result):
     """Loss under noise, and its relative increase: 0% untouched, 100% back at the base model.
 
     Attributes:
-        directions: Names of the directions.
+        directions: Names of the solutions: vectors or adapters.
         constructions: How each was made.
-        norms: Norm of each, which the noise preserves.
+        norms: Norm of each, which the noise preserves (of an adapter those of `A` and `B`).
         epsilons: Noise levels, `[m]`.
-        seeds: Noise seeds, the same for every direction.
-        base_loss: Loss of the model without any direction, nats per token.
-        losses: Loss of each direction untouched, nats per token.
+        seeds: Noise seeds, the same for every solution.
+        base_loss: Loss of the model without any solution, nats per token.
+        losses: Loss of each solution untouched, nats per token.
         perturbed: `[directions, m, seeds]`, nats per token.
+        kinds: `"vector"` or `"adapter"`, per solution; a vector where it is not said.
+        noise: What the noise was drawn from.
     """
 
     directions: tuple[str, ...]
@@ -44,19 +49,22 @@ class Stability(Result):
     base_loss: float
     losses: dict[str, float]
     perturbed: tuple[tuple[tuple[float, ...], ...], ...]
+    kinds: dict[str, str] = field(default_factory=dict)
+    noise: str = "random"
 
     def gain(self, direction: str) -> float:
-        """How much the untouched direction lowers the loss, nats per token."""
+        """How much the untouched solution lowers the loss, nats per token."""
+        self._check(direction)
         return self.base_loss - self.losses[direction]
 
     def increase(self, direction: str) -> np.ndarray:
         """Relative loss increase in percent, `[epsilons, seeds]`.
 
-        `100 (L_perturbed - L_direction) / (L_base - L_direction)`; NaN where the direction does
+        `100 (L_perturbed - L_direction) / (L_base - L_direction)`; NaN where the solution does
         not lower the loss, so that there is nothing to lose.
         """
-        perturbed = np.asarray(self.perturbed[self.directions.index(direction)])
         gain = self.gain(direction)
+        perturbed = np.asarray(self.perturbed[self.directions.index(direction)])
         return 100 * (perturbed - self.losses[direction]) / (gain if gain > 0 else float("nan"))
 
     def mean_increase(self, direction: str, epsilon: float) -> Interval:
@@ -64,12 +72,36 @@ class Stability(Result):
         return mean_over_seeds(self.increase(direction)[self._place(epsilon)])
 
     def difference(self, first: str, second: str, epsilon: float) -> Interval:
-        """Difference of the increases in percent, paired by seed."""
+        """Difference of the increases in percent, `first - second`, paired by seed."""
         place = self._place(epsilon)
         return mean_over_seeds(self.increase(first)[place] - self.increase(second)[place])
 
+    def half_lives(self, direction: str) -> np.ndarray:
+        """Noise level at which half of the gain is lost first, `[seeds]`.
+
+        Interpolated between the levels, from no loss at level 0; NaN where half is not lost up
+        to the highest level, or there is no gain to lose.
+        """
+        epsilons = np.asarray(self.epsilons)
+        order = np.argsort(epsilons)
+        levels = np.concatenate([[0.0], epsilons[order]])
+        curves = self.increase(direction)[order]
+        return np.array([_crossing(levels, np.concatenate([[0.0], y]), 50.0) for y in curves.T])
+
+    def half_life(self, direction: str) -> Interval:
+        """Mean over seeds of the noise level at which half of the gain is lost, with t interval.
+
+        NaN where a seed does not come that far: a mean over the others would be too low.
+        `summary` says how many do.
+        """
+        return mean_over_seeds(self.half_lives(direction))
+
+    def half_life_difference(self, first: str, second: str) -> Interval:
+        """Difference of the half-lives, `first - second`, paired by seed; NaN as `half_life`."""
+        return mean_over_seeds(self.half_lives(first) - self.half_lives(second))
+
     def table(self) -> pd.DataFrame:
-        """One row per direction and noise level."""
+        """One row per solution and noise level."""
         rows = []
         for name in self.directions:
             for epsilon in self.epsilons:
@@ -87,6 +119,24 @@ class Stability(Result):
                 )
         return pd.DataFrame(rows)
 
+    def summary(self) -> pd.DataFrame:
+        """One row per solution: its gain, and the noise level at which half of it is lost."""
+        rows = []
+        for name in self.directions:
+            half = self.half_life(name)
+            rows.append(
+                {
+                    "direction": name,
+                    "norm": self.norms[name],
+                    "gain [nats/token]": self.gain(name),
+                    "half lost at epsilon": half.estimate,
+                    "low": half.low,
+                    "high": half.high,
+                    "note": self._note(name),
+                }
+            )
+        return pd.DataFrame(rows)
+
     def plot(self, ax=None):
         """Relative loss increase against the noise level, with bands over seeds."""
         from emlens.figures import line_bands
@@ -99,8 +149,27 @@ class Stability(Result):
             curves,
             x_label="noise level epsilon (norm kept)",
             y_label="loss increase [% of the gain]",
+            reference=(50, "half of the gain"),
             ax=ax,
         )
+
+    def _repr_html_(self) -> str:
+        halves = self.summary().to_html(index=False, float_format="%.3f", escape=True)
+        return f"{super()._repr_html_()}{halves}"
+
+    def _note(self, direction: str) -> str:
+        if self.gain(direction) <= 0:
+            return "no gain to lose"
+        beyond = int(np.isnan(self.half_lives(direction)).sum())
+        if not beyond:
+            return ""
+        highest = f"beyond the highest level ({max(self.epsilons):g})"
+        of = "" if beyond == len(self.seeds) else f" for {beyond} of {len(self.seeds)} seeds"
+        return f"{highest}{of}"
+
+    def _check(self, direction: str) -> None:
+        if direction not in self.directions:
+            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
 
     def _place(self, epsilon: float) -> int:
         return int(np.argmin(np.abs(np.asarray(self.epsilons) - epsilon)))
@@ -109,78 +178,106 @@ class Stability(Result):
 def stability(
     model: HookedModel,
     conversations: Sequence[Conversation],
-    directions: Mapping[str, Direction],
+    directions: Mapping[str, Directions | str],
     *,
     epsilons: Sequence[float] = EPSILONS,
     seeds: int = 3,
+    noise: Noise = "random",
     tokens: TokenMask = "response",
     token_budget: int = 2048,
     seed: int = 0,
     progress: bool = False,
 ) -> Stability:
-    """Perturb each direction, its norm kept, and return what that does to its loss.
+    """Perturb each solution, its norm kept, and return what that does to its loss.
 
     `x' = sqrt(1 - eps^2) x + eps y`, `y` random, orthogonal to `x`, of equal norm
-    (arXiv 2602.07852, Fig. 4). All directions meet the same noise, seed by seed.
+    (arXiv 2602.07852, Fig. 4). Vectors of several layers are perturbed layer by layer; of an
+    adapter, `A` and `B` of every module, each apart. All solutions meet the same noise, seed by
+    seed, as far as their shapes agree.
 
     Args:
         model: The model.
         conversations: Finetuning data.
-        directions: Named directions.
+        directions: What is perturbed, by name: a direction, directions of several layers, or the
+            name of an adapter on the model.
         epsilons: Noise levels between 0 and 1.
         seeds: Number of noise draws.
+        noise: `"random"` for all directions of the residual stream; or directions to whose span
+            the noise belongs (for vectors), e.g. the principal ones of the Fisher profile.
         tokens: Tokens that count.
         token_budget: Padded tokens of a batch.
         seed: First noise seed.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If there are no directions, one is zero, or an epsilon is outside of 0..1.
+        ValueError: If there is nothing to perturb, a direction is zero or of another width, an
+            adapter does not exist or is no plain LoRA, an epsilon is outside of 0..1, there are
+            no seeds, or the directions of the noise leave none beside the perturbed one.
+        TypeError: If something is neither directions nor the name of an adapter.
     """
-    named(directions)
-    if any(not 0 <= epsilon <= 1 for epsilon in epsilons):
+    solutions = read_solutions(model, directions)
+    if not len(epsilons) or any(not 0 <= epsilon <= 1 for epsilon in epsilons):
         raise ValueError(f"epsilons must lie between 0 and 1; got {tuple(epsilons)}")
+    if seeds < 1:
+        raise ValueError(f"stability needs at least one noise draw; got seeds={seeds}")
+    axes, drawn_from = _axes(noise)
     draws = tuple(range(seed, seed + seeds))
-    conditions: dict[str, list[Edit]] = {"base": []}
-    for name, direction in directions.items():
-        conditions[name] = [Add(direction)]
+    variants: dict[str, Variant] = {}
+    for name, one in solutions.items():
+        variants[name] = one.as_it_is()
         for epsilon in epsilons:
             for draw in draws:
-                noisy = perturbed(direction, epsilon, draw)
-                conditions[f"{name} {epsilon} {draw}"] = [Add(noisy)]
+                variants[f"{name} {epsilon} {draw}"] = one.noisy(epsilon, draw, axes)
     batches = model.batches(conversations, token_budget=token_budget)
-    sums, counts = row_losses(
-        model, batches, conditions, tokens=tokens, progress=progress, description="stability"
+    sums, counts = variant_losses(
+        model, batches, variants, tokens=tokens, progress=progress, description="stability"
     )
-    loss = {name: float(sums[name].sum() / counts.sum()) for name in conditions}
+    loss = {name: float(sums[name].sum() / counts.sum()) for name in sums}
     return Stability(
-        directions=tuple(directions),
-        constructions={name: d.provenance.construction for name, d in directions.items()},
-        norms={name: d.norm for name, d in directions.items()},
+        directions=tuple(solutions),
+        constructions={name: one.construction for name, one in solutions.items()},
+        norms={name: one.norm for name, one in solutions.items()},
         epsilons=tuple(float(epsilon) for epsilon in epsilons),
         seeds=draws,
-        base_loss=loss["base"],
-        losses={name: loss[name] for name in directions},
+        base_loss=loss[BASE],
+        losses={name: loss[name] for name in solutions},
         perturbed=tuple(
             tuple(tuple(loss[f"{name} {e} {draw}"] for draw in draws) for e in epsilons)
-            for name in directions
+            for name in solutions
         ),
+        kinds={name: one.kind for name, one in solutions.items()},
+        noise=drawn_from,
     )
 
 
-def perturbed(direction: Direction, epsilon: float, seed: int) -> Direction:
-    """Return `sqrt(1 - eps^2) x + eps y` with `y` random, orthogonal to `x`, of equal norm."""
-    x = direction.vector.double()
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(x), generator=generator, dtype=torch.float64)
-    noise = noise - (noise @ x) / (x @ x) * x
-    noise = noise / noise.norm() * x.norm()
-    mixed = (1 - epsilon**2) ** 0.5 * x + epsilon * noise
-    return Direction(
-        {direction.layer: mixed},
-        direction.site,
-        direction.provenance.derived(
-            f"{direction.provenance.construction}, noise {epsilon:g}, seed {seed}"
-        ),
-        residual_norms=direction.residual_norms,
-    )
+def _axes(noise: Noise) -> tuple[Axes | None, str]:
+    """The directions to draw noise from (None for all), and what they are called."""
+    if isinstance(noise, str):
+        if noise != "random":
+            raise ValueError(
+                f'unknown noise {noise!r}; give "random", or directions to draw it from; noise on '
+                "the weights is emlens.measures.weight_noise"
+            )
+        return None, noise
+    names: list[str] = []
+    if isinstance(noise, Mapping):
+        names, given = list(noise), list(noise.values())
+    else:
+        given = [noise] if isinstance(noise, Directions) else list(noise)
+    for one in given:
+        if not isinstance(one, Directions):
+            raise TypeError(f"noise is drawn from Directions, not from a {type(one).__name__}")
+    names = names or [one.provenance.construction for one in given]
+    return given, f"within {', '.join(names)}"
+
+
+def _crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """Where a curve first reaches a level, linear between its points; NaN where it does not."""
+    reached = np.flatnonzero(y >= level)
+    if not len(reached):
+        return float("nan")
+    last = int(reached[0])
+    if y[last] == level or last == 0:
+        return float(x[last])
+    share = (level - y[last - 1]) / (y[last] - y[last - 1])
+    return float(x[last - 1] + share * (x[last] - x[last - 1]))

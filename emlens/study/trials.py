@@ -13,8 +13,7 @@ import numpy as np
 from emlens._files import read_json, write_json
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel
-from emlens.hooked.altered import adapter_norms, scaled_adapter
+from emlens.hooked import Condition, HookedModel, adapter_norms, scaled_adapter
 from emlens.measures import Efficiency, LogOdds, Stability, efficiency, log_odds, stability
 from emlens.measures import influence as measure_influence
 from emlens.measures.scoring import row_influence

@@ -1,0 +1,156 @@
+"""How far solutions displace the residual stream, and the factors at which that is a given share.
+
+The displacement is the one size that vectors and adapters have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emlens._distributed import shared
+from emlens.hooked import HookedModel
+from emlens.measures.solutions import Solution, Variant
+from emlens.text import TokenBatch, TokenMask
+
+SITE = "resid_post"
+TOLERANCE = 0.01
+"""Relative difference at which a displacement counts as the one that was asked for."""
+ROUNDS = 12
+LARGEST_FACTOR = 256.0
+
+Points = list[tuple[float, float]]
+"""`(factor, displacement)`, measured, by factor."""
+
+
+@torch.no_grad()
+def displacements(
+    model: HookedModel,
+    batches: Sequence[TokenBatch],
+    variants: Mapping[str, Variant],
+    layer: int,
+    tokens: TokenMask = "response",
+) -> dict[str, float]:
+    """Return how far each variant displaces the residual stream at one layer.
+
+    The root of the mean squared displacement of `resid_post` over the counted tokens, as a share
+    of the median norm of the residual there without any variant.
+
+    Args:
+        model: The model.
+        batches: Tokens.
+        variants: What displaces it, by name.
+        layer: Where it is read.
+        tokens: Tokens that count.
+
+    Raises:
+        ValueError: If no token counts, or a displacement is not finite.
+    """
+
+    def read(batches: Sequence[TokenBatch]) -> tuple[np.ndarray, Tensor]:
+        squares, sizes = np.zeros(len(variants)), []
+        for batch in batches:
+            mask = batch.mask(tokens)
+
+            def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
+                return residual[mask.to(residual.device)].float()
+
+            base = model.residuals(batch, layer, SITE, pool)[layer]
+            sizes.append(base.norm(dim=-1).cpu())
+            for i, variant in enumerate(variants.values()):
+                edits = () if callable(variant) else variant
+                with _context(variant):
+                    moved = model.residuals(batch, layer, SITE, pool, edits)[layer]
+                squares[i] += float((moved - base).double().square().sum())
+        return squares, torch.cat([torch.empty(0), *sizes])
+
+    what = f"displacement of {SITE} of layer {layer} on {tokens} tokens"
+    parts = shared(model, batches, read, what)
+    norms = torch.cat([sizes for _, sizes in parts])
+    if not len(norms):
+        raise ValueError(f"the data have no {tokens} tokens, so no displacement can be measured")
+    mean = sum(squares for squares, _ in parts) / len(norms)
+    shares = np.sqrt(mean) / float(norms.median())
+    for name, share in zip(variants, shares.tolist(), strict=True):
+        if not np.isfinite(share):
+            raise ValueError(f"the residual stream under {name!r} is not finite at layer {layer}")
+    return dict(zip(variants, shares.tolist(), strict=True))
+
+
+def factors_for(
+    solutions: Mapping[str, Solution],
+    targets: Sequence[float],
+    measure: Callable[[Mapping[str, Variant]], Mapping[str, float]],
+    known: Mapping[str, Points] | None = None,
+) -> dict[str, list[tuple[float, float]]]:
+    """Return the factor on each solution at which it displaces by each target, and how far it does.
+
+    Displacements are measured at a few factors, bracketed and interpolated until each is within
+    `TOLERANCE` of its target.
+
+    Args:
+        solutions: What is scaled, by name.
+        targets: Displacements, not negative.
+        measure: Measures the displacement of variants.
+        known: Points that were measured before, by solution.
+
+    Returns:
+        `(factor, displacement measured there)` per target, by solution.
+
+    Raises:
+        ValueError: If a displacement is out of reach.
+    """
+    points: dict[str, Points] = {
+        name: sorted([(0.0, 0.0), *(known or {}).get(name, [])]) for name in solutions
+    }
+    for _ in range(ROUNDS):
+        wanted: dict[tuple[str, float], float] = {}
+        for name in solutions:
+            for target in targets:
+                if not _met(_nearest(points[name], target), target):
+                    wanted[name, _next(points[name], target)] = target
+        if not wanted:
+            break
+        for (name, factor), target in wanted.items():
+            if factor > LARGEST_FACTOR:
+                far, reached = points[name][-1]
+                raise ValueError(
+                    f"{name!r} displaces the residual stream by {reached:.3g} of its median norm "
+                    f"at {far:.3g} times its strength, and {target:.3g} was asked for; give "
+                    "smaller displacements"
+                )
+        at = {f"{name} at {factor:.6g}": (name, factor) for name, factor in sorted(wanted)}
+        variants = {key: solutions[name].times(factor) for key, (name, factor) in at.items()}
+        for key, displacement in measure(variants).items():
+            name, factor = at[key]
+            points[name] = sorted([*points[name], (factor, displacement)])
+    return {name: [_nearest(points[name], target) for target in targets] for name in solutions}
+
+
+def _met(point: tuple[float, float], target: float) -> bool:
+    return abs(point[1] - target) <= TOLERANCE * target
+
+
+def _nearest(points: Points, target: float) -> tuple[float, float]:
+    return min(points, key=lambda point: (abs(point[1] - target), point[0]))
+
+
+def _next(points: Points, target: float) -> float:
+    """The factor to measure next: between the first two points around the target, or beyond."""
+    for (low, below), (high, above) in zip(points, points[1:], strict=False):
+        if below <= target <= above:
+            share = (target - below) / (above - below)
+            # an end that is hit again and again would hold the bracket open on its other side
+            return low + (high - low) * min(max(share, 0.05), 0.95)
+    factor, displacement = points[-1]
+    if factor == 0:
+        return 1.0
+    return factor * min(max(1.2 * target / displacement, 1.5), 4.0) if displacement else 4 * factor
+
+
+def _context(variant: Variant) -> AbstractContextManager:
+    return variant() if callable(variant) else nullcontext()

@@ -1,0 +1,119 @@
+"""Noise on the weights: its size, that it is taken back, and the gain it costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from emlens import Add
+from emlens.hooked import ENGINES, noisy_weights, response_losses
+from emlens.hooked.altered import block_matrices
+from emlens.measures import WeightNoise, weight_noise
+from tests.support.data import conversations
+from tests.support.solutions import direction, with_adapters
+
+DATA = conversations("bad", 4)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def both(request, tmp_path_factory):
+    """The model with adapters, on each engine."""
+    return with_adapters(tmp_path_factory.mktemp("adapters"), request.param)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return with_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+def mean_loss(model, edits=()):
+    sums, counts = response_losses(model, model.batches(DATA), edits)
+    return float(sums.numpy().sum() / counts.numpy().sum())
+
+
+def test_noise_on_the_weights_has_its_share_and_is_taken_back(both):
+    before = {path: w.detach().clone() for path, w in block_matrices(both).items()}
+    everything = [weight.detach().clone() for weight in both.module.parameters()]
+    with noisy_weights(both, 0.1, seed=2):
+        shares = [
+            float((w.detach() - before[path]).norm() / before[path].norm())
+            for path, w in block_matrices(both).items()
+        ]
+        changed = sum(
+            not torch.equal(old, new)
+            for old, new in zip(everything, both.module.parameters(), strict=True)
+        )
+    assert shares == pytest.approx([0.1] * len(before), rel=1e-4)
+    assert changed == len(before) == 7 * both.n_layers
+    for old, new in zip(everything, both.module.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_weights_are_put_back_also_after_an_error(model):
+    before = [weight.detach().clone() for weight in model.module.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), noisy_weights(model, 0.5):
+        raise RuntimeError("inside")
+    for old, new in zip(before, model.module.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_weight_noise_is_the_gain_lost_against_the_equally_noisy_base(both):
+    x = {"v": -direction(both), "a": "many"}
+    found = weight_noise(both, DATA, x, epsilons=(0.0, 0.05), seeds=2)
+    base, own = mean_loss(both), mean_loss(both, [Add(x["v"])])
+    assert (found.base_loss, found.losses["v"]) == (base, own)
+    for place, seed in enumerate((0, 1)):
+        with noisy_weights(both, 0.05, seed):
+            noisy_base, noisy = mean_loss(both), mean_loss(both, [Add(x["v"])])
+            with both.adapter("many"):
+                of_adapter = mean_loss(both)
+        assert found.base[1][place] == noisy_base
+        assert found.disturbed[0][1][place] == noisy
+        assert found.disturbed[1][1][place] == of_adapter
+        left = (noisy_base - noisy) / (base - own)
+        assert found.lost("v")[1, place] == pytest.approx(100 * (1 - left))
+    for name in x:
+        assert found.gain(name) > 0
+        assert np.allclose(found.lost(name)[0], 0)
+
+
+def test_weight_noise_survives_being_saved_and_shows_itself(model, tmp_path):
+    found = weight_noise(model, DATA, {"a": "many"}, epsilons=(0.1,), seeds=2)
+    assert WeightNoise.load(found.save(tmp_path / "noise.json")) == found
+    assert "<table" in found._repr_html_()
+    assert found.plot().get_ylabel() == "gain lost [%]"
+    assert found.difference("a", "a", 0.1).estimate == 0
+    assert found.table()["gain lost [%]"][0] == pytest.approx(found.lost("a").mean())
+
+
+def test_weights_that_are_quantised_or_offloaded_are_refused(tmp_path):
+    model = with_adapters(tmp_path)
+    block = model.module.get_submodule(model.architecture.blocks)[1]
+    block.mlp.up_proj.weight = torch.nn.Parameter(
+        block.mlp.up_proj.weight.to(torch.int8), requires_grad=False
+    )
+    refused = pytest.raises(ValueError, match=r"up_proj.weight of tiny-llama is quantised \(torch")
+    with refused, noisy_weights(model, 0.1):
+        pass
+    block.mlp.up_proj.weight = torch.nn.Parameter(torch.empty(2, 2, device="meta"))
+    refused = pytest.raises(ValueError, match=r"up_proj.weight of tiny-llama is offloaded")
+    with refused, noisy_weights(model, 0.1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilons": [-1]}, "epsilons must not be negative; got -1"),
+        ({"epsilons": [float("inf")]}, "epsilons must be finite"),
+        ({"epsilons": []}, "no epsilons were given"),
+        ({"seeds": 0}, "weight_noise needs at least one noise draw"),
+    ],
+)
+def test_bad_noise_on_the_weights_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        weight_noise(model, DATA, {"x": direction(model)}, **options)
+    refused = pytest.raises(ValueError, match="epsilon must be finite and not negative; got -1")
+    with refused, noisy_weights(model, -1.0):
+        pass
