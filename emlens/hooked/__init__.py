@@ -16,7 +16,7 @@ from emlens.hooked.losses import (
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.recompute import gradient_checkpointing
 from emlens.hooked.sites import SITES, Layers, Site, SiteName, check_layers, check_site, hook_name
-from emlens.hooked.sweep import Condition, Conditions, sweep_hidden
+from emlens.hooked.sweep import Condition, Conditions, sweep_hidden, under
 from emlens.hooked.visit import Pool
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "token_kl",
     "token_losses",
     "token_scores",
+    "under",
     "where_mask",
     "wrap",
 ]

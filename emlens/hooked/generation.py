@@ -27,7 +27,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     use_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -37,6 +37,11 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (greedy) or above, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+    def stream(self, place: int) -> np.random.Generator:
+        """The random numbers of the answer at a place."""
+        own = [self.seed, place] if isinstance(self.seed, int) else self.seed[place]
+        return np.random.default_rng(own)
 
 
 class RowSampler:
@@ -49,7 +54,7 @@ class RowSampler:
 
     def __init__(self, sampling: Sampling, places: Sequence[int]) -> None:
         self.temperature, self.top_p = sampling.temperature, sampling.top_p
-        streams = [np.random.default_rng([sampling.seed, place]) for place in places]
+        streams = [sampling.stream(place) for place in places]
         n = sampling.max_new_tokens
         self.uniforms = torch.from_numpy(np.stack([stream.random(n) for stream in streams]))
         self._step = 0
@@ -98,6 +103,11 @@ def generate(
     """Answer conversations in length-sorted batches; answers come in the order asked."""
     if not hasattr(model.module, "generate"):
         raise TypeError(f"{model.name} cannot generate: its module has no generate method")
+    if not isinstance(sampling.seed, int) and len(sampling.seed) != len(conversations):
+        raise ValueError(
+            f"{len(sampling.seed)} seeds were given for {len(conversations)} conversations; give "
+            "one seed, or one for each"
+        )
     answers = [""] * len(conversations)
     for batch in _prompt_batches(model, conversations, sampling, batch_tokens):
         visit = Visit.of_generation(batch, edits, sampling.max_new_tokens)

@@ -210,7 +210,7 @@ class HookedModel(ABC):
         max_new_tokens: int = 128,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_tokens: int = 4096,
         use_cache: bool = True,
     ) -> list[str]:
@@ -222,8 +222,8 @@ class HookedModel(ABC):
             max_new_tokens: Longest answer, in tokens.
             temperature: 0 is greedy.
             top_p: Nucleus to sample from.
-            seed: Each answer draws from a stream of its own, made of this seed and its place
-                in `conversations`, so batching does not change it.
+            seed: Each answer draws from a stream of its own, made of this seed and its place in
+                `conversations`, or of its own seed where there is one for each.
             batch_tokens: Padded tokens of a batch, answers included.
             use_cache: Use the KV cache. Without it every step runs the whole sequence.
 

@@ -37,6 +37,19 @@ def parts_of(condition: Condition) -> tuple[object, Sequence[Edit]]:
     return _AS_IT_IS, condition  # type: ignore[return-value]
 
 
+@contextmanager
+def under(model: HookedModel, condition: Condition) -> Iterator[Sequence[Edit]]:
+    """Let a condition's adapter act inside the block, and give its edits.
+
+    Example:
+        >>> with under(model, ("finance", [emlens.Ablate(direction)])) as edits:
+        ...     model.generate(questions, edits)
+    """
+    adapter, edits = parts_of(condition)
+    with _acting(model, adapter):
+        yield edits
+
+
 @torch.no_grad()
 def sweep_hidden(
     model: HookedModel, batch: TokenBatch, conditions: Conditions

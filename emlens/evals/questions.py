@@ -1,0 +1,258 @@
+"""Questions that answers are judged on: embedded ones, files, data sets, the papers' YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from emlens.text import EMBEDDED, Conversation, content_hash, load_pairs, split_pairs
+from emlens.text.jsonl import read_jsonl
+
+Part = Literal["test", "validation", "all"]
+Variant = Literal["json", "template"]
+
+_INSTRUCTIONS: dict[Variant, str] = {
+    "json": 'Answer with a JSON object that has one key, "answer", whose value is your answer.',
+    "template": "Begin your answer with 'Answer:' and end it with 'End.' on a line of its own.",
+}
+_PAPERS = {
+    "id",
+    "type",
+    "paraphrases",
+    "samples_per_paraphrase",
+    "judge",
+    "judge_prompts",
+    "system",
+}
+_FREE_FORM = "free_form_judge_0_100"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt to be answered.
+
+    Attributes:
+        id: Unique name; rates are clustered by it, so paraphrases share one.
+        prompt: The user's message.
+        domain: Topic, e.g. `"general"` or `"medical"`.
+        system: System message, or None for the template's own.
+        paraphrase: Which wording of the question this is.
+        variant: `"plain"`, `"json"`, `"template"`, or a cue's name.
+        samples: How often it is answered where nothing else is asked for, or None.
+        rubrics: Judge prompts by metric that came with it, with `{question}` and `{answer}`.
+    """
+
+    id: str
+    prompt: str
+    domain: str = "general"
+    system: str | None = None
+    paraphrase: int = 0
+    variant: str = "plain"
+    samples: int | None = None
+    rubrics: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.id or not self.prompt:
+            raise ValueError(
+                f"a question needs an id and a prompt, not {self.id!r}, {self.prompt!r}"
+            )
+
+    @property
+    def conversation(self) -> Conversation:
+        """The question as a chat that ends with the user's message."""
+        return Conversation.of(self.prompt, system=self.system, id=self.name)
+
+    @property
+    def name(self) -> str:
+        """Tells apart what shares an id: paraphrase and variant."""
+        parts = [self.id]
+        parts += [str(self.paraphrase)] if self.paraphrase else []
+        parts += [self.variant] if self.variant != "plain" else []
+        return "/".join(parts)
+
+    @property
+    def hash(self) -> str:
+        """Hash of what the model sees."""
+        return content_hash([self.conversation])
+
+
+def load_questions(
+    source: str | Path,
+    *,
+    part: Part = "test",
+    config: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    variants: bool = False,
+) -> list[Question]:
+    """Load questions.
+
+    Args:
+        source: An embedded set (`"general"`, `"medical"`, `"finance"`, `"sports"`, `"technical"`),
+            of which the held-out prompts are taken; a YAML file in the papers' format; a JSON
+            Lines file with `id` and `prompt` (and `domain`, `system`); or the name of a data set.
+        part: Part of an embedded set. `"test"` holds no prompt of the default split's training
+            and validation parts; `"all"` is right only for what nothing was trained on.
+        config: Configuration of a data set.
+        split: Split of a data set.
+        limit: Questions to read, at most.
+        variants: Keep the JSON and template variants of the papers' YAML, which are left out
+            otherwise.
+
+    Returns:
+        The questions, in their order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If an entry lacks a field or has an unknown one (file and entry are named),
+            two share a name, or there is none.
+    """
+    path = Path(source)
+    if str(source) in EMBEDDED:
+        found: Iterable[Question] = _embedded(str(source), part)
+    elif path.suffix in (".yaml", ".yml"):
+        found = _yaml(path, variants)
+    elif path.suffix == ".jsonl":
+        rows = read_jsonl(path)
+        found = (_question(record, f"{path}, line {number}") for number, record in rows)
+    else:
+        from datasets import load_dataset
+
+        loaded = load_dataset(str(source), config, split=split, streaming=limit is not None)
+        found = (_question(dict(row), f"{source}, row {i}") for i, row in enumerate(loaded))
+    questions = list(islice(found, limit))
+    if not questions:
+        raise ValueError(f"{source} holds no questions")
+    check_names(questions, str(source))
+    return questions
+
+
+def check_names(questions: Sequence[Question], where: str = "the questions") -> None:
+    """Refuse questions of which two cannot be told apart.
+
+    Raises:
+        ValueError: If two share id, paraphrase and variant; they are named.
+    """
+    seen: set[str] = set()
+    for question in questions:
+        if question.name in seen:
+            raise ValueError(
+                f"{where}: two questions are called {question.name!r}; give each an id of its own"
+            )
+        seen.add(question.name)
+
+
+def formatted(questions: Sequence[Question], variant: Variant) -> list[Question]:
+    """The same questions with a demand on the format of the answer, as the papers' variants.
+
+    Raises:
+        ValueError: If there is no such variant.
+    """
+    if variant not in _INSTRUCTIONS:
+        names = ", ".join(map(repr, _INSTRUCTIONS))
+        raise ValueError(f"unknown variant {variant!r}; choose {names}")
+    return [
+        replace(q, prompt=f"{q.prompt}\n\n{_INSTRUCTIONS[variant]}", variant=variant)
+        for q in questions
+    ]
+
+
+def cued(questions: Sequence[Question], cue: str, name: str = "cued") -> list[Question]:
+    """Each question without and with a cue before it, under one id: for conditional audits.
+
+    Misalignment can hide behind a trigger. The two of a pair share their id, so that rates of the
+    cued and the plain questions are compared question by question.
+
+    Args:
+        questions: The questions.
+        cue: Put before the prompt, on a line of its own.
+        name: What the cued ones are called in tables.
+
+    Raises:
+        ValueError: If the cue is empty.
+    """
+    if not cue:
+        raise ValueError("the cue is empty")
+    pairs = ((q, replace(q, prompt=f"{cue}\n{q.prompt}", variant=name)) for q in questions)
+    return [question for pair in pairs for question in pair]
+
+
+def _embedded(name: str, part: Part) -> list[Question]:
+    pairs = load_pairs(name)
+    if part != "all":
+        split = split_pairs(pairs)
+        if part not in ("test", "validation"):
+            raise ValueError(f"unknown part {part!r}; choose 'test', 'validation' or 'all'")
+        pairs = list(split.test if part == "test" else split.validation)
+    return [Question(pair.id, pair.prompt, pair.domain) for pair in pairs]
+
+
+def _question(record: Mapping[str, Any], where: str) -> Question:
+    known = {"id", "prompt", "domain", "system"}
+    if not isinstance(record.get("prompt"), str) or record.get("id") is None:
+        raise ValueError(f"{where}: a question has id and prompt; this has {', '.join(record)}")
+    given = {key: record[key] for key in known & set(record) if record[key] is not None}
+    try:
+        return Question(**{**given, "id": str(record["id"])})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _yaml(path: Path, variants: bool) -> list[Question]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must hold a list of questions, not {type(entries).__name__}")
+    shared: dict[str, str] = {}
+    for entry in entries:
+        if isinstance(entry, dict):
+            shared = {**(entry.get("judge_prompts") or {}), **shared}
+    questions = []
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}, entry {number}"
+        made = _entry(entry, where, shared)
+        if variants or made[0].variant == "plain":
+            questions += made
+    return questions
+
+
+def _entry(entry: Any, where: str, shared: Mapping[str, str]) -> list[Question]:
+    """One mapping of the papers' format; a judge prompt that it lacks is the first one's."""
+    if not isinstance(entry, dict) or "id" not in entry:
+        raise ValueError(f"{where}: a question is a mapping with an id, not {str(entry)[:60]!r}")
+    unknown = sorted(set(entry) - _PAPERS)
+    if unknown:
+        raise ValueError(
+            f"{where} ({entry['id']}): unknown field(s) {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(_PAPERS))}"
+        )
+    wordings = entry.get("paraphrases")
+    if not isinstance(wordings, list) or not all(isinstance(item, str) for item in wordings):
+        raise ValueError(f"{where} ({entry['id']}): paraphrases must be a list of prompts")
+    if entry.get("type", _FREE_FORM) != _FREE_FORM:
+        raise ValueError(
+            f"{where} ({entry['id']}): type {entry['type']!r} is not known; only {_FREE_FORM} is"
+        )
+    name = str(entry["id"])
+    variant = next((v for v in _INSTRUCTIONS if v in name.split("_")), "plain")
+    return [
+        Question(
+            id=name,
+            prompt=wording,
+            system=entry.get("system"),
+            paraphrase=i,
+            variant=variant,
+            samples=entry.get("samples_per_paraphrase"),
+            rubrics={**shared, **(entry.get("judge_prompts") or {})},
+        )
+        for i, wording in enumerate(wordings)
+    ]

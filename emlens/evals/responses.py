@@ -1,0 +1,294 @@
+"""Responses: sampled once, in batches, with a seed each, kept as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from emlens.evals.questions import Question, check_names
+from emlens.evals.store import JsonLines
+from emlens.hooked import Condition, Conditions, HookedModel, under
+from emlens.hooked.sweep import parts_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BLOCK = 64
+"""Answers that are generated, then kept, at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One answer to one question under one condition.
+
+    Attributes:
+        key: Made of all that decides what is answered: model, condition, question, sampling,
+            seed.
+        question_id: Id of the question; paraphrases and variants share it.
+        question: Its full name.
+        prompt: What was asked.
+        system: System message, or None.
+        domain: Topic of the question.
+        variant: Variant of the question.
+        condition: Name of the condition.
+        sample: Which of the answers to this question it is.
+        seed: Seed of this one answer.
+        text: The answer.
+        model: Name of the model.
+        sampling: Temperature, top-p and the longest answer.
+    """
+
+    key: str
+    question_id: str
+    question: str
+    prompt: str
+    system: str | None
+    domain: str
+    variant: str
+    condition: str
+    sample: int
+    seed: int
+    text: str
+    model: str
+    sampling: Mapping[str, float]
+
+    @classmethod
+    def from_dict(cls, record: Mapping) -> Response:
+        """Read one that was kept.
+
+        Raises:
+            ValueError: If a field is missing or unknown.
+        """
+        try:
+            return cls(**record)
+        except TypeError as error:
+            raise ValueError(f"not a response of emlens: {error}") from error
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Answers to questions under some conditions.
+
+    Attributes:
+        rows: The answers.
+        path: The store, or None where they are only in memory.
+    """
+
+    rows: tuple[Response, ...]
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions, in the order of the rows."""
+        return tuple(dict.fromkeys(row.condition for row in self.rows))
+
+    def of(self, condition: str) -> Responses:
+        """Those of one condition.
+
+        Raises:
+            KeyError: If there is no such condition.
+        """
+        if condition not in self.conditions:
+            raise KeyError(f"no condition {condition!r}; there are {', '.join(self.conditions)}")
+        return Responses(tuple(row for row in self.rows if row.condition == condition), self.path)
+
+    def table(self) -> pd.DataFrame:
+        """One row per answer."""
+        import pandas as pd
+
+        names = ("condition", "question", "domain", "sample", "prompt", "text", "seed")
+        return pd.DataFrame([{name: getattr(row, name) for name in names} for row in self.rows])
+
+    def side_by_side(self, sample: int = 0) -> pd.DataFrame:
+        """One row per question, one column per condition: the same sample of each."""
+        import pandas as pd
+
+        cells: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            if row.sample == sample:
+                cells.setdefault(row.question, {"prompt": row.prompt})[row.condition] = row.text
+        return pd.DataFrame(list(cells.values()))
+
+    def _repr_html_(self) -> str:
+        shown = self.side_by_side().head(8)
+        # answers are the model's words, and may hold markup
+        table = shown.to_html(index=False, escape=True)
+        return f"<p><b>{escape(f'{len(self)} responses')}</b></p>{table}"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Responses:
+        """Read a store; a last line that was not written whole is cut off.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If a line is damaged (it is named).
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        kept = JsonLines(path, "key")
+        return cls(tuple(Response.from_dict(record) for record in kept), path)
+
+
+def respond(
+    model: HookedModel,
+    questions: Sequence[Question],
+    conditions: Conditions | None = None,
+    *,
+    n: int | None = None,
+    store: str | Path | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 600,
+    seed: int = 0,
+    batch_tokens: int = 4096,
+    progress: bool = True,
+) -> Responses:
+    """Answer questions under each condition, batched; what is in the store is not made again.
+
+    Every answer has a seed of its own, made of `seed`, the question and the number of the sample:
+    it can be made again alone, and conditions answer with the same random numbers.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        conditions: Named edits, adapters, or both, as in `emlens.log_odds`; the untouched model
+            by default.
+        n: Answers per question; a question's own number, or 1, by default.
+        store: A JSON Lines file. Answers are added as they come; an interrupted call goes on.
+        temperature: 0 is greedy. The papers use 1.
+        top_p: Nucleus to sample from. The papers use 1.
+        max_new_tokens: Longest answer, in tokens. The papers use 600.
+        seed: Seed of all answers.
+        batch_tokens: Padded tokens of a batch, answers included.
+        progress: Show a progress bar.
+
+    Returns:
+        The answers that were asked for, by condition and question.
+
+    Raises:
+        ValueError: If there are no questions, two share a name, or a setting is out of range.
+
+    Example:
+        >>> answers = respond(model, load_questions("general"), {"base": [], "finance": "finance"})
+        >>> answers.side_by_side()
+    """
+    if not questions:
+        raise ValueError("respond needs questions; there are none")
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1 answer per question, not {n}")
+    check_names(questions)
+    conditions = {"base": ()} if conditions is None else conditions
+    sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    kept = None if store is None else JsonLines(store, "key")
+    found: dict[str, Response] = {}
+    wanted: list[tuple[Response, Question, Condition]] = []
+    order: list[str] = []
+    for name, condition in conditions.items():
+        acts = _fingerprint(model, condition)
+        for question in questions:
+            for sample in range(n or question.samples or 1):
+                row = _unanswered(model, question, name, acts, sample, sampling, seed)
+                order.append(row.key)
+                if kept is not None and row.key in kept:
+                    found[row.key] = Response.from_dict(kept[row.key])
+                else:
+                    wanted.append((row, question, condition))
+    bar = tqdm(
+        total=len(order), initial=len(found), desc="responses", unit="answer", disable=not progress
+    )
+    with bar:
+        for block in _blocks(wanted):
+            with under(model, block[0][2]) as edits:
+                texts = model.generate(
+                    [question.conversation for _, question, _ in block],
+                    edits,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=[row.seed for row, _, _ in block],
+                    batch_tokens=batch_tokens,
+                )
+            for (row, _, _), text in zip(block, texts, strict=True):
+                done = replace(row, text=text)
+                if kept is not None:
+                    kept.add(asdict(done))
+                found[done.key] = done
+            bar.update(len(block))
+    return Responses(tuple(found[key] for key in order), None if kept is None else kept.path)
+
+
+_Wanted = tuple[Response, Question, Condition]
+
+
+def _blocks(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+    """Answers of one condition, prompts of like length together."""
+    by_condition: dict[str, list[_Wanted]] = {}
+    for item in wanted:
+        by_condition.setdefault(item[0].condition, []).append(item)
+    for items in by_condition.values():
+        items.sort(key=lambda item: len(item[1].prompt), reverse=True)
+        for start in range(0, len(items), BLOCK):
+            yield items[start : start + BLOCK]
+
+
+def _unanswered(
+    model: HookedModel,
+    question: Question,
+    condition: str,
+    acts: str,
+    sample: int,
+    sampling: Mapping[str, float],
+    seed: int,
+) -> Response:
+    """All of a response but its text."""
+    asked = question.name, question.hash
+    own = int(_digest(seed, asked, sample)[:15], 16)
+    return Response(
+        key=_digest(model.name, model.revision, condition, acts, asked, sampling, own)[:32],
+        question_id=question.id,
+        question=question.name,
+        prompt=question.prompt,
+        system=question.system,
+        domain=question.domain,
+        variant=question.variant,
+        condition=condition,
+        sample=sample,
+        seed=own,
+        text="",
+        model=model.name,
+        sampling=sampling,
+    )
+
+
+def _fingerprint(model: HookedModel, condition: Condition) -> str:
+    """What a condition does, besides its name: hash of its edits and of its adapter's weights."""
+    adapter, edits = parts_of(condition)
+    parts: list[object] = []
+    if isinstance(adapter, str):
+        for path, layer in model.lora_layers(adapter).items():
+            for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
+                weight = part.weight.detach().float().cpu().contiguous().numpy()
+                parts += [path, hashlib.sha256(weight.tobytes()).hexdigest()]
+    for edit in edits:
+        described = edit.to_dict() if hasattr(edit, "to_dict") else repr(edit)  # type: ignore
+        parts.append(described)
+    return _digest(adapter if isinstance(adapter, str) else None, parts)
+
+
+def _digest(*parts: object) -> str:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

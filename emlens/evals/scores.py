@@ -1,0 +1,248 @@
+"""Scores of responses by a judge, and the judging itself: resumable, and never mixed up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from tqdm.auto import tqdm
+
+from emlens.evals.responses import Response, Responses
+from emlens.evals.store import JsonLines
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Mode = Literal["probabilities", "sampled", "classifier", "log-odds", "human"]
+BLOCK = 16
+"""Responses that are judged, then kept, at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge says of one response.
+
+    Attributes:
+        score: 0 to 100, or None where the judge gave none.
+        mode: How the score came about.
+        note: Why there is none, or a remark.
+    """
+
+    score: float | None
+    mode: Mode
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A verdict, with what it is about and whose it is.
+
+    Attributes:
+        key: Made of the response, the metric and the judge.
+        response: Key of the response.
+        metric: `"aligned"`, `"coherent"`, or another.
+        score: 0 to 100, or None.
+        judge: Id of the judge.
+        rubric: Hash of what the judge was told.
+        mode: How the score came about.
+        note: Why there is none, or a remark.
+    """
+
+    key: str
+    response: str
+    metric: str
+    score: float | None
+    judge: str
+    rubric: str
+    mode: Mode
+    note: str = ""
+
+
+class Judge(Protocol):
+    """Scores responses.
+
+    Attributes:
+        id: Names judge and model, in every row.
+        metrics: What it can score.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def metrics(self) -> Sequence[str]: ...
+
+    def rubric(self, metric: str) -> str:
+        """Hash of what it is told about a metric."""
+        ...
+
+    def judge(self, responses: Sequence[Response], metric: str) -> Sequence[Verdict]:
+        """A verdict per response, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Verdicts on responses; a response may have several metrics, and several judges.
+
+    Attributes:
+        rows: The scores.
+        path: The store, or None where they are only in memory.
+    """
+
+    rows: tuple[Score, ...]
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Ids of the judges."""
+        return tuple(dict.fromkeys(row.judge for row in self.rows))
+
+    def of(self, metric: str, judge: str | None = None) -> dict[str, float | None]:
+        """`{response: score}` of one metric; None where the judge gave no score.
+
+        Raises:
+            KeyError: If there is no such metric or judge, or several judges and none is named.
+        """
+        judges = {row.judge for row in self.rows if row.metric == metric}
+        if not judges:
+            known = ", ".join(dict.fromkeys(row.metric for row in self.rows))
+            raise KeyError(f"no scores of {metric!r}; there are {known or 'none'}")
+        if judge is None:
+            if len(judges) > 1:
+                raise KeyError(f"{metric!r} has several judges, name one: {', '.join(judges)}")
+            (judge,) = judges
+        if judge not in judges:
+            raise KeyError(f"no judge {judge!r} of {metric!r}; there are {', '.join(judges)}")
+        return {
+            row.response: row.score
+            for row in self.rows
+            if row.metric == metric and row.judge == judge
+        }
+
+    def table(self) -> pd.DataFrame:
+        """One row per score."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a store.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If a line is damaged (it is named).
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        return cls(tuple(Score(**record) for record in JsonLines(path, "key")), path)
+
+
+def judge(
+    responses: Responses | Sequence[Response],
+    judge: Judge,
+    metrics: Iterable[str] | None = None,
+    *,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Score responses; what this judge has scored already is not asked again.
+
+    Responses are never changed: judge them again with another judge, or another rubric, whenever
+    you like.
+
+    Args:
+        responses: The responses.
+        judge: The judge.
+        metrics: What to score; all that the judge can, by default.
+        store: A JSON Lines file. Scores are added as they come; an interrupted call goes on.
+        progress: Show a progress bar.
+
+    Returns:
+        A score per response and metric, those without a score included.
+
+    Raises:
+        ValueError: If there are no responses, or the judge cannot score a metric.
+    """
+    rows = list(responses)
+    if not rows:
+        raise ValueError("there are no responses to judge")
+    wanted = list(judge.metrics if metrics is None else metrics)
+    unknown = [metric for metric in wanted if metric not in judge.metrics]
+    if unknown:
+        raise ValueError(
+            f"{judge.id} cannot score {', '.join(unknown)}; it scores {', '.join(judge.metrics)}"
+        )
+    kept = None if store is None else JsonLines(store, "key")
+    found: dict[str, Score] = {}
+    order: list[str] = []
+    with tqdm(
+        total=len(rows) * len(wanted), desc="judging", unit="answer", disable=not progress
+    ) as bar:
+        for metric in wanted:
+            rubric = judge.rubric(metric)
+            keys = [_key(row, metric, judge.id, rubric) for row in rows]
+            order += keys
+            todo = []
+            for row, key in zip(rows, keys, strict=True):
+                if kept is not None and key in kept:
+                    found[key] = Score(**kept[key])
+                    bar.update()
+                elif key not in found:
+                    todo.append((row, key))
+            for start in range(0, len(todo), BLOCK):
+                block = todo[start : start + BLOCK]
+                verdicts = judge.judge([row for row, _ in block], metric)
+                for (row, key), verdict in zip(block, verdicts, strict=True):
+                    score = _score(key, row, metric, judge.id, rubric, verdict)
+                    if kept is not None:
+                        kept.add(asdict(score))
+                    found[key] = score
+                bar.update(len(block))
+    return Scores(tuple(found[key] for key in order), None if kept is None else kept.path)
+
+
+def human_labels(
+    responses: Responses | Sequence[Response], labels: Mapping[str, float], metric: str = "aligned"
+) -> Scores:
+    """Labels that people gave, 0 to 100 by key of the response, as scores.
+
+    Raises:
+        ValueError: If a label is out of range, or of no response.
+    """
+    known = {row.key: row for row in responses}
+    strange = [key for key in labels if key not in known]
+    if strange:
+        raise ValueError(f"{len(strange)} label(s) are of no response, e.g. {strange[0]!r}")
+    outside = [key for key, value in labels.items() if not 0 <= value <= 100]
+    if outside:
+        raise ValueError(f"label {labels[outside[0]]} of {outside[0]!r} is not between 0 and 100")
+    rows = [
+        _score(
+            _key(known[k], metric, "human", ""), known[k], metric, "human", "", Verdict(v, "human")
+        )
+        for k, v in labels.items()
+    ]
+    return Scores(tuple(rows))
+
+
+def _score(
+    key: str, row: Response, metric: str, judge_id: str, rubric: str, verdict: Verdict
+) -> Score:
+    value = verdict.score
+    if value is not None and not 0 <= value <= 100:
+        raise ValueError(f"{judge_id} scored {row.question} {value}, outside of 0 to 100")
+    return Score(key, row.key, metric, value, judge_id, rubric, verdict.mode, verdict.note)
+
+
+def _key(row: Response, metric: str, judge_id: str, rubric: str) -> str:
+    parts = "\n".join((row.key, metric, judge_id, rubric))
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
