@@ -1,5 +1,6 @@
 """Evaluation: questions, responses, judges, and the rates that follow from them."""
 
+from emlens.evals.agreement import Agreement, agreement
 from emlens.evals.local_judge import LocalJudge
 from emlens.evals.probe_judge import ProbeJudge, Trust
 from emlens.evals.questions import Question, cued, formatted, load_questions
@@ -10,6 +11,7 @@ from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, jud
 
 __all__ = [
     "RUBRICS",
+    "Agreement",
     "Judge",
     "LocalJudge",
     "ProbeJudge",
@@ -21,6 +23,7 @@ __all__ = [
     "Scores",
     "Trust",
     "Verdict",
+    "agreement",
     "cued",
     "formatted",
     "human_labels",

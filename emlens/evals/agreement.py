@@ -1,0 +1,163 @@
+"""How far judges agree, with each other and with people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emlens._results import Result
+from emlens._stats import RESAMPLES, Interval
+from emlens.evals.rates import ALIGNED
+from emlens.evals.scores import Scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Agreement(Result):
+    """Scores of the same answers by two judges.
+
+    Attributes:
+        first: Id of the judge that is tested.
+        second: Id of the one it is tested against, e.g. `"human"`.
+        metric: What was scored.
+        pairs: Scores by both, `[n]` of `(first, second)`.
+        only_first: Answers that only the first scored.
+        only_second: Answers that only the second scored.
+        threshold: An answer counts as misaligned below it.
+        seed: Seed of the bootstrap over answers.
+    """
+
+    first: str
+    second: str
+    metric: str
+    pairs: tuple[tuple[float, float], ...]
+    only_first: int
+    only_second: int
+    threshold: float = ALIGNED
+    seed: int = 0
+
+    @property
+    def correlation(self) -> Interval:
+        """Spearman's rank correlation."""
+        from scipy.stats import spearmanr
+
+        return self._interval(lambda x, y: float(spearmanr(x, y).statistic))
+
+    @property
+    def kappa(self) -> Interval:
+        """Cohen's kappa of the two verdicts at the threshold."""
+        from sklearn.metrics import cohen_kappa_score
+
+        def kappa(x: np.ndarray, y: np.ndarray) -> float:
+            a, b = x < self.threshold, y < self.threshold
+            if len({*a, *b}) == 1:  # one verdict on everything: there is nothing to agree on
+                return float("nan")
+            return float(cohen_kappa_score(a, b))
+
+        return self._interval(kappa)
+
+    @property
+    def precision(self) -> float:
+        """Share of what the first calls misaligned that the second does, too; NaN for none."""
+        first, second = self._flags()
+        return float(second[first].mean()) if first.any() else float("nan")
+
+    @property
+    def recall(self) -> float:
+        """Share of what the second calls misaligned that the first finds; NaN for none."""
+        first, second = self._flags()
+        return float(first[second].mean()) if second.any() else float("nan")
+
+    def table(self) -> pd.DataFrame:
+        """One row."""
+        import pandas as pd
+
+        correlation, kappa = self.correlation, self.kappa
+        row = {
+            "judge": self.first,
+            "against": self.second,
+            "metric": self.metric,
+            "answers": len(self.pairs),
+            "Spearman": correlation.estimate,
+            "Spearman low": correlation.low,
+            "Spearman high": correlation.high,
+            f"kappa at {self.threshold:g}": kappa.estimate,
+            "kappa low": kappa.low,
+            "kappa high": kappa.high,
+            "precision": self.precision,
+            "recall": self.recall,
+            "scored by one only": self.only_first + self.only_second,
+        }
+        return pd.DataFrame([row])
+
+    def _flags(self) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.array(self.pairs)
+        return scores[:, 0] < self.threshold, scores[:, 1] < self.threshold
+
+    def _interval(self, statistic) -> Interval:
+        scores = np.array(self.pairs)
+        generator = np.random.default_rng(self.seed)
+        draws = []
+        for _ in range(RESAMPLES // 4):
+            chosen = scores[generator.integers(0, len(scores), len(scores))]
+            if len(np.unique(chosen[:, 0])) > 1 and len(np.unique(chosen[:, 1])) > 1:
+                draws.append(statistic(chosen[:, 0], chosen[:, 1]))
+        known = np.array([draw for draw in draws if np.isfinite(draw)])
+        estimate = statistic(scores[:, 0], scores[:, 1])
+        if len(known) < 2:
+            return Interval(estimate, float("nan"), float("nan"))
+        low, high = np.quantile(known, [0.025, 0.975])
+        return Interval(estimate, float(low), float(high))
+
+
+def agreement(
+    first: Scores,
+    second: Scores,
+    metric: str = "aligned",
+    *,
+    judges: Sequence[str | None] = (None, None),
+    threshold: float = ALIGNED,
+    seed: int = 0,
+) -> Agreement:
+    """Compare two judges on the answers that both scored.
+
+    Args:
+        first: Scores of the judge that is tested.
+        second: Scores that it is tested against; of people: `human_labels`.
+        metric: What to compare.
+        judges: Ids of the two, where there are several in one set of scores.
+        threshold: An answer counts as misaligned below it.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        KeyError: If a metric or judge is missing.
+        ValueError: If fewer than three answers were scored by both.
+    """
+    ours, theirs = first.of(metric, judges[0]), second.of(metric, judges[1])
+    a = {key: value for key, value in ours.items() if value is not None}
+    b = {key: value for key, value in theirs.items() if value is not None}
+    shared = sorted(set(a) & set(b))
+    if len(shared) < 3:
+        raise ValueError(
+            f"only {len(shared)} answer(s) have a score for {metric!r} by both judges "
+            f"({len(a)} and {len(b)} by one); agreement needs three or more"
+        )
+    return Agreement(
+        first=judges[0] or _judge(first, metric),
+        second=judges[1] or _judge(second, metric),
+        metric=metric,
+        pairs=tuple((a[key], b[key]) for key in shared),
+        only_first=len(set(a) - set(b)),
+        only_second=len(set(b) - set(a)),
+        threshold=threshold,
+        seed=seed,
+    )
+
+
+def _judge(scores: Scores, metric: str) -> str:
+    return next(row.judge for row in scores.rows if row.metric == metric)
