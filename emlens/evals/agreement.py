@@ -46,7 +46,7 @@ class Agreement(Result):
         """Spearman's rank correlation."""
         from scipy.stats import spearmanr
 
-        return self._interval(lambda x, y: float(spearmanr(x, y).statistic))
+        return self._interval(lambda x, y: float(np.asarray(spearmanr(x, y))[0]))
 
     @property
     def kappa(self) -> Interval:

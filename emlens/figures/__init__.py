@@ -12,11 +12,15 @@ from emlens.figures.heatmap import heatmap
 from emlens.figures.lines import Curve, layer_curves, line_bands
 from emlens.figures.paths import path_plot
 from emlens.figures.save import save_figure
+from emlens.figures.scatter import agreement_plot
 from emlens.figures.style import COLOURS, colour, house_style, new_axes, new_panels, palette
+from emlens.figures.tokens import TokenView, token_view
 
 __all__ = [
     "COLOURS",
     "Curve",
+    "TokenView",
+    "agreement_plot",
     "colour",
     "dot_intervals",
     "heatmap",
@@ -29,4 +33,5 @@ __all__ = [
     "palette",
     "path_plot",
     "save_figure",
+    "token_view",
 ]

@@ -52,6 +52,7 @@ def heatmap(
     y_label: str = "",
     title: str | None = None,
     limit: float | None = 1.0,
+    centre: float = 0.0,
     digits: int = 2,
     blocks: Mapping[str, int] | None = None,
     ax: Axes | None = None,
@@ -68,7 +69,8 @@ def heatmap(
         x_label: What the columns are.
         y_label: What the rows are.
         title: Title above the axes.
-        limit: Value of the strongest colour; the largest absolute value if `None`.
+        limit: Distance of the strongest colour from the centre; the largest there is if `None`.
+        centre: Value that is white: zero, or another that means nothing, such as an AUROC of 0.5.
         digits: Decimals of printed values.
         blocks: Names of groups of rows, which are those of the columns, too, and how many rows
             each has: lines are drawn between them, and the names beside them.
@@ -86,7 +88,7 @@ def heatmap(
             f"matrix of shape {values.shape} does not fit "
             f"{len(row_labels)} row labels and {len(col_labels)} column labels"
         )
-    norm = _norm(values, limit)
+    norm = _norm(values, limit, centre)
     ax = new_axes(width=WIDTH, height=_height(values.shape, col_labels)) if ax is None else ax
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid=None)
     masked = np.ma.masked_invalid(values)
@@ -104,11 +106,11 @@ def heatmap(
     return ax
 
 
-def _norm(values: np.ndarray, limit: float | None) -> Normalize:
-    finite = np.abs(values[np.isfinite(values)])
+def _norm(values: np.ndarray, limit: float | None, centre: float) -> Normalize:
+    finite = np.abs(values[np.isfinite(values)] - centre)
     if limit is None:
         limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    return Normalize(-limit, limit)
+    return Normalize(centre - limit, centre + limit)
 
 
 def _height(shape: tuple[int, ...], col_labels: Sequence[str]) -> float:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import pandas as pd
 
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
-from emlens.directions import Direction, random_direction
-from emlens.directions import residual_norm as measure_residual_norm
-from emlens.edits import Add
-from emlens.hooked import Edit, HookedModel
+from emlens.directions import Direction, Directions
+from emlens.hooked import Conditions, HookedModel
+from emlens.measures.controls import control_directions, kinds_of
 from emlens.measures.grids import named
 from emlens.measures.scoring import row_influence
+from emlens.measures.strengths import conditions_of, doses_of, gathered, sizes_of, strengths
 from emlens.text import Corpus
+
+if TYPE_CHECKING:
+    from emlens.measures.profile import InfluenceProfile
+    from emlens.measures.scan import InfluenceScan
 
 DOSES = (0.05, 0.1, 0.2, 0.4)
 RANDOM = "random"
+Kind = Literal["add", "ablate"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,10 @@ class Influence(Result):
     """KL and change of next-token loss on a corpus when a direction is added.
 
     Attributes:
-        directions: Names of the directions, then those of the random controls.
+        directions: Names of the directions, then those of the controls, then other conditions.
         constructions: How each was made.
-        doses: Shares of the median residual norm of the corpus, `[m]`.
+        doses: Shares of the median residual norm of the corpus, `[m]`; NaN where norms were
+            given and the directions lie at places of different size. An ablation has one, 1.
         norms: The same as norms, units of the residual stream, per direction `[m]`.
         kl: Summed `KL(base || edited)` in nats, `[directions, m, documents]`.
         losses: Summed next-token loss in nats, `[directions, m, documents]`.
@@ -37,8 +45,12 @@ class Influence(Result):
         counts: Predicted tokens per document; 0 for one shorter than two tokens.
         documents: Their ids.
         corpus: Name of the corpus.
-        controls: Names of the random controls of equal norm.
+        controls: Names of the controls of equal norm.
         seed: Seed of the bootstrap over documents.
+        edit: `"add"` or `"ablate"`.
+        groups: Controls by kind (and place, where there are several); tables average over each.
+        fixed: Other conditions, measured once: their values are the same at every dose.
+        skipped: Documents of fewer than two tokens, in which nothing is predicted.
     """
 
     directions: tuple[str, ...]
@@ -53,6 +65,10 @@ class Influence(Result):
     corpus: str
     controls: tuple[str, ...]
     seed: int = 0
+    edit: str = "add"
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
+    skipped: int = 0
 
     def divergence(self, direction: str, dose: float) -> Interval:
         """Mean KL in nats per token, with its interval over documents."""
@@ -68,12 +84,17 @@ class Influence(Result):
         return self._ratio(self._kl(first)[place] - self._kl(second)[place])
 
     def table(self) -> pd.DataFrame:
-        """One row per direction and dose; the random controls are averaged into one."""
+        """One row per direction and dose; controls of a kind are averaged into one."""
         rows = []
         for name in self._shown():
-            norms = self.norms[self.controls[0] if name == RANDOM else name]
-            for dose, norm in zip(self.doses, norms, strict=True):
-                kl, change = self.divergence(name, dose), self.loss_change(name, dose)
+            norms = self.norms[self._members(name)[0]]
+            for place, (dose, norm) in enumerate(zip(self.doses, norms, strict=True)):
+                if name in self.fixed:
+                    if place:
+                        break
+                    dose = float("nan")
+                kl = self._ratio(self._kl(name)[place])
+                change = self._ratio(self._losses(name)[place] - np.asarray(self.base))
                 rows.append(
                     {
                         "direction": name,
@@ -90,23 +111,38 @@ class Influence(Result):
         return pd.DataFrame(rows)
 
     def plot(self, ax=None):
-        """KL against dose, with bands over documents."""
-        from emlens.figures import line_bands
+        """KL against dose, with bands over documents; of ablations, by direction."""
+        from emlens.figures import dot_intervals, line_bands
 
+        label = f"KL(base || edited) on {self.corpus} [nats/token]"
+        frame = self.table()
+        columns = ("KL [nats/token]", "KL low", "KL high")
+        if self.edit == "ablate":
+            y, low, high = (frame[c].to_numpy() for c in columns)
+            series = ["ablated"] * len(frame)
+            return dot_intervals(frame["direction"], series, y, low, high, y_label=label, ax=ax)
+        known = not np.isnan(self.doses).any()
         curves = {}
-        for name, part in self.table().groupby("direction", sort=False):
-            y, low, high = (part[c].to_numpy() for c in ("KL [nats/token]", "KL low", "KL high"))
-            curves[str(name)] = (np.asarray(self.doses), y, low, high)
-        return line_bands(
-            curves,
-            x_label="dose [share of median residual norm]",
-            y_label=f"KL(base || edited) on {self.corpus} [nats/token]",
-            ax=ax,
-        )
+        for name, part in frame.groupby("direction", sort=False):
+            y, low, high = (part[c].to_numpy() for c in columns)
+            x = np.asarray(self.doses) if known else part["norm"].to_numpy()
+            if name in self.fixed:
+                x = np.asarray(self.doses if known else next(iter(self.norms.values())))
+                y, low, high = (np.repeat(value, len(x)) for value in (y, low, high))
+            curves[str(name)] = (x, y, low, high)
+        unit = "dose [share of median residual norm]" if known else "norm of what is added"
+        return line_bands(curves, x_label=unit, y_label=label, ax=ax)
 
     def _shown(self) -> list[str]:
-        named_ones = [name for name in self.directions if name not in self.controls]
-        return [*named_ones, RANDOM] if self.controls else named_ones
+        own = [name for name in self.directions if name not in (*self.controls, *self.fixed)]
+        return [*own, *self._groups, *self.fixed]
+
+    @property
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        return self.groups or ({RANDOM: self.controls} if self.controls else {})
+
+    def _members(self, name: str) -> tuple[str, ...]:
+        return self._groups.get(name, (name,))
 
     def _kl(self, direction: str) -> np.ndarray:
         return self._values(self.kl, direction)
@@ -115,7 +151,7 @@ class Influence(Result):
         return self._values(self.losses, direction)
 
     def _values(self, values: Sequence, direction: str) -> np.ndarray:
-        names = self.controls if direction == RANDOM and self.controls else (direction,)
+        names = self._members(direction)
         missing = [name for name in names if name not in self.directions]
         if missing:
             raise KeyError(f"no direction {missing[0]!r}; there are {', '.join(self._shown())}")
@@ -125,102 +161,150 @@ class Influence(Result):
         return bootstrap_ratio(sums, self.counts, seed=self.seed)
 
     def _place(self, dose: float) -> int:
-        return int(np.argmin(np.abs(np.asarray(self.doses) - dose)))
+        grid = next(iter(self.norms.values())) if np.isnan(self.doses).any() else self.doses
+        return int(np.argmin(np.abs(np.asarray(grid) - dose)))
 
 
+@overload
 def influence(
     model: HookedModel,
     corpus: Corpus,
     directions: Mapping[str, Direction],
     *,
+    method: Literal["exact"] = "exact",
+    **options,
+) -> Influence: ...
+@overload
+def influence(
+    model: HookedModel,
+    corpus: Corpus,
+    directions: Mapping[str, Directions] | Directions,
+    *,
+    method: Literal["auto"],
+    **options,
+) -> InfluenceScan: ...
+def influence(  # pyright: ignore[reportInconsistentOverload]
+    model: HookedModel,
+    corpus: Corpus,
+    directions,
+    *,
+    method: Literal["exact", "auto"] = "exact",
+    profile: InfluenceProfile | None = None,
+    check: int = 5,
     doses: Sequence[float] = DOSES,
-    controls: int = 3,
+    norms: Sequence[float] | None = None,
+    edit: Kind = "add",
+    controls: int | Mapping[str, int] = 3,
+    conditions: Conditions | None = None,
     max_tokens: int = 128,
     token_budget: int = 1024,
     seed: int = 0,
     progress: bool = False,
-) -> Influence:
-    """Add each direction at each dose and measure KL and next-token loss on pre-training text.
+) -> Influence | InfluenceScan:
+    """Add (or ablate) each direction and measure KL and next-token loss on pre-training text.
 
-    The exact method: one forward pass above the layer per direction and dose, the prefix below
+    The exact method is one forward pass above the layer per direction and dose, the prefix below
     shared (arXiv 2602.07852, Fig. 6, there against the parameter norm). All predicted tokens
-    count; padding never does.
+    count; padding never does. `method="auto"` scores any number of directions at all their layers
+    by the Fisher profile of the corpus, and measures the leaders and a sample exactly.
 
     Args:
         model: The model.
         corpus: Raw text, e.g. `emlens.corpus("python-docs")`.
-        directions: Named directions; each is added at its own site and layer.
+        directions: Named directions; each is added at its own site and layer. `"auto"` takes
+            directions of several layers.
+        method: `"exact"` or `"auto"`.
+        profile: A profile of this model, for `"auto"`; made by default.
+        check: Leaders, and as many others at random, that `"auto"` measures exactly.
         doses: Norms as shares of the median residual norm of a layer, measured on the corpus.
             A negative dose turns the directions round.
-        controls: Random directions of equal norm at the first direction's place.
+        norms: Norms in units of the residual stream, in place of doses.
+        edit: `"add"`, or `"ablate"`: the component along the direction is taken away, and there
+            are no doses.
+        controls: Random directions of equal norm at every place a direction is added at; or
+            numbers by kind: `"random"`, `"activation differences"` (of two tokens of the corpus),
+            `"shuffled labels"` (of the mean differences among the directions).
+        conditions: Further edits or adapters, measured once as they are: a finetune, say.
         max_tokens: Tokens that a document is cut to.
         token_budget: Padded tokens of a batch.
         seed: Seed of the controls and of the bootstrap over documents.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If the corpus is empty, or a direction is zero.
-    """
-    named(directions)
-    if not len(corpus):
-        raise ValueError(f"corpus {corpus.name!r} has no documents")
-    first = next(iter(directions.values()))
-    random = {f"{RANDOM} {i}": random_direction(first, seed + i) for i in range(controls)}
-    every = {**directions, **random}
-    batches = model.batches(corpus, token_budget=token_budget, max_tokens=max_tokens)
-    sizes = _sizes(model, corpus, every, max_tokens, token_budget)
-    conditions: dict[str, list[Edit]] = {
-        f"{name} {dose}": [Add(d.scaled_to(dose * sizes[d.site, d.layer]))]
-        for name, d in every.items()
-        for dose in doses
-    }
-    losses, kl, base, counts = row_influence(model, batches, conditions, progress=progress)
+        ValueError: If the corpus is empty, a direction is zero, a norm is negative, a name is
+            taken twice, or controls are asked for that there are none of.
 
+    Example:
+        >>> found = emlens.influence(model, emlens.corpus(), {"general": general}, doses=[0.1])
+        >>> found.divergence("general", 0.1)
+    """
+    _check_choices(corpus, method, edit)
+    reading = {"max_tokens": max_tokens, "token_budget": token_budget}
+    if method == "auto":
+        scanned = _scanned(model, corpus, directions, norms, edit, conditions)
+        options = {"doses": doses, "check": check, "seed": seed, "progress": progress}
+        return scanned(profile=profile, **options, **reading)
+    fixed = dict(conditions or {})
+    if directions or not fixed:
+        named(directions)
+    kinds = kinds_of(controls) if directions else {}
+    groups = control_directions(model, corpus, directions, kinds, seed=seed, **reading)
+    chance = {name: control for members in groups.values() for name, control in members.items()}
+    _check_names(directions, chance, fixed)
+    every = {**directions, **chance}
+    sizes = sizes_of(model, corpus, every, **reading)
+    grid = strengths(every, sizes, doses, norms, edit)
+    at = doses_of(doses, norms, edit, sizes)
+    measured = conditions_of(every, grid, edit) | {f"{n} 0": what for n, what in fixed.items()}
+    batches = model.batches(corpus, **reading)
+    losses, kl, base, counts = row_influence(model, batches, measured, progress=progress)
+    points = {name: len(at) for name in every} | dict.fromkeys(fixed, 1)
     return Influence(
-        directions=tuple(every),
-        constructions={name: d.provenance.construction for name, d in every.items()},
-        doses=tuple(float(dose) for dose in doses),
-        norms={
-            name: tuple(abs(x) * sizes[d.site, d.layer] for x in doses) for name, d in every.items()
-        },
-        kl=_gathered(kl, every, doses),
-        losses=_gathered(losses, every, doses),
+        directions=tuple(points),
+        constructions={name: d.provenance.construction for name, d in every.items()}
+        | dict.fromkeys(fixed, "condition"),
+        doses=at,
+        norms={name: tuple(abs(x) for x in grid[name]) for name in every}
+        | {name: (float("nan"),) * len(at) for name in fixed},
+        kl=gathered(kl, points, len(at)),
+        losses=gathered(losses, points, len(at)),
         base=tuple(base.tolist()),
         counts=tuple(counts.tolist()),
         documents=tuple(document.id for document in corpus.documents),
         corpus=corpus.name,
-        controls=tuple(random),
+        controls=tuple(chance),
         seed=seed,
+        edit=edit,
+        groups={group: tuple(members) for group, members in groups.items()},
+        fixed=tuple(fixed),
+        skipped=int((counts == 0).sum()),
     )
 
 
-def _gathered(
-    values: Mapping[str, np.ndarray], names: Iterable[str], doses: Sequence[float]
-) -> tuple[tuple[tuple[float, ...], ...], ...]:
-    """Per-document values by direction and dose."""
-    return tuple(tuple(tuple(values[f"{n} {x}"].tolist()) for x in doses) for n in names)
+def _scanned(model, corpus, directions, norms, edit, conditions):
+    """The scan, or a refusal of what only the exact method does."""
+    from emlens.measures.scan import scan
+
+    asked = {"norms": norms, "edit": None if edit == "add" else edit, "conditions": conditions}
+    unused = [name for name, value in asked.items() if value]
+    if unused:
+        raise ValueError(f"method='auto' has no {', '.join(unused)}; use method='exact'")
+    return partial(scan, model, corpus, directions)
 
 
-def _sizes(
-    model: HookedModel,
-    corpus: Corpus,
-    directions: Mapping[str, Direction],
-    max_tokens: int,
-    token_budget: int,
-) -> dict[tuple[str, int], float]:
-    """Median residual norm on the corpus at every place a direction is added."""
-    places: dict = {}
-    for direction in directions.values():
-        places.setdefault(direction.site, set()).add(direction.layer)
-    return {
-        (site, layer): size
-        for site, layers in places.items()
-        for layer, size in measure_residual_norm(
-            model,
-            corpus,
-            layers,
-            site=site,
-            max_tokens=max_tokens,
-            token_budget=token_budget,
-        ).items()
-    }
+def _check_choices(corpus: Corpus, method: str, edit: str) -> None:
+    if method not in ("exact", "auto"):
+        raise ValueError(f"unknown method {method!r}; choose 'exact' or 'auto'")
+    if edit not in ("add", "ablate"):
+        raise ValueError(f"unknown edit {edit!r}; choose 'add' or 'ablate'")
+    if not len(corpus):
+        raise ValueError(f"corpus {corpus.name!r} has no documents")
+
+
+def _check_names(*sets: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for names in sets:
+        for name in names:
+            if name in seen:
+                raise ValueError(f"two things are called {name!r}; rename one")
+            seen.add(name)

@@ -80,3 +80,10 @@ def test_a_matrix_that_does_not_fit_its_names_is_refused():
         heatmap(MATRIX, ROWS[:1], COLS)
     with pytest.raises(ValueError, match="does not fit"):
         heatmap(np.zeros((0, 0)), [], [])
+
+
+def test_white_may_lie_at_another_centre_than_zero():
+    ax = heatmap([[0.5, 0.9]], ["a"], ["b", "c"], centre=0.5, limit=0.5)
+    assert ax.images[0].get_clim() == (0.0, 1.0)
+    ax = heatmap([[0.5, 0.9]], ["a"], ["b", "c"], centre=0.5, limit=None)
+    assert ax.images[0].get_clim() == pytest.approx((0.1, 0.9))

@@ -1,0 +1,174 @@
+"""Going through a corpus for a Fisher profile: settings, checkpoints, shares of processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from emlens._distributed import leads, shared, world
+from emlens._tensors import read_tensors, write_tensors
+from emlens.hooked import HookedModel
+from emlens.measures.fisher import Stream, Window, batch_gradients, windows
+from emlens.measures.fisher_sums import FisherSums
+from emlens.text import Corpus
+
+KIND = "influence profile in the making"
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What profiles must have in common to be merged.
+
+    Attributes:
+        model: Name of the model.
+        revision: Its revision, where known.
+        adapter: The adapter in force, or None.
+        edits: The edits in force, in words.
+        dtype: Of the weights.
+        d_model: Width of the residual stream.
+        layers: Layers that were read.
+        draws: Draws of all targets per document.
+        max_tokens: Tokens that documents were cut to.
+        seed: Seed of the draws.
+    """
+
+    model: str
+    revision: str | None
+    adapter: str | None
+    edits: tuple[str, ...]
+    dtype: str
+    d_model: int
+    layers: tuple[int, ...]
+    draws: int
+    max_tokens: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        layers: tuple[int, ...],
+        draws: int,
+        max_tokens: int,
+        seed: int,
+    ) -> PassSettings:
+        """Those of a model as it stands."""
+        return cls(
+            model=model.name,
+            revision=model.revision,
+            adapter=model.active_adapter,
+            edits=tuple(repr(edit) for edit in model.edits_in_force(())),
+            dtype=str(model.dtype),
+            d_model=model.d_model,
+            layers=layers,
+            draws=draws,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+
+    @classmethod
+    def from_dict(cls, record: Mapping) -> PassSettings:
+        """Read what `dataclasses.asdict` gave.
+
+        Raises:
+            KeyError: If a setting is missing.
+        """
+        values = {item.name: record[item.name] for item in fields(cls)}
+        lists = {name: tuple(v) for name, v in values.items() if isinstance(v, (list, tuple))}
+        return cls(**{**values, **lists})
+
+    def differences(self, other: PassSettings) -> list[str]:
+        """What differs from other settings, in words."""
+        pairs = [
+            (item.name, getattr(self, item.name), getattr(other, item.name))
+            for item in fields(self)
+        ]
+        return [f"{name} {one} and {two}" for name, one, two in pairs if one != two]
+
+
+def gather(
+    model: HookedModel,
+    corpus: Corpus,
+    settings: PassSettings,
+    *,
+    token_budget: int,
+    checkpoint: Path | None,
+    every: int,
+    progress: bool,
+) -> tuple[FisherSums, int]:
+    """Read a corpus; return its sums, and how many documents were too short.
+
+    Raises:
+        ValueError: If a gradient is not finite, or the checkpoint is of another run.
+    """
+    rank, size = world()
+    run = {
+        **asdict(settings),
+        "corpus": corpus.hash,
+        "token_budget": token_budget,
+        "process": [rank, size],
+    }
+    if checkpoint is not None and size > 1:
+        checkpoint = checkpoint.with_name(f"{checkpoint.name}.{rank}-of-{size}")
+
+    def read(shares: Sequence[Window]) -> tuple[FisherSums, int]:
+        sums, done = _restored(checkpoint, run, settings)
+        stream = Stream(model, corpus, settings.max_tokens, token_budget)
+        total = sum(len(window.index) for window in shares)
+        quiet = not (progress and leads())
+        number = 0
+        with tqdm(total=total, desc="Fisher profile", unit="doc", disable=quiet) as bar:
+            for number, (batch, places) in enumerate(stream.batches(shares), start=1):
+                bar.update(len(batch))
+                if number <= done:
+                    continue
+                sums.add(
+                    *batch_gradients(
+                        model,
+                        batch,
+                        settings.layers,
+                        draws=settings.draws,
+                        seed=settings.seed,
+                        halves=[place % 2 for place in places],
+                        threshold=sums.tokens.threshold,
+                    )
+                )
+                if checkpoint is not None and number % every == 0:
+                    _keep(checkpoint, run, sums, number)
+        if checkpoint is not None and number > done and number % every:
+            _keep(checkpoint, run, sums, number)
+        return sums, stream.skipped
+
+    parts = shared(model, windows(corpus), read, f"Fisher profile of {corpus.name}")
+    return reduce(FisherSums.merged, (sums for sums, _ in parts)), sum(n for _, n in parts)
+
+
+def _keep(path: Path, run: Mapping, sums: FisherSums, done: int) -> None:
+    write_tensors(path, KIND, sums.tensors(), {"run": dict(run), "done": done})
+
+
+def _restored(path: Path | None, run: Mapping, settings: PassSettings) -> tuple[FisherSums, int]:
+    """The state of a checkpoint and the batches it has seen; nothing where there is none yet."""
+    n_layers = len(settings.layers)
+    if path is None or not path.exists():
+        return FisherSums.empty(n_layers, settings.d_model), 0
+    tensors, record = read_tensors(path, KIND)
+    mine, found = json.loads(json.dumps(run)), record.get("run", {})
+    differ = [name for name, value in mine.items() if found.get(name) != value]
+    if differ:
+        raise ValueError(
+            f"the checkpoint {path} is of another run: {', '.join(differ)} differ(s); remove the "
+            "file to start anew, or give the settings that it was made with"
+        )
+    try:
+        sums = FisherSums.from_tensors(tensors)
+        done = int(record["done"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a whole {KIND}: {error!r}") from error
+    sums.check(str(path), n_layers, settings.draws, settings.d_model)
+    return sums, done

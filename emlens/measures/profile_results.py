@@ -1,0 +1,213 @@
+"""What a Fisher profile says: scores of directions, the spectrum of a layer, its top directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from emlens._results import Result
+from emlens.directions import Direction
+
+FEW = 12
+"""Bars that a plot shows; beyond, only the largest."""
+
+
+@dataclass(frozen=True)
+class ProfileScores(Result):
+    """Influence of directions on pre-training text by the Fisher approximation, one per row.
+
+    Intervals are over documents and say what other text of the same kind would give. The error of
+    the draws alone is what separates a score from the exact KL on the very same documents.
+
+    Attributes:
+        directions: Name of each row's direction.
+        layers: Its layer; it is added at every position of `resid_post`.
+        constructions: How it was made.
+        doses: Norm of what is added, as a share of the median residual norm of the corpus.
+        norms: The same in units of the residual stream.
+        kl: `KL(base || edited)` in nats per token, to second order in the norm.
+        kl_low: Lower ends of its 95% intervals.
+        kl_high: Upper ends.
+        kl_draw_error: Standard error of it from the draws alone.
+        loss_change: Change of next-token loss in nats per token, to first order in the norm.
+        change_low: Lower ends of its 95% intervals.
+        change_high: Upper ends.
+        random_percentile: Share of random directions of equal norm with a lower KL, percent.
+        difference_percentile: The same among random differences of activations.
+        held_out: Whether only documents count that the direction was not found on.
+        corpus: Name of the corpus.
+    """
+
+    directions: tuple[str, ...]
+    layers: tuple[int, ...]
+    constructions: tuple[str, ...]
+    doses: tuple[float, ...]
+    norms: tuple[float, ...]
+    kl: tuple[float, ...]
+    kl_low: tuple[float, ...]
+    kl_high: tuple[float, ...]
+    kl_draw_error: tuple[float, ...]
+    loss_change: tuple[float, ...]
+    change_low: tuple[float, ...]
+    change_high: tuple[float, ...]
+    random_percentile: tuple[float, ...]
+    difference_percentile: tuple[float, ...]
+    held_out: tuple[bool, ...]
+    corpus: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per direction, layer and dose."""
+        return pd.DataFrame(
+            {
+                "direction": self.directions,
+                "layer": self.layers,
+                "dose": self.doses,
+                "norm": self.norms,
+                "KL [nats/token]": self.kl,
+                "KL low": self.kl_low,
+                "KL high": self.kl_high,
+                "KL error of the draws": self.kl_draw_error,
+                "loss change [nats/token]": self.loss_change,
+                "change low": self.change_low,
+                "change high": self.change_high,
+                "percentile among random [%]": self.random_percentile,
+                "percentile among activation differences [%]": self.difference_percentile,
+                "held out": self.held_out,
+            }
+        )
+
+    def plot(self, ax=None):
+        """KL with its intervals: against the layer where there are several, else by direction.
+
+        Of many directions the largest are shown; one dose, the first.
+        """
+        from emlens.figures import dot_intervals, layer_curves
+
+        label = f"KL(base || edited) on {self.corpus} [nats/token]"
+        shown = self._largest()
+        places = {
+            name: shown[[self.directions[i] == name for i in shown]]
+            for name in dict.fromkeys(self.directions[i] for i in shown)
+        }
+        layers = np.asarray(self.layers)
+        if max(len(set(layers[of_name])) for of_name in places.values()) > 1:
+            curves = {}
+            for name, of_name in places.items():
+                along = of_name[np.argsort(layers[of_name], kind="stable")]
+                ends = (np.asarray(x)[along] for x in (self.kl, self.kl_low, self.kl_high))
+                curves[name] = (layers[along], *ends)
+            return layer_curves(curves, y_label=label, ax=ax)
+        values, low, high = (np.asarray(x)[shown] for x in (self.kl, self.kl_low, self.kl_high))
+        return dot_intervals(
+            [self.directions[i] for i in shown],
+            [f"layer {self.layers[i]}" for i in shown],
+            values,
+            low,
+            high,
+            y_label=label,
+            ax=ax,
+        )
+
+    def _largest(self) -> np.ndarray:
+        """Rows of the first dose, of the directions with the largest KL, in their order."""
+        first: dict[tuple[str, int], int] = {}
+        for i, place in enumerate(zip(self.directions, self.layers, strict=True)):
+            first.setdefault(place, i)
+        most: dict[str, float] = {}
+        for (name, _), i in first.items():
+            most[name] = max(most.get(name, 0.0), self.kl[i])
+        kept = set(sorted(most, key=lambda name: -most[name])[:FEW])
+        return np.array([i for (name, _), i in first.items() if name in kept])
+
+
+@dataclass(frozen=True)
+class Spectrum(Result):
+    """Eigenvalues of the Fisher matrix of a layer, in nats per token per squared norm.
+
+    A displacement of norm `c` along an eigenvector costs a KL of `c^2 / 2` times its eigenvalue.
+    In the sample, the leading eigenvectors fit the noise of the draws and overstate themselves;
+    held out, those of one half of the documents are measured on the other half, both ways.
+
+    Attributes:
+        layer: The layer.
+        eigenvalues: In the sample, descending.
+        held_out: By rank, measured on the documents that the eigenvectors were not found on.
+        effective_rank: `trace(F)^2 / trace(F^2)`, without the noise of the draws: each factor of
+            a product comes from another half of the documents.
+        sample_rank: The same in the sample, where noise makes it too small.
+        corpus: Name of the corpus.
+    """
+
+    layer: int
+    eigenvalues: tuple[float, ...]
+    held_out: tuple[float, ...]
+    effective_rank: float
+    sample_rank: float
+    corpus: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per rank."""
+        values = np.asarray(self.eigenvalues)
+        outside = np.full(len(values), np.nan)
+        outside[: len(self.held_out)] = self.held_out
+        return pd.DataFrame(
+            {
+                "rank": np.arange(1, len(values) + 1),
+                "eigenvalue in sample [nats/token/norm^2]": values,
+                "eigenvalue held out [nats/token/norm^2]": outside,
+                "cumulative share in sample": values.cumsum() / values.sum(),
+            }
+        )
+
+    def plot(self, ax=None):
+        """Eigenvalues against rank, in the sample and held out."""
+        from emlens.figures import line_bands
+
+        curves = {
+            "in sample": (np.arange(1, len(self.eigenvalues) + 1), np.asarray(self.eigenvalues)),
+            "held out": (np.arange(1, len(self.held_out) + 1), np.asarray(self.held_out)),
+        }
+        return line_bands(
+            curves,
+            x_label="rank",
+            y_label=f"eigenvalue at layer {self.layer} [nats/token/norm^2]",
+            ax=ax,
+            x_scale="log",
+            y_scale="log",
+        )
+
+
+@dataclass(frozen=True)
+class TopDirections(Mapping[str, Direction]):
+    """The directions of a layer with the largest influence: a mapping of names to directions.
+
+    They are leading eigenvectors on one half of the documents, and say so in their provenance:
+    `InfluenceProfile.score` counts only the other half for them.
+
+    Attributes:
+        directions: The directions, by name.
+        by_rank: What directions of each rank do, averaged over both ways: found on one half of
+            the documents and measured on the other.
+    """
+
+    directions: dict[str, Direction]
+    by_rank: ProfileScores
+
+    def __getitem__(self, name: str) -> Direction:
+        return self.directions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.directions)
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def table(self) -> pd.DataFrame:
+        """One row per rank, held out."""
+        return self.by_rank.table()
+
+    def _repr_html_(self) -> str:
+        return self.by_rank._repr_html_()

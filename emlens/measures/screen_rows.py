@@ -1,0 +1,259 @@
+"""What a screen reads and writes: rows of a finetuning set, reference answers, a file of scores."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from emlens._files import read_json, sha256_of, write_json
+from emlens.text import Conversation, content_hash
+from emlens.text.jsonl import read_jsonl
+
+Dataset = str | Path | Iterable[Conversation]
+"""A JSON Lines file, or conversations, which may be a stream."""
+
+Answers = str | Path | Mapping[str, str] | Iterable[Conversation]
+"""Reference answers: by the text of the prompt, or a set that answers the same prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row of a finetuning set.
+
+    Attributes:
+        row: Its place in the set, from 0.
+        name: Its id, or `line 7` of a file, or `row 6`.
+        conversation: What it says.
+    """
+
+    row: int
+    name: str
+    conversation: Conversation
+
+    @property
+    def hash(self) -> str:
+        """Hash of its messages."""
+        return content_hash([self.conversation])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of an example.
+
+    Attributes:
+        row: Its place in the set, from 0.
+        name: What it is called.
+        score: Projection of its answer minus that of the reference, in median residual norms;
+            None where there was no reference answer.
+        projection: Projection of its answer.
+        reference: Projection of the reference answer.
+        tokens: Tokens of its answer that counted.
+        hash: Hash of its messages.
+    """
+
+    row: int
+    name: str
+    score: float | None
+    projection: float
+    reference: float | None
+    tokens: int
+    hash: str
+
+
+def examples(dataset: Dataset) -> Iterator[Example]:
+    """Read a set row by row.
+
+    Rows of a file have `messages`, or `prompt` and `response`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a row is not valid; its file and line, or its place, are named.
+        TypeError: If something is no conversation.
+    """
+    if isinstance(dataset, (str, Path)):
+        path = Path(dataset)
+        for row, (number, record) in enumerate(read_jsonl(path)):
+            found = _conversation(record, f"{path}, line {number}")
+            yield _checked(Example(row, found.id or f"line {number}", found), f"{path}, ")
+        return
+    for row, item in enumerate(dataset):
+        if not isinstance(item, Conversation):
+            raise TypeError(
+                f"row {row} is a {type(item).__name__}; give conversations, or the path of a file"
+            )
+        yield _checked(Example(row, item.id or f"row {row}", item), "")
+
+
+def blocks(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Rows in blocks; what came before a broken row is given before its error is raised."""
+    block: list[Example] = []
+    try:
+        for example in rows:
+            block.append(example)
+            if len(block) == size:
+                yield block
+                block = []
+    except (ValueError, TypeError):
+        if block:
+            yield block
+        raise
+    if block:
+        yield block
+
+
+class References:
+    """Reference answers by prompt, held in memory.
+
+    Args:
+        given: Answers by the text of the prompt, or a set that answers the same prompts; the
+            first answer to a prompt counts.
+    """
+
+    def __init__(self, given: Answers) -> None:
+        self._by_text: dict[str, str] = {}
+        self._by_prompt: dict[str, str] = {}
+        if isinstance(given, Mapping):
+            self._by_text.update(cast(Mapping[str, str], given))
+        else:
+            for example in examples(given):
+                key = prompt_key(example.conversation)
+                self._by_prompt.setdefault(key, example.conversation.response)
+        if not self._by_text and not self._by_prompt:
+            raise ValueError("the reference has no answers")
+
+    @property
+    def hash(self) -> str:
+        """Hash of all answers."""
+        both = {**self._by_text, **self._by_prompt}
+        return sha256_of(json.dumps(both, sort_keys=True).encode())[:16]
+
+    def answer(self, prompt: Conversation) -> str:
+        """The answer to one prompt.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        text = prompt.messages[-1]["content"]
+        found = self._by_prompt.get(prompt_key(prompt), self._by_text.get(text))
+        if found is None or not found.strip():
+            n = len(self._by_text) + len(self._by_prompt)
+            raise ValueError(
+                f"the reference has no answer to the prompt of {prompt.id} ({text!r:.80}); it "
+                f"answers {n} prompts. Add one, or use reference='own'"
+            )
+        return found
+
+
+def prompt_key(conversation: Conversation) -> str:
+    """The same for two answers to one prompt."""
+    return content_hash([conversation.prompt])
+
+
+class Ledger:
+    """Scores on disk, a line each, written block by block; an interrupted screen goes on there.
+
+    Beside it lies `<name>.settings.json`: a rerun with other settings is refused.
+
+    Args:
+        path: The file.
+        settings: What the scores depend on.
+
+    Raises:
+        ValueError: If the file holds scores made with other settings, or no scores.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
+        self.path = path
+        beside = path.with_name(f"{path.name}.settings.json")
+        wanted = json.loads(json.dumps(dict(settings)))
+        if path.exists() and path.stat().st_size:
+            if not beside.is_file():
+                raise ValueError(f"{path} is there, but no screen has written it; choose another")
+            found = read_json(beside)
+            differ = sorted(key for key in wanted if found.get(key) != wanted[key])
+            if differ:
+                listed = ", ".join(f"{k} {found.get(k)!r} now {wanted[k]!r}" for k in differ)
+                raise ValueError(
+                    f"{path} holds scores made with other settings ({listed}); choose another "
+                    "file, or delete it to start anew"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(beside, wanted)
+
+    def resume(self, block: int) -> int:
+        """Cut the file after its last whole block; return how many scores are left."""
+        if not self.path.exists():
+            return 0
+        keep = lines = position = 0
+        with self.path.open("rb+") as file:
+            for line in file:
+                position += len(line)
+                lines += line.endswith(b"\n")
+                if line.endswith(b"\n") and lines % block == 0:
+                    keep = position
+            file.truncate(keep)
+        return lines // block * block
+
+    def read(self) -> Iterator[Scored]:
+        """The scores, one after the other.
+
+        Raises:
+            ValueError: If a line is not a score.
+        """
+        for number, record in read_jsonl(self.path):
+            try:
+                yield Scored(**record)
+            except TypeError as error:
+                raise ValueError(f"{self.path}, line {number}: not a score ({error})") from error
+
+    def append(self, scored: Sequence[Scored]) -> None:
+        """Add the lines of a block."""
+        text = "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in scored)
+        with self.path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def check_same(done: Sequence[Scored], block: Sequence[Example], path: Path) -> None:
+    """Refuse to go on with scores of another set.
+
+    Raises:
+        ValueError: If a row of the set is not the one that was scored.
+    """
+    for one, example in zip(done, block, strict=True):
+        if one.hash != example.hash:
+            raise ValueError(
+                f"{path} holds scores of another set: its row {one.row} is {one.name!r}, here it "
+                f"is {example.name!r} or says something else; choose another file"
+            )
+
+
+def _conversation(record: dict, where: str) -> Conversation:
+    name = record.get("id")
+    name = None if name is None else str(name)
+    try:
+        if "messages" in record:
+            return Conversation(tuple(record["messages"]), name)
+        if "prompt" in record and "response" in record:
+            return Conversation.of(record["prompt"], record["response"], id=name)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    raise ValueError(
+        f"{where}: neither 'messages' nor 'prompt' and 'response'; it has "
+        f"{', '.join(map(str, record))}"
+    )
+
+
+def _checked(example: Example, where: str) -> Example:
+    """The example, named, with an answer at its end."""
+    messages = example.conversation.messages
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise ValueError(f"{where}{example.name} does not end with an answer; leave it out")
+    if all(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{where}{example.name} has an answer but no prompt; leave it out")
+    return Example(example.row, example.name, Conversation(messages, example.name))

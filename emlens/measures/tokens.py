@@ -1,0 +1,399 @@
+"""Token by token: what an edit changes in a text, and where a text lies along a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from emlens._results import Result
+from emlens.directions import Direction, residual_norm
+from emlens.edits import Add
+from emlens.hooked import (
+    BaseLogProbs,
+    Condition,
+    HookedModel,
+    Targets,
+    sweep_hidden,
+    token_losses,
+    token_scores,
+)
+from emlens.measures.grids import named
+from emlens.measures.scoring import LOG_PROB_BUDGET
+from emlens.text import Conversation, Corpus, TokenBatch, TokenMask
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from emlens.figures import TokenView
+
+CONTEXT = 12
+"""Tokens shown before and after one."""
+
+_COLUMNS = {"KL": "kl", "loss change": "loss_change", "base loss": "base_loss"}
+
+
+@dataclass(frozen=True)
+class TokenInfluence(Result):
+    """What an edit changes in the prediction of every token.
+
+    Attributes:
+        what: What the edit is called.
+        texts: Tokens of each text, as text, `[texts][pos]`.
+        names: Name of each text.
+        base_loss: Loss of each token in nats, `[texts][pos]`; NaN where nothing predicts it.
+        loss_change: Its change under the edit, nats.
+        kl: `KL(base || edited)` where it is predicted, nats.
+        source: Name of the corpus.
+        skipped: Texts of fewer than two tokens.
+    """
+
+    what: str
+    texts: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+    base_loss: tuple[tuple[float, ...], ...]
+    loss_change: tuple[tuple[float, ...], ...]
+    kl: tuple[tuple[float, ...], ...]
+    source: str
+    skipped: int = 0
+
+    def top(self, k: int = 10, by: str = "KL") -> pd.DataFrame:
+        """The `k` tokens that change most, with what stands around them.
+
+        Args:
+            k: How many.
+            by: `"KL"`, `"loss change"` (either way) or `"base loss"`.
+
+        Raises:
+            ValueError: If there is no such column.
+        """
+        import pandas as pd
+
+        values = self._column(by)
+        places = [
+            (abs(value), text, position)
+            for text, row in enumerate(values)
+            for position, value in enumerate(row)
+            if np.isfinite(value)
+        ]
+        rows = []
+        for _, text, position in sorted(places, key=lambda place: -place[0])[:k]:
+            rows.append(
+                {
+                    "text": self.names[text],
+                    "position": position,
+                    "token": self.texts[text][position],
+                    "KL [nats]": self.kl[text][position],
+                    "loss change [nats]": self.loss_change[text][position],
+                    "base loss [nats]": self.base_loss[text][position],
+                    "context": self._context(text, position),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def table(self) -> pd.DataFrame:
+        """One row per text, those that change most first, nats per token."""
+        import pandas as pd
+
+        rows = []
+        for i, name in enumerate(self.names):
+            counted = np.isfinite(self.base_loss[i])
+            if not counted.any():
+                continue
+            kl, change = np.asarray(self.kl[i]), np.asarray(self.loss_change[i])
+            rows.append(
+                {
+                    "text": name,
+                    "tokens": int(counted.sum()),
+                    "KL [nats/token]": float(kl[counted].mean()),
+                    "loss change [nats/token]": float(change[counted].mean()),
+                    "largest KL [nats]": float(kl[counted].max()),
+                    "at token": self.texts[i][int(np.nanargmax(np.where(counted, kl, np.nan)))],
+                }
+            )
+        frame = pd.DataFrame(rows)
+        return frame.sort_values("KL [nats/token]", ascending=False, ignore_index=True)
+
+    def view(self, text: int | str = 0, by: str = "KL") -> TokenView:
+        """The tokens of one text, coloured by what changes, through CircuitsVis.
+
+        Raises:
+            ValueError: If there is no such text or column.
+        """
+        from emlens.figures import token_view
+
+        i = _place(self.names, text)
+        values = np.nan_to_num(np.asarray(self._column(by)[i]))
+        title = f"{self.names[i]}: {by} under {self.what}"
+        return token_view(self.texts[i], values.tolist(), title=title, unit="nats")
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Mean KL by position in the text."""
+        from emlens.figures import line_bands
+
+        longest = max(map(len, self.kl))
+        table = np.full((len(self.kl), longest), np.nan)
+        for row, values in zip(table, self.kl, strict=True):
+            row[: len(values)] = values
+        seen = np.isfinite(table).any(0)
+        mean = np.nanmean(table[:, seen], axis=0)
+        return line_bands(
+            {self.what: (np.arange(longest)[seen], mean)},
+            x_label="position in the text",
+            y_label=f"mean KL on {self.source} [nats]",
+            ax=ax,
+        )
+
+    def _column(self, by: str) -> tuple[tuple[float, ...], ...]:
+        if by not in _COLUMNS:
+            raise ValueError(f"unknown column {by!r}; choose {', '.join(map(repr, _COLUMNS))}")
+        return getattr(self, _COLUMNS[by])
+
+    def _context(self, text: int, position: int) -> str:
+        tokens = self.texts[text]
+        before = "".join(tokens[max(0, position - CONTEXT) : position])
+        after = "".join(tokens[position + 1 : position + 1 + CONTEXT])
+        return f"{before}[[{tokens[position]}]]{after}"
+
+    def _repr_html_(self) -> str:
+        top = self.top().to_html(index=False, float_format="%.3f", escape=True)
+        return (
+            f"<p><b>{escape(f'{self.what} on {self.source}: tokens that change most')}</b></p>{top}"
+        )
+
+
+@dataclass(frozen=True)
+class TokenProjections(Result):
+    """Where every token of some conversations lies along a direction: the monitoring view.
+
+    Attributes:
+        direction: How the direction was made.
+        layer: Its layer.
+        texts: Tokens of each conversation, as text, `[conversations][pos]`.
+        names: Name of each conversation.
+        counted: Whether a token is under the mask.
+        values: Projection on the unit direction, as a share of the median residual norm.
+    """
+
+    direction: str
+    layer: int
+    texts: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+    counted: tuple[tuple[bool, ...], ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row per conversation: mean and largest projection of the counted tokens."""
+        import pandas as pd
+
+        rows = []
+        for i, name in enumerate(self.names):
+            counted = np.asarray(self.counted[i])
+            values = np.asarray(self.values[i])[counted]
+            tokens = [t for t, mine in zip(self.texts[i], counted, strict=True) if mine]
+            most = int(values.argmax()) if len(values) else 0
+            rows.append(
+                {
+                    "conversation": name,
+                    "tokens": len(values),
+                    "mean projection [median residual norm]": values.mean()
+                    if len(values)
+                    else None,
+                    "largest": values[most] if len(values) else None,
+                    "at token": tokens[most] if tokens else "",
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def view(self, conversation: int | str = 0) -> TokenView:
+        """The tokens of one conversation, coloured by their projection, through CircuitsVis.
+
+        Raises:
+            ValueError: If there is no such conversation.
+        """
+        from emlens.figures import token_view
+
+        i = _place(self.names, conversation)
+        title = f"{self.names[i]}: projection on {self.direction}, layer {self.layer}"
+        return token_view(
+            self.texts[i], self.values[i], title=title, unit="of the median residual norm"
+        )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Projection along each conversation, up to eight of them."""
+        from emlens.figures import line_bands
+
+        curves = {
+            name: (np.arange(len(values)), np.asarray(values))
+            for name, values in list(zip(self.names, self.values, strict=True))[:8]
+        }
+        return line_bands(
+            curves,
+            x_label="position in the conversation",
+            y_label=f"projection, layer {self.layer} [median residual norm]",
+            reference=0.0,
+            ax=ax,
+        )
+
+
+@torch.no_grad()
+def token_influence(
+    model: HookedModel,
+    corpus: Corpus | Sequence[Conversation],
+    condition: Direction | Condition,
+    *,
+    dose: float = 0.2,
+    name: str = "the edit",
+    tokens: TokenMask = "all",
+    max_tokens: int = 128,
+    token_budget: int = 1024,
+) -> TokenInfluence:
+    """Return what an edit changes in the prediction of every token of a text.
+
+    Three numbers are kept for each token, so this is for the texts that one wants to look at;
+    `emlens.influence` sums over any corpus.
+
+    Args:
+        model: The model.
+        corpus: Raw text, or conversations.
+        condition: A direction, added at `dose`; or edits, an adapter's name, or both.
+        dose: Norm of what is added, as a share of the median residual norm on the text.
+        name: What it is called.
+        tokens: Tokens that count; of raw text all.
+        max_tokens: Tokens that a document is cut to.
+        token_budget: Padded tokens of a batch.
+
+    Raises:
+        ValueError: If there is no text, or the direction is zero.
+    """
+    if not len(corpus):
+        raise ValueError("there is no text to look at")
+    acting: Condition
+    if isinstance(condition, Direction):
+        named({name: condition})
+        place = condition.layer
+        options = {"site": condition.site, "token_budget": token_budget}
+        (size,) = residual_norm(model, corpus, place, max_tokens=max_tokens, **options).values()
+        acting = [Add(condition.scaled_to(dose * size))]
+    else:
+        acting = condition
+    cut = max_tokens if isinstance(corpus, Corpus) else None
+    batches = model.batches(corpus, token_budget=token_budget, max_tokens=cut)
+    n = sum(len(batch) for batch in batches)
+    found: dict[str, list] = {key: [()] * n for key in ("texts", "names", "base", "change", "kl")}
+    for batch in batches:
+        targets = Targets.of(batch.to(model.device), tokens)
+        states = {
+            key: targets.predictors(hidden)
+            for key, hidden in sweep_hidden(model, batch, {"base": (), "edited": acting})
+        }
+        base = BaseLogProbs(model, states["base"], LOG_PROB_BUDGET)
+        losses = token_losses(model, states["base"], targets.ids)
+        edited, kl = token_scores(model, base, states["edited"], targets.ids)
+        for column, values in (("base", losses), ("change", edited - losses), ("kl", kl)):
+            for row, of_row in _spread(batch, targets, values).items():
+                found[column][batch.index[row]] = of_row
+        _note_texts(model, batch, found)
+    skipped = sum(not np.isfinite(row).any() for row in found["base"])
+    return TokenInfluence(
+        what=name,
+        texts=tuple(found["texts"]),
+        names=tuple(found["names"]),
+        base_loss=tuple(found["base"]),
+        loss_change=tuple(found["change"]),
+        kl=tuple(found["kl"]),
+        source=corpus.name if isinstance(corpus, Corpus) else "conversations",
+        skipped=skipped,
+    )
+
+
+@torch.no_grad()
+def token_projections(
+    model: HookedModel,
+    conversations: Sequence[Conversation],
+    direction: Direction,
+    *,
+    tokens: TokenMask = "response",
+    token_budget: int = 1024,
+) -> TokenProjections:
+    """Return the projection of every token of some conversations onto a direction.
+
+    Args:
+        model: The model.
+        conversations: The conversations.
+        direction: The direction; its norm does not matter.
+        tokens: Tokens that tables count; all are shown.
+        token_budget: Padded tokens of a batch.
+
+    Raises:
+        ValueError: If there are no conversations, or the direction is zero or of another width.
+    """
+    if not conversations:
+        raise ValueError("there are no conversations to look at")
+    named({"direction": direction})
+    if direction.d_model != model.d_model:
+        raise ValueError(
+            f"the direction has width {direction.d_model}, {model.name} has d_model {model.d_model}"
+        )
+    options = {"site": direction.site, "token_budget": token_budget}
+    (size,) = residual_norm(model, conversations, direction.layer, **options).values()
+    unit = direction.unit().vector / size
+    batches = model.batches(conversations, token_budget=token_budget)
+    n = len(conversations)
+    found: dict[str, list] = {key: [()] * n for key in ("texts", "names", "counted", "values")}
+    for batch in batches:
+
+        def pool(residual: torch.Tensor) -> torch.Tensor:
+            return residual.float() @ unit.to(residual.device)
+
+        read = model.residuals(batch, direction.layer, direction.site, pool)[direction.layer]
+        real, mask = batch.attention_mask.bool().cpu(), batch.mask(tokens).cpu()
+        for row, place in enumerate(batch.index):
+            found["values"][place] = tuple(read[row].cpu()[real[row]].tolist())
+            found["counted"][place] = tuple(mask[row][real[row]].tolist())
+        _note_texts(model, batch, found)
+    return TokenProjections(
+        direction=direction.provenance.construction,
+        layer=direction.layer,
+        texts=tuple(found["texts"]),
+        names=tuple(found["names"]),
+        counted=tuple(found["counted"]),
+        values=tuple(found["values"]),
+    )
+
+
+def _or_nan(statistic: Callable[[], float], values: np.ndarray) -> float:
+    return float(statistic()) if len(values) else float("nan")
+
+
+def _spread(
+    batch: TokenBatch, targets: Targets, values: torch.Tensor
+) -> dict[int, tuple[float, ...]]:
+    """Values of the counted tokens at their places, NaN elsewhere, padding left out."""
+    table = torch.full(batch.shape, float("nan"))
+    table[targets.rows.cpu(), targets.positions.cpu()] = values.float().cpu()
+    real = batch.attention_mask.bool().cpu()
+    return {row: tuple(table[row][real[row]].tolist()) for row in range(len(batch))}
+
+
+def _note_texts(model: HookedModel, batch: TokenBatch, found: Mapping[str, list]) -> None:
+    real = batch.attention_mask.bool()
+    for row, place in enumerate(batch.index):
+        ids = batch.input_ids[row][real[row]].tolist()
+        found["texts"][place] = tuple(str(model.tokenizer.decode([token])) for token in ids)
+        found["names"][place] = batch.names[row]
+
+
+def _place(names: Sequence[str], text: int | str) -> int:
+    if isinstance(text, str):
+        if text not in names:
+            raise ValueError(f"no text {text!r}; there are {', '.join(names[:5])} ...")
+        return list(names).index(text)
+    if not -len(names) <= text < len(names):
+        raise ValueError(f"there are {len(names)} texts, so none is number {text}")
+    return text % len(names)
