@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,11 @@ import torch
 from nnsight import NNsight
 
 import emlens
-from emlens import Add, Direction
+from emlens import Add, Direction, measures
 from emlens.hooked import SITES, hook_name
 from emlens.hooked.architecture import Architecture
-from emlens.text import pack, tokenize
-from tests.support.data import conversations
+from emlens.text import corpus, pack, tokenize
+from tests.support.data import conversations, pairs
 from tests.support.models import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "hook_points.md"
@@ -131,3 +134,35 @@ def test_a_hook_at_resid_mid_of_a_bridge_misses_the_stream_and_an_edit_does_not(
         end["hook"] = model.residuals(batch, 1)[1]
     assert torch.allclose(end["hook"], middle + end["mlp"], atol=1e-5)
     assert torch.allclose(end["edit"], middle + 1 + end["mlp"], atol=1e-5)
+
+
+MEASURES = Path(__file__).parent.parent / "docs" / "measures.md"
+
+
+def test_the_page_of_measures_names_every_measure_and_only_what_there_is():
+    text = MEASURES.read_text()
+    verbs = [name for name in measures.__all__ if name[0].islower() and name != "perturbed"]
+    missing = [name for name in (*verbs, "Monitor", "InfluenceProfile") if name not in text]
+    assert missing in ([], ["scan"])
+    for room, name in re.findall(r"\b(emlens|measures)\.([A-Za-z_]+)", text):
+        assert hasattr(emlens if room == "emlens" else measures, name), f"{room}.{name}"
+
+
+@pytest.mark.parametrize("page", sorted(MEASURES.parent.glob("*.md")), ids=lambda page: page.stem)
+def test_programs_in_the_documentation_are_programs(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        ast.parse(block)
+
+
+def test_the_programs_of_the_page_of_measures_run(hooked_llama, monkeypatch, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", MEASURES.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emlens, "load", lambda name: hooked_llama)
+    few = pairs(12, "finance")
+    monkeypatch.setattr(emlens, "load_pairs", lambda name: few)
+    small = corpus(documents=6)
+    monkeypatch.setattr(emlens, "corpus", lambda **_: small)
+    rows = [{"messages": list(pair.conversation("misaligned").messages)} for pair in few]
+    Path("finetuning.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    program = "\n".join(blocks).replace("[15]", "[1]").replace("(15)", "(1)")
+    exec(compile(program, "measures.md", "exec"), {})

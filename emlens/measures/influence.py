@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pandas as pd
@@ -239,10 +239,10 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
         >>> found.divergence("general", 0.1)
     """
     _check_choices(corpus, method, edit)
-    reading = {"max_tokens": max_tokens, "token_budget": token_budget}
+    reading: Any = {"max_tokens": max_tokens, "token_budget": token_budget}
     if method == "auto":
         scanned = _scanned(model, corpus, directions, norms, edit, conditions)
-        options = {"doses": doses, "check": check, "seed": seed, "progress": progress}
+        options: Any = {"doses": doses, "check": check, "seed": seed, "progress": progress}
         return scanned(profile=profile, **options, **reading)
     fixed = dict(conditions or {})
     if directions or not fixed:

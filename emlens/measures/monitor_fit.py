@@ -102,11 +102,12 @@ def check_settings(best: int, max_false_alarms: float | None, held_out: float) -
 def warn_of_leak(directions: AnyDirections, data: Labelled) -> None:
     """Warn where directions were extracted from all of the conversations that are split here."""
     ours = {content_hash(data.items_of(side)) for side in (data.truth, ~data.truth)}
-    named = {"they": directions} if isinstance(directions, Directions) else directions
+    named = {"": directions} if isinstance(directions, Directions) else directions
     leaky = [name for name, one in named.items() if ours & set(one.provenance.data.values())]
     if leaky:
+        which = ", ".join(map(repr, filter(None, leaky)))
         warnings.warn(
-            f"the directions ({', '.join(leaky)}) were extracted from these very conversations, so "
+            f"the directions {which}".strip() + " were extracted from these very conversations, so "
             "the held-out figures are too good; give directions=None, or directions from others",
             stacklevel=3,
         )
