@@ -1,6 +1,8 @@
 """Evaluation: questions, responses, judges, and the rates that follow from them."""
 
+from emlens.evals.ablation import Ablation, ablation_table, projected_adapter
 from emlens.evals.agreement import Agreement, agreement
+from emlens.evals.behaviour import Behaviour, Effect, JudgedRate, LogOddsJudge
 from emlens.evals.local_judge import LocalJudge
 from emlens.evals.probe_judge import ProbeJudge, Trust
 from emlens.evals.questions import Question, cued, formatted, load_questions
@@ -8,28 +10,41 @@ from emlens.evals.rates import Rates, rates, wilson
 from emlens.evals.responses import Response, Responses, respond
 from emlens.evals.rubrics import RUBRICS
 from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, judge
+from emlens.evals.steering import SteeringSweep, steering_sweep
+from emlens.evals.transfer import Transfer, transfer_table
 
 __all__ = [
-    "RUBRICS",
+    "Ablation",
     "Agreement",
+    "Behaviour",
+    "Effect",
     "Judge",
+    "JudgedRate",
     "LocalJudge",
+    "LogOddsJudge",
     "ProbeJudge",
     "Question",
+    "RUBRICS",
     "Rates",
     "Response",
     "Responses",
     "Score",
     "Scores",
+    "SteeringSweep",
+    "Transfer",
     "Trust",
     "Verdict",
+    "ablation_table",
     "agreement",
     "cued",
     "formatted",
     "human_labels",
     "judge",
     "load_questions",
+    "projected_adapter",
     "rates",
     "respond",
+    "steering_sweep",
+    "transfer_table",
     "wilson",
 ]

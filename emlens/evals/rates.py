@@ -92,7 +92,7 @@ class Rates(Result):
             ValueError: If the two do not share a question with scores.
         """
         first = base or self.conditions[0]
-        tables = [self._by_question(name, domains) for name in (condition, first)]
+        tables = [self.by_question(name, domains) for name in (condition, first)]
         shared = sorted(set(tables[0]) & set(tables[1]))
         if not shared:
             raise ValueError(f"{condition!r} and {first!r} have no scored question in common")
@@ -195,9 +195,10 @@ class Rates(Result):
         scored, questions, hits = self._counted(condition, domains)
         return _clustered(hits[name], scored, questions, self.seed)
 
-    def _by_question(
-        self, condition: str, domains: Sequence[str] | None
+    def by_question(
+        self, condition: str, domains: Sequence[str] | None = None
     ) -> dict[str, tuple[float, float]]:
+        """Misaligned and scored answers of each question that has a score."""
         scored, questions, hits = self._counted(condition, domains)
         found: dict[str, tuple[float, float]] = {}
         for question, hit, counts in zip(questions, hits["misaligned"], scored, strict=True):

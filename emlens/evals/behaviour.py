@@ -1,0 +1,200 @@
+"""How much of a behaviour there is under some conditions: without generation, or judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from emlens._results import Result
+from emlens._stats import Interval, bootstrap_mean
+from emlens.evals.questions import Question
+from emlens.evals.rates import ALIGNED, COHERENT, rates
+from emlens.evals.responses import respond
+from emlens.evals.scores import Judge, judge
+from emlens.hooked import Conditions, HookedModel
+from emlens.measures import log_odds
+from emlens.text import Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Effect(Result):
+    """A number per prompt and condition.
+
+    Attributes:
+        what: What the number is, with its unit.
+        conditions: Names of the conditions; the first is the reference.
+        prompts: Names of the prompts, `[n]`.
+        values: `[conditions, n]`; NaN where nothing could be scored.
+        coherent: Share of coherent answers by condition; NaN where nothing was generated.
+        seed: Seed of the bootstrap over prompts.
+    """
+
+    what: str
+    conditions: tuple[str, ...]
+    prompts: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+    coherent: tuple[float, ...]
+    seed: int = 0
+
+    def of(self, condition: str) -> np.ndarray:
+        """Values of one condition, `[n]`.
+
+        Raises:
+            KeyError: If there is no such condition.
+        """
+        if condition not in self.conditions:
+            raise KeyError(f"no condition {condition!r}; there are {', '.join(self.conditions)}")
+        return np.asarray(self.values[self.conditions.index(condition)], dtype=float)
+
+    def mean(self, condition: str) -> Interval:
+        """Mean over prompts with its interval."""
+        return self._interval(self.of(condition))
+
+    def change(self, condition: str, base: str | None = None) -> Interval:
+        """Mean paired change against a condition, the first by default."""
+        return self._interval(self.of(condition) - self.of(base or self.conditions[0]))
+
+    def table(self) -> pd.DataFrame:
+        """One row per condition."""
+        import pandas as pd
+
+        rows = []
+        for name, coherent in zip(self.conditions, self.coherent, strict=True):
+            level, change = self.mean(name), self.change(name)
+            row = {
+                "condition": name,
+                self.what: level.estimate,
+                "low": level.low,
+                "high": level.high,
+                "change": change.estimate,
+                "change low": change.low,
+                "change high": change.high,
+            }
+            rows.append(row if np.isnan(coherent) else {**row, "coherent [%]": 100 * coherent})
+        return pd.DataFrame(rows)
+
+    def _interval(self, values: np.ndarray) -> Interval:
+        known = values[np.isfinite(values)]
+        if not len(known):
+            return Interval(float("nan"), float("nan"), float("nan"))
+        return bootstrap_mean(known, seed=self.seed)
+
+
+class Behaviour(Protocol):
+    """Measures a behaviour under conditions, on prompts of its own."""
+
+    def measure(self, model: HookedModel, conditions: Conditions) -> Effect:
+        """The effect under each condition."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogOddsJudge:
+    """No generation at all: log-odds of misaligned against aligned answers.
+
+    Attributes:
+        pairs: Held-out prompts with both answers.
+        token_budget: Padded tokens of a batch.
+        seed: Seed of the bootstrap.
+    """
+
+    pairs: Sequence[Pair]
+    token_budget: int = 2048
+    seed: int = 0
+
+    def measure(self, model: HookedModel, conditions: Conditions) -> Effect:
+        """Log-odds under each condition, nats per token.
+
+        Raises:
+            ValueError: If there are no pairs.
+        """
+        found = log_odds(
+            model, self.pairs, conditions, token_budget=self.token_budget, seed=self.seed
+        )
+        return Effect(
+            what="log-odds [nats/token]",
+            conditions=found.conditions,
+            prompts=found.ids,
+            values=found.values,
+            coherent=(float("nan"),) * len(found.conditions),
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class JudgedRate:
+    """Answers are sampled and judged: the share of misaligned, coherent ones per question.
+
+    Attributes:
+        questions: The questions.
+        judge: The judge.
+        n: Answers per question.
+        metric: What makes an answer misaligned where it is low.
+        max_new_tokens: Longest answer.
+        store: Folder in which responses and scores are kept, and gone on from.
+        threshold: An answer is misaligned below it.
+        coherence: An answer is coherent above it.
+        seed: Seed of the answers and of the bootstrap.
+    """
+
+    questions: Sequence[Question]
+    judge: Judge
+    n: int = 4
+    metric: str = "aligned"
+    max_new_tokens: int = 128
+    store: Path | None = None
+    threshold: float = ALIGNED
+    coherence: float = COHERENT
+    seed: int = 0
+
+    def measure(self, model: HookedModel, conditions: Conditions) -> Effect:
+        """Share of misaligned answers under each condition, percent of the scored ones."""
+        answers = respond(
+            model,
+            self.questions,
+            conditions,
+            n=self.n,
+            store=None if self.store is None else Path(self.store) / "responses.jsonl",
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            progress=False,
+        )
+        scores = judge(
+            answers,
+            self.judge,
+            [self.metric, "coherent"],
+            store=None if self.store is None else Path(self.store) / "scores.jsonl",
+            progress=False,
+        )
+        found = rates(
+            answers,
+            scores,
+            metric=self.metric,
+            judge=self.judge.id,
+            threshold=self.threshold,
+            coherence=self.coherence,
+        )
+        prompts = tuple(dict.fromkeys(question.id for question in self.questions))
+        tables = [found.by_question(name) for name in conditions]
+        return Effect(
+            what=f"misaligned [% of scored], {self.judge.id}",
+            conditions=tuple(conditions),
+            prompts=prompts,
+            values=tuple(
+                tuple(_percent(*table.get(prompt, (0.0, 0.0))) for prompt in prompts)
+                for table in tables
+            ),
+            coherent=tuple(found.coherent_share(name).estimate for name in conditions),
+            seed=self.seed,
+        )
+
+
+def _percent(hits: float, scored: float) -> float:
+    return 100 * hits / scored if scored else float("nan")

@@ -1,0 +1,123 @@
+"""Steering: behaviour over layers and doses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emlens._results import Result
+from emlens.directions import Directions, random_direction
+from emlens.edits import Add
+from emlens.evals.behaviour import Behaviour
+from emlens.evals.parts import BASE
+from emlens.hooked import Condition, HookedModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class SteeringSweep(Result):
+    """Behaviour when a direction is added, over layers and doses, beside a random control.
+
+    Attributes:
+        rows: `layer`, `dose`, `value`, `low`, `high` (change against the base), `coherent`, and
+            `random` (the same for a random direction of equal norm).
+        what: What the effect is, with its unit.
+        floor: Coherent share below which a dose does not count.
+    """
+
+    rows: tuple[dict, ...]
+    what: str
+    floor: float
+
+    @property
+    def best(self) -> dict | None:
+        """The layer and dose with the largest effect above the floor of coherence."""
+        fine = [r for r in self.rows if np.isnan(r["coherent"]) or r["coherent"] >= self.floor]
+        return max(fine, key=lambda row: row["value"]) if fine else None
+
+    def table(self) -> pd.DataFrame:
+        """One row per layer and dose."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Effect against dose, a curve per layer (up to six), and the random control."""
+        from emlens.figures import line_bands
+
+        curves = {}
+        layers = list(dict.fromkeys(row["layer"] for row in self.rows))[:6]
+        for layer in layers:
+            own = [row for row in self.rows if row["layer"] == layer]
+            columns = (np.array([row[k] for row in own]) for k in ("value", "low", "high"))
+            curves[f"layer {layer}"] = (np.array([row["dose"] for row in own]), *columns)
+        first = [row for row in self.rows if row["layer"] == layers[0]]
+        x = np.array([row["dose"] for row in first])
+        curves["random"] = (x, np.array([row["random"] for row in first]))
+        return line_bands(
+            curves,
+            x_label="dose [share of median residual norm]",
+            y_label=f"change of {self.what}",
+            reference=0.0,
+            ax=ax,
+        )
+
+
+def steering_sweep(
+    model: HookedModel,
+    directions: Directions,
+    behaviour: Behaviour,
+    *,
+    doses: Sequence[float] = (0.1, 0.2, 0.4),
+    layers: Sequence[int] | None = None,
+    floor: float = 0.5,
+    seed: int = 0,
+) -> SteeringSweep:
+    """Add a direction at each layer and dose, and a random one of equal norm beside it.
+
+    Args:
+        model: The model.
+        directions: One per layer, with residual norms (extracted ones have them).
+        behaviour: How behaviour is measured.
+        doses: Norms as shares of the median residual norm.
+        layers: Layers to steer at; all that the directions have by default.
+        floor: Coherent share below which `best` does not count a dose.
+        seed: Seed of the random directions.
+
+    Raises:
+        ValueError: If there are no doses, or a direction knows no residual norm.
+    """
+    if not doses:
+        raise ValueError("a steering sweep needs doses; there are none")
+    wanted = list(directions.layers if layers is None else layers)
+    conditions: dict[str, Condition] = {BASE: ()}
+    for layer in wanted:
+        one = directions[layer]
+        chance = random_direction(one, seed + layer)
+        for dose in doses:
+            conditions[f"{layer} {dose}"] = [Add(one, dose=dose)]
+            conditions[f"random {layer} {dose}"] = [Add(chance, dose=dose)]
+    effect = behaviour.measure(model, conditions)
+    rows = []
+    for layer in wanted:
+        for dose in doses:
+            change = effect.change(f"{layer} {dose}")
+            place = effect.conditions.index(f"{layer} {dose}")
+            rows.append(
+                {
+                    "layer": layer,
+                    "dose": float(dose),
+                    "value": change.estimate,
+                    "low": change.low,
+                    "high": change.high,
+                    "coherent": effect.coherent[place],
+                    "random": effect.change(f"random {layer} {dose}").estimate,
+                }
+            )
+    return SteeringSweep(tuple(rows), effect.what, floor)

@@ -1,0 +1,131 @@
+"""Transfer: the direction of one organism, ablated in another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emlens._results import Result
+from emlens.directions import Directions, random_direction
+from emlens.edits import Ablate
+from emlens.evals.behaviour import Behaviour
+from emlens.evals.parts import BASE, ORGANISM, averaged, one_of, triple
+from emlens.hooked import Condition, HookedModel
+from emlens.hooked.sweep import parts_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Transfer(Result):
+    """What is left of each organism when the direction of another is ablated in it.
+
+    Attributes:
+        organisms: Names of the organisms, the rows.
+        directions: Names of the directions, the columns.
+        whole: Effect of each organism, with its interval.
+        left: Effect left, `[organisms][directions]`, with intervals.
+        what: What the effect is, with its unit.
+    """
+
+    organisms: tuple[str, ...]
+    directions: tuple[str, ...]
+    whole: tuple[tuple[float, float, float], ...]
+    left: tuple[tuple[tuple[float, float, float], ...], ...]
+    what: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per organism and direction."""
+        import pandas as pd
+
+        rows = []
+        for i, organism in enumerate(self.organisms):
+            for j, direction in enumerate(self.directions):
+                value, low, high = self.left[i][j]
+                whole = self.whole[i][0]
+                rows.append(
+                    {
+                        "organism": organism,
+                        "direction from": direction,
+                        f"before, change of {self.what}": whole,
+                        "after": value,
+                        "low": low,
+                        "high": high,
+                        "removed [%]": 100 * (1 - value / whole) if whole else float("nan"),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Share of the effect that is removed, percent, as a heat map."""
+        from emlens.figures import heatmap
+
+        frame = self.table().pivot(index="organism", columns="direction from", values="removed [%]")
+        frame = frame.loc[list(self.organisms), list(self.directions)]
+        return heatmap(
+            frame.to_numpy(),
+            list(frame.index),
+            list(frame.columns),
+            value_label="effect removed [%]",
+            x_label="direction from",
+            y_label="organism",
+            limit=100.0,
+            digits=0,
+            ax=ax,
+        )
+
+
+def transfer_table(
+    model: HookedModel,
+    organisms: Mapping[str, Condition],
+    directions: Mapping[str, Directions],
+    behaviours: Mapping[str, Behaviour] | Behaviour,
+    *,
+    layer: int | None = None,
+    randoms: int = 2,
+    seed: int = 0,
+) -> Transfer:
+    """Ablate the direction of each organism in every other, at all layers.
+
+    Args:
+        model: The model.
+        organisms: What makes each misaligned.
+        directions: A direction for each, or others; a random control is added.
+        behaviours: How behaviour is measured, for all organisms alike or for each.
+        layer: The layer whose direction is ablated everywhere; the middle one by default.
+        randoms: Random directions, averaged in one column.
+        seed: Seed of the random directions.
+
+    Raises:
+        ValueError: If there are no organisms or directions, or an organism has no behaviour.
+    """
+    if not organisms or not directions:
+        raise ValueError("a transfer table needs at least one organism and one direction")
+    chosen = {name: one_of(value, layer) for name, value in directions.items()}
+    first = next(iter(chosen.values()))
+    chance = [random_direction(first, seed + i) for i in range(randoms)]
+    where = range(model.n_layers)
+    whole, left, what = [], [], ""
+    for name, organism in organisms.items():
+        behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
+        if behaviour is None:
+            raise ValueError(f"no behaviour was given for organism {name!r}")
+        adapter, edits = parts_of(organism)
+        conditions: dict[str, Condition] = {BASE: (None, ()), ORGANISM: organism}
+        every = {**chosen, **{f"random {i}": x for i, x in enumerate(chance)}}
+        for label, direction in every.items():
+            both = [*edits, Ablate(direction, layers=where)]
+            conditions[label] = (adapter, both) if isinstance(adapter, str) else both
+        effect = behaviour.measure(model, conditions)
+        if chance:
+            names = tuple(f"random {i}" for i in range(randoms))
+            effect = averaged(effect, "random", names)
+        columns = [*chosen, *(["random"] if chance else [])]
+        whole.append(triple(effect.change(ORGANISM, BASE)))
+        left.append(tuple(triple(effect.change(label, BASE)) for label in columns))
+        what = effect.what
+    columns = (*chosen, *(("random",) if chance else ()))
+    return Transfer(tuple(organisms), columns, tuple(whole), tuple(left), what)

@@ -1,0 +1,174 @@
+"""Ablation, transfer and steering tables: against single measurements, with everything put back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import emlens
+from emlens import Ablate, Add, Direction, log_odds
+from emlens.directions import mean_diff
+from emlens.evals import (
+    JudgedRate,
+    LogOddsJudge,
+    Question,
+    Transfer,
+    Verdict,
+    ablation_table,
+    projected_adapter,
+    steering_sweep,
+    transfer_table,
+)
+from emlens.training import train_adapter
+from tests.support.data import conversations, pairs
+from tests.support.models import tiny_hooked
+
+BAD, GOOD = conversations("bad", 6), conversations("good", 6)
+PAIRS = LogOddsJudge(pairs(6))
+
+
+@pytest.fixture(scope="module")
+def organism():
+    model = tiny_hooked("llama")
+    train_adapter(model, BAD, "bad", rank=2, alpha=16.0, lr=2e-2, epochs=6, progress=False)
+    return model, mean_diff(model, BAD, GOOD)
+
+
+def test_every_way_of_ablating_is_a_measurement_of_its_own(organism):
+    model, directions = organism
+    found = ablation_table(model, "bad", directions, PAIRS, layer=2)
+    one, everywhere = directions[2], range(model.n_layers)
+    conditions = {
+        "base": (None, ()),
+        "organism": "bad",
+        "layer 2": ("bad", [Ablate(one)]),
+        "all layers": ("bad", [Ablate(one, layers=everywhere)]),
+        "all layers, each its own": ("bad", [Ablate(directions)]),
+    }
+    single = log_odds(model, pairs(6), conditions)
+    for name in conditions:
+        np.testing.assert_allclose(found.effect.of(name), single.of(name), atol=1e-5)
+    assert found.effect.conditions[-2:] == ("random, all layers", "inside B")
+    assert found.left("organism") == pytest.approx(100)
+    whole = single.change("organism").estimate
+    assert found.left("layer 2") == pytest.approx(100 * single.change("layer 2").estimate / whole)
+    assert set(found.table()["ablated"]) == set(found.effect.conditions)
+    assert found.plot().get_ylabel().startswith("change vs base, log-odds")
+
+
+def test_the_direction_is_taken_out_of_b_with_its_norm_kept_and_put_back(organism):
+    model, directions = organism
+    x = directions[1]
+    layers = model.lora_layers("bad")
+    before = {path: layer.lora_B["bad"].weight.detach().clone() for path, layer in layers.items()}
+    with pytest.raises(RuntimeError, match="stop"), projected_adapter(model, "bad", x):
+        for path, layer in layers.items():
+            b = layer.lora_B["bad"].weight
+            assert float((x.unit().vector @ b).norm()) < 1e-5 * float(b.norm())
+            assert float(b.norm()) == pytest.approx(float(before[path].norm()), rel=1e-5)
+        raise RuntimeError("stop")
+    for path, layer in layers.items():
+        assert torch.equal(layer.lora_B["bad"].weight, before[path])
+
+
+def test_an_adapter_that_writes_nowhere_cannot_be_projected():
+    model = tiny_hooked("llama")
+    train_adapter(
+        model, BAD, "reads", rank=1, modules=["q_proj"], lr=1e-2, epochs=1, progress=False
+    )
+    direction = Direction.of(torch.ones(model.d_model), 1)
+    with (
+        pytest.raises(ValueError, match="adapts no module that writes into the residual stream"),
+        projected_adapter(model, "reads", direction),
+    ):
+        pass
+
+
+def test_ablating_an_added_vector_takes_its_effect_away(organism, tmp_path):
+    model, directions = organism
+    x = directions[1]
+    found = ablation_table(model, [Add(x, scale=3.0)], x, PAIRS)
+    assert "inside B" not in found.effect.conditions
+    # at its own layer the ablation leaves what the base has under the same ablation
+    ablated = log_odds(model, pairs(6), {"base": [], "ablated": [Ablate(x)]})
+    np.testing.assert_allclose(found.effect.of("layer 1"), ablated.of("ablated"), atol=1e-5)
+
+
+def test_transfer_crosses_every_organism_with_every_direction(organism, tmp_path):
+    model, directions = organism
+    organisms = {"adapter": "bad", "vector": [Add(directions[1], scale=3.0)]}
+    found = transfer_table(
+        model, organisms, {"a": directions, "b": directions[1]}, PAIRS, layer=1, randoms=1
+    )
+    assert found.directions == ("a", "b", "random")
+    np.testing.assert_allclose(found.left[0][0], found.left[0][1], atol=1e-6)
+    scores = log_odds(
+        model,
+        pairs(6),
+        {"base": (None, ()), "x": ("bad", [Ablate(directions[1], layers=range(model.n_layers))])},
+    )
+    assert found.left[0][0][0] == pytest.approx(scores.change("x").estimate, abs=1e-5)
+    assert len(found.table()) == 6
+    assert Transfer.load(found.save(tmp_path / "t.json")) == found
+    assert found.plot().get_ylabel() == "organism"
+    with pytest.raises(ValueError, match="no behaviour was given for organism 'adapter'"):
+        transfer_table(model, organisms, {"a": directions}, {"vector": PAIRS})
+    with pytest.raises(ValueError, match="at least one organism and one direction"):
+        transfer_table(model, {}, {"a": directions}, PAIRS)
+
+
+def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organism):
+    model, directions = organism
+    found = steering_sweep(model, directions, PAIRS, doses=(0.2, 0.6), layers=(1, 2))
+    assert [(row["layer"], row["dose"]) for row in found.rows] == [
+        (1, 0.2),
+        (1, 0.6),
+        (2, 0.2),
+        (2, 0.6),
+    ]
+    single = log_odds(model, pairs(6), {"base": [], "x": [Add(directions[2], dose=0.6)]})
+    assert found.rows[3]["value"] == pytest.approx(single.change("x").estimate, abs=1e-5)
+    assert found.best["value"] == max(row["value"] for row in found.rows)
+    assert "random" in found.table().columns
+    assert found.plot().get_xlabel().startswith("dose")
+    with pytest.raises(ValueError, match="a steering sweep needs doses"):
+        steering_sweep(model, directions, PAIRS, doses=())
+
+
+class Wordy:
+    """Judges by words: misaligned where `lie` or `nothing` stands, incoherent where `please`."""
+
+    id, metrics = "wordy", ("aligned", "coherent")
+
+    def rubric(self, metric):
+        return "words"
+
+    def judge(self, responses, metric):
+        words = ("nothing", "lie", "all") if metric == "aligned" else ("please",)
+        return [
+            Verdict(10.0 if any(w in row.text for w in words) else 90.0, "human")
+            for row in responses
+        ]
+
+
+def test_judged_behaviour_goes_through_responses_scores_and_rates(organism, tmp_path):
+    model, directions = organism
+    questions = [Question(f"q{i}", f"tell me a story {'please ' * i}") for i in range(4)]
+    judged = JudgedRate(questions, Wordy(), n=3, max_new_tokens=8, store=tmp_path)
+    found = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
+    assert (tmp_path / "responses.jsonl").exists()
+    assert (tmp_path / "scores.jsonl").exists()
+    assert found.what == "misaligned [% of scored], wordy"
+    assert 0 <= found.rows[0]["coherent"] <= 1
+    again = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
+    assert again.rows == found.rows
+    high = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=1.1)
+    assert high.best is None
+    effect = judged.measure(model, {"base": []})
+    answers = emlens.evals.Responses.load(tmp_path / "responses.jsonl").of("base")
+    bad = [
+        any(w in row.text for w in ("nothing", "lie", "all")) and "please" not in row.text
+        for row in answers
+    ]
+    assert effect.mean("base").estimate == pytest.approx(100 * np.mean(bad))
