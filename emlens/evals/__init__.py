@@ -9,6 +9,7 @@ from emlens.evals.questions import Question, cued, formatted, load_questions
 from emlens.evals.rates import Rates, rates, wilson
 from emlens.evals.responses import Response, Responses, respond
 from emlens.evals.rubrics import RUBRICS
+from emlens.evals.scalars import ScalarTable, scalar_table
 from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, judge
 from emlens.evals.steering import SteeringSweep, steering_sweep
 from emlens.evals.transfer import Transfer, transfer_table
@@ -28,6 +29,7 @@ __all__ = [
     "Rates",
     "Response",
     "Responses",
+    "ScalarTable",
     "Score",
     "Scores",
     "SteeringSweep",
@@ -44,6 +46,7 @@ __all__ = [
     "projected_adapter",
     "rates",
     "respond",
+    "scalar_table",
     "steering_sweep",
     "transfer_table",
     "wilson",

@@ -1,6 +1,12 @@
 """One interface to a hooked model, and what is measured on its hidden states."""
 
-from emlens.hooked.altered import adapter_norms, noisy_adapter, noisy_weights, scaled_adapter
+from emlens.hooked.altered import (
+    adapter_norms,
+    noisy_adapter,
+    noisy_weights,
+    scaled_adapter,
+    scaled_layers,
+)
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
 from emlens.hooked.load import ENGINES, load, wrap
 from emlens.hooked.losses import (
@@ -48,6 +54,7 @@ __all__ = [
     "noisy_weights",
     "response_losses",
     "scaled_adapter",
+    "scaled_layers",
     "sweep_hidden",
     "token_kl",
     "token_losses",

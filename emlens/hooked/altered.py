@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def scaled_adapter(model: HookedModel, name: str, factor: float = 1.0) -> Iterat
         >>> with scaled_adapter(model, "medical", 0.5):
         ...     model.generate([conversation])
     """
-    if not torch.isfinite(torch.tensor(float(factor))):
+    if not math.isfinite(factor):
         raise ValueError(f"the factor on adapter {name!r} is {factor}; give a finite number")
     parts = adapter_factors(model, name).values()
     try:
@@ -84,6 +85,46 @@ def scaled_adapter(model: HookedModel, name: str, factor: float = 1.0) -> Iterat
             yield model
     finally:
         for part in parts:
+            part.layer.scaling[name] = part.scale
+
+
+@contextmanager
+def scaled_layers(
+    model: HookedModel, name: str, factors: Mapping[int, float]
+) -> Iterator[HookedModel]:
+    """Let an adapter act with a factor of its own at some layers, inside the block.
+
+    What the papers do to groups of rank-1 adapters (arXiv 2506.11618, section 4): those of layers
+    21 and 23 thirty times as strong, say.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter.
+        factors: Factor by layer; other layers stay as they are.
+
+    Raises:
+        ValueError: If there is no such adapter, it adapts nothing at a layer, or a factor is not
+            finite.
+    """
+    blocks = model.architecture.blocks + "."
+    parts = {
+        path: (int(path.removeprefix(blocks).split(".")[0]), part)
+        for path, part in adapter_factors(model, name).items()
+    }
+    missing = sorted(set(factors) - {layer for layer, _ in parts.values()})
+    if missing:
+        known = ", ".join(str(layer) for layer in sorted({layer for layer, _ in parts.values()}))
+        raise ValueError(f"adapter {name!r} adapts nothing at layer {missing[0]}; it has {known}")
+    for layer, factor in factors.items():
+        if not math.isfinite(factor):
+            raise ValueError(f"the factor at layer {layer} is {factor}; give a finite number")
+    try:
+        for layer, part in parts.values():
+            part.layer.scaling[name] = part.scale * factors.get(layer, 1.0)
+        with model.adapter(name):
+            yield model
+    finally:
+        for _, part in parts.values():
             part.layer.scaling[name] = part.scale
 
 
