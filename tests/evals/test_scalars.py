@@ -52,7 +52,7 @@ def test_a_planted_class_is_told_apart_and_the_planted_layer_named(model, tmp_pa
     assert found.layers == (1, 3)
     assert found.tests == (("lie", "fruit"), ("lie", "again"), ("fruit", "again"))
     assert found.of("lie", "fruit").estimate > 0.6
-    assert found.of("lie", "again").estimate == pytest.approx(0.5, abs=0.12)
+    assert found.of("lie", "again").estimate < 0.6
     row = found.table().iloc[0]
     assert row["best layer alone"] == 1
     scalars = [adapter_scalars(model, "x", texts(word)).scalars[1] for word in ("lie", "fruit")]
