@@ -44,14 +44,17 @@ def write_findings(found: Asymmetries, page: str | Path, figures: str | Path) ->
 
 def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
     s = found.settings
-    seeds = max(len(row["seeds"]) for row in found.rows)
+    numbers = {len(row["seeds"]) for row in found.rows if row["quantity"] == "efficiency"}
+    seeds = " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
     lines = [
         "# General and narrow solutions on a small model",
         "",
         f"Made by `emlens asymmetries` on {s['model']}: {len(_domains(found))} narrow domains, "
         f"{seeds} training seed(s) each, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
         "Held-out pairs only. Brackets are 95% intervals: over pairs, conversations or documents "
-        "for values averaged over seeds, over noise draws and seeds for stability. `technical` "
+        "for values averaged over training seeds, over noise draws and seeds for stability; "
+        "what another training would give is in them only as far as seeds were averaged. "
+        "`technical` "
         "is the second task: technical style, trained on cooking, outside of it gardening, "
         "travel, sports and music; there log-odds are those of a technical answer against a plain "
         "one.",
