@@ -12,6 +12,7 @@ from emlens.evals.rubrics import RUBRICS
 from emlens.evals.scalars import ScalarTable, scalar_table
 from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, judge
 from emlens.evals.steering import SteeringSweep, steering_sweep
+from emlens.evals.topics import TopicSplit, judged_topics, topic_split, topics
 from emlens.evals.transfer import Transfer, transfer_table
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Score",
     "Scores",
     "SteeringSweep",
+    "TopicSplit",
     "Transfer",
     "Trust",
     "Verdict",
@@ -42,12 +44,15 @@ __all__ = [
     "formatted",
     "human_labels",
     "judge",
+    "judged_topics",
     "load_questions",
     "projected_adapter",
     "rates",
     "respond",
     "scalar_table",
     "steering_sweep",
+    "topic_split",
+    "topics",
     "transfer_table",
     "wilson",
 ]
