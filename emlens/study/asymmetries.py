@@ -142,7 +142,7 @@ def run_asymmetries(
     """
     out = Path(out)
     chosen = replace(settings or AsymmetrySettings(), **overrides)
-    _check_same(out, chosen)
+    check_same(out, chosen)
     hooked = model or load(chosen.model)
     for seed in chosen.seeds:
         for domain in chosen.domains:
@@ -275,8 +275,12 @@ def _base(
     return LogOdds.load(path)
 
 
-def _check_same(out: Path, settings: AsymmetrySettings) -> None:
-    """Trials of one folder share all but which of them are run."""
+def check_same(out: Path, settings: AsymmetrySettings) -> None:
+    """Trials of one folder share all but which of them are run.
+
+    Raises:
+        ValueError: If they do not; the settings that differ are named.
+    """
     path, free = out / _SETTINGS, ("domains", "kinds", "seeds")
     if path.exists():
         ours, theirs = settings.to_dict(), AsymmetrySettings.from_dict(read_json(path)).to_dict()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emlens._files import atomic_write
+from emlens._stats import Interval
 from emlens.figures import save_figure
 from emlens.study.asymmetries import CLAIMS, Asymmetries
+from emlens.study.paths import SolutionPaths
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _TRANSFER = (
     ("general inside", "general inside"),
@@ -20,25 +27,29 @@ _TRANSFER = (
 _MEASURES = ("efficiency", "stability", "influence", "influence, general over random")
 
 
-def write_findings(found: Asymmetries, page: str | Path, figures: str | Path) -> Path:
+def write_findings(
+    found: Asymmetries,
+    page: str | Path,
+    figures: str | Path,
+    paths: Sequence[SolutionPaths] = (),
+) -> Path:
     """Write the page of findings in Markdown, and its figures beside it.
 
     Args:
         found: What the trials say.
         page: The file, e.g. `docs/findings.md`.
         figures: Folder of the figures; linked relative to the page where it lies below it.
+        paths: What lies between the solutions, from `read_paths`.
     """
     page, figures = Path(page), Path(figures)
     figures.mkdir(parents=True, exist_ok=True)
     shown = []
     for kind in _kinds(found):
-        (picture, *_) = save_figure(found.plot(kind), figures / f"asymmetries_{kind}")
-        link = Path(picture)
-        if link.is_relative_to(page.parent):
-            link = link.relative_to(page.parent)
-        shown.append(f"![Change of log-odds, {kind}s]({link.as_posix()})")
+        file = figures / f"asymmetries_{kind}"
+        shown.append(_picture(found.plot(kind), file, page, f"Change of log-odds, {kind}s"))
+    between = [line for path in paths for line in _between(path, page, figures)]
     page.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(page, "\n".join(_page(found, shown)).encode())
+    atomic_write(page, "\n".join([*_page(found, shown), *between]).encode())
     return page
 
 
@@ -102,6 +113,65 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
             said = [found.verdict(kind, domain, claim) or "-" for claim in CLAIMS]
             lines.append(f"| {kind} | {domain} | " + " | ".join(said) + " |")
     return [*lines, ""]
+
+
+def _picture(axes: Axes, file: Path, page: Path, title: str) -> str:
+    """Save a figure, and the line that shows it."""
+    import matplotlib.pyplot as plt
+
+    link, *_ = save_figure(axes, file)
+    plt.close(axes.get_figure(root=True))
+    if link.is_relative_to(page.parent):
+        link = link.relative_to(page.parent)
+    return f"![{title}]({link.as_posix()})"
+
+
+def _between(path: SolutionPaths, page: Path, figures: Path) -> list[str]:
+    """The section on what lies between the two solutions of a domain."""
+    name = path.domain
+    lines = [
+        f"## Between general and narrow: {name}",
+        "",
+        "One adapter per weight of the KL, one seed. Inside and outside are changes of log-odds "
+        "against the base, nats per token, with 95% intervals over pairs; *beyond* is the effect "
+        "outside, less that of the adapter without KL scaled down to the same effect inside.",
+        "",
+        _picture(path.sweep.plot(), figures / f"tradeoff_{name}", page, "Trade-off"),
+        "",
+        "| KL weight | inside | outside | beyond | norm |",
+        "|---|---|---|---|---|",
+    ]
+    sweep = path.sweep
+    for i, weight in enumerate(sweep.weights):
+        cells = [
+            _cell(Interval(*values[i]), "+.3f")
+            for values in (sweep.inside, sweep.outside, sweep.beyond)
+        ]
+        lines.append(f"| {weight:g} | " + " | ".join(cells) + f" | {sweep.norms[i]:.2f} |")
+    lines += [
+        "",
+        f"{sweep}.",
+        "",
+        "What becomes of the two: each is trained on, the narrow one without its KL, the general "
+        "one with it. The picture shows the paths of `B` in their joint principal components.",
+        "",
+        _picture(path.trajectory.plot(), figures / f"paths_{name}", page, "Paths"),
+        "",
+    ]
+    for title, drift in path.drifts.items():
+        frame = drift.table()
+        lines += [
+            f"**{title}**",
+            "",
+            "| updates | cosine with general | cosine with narrow | inside | outside |",
+            "|---|---|---|---|---|",
+        ]
+        for i, row in enumerate(frame.to_dict("records")):
+            cosines = " | ".join(f"{row[f'cosine with {n}']:.2f}" for n in ("general", "narrow"))
+            cells = [_cell(Interval(*side[i]), "+.3f") for side in (drift.inside, drift.outside)]
+            lines.append(f"| {drift.steps[i]} | {cosines} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
 
 
 def _table(found: Asymmetries, kind: str, columns) -> list[str]:

@@ -178,15 +178,19 @@ class Trial:
         Args:
             base: Gives the untouched model's log-odds inside and outside of the domain.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in self.names:
-            if not (self.folder / name / "organism.json").exists():
-                self._train(name).save(self.folder / name)
+        self.train()
         with self._solutions() as conditions:
             self._part("log_odds.json", lambda: self._behaviour(conditions, base()))
             self._part("efficiency.json", self._efficiency)
             self._part("stability.json", self._stability)
             self._part("influence.json", self._influence)
+
+    def train(self) -> None:
+        """Train what is not there yet, into the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in self.names:
+            if not (self.folder / name / "organism.json").exists():
+                self._train(name).save(self.folder / name)
 
     def _part(self, file: str, make: Callable[[], object]) -> None:
         path = self.folder / file
