@@ -78,7 +78,6 @@ def main() -> None:
             attention_mask=batch.attention_mask,
             max_new_tokens=n,
             pad_token_id=model.pad_id,
-            top_k=0,
             **options,
         )[:, batch.input_ids.shape[1] :]
         texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -102,7 +101,7 @@ def main() -> None:
     sampled = compared(
         arguments.rounds,
         emlens=lambda: ours("sampled", 1.0),
-        bare=lambda: theirs("bare sampled", do_sample=True, temperature=1.0, top_p=1.0),
+        bare=lambda: theirs("bare sampled", do_sample=True, temperature=1.0, top_k=0),
     )
     report("temperature 1", sampled, "bare")
     start = time.perf_counter()

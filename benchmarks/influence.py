@@ -141,7 +141,7 @@ def cost(model: HookedModel, corpus: Corpus, draws: int) -> InfluenceProfile:
 def items(
     model: HookedModel, profile: InfluenceProfile, layers: tuple[int, ...]
 ) -> dict[str, Direction]:
-    """Directions of five kinds at each layer."""
+    """Directions of six kinds at each layer."""
     pairs = emlens.load_pairs("medical")[:24]
     bad, good = (
         [pair.conversation(side) for pair in pairs]  # type: ignore[arg-type]
@@ -164,6 +164,8 @@ def items(
         for i in torch.randint(len(rows), (2,), generator=generator).tolist():
             found[f"unembedding {layer} {i}"] = Direction.of(rows[i], layer)
         found[f"mean-diff {layer}"] = made[layer]
+        trained, _ = emlens.train_vector(model, bad, layer, epochs=1, progress=False)
+        found[f"trained {layer}"] = trained
         for name, direction in profile.top(layer, 2).items():
             found[f"{name} {layer}"] = direction
     return found
@@ -212,10 +214,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="fewer doses and layers")
+    parser.add_argument("--accuracy", action="store_true", help="no times: (c) alone")
     arguments = parser.parse_args()
     model = emlens.load("smollm2-135m-instruct")
     corpus = text(arguments.documents)
-    sweep(model, 4 if arguments.quick else 20)
+    if not arguments.accuracy:
+        sweep(model, 4 if arguments.quick else 20)
     profile = cost(model, corpus, arguments.draws)
     layers = (6, 15, 24) if arguments.quick else (3, 8, 13, 18, 23, 28)
     accuracy(model, corpus, profile, layers)
