@@ -158,7 +158,7 @@ def sweep_kl(
         inside: Held-out pairs of the domain.
         outside: Pairs of other domains.
         layer: Train a vector at this layer; None trains an adapter.
-        seed: Seed of the bootstrap.
+        seed: Seed of every training, and of the bootstrap.
         **options: Settings and arguments of `train_vector`, or of `train_adapter`.
 
     Raises:
@@ -203,7 +203,7 @@ def auto_kl(
         high: Largest weight to try.
         trials: Halvings between them.
         layer: Train a vector at this layer; None trains an adapter.
-        seed: Seed of the bootstrap.
+        seed: Seed of every training, and of the bootstrap.
         **options: Settings and arguments of `train_vector`, or of `train_adapter`.
 
     Returns:
@@ -295,7 +295,7 @@ class _Bench:
         return bootstrap_mean(trial.shifts[1] - share * first.shifts[1], seed=self.seed)
 
     def _solve(self, kl: KLPenalty | None, undo: ExitStack) -> tuple[Condition, TrainingRun]:
-        options = {"record_every": None, "progress": False, **self.options}
+        options = {"record_every": None, "progress": False, "seed": self.seed, **self.options}
         if self.layer is not None:
             direction, run = train_vector(self.model, self.train, self.layer, kl=kl, **options)
             return [Add(direction)], run

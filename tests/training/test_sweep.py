@@ -9,7 +9,7 @@ import pytest
 
 import emlens
 from emlens import Add, KLPenalty, train_vector
-from emlens.training import KLSweep, auto_kl, sweep_kl
+from emlens.training import KLSweep, auto_kl, sweep_kl, train_adapter
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
 
@@ -48,6 +48,19 @@ def test_adapters_are_swept_and_taken_away_again():
     found = sweep_kl(model, TRAIN, KL, [0, 3.0], INSIDE, OUTSIDE, **options)
     assert model.adapters == ()
     assert abs(found.outside[1][0]) < abs(found.outside[0][0])
+
+
+def test_the_seed_is_that_of_the_trainings():
+    model = tiny_hooked("llama")
+    options = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0}
+    run = train_adapter(model, TRAIN, "by hand", seed=5, progress=False, **options)
+    model.remove_adapter("by hand")
+    norms = [
+        sweep_kl(model, TRAIN, KL, [0], INSIDE, OUTSIDE, seed=seed, **options).norms[0]
+        for seed in (5, 6)
+    ]
+    assert norms[0] == run.steps[-1].norm
+    assert norms[1] != norms[0]
 
 
 @pytest.fixture
