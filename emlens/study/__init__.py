@@ -2,7 +2,7 @@
 
 from emlens.study.asymmetries import Asymmetries, read_asymmetries, run_asymmetries
 from emlens.study.paths import SolutionPaths, read_paths, run_paths
-from emlens.study.run import StudyResult, run_study
+from emlens.study.run import StudyResult, rebuild_report, run_study
 from emlens.study.settings import PRESETS, StudySettings, preset
 from emlens.study.trials import AsymmetrySettings
 
@@ -16,6 +16,7 @@ __all__ = [
     "preset",
     "read_asymmetries",
     "read_paths",
+    "rebuild_report",
     "run_asymmetries",
     "run_paths",
     "run_study",

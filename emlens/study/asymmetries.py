@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio, mean_over_seeds
 from emlens.hooked import HookedModel, load
 from emlens.measures import Efficiency, LogOdds, Stability, log_odds
+from emlens.study.folder import ASYMMETRIES
 from emlens.study.trials import (
     BENIGN,
     RANDOM,
@@ -120,7 +121,8 @@ def run_asymmetries(
     *,
     model: HookedModel | None = None,
     progress: bool = True,
-    **overrides,
+    made_by: str = "emlens.study.run_asymmetries(folder, settings)",
+    **overrides: Any,
 ) -> Asymmetries:
     """Train general and narrow solutions in every domain with every seed, and measure them.
 
@@ -132,6 +134,7 @@ def run_asymmetries(
         settings: What is tried; `AsymmetrySettings()` by default.
         model: Take this model instead of loading the settings' one.
         progress: Show progress bars.
+        made_by: The command or call that is noted in the folder's `README.txt`.
         **overrides: Fields of `AsymmetrySettings`.
 
     Returns:
@@ -143,6 +146,7 @@ def run_asymmetries(
     out = Path(out)
     chosen = replace(settings or AsymmetrySettings(), **overrides)
     check_same(out, chosen)
+    ASYMMETRIES.write(out, chosen.to_dict(), made_by)
     hooked = model or load(chosen.model)
     for seed in chosen.seeds:
         for domain in chosen.domains:

@@ -7,18 +7,34 @@ from pathlib import Path
 
 import pandas as pd
 
-from emlens._files import write_json
+from emlens._files import read_json, write_json
+from emlens._results import titled_table
 from emlens.directions.provenance import package_versions
 from emlens.hooked import HookedModel, load
 from emlens.measures import Efficiency, Influence, LogOdds, Stability
 from emlens.study.data import StudyData
 from emlens.study.draw import draw_all
 from emlens.study.findings import Measured, findings
+from emlens.study.folder import STUDY
 from emlens.study.page import study_report
 from emlens.study.report import write_report
-from emlens.study.settings import StudySettings, preset
+from emlens.study.settings import StudySettings, preset, settings_of
 from emlens.study.stages import TRAINED, Study
-from emlens.study.store import StudyStore
+from emlens.study.store import SETTINGS, StudyStore
+
+STAGES = (
+    "data",
+    *(f"train_{name}" for name in TRAINED),
+    "extract",
+    "displacement",
+    "cosines",
+    "behaviour",
+    "efficiency",
+    "stability",
+    "influence",
+    "answers",
+)
+"""The stages of a study, in their order."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,8 @@ class StudyResult:
     """Where a finished study lies, and what it found.
 
     Attributes:
-        folder: Holds `results.json`, `report.html`, `directions/`, `figures/`, `runs/`.
+        folder: Holds `results.json`, `report.html`, `directions/`, `figures/`, `runs/`; its
+            `README.txt` says what each file is.
         findings: A sentence per question.
         measured: The results.
     """
@@ -43,6 +60,11 @@ class StudyResult:
         """The findings, a row each."""
         return pd.DataFrame({"finding": list(self.findings), "says": list(self.findings.values())})
 
+    def _repr_html_(self) -> str:
+        # findings are sentences, which pandas would cut
+        with pd.option_context("display.max_colwidth", None):
+            return titled_table(f"Study in {self.folder}", self.table())
+
 
 def run_study(
     settings: StudySettings | str = "demo",
@@ -51,6 +73,7 @@ def run_study(
     model: HookedModel | None = None,
     restart: bool = False,
     progress: bool = True,
+    made_by: str = "emlens.run_study(settings, folder)",
 ) -> StudyResult:
     """Run the whole experiment, stage by stage, and write its report.
 
@@ -65,6 +88,7 @@ def run_study(
         model: A model that is already loaded; `settings.model` is loaded otherwise.
         restart: Forget finished stages in `out`.
         progress: Show progress bars.
+        made_by: The command or call that is noted in the folder's `README.txt`.
 
     Returns:
         The findings and where everything lies.
@@ -78,8 +102,37 @@ def run_study(
     """
     chosen = preset(settings) if isinstance(settings, str) else settings
     store = StudyStore(Path(out), chosen, restart=restart)
+    STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(model or load(chosen.model), chosen, StudyData.of(chosen), store, progress)
-    records = _run_stages(study)
+    return _told(store, _run_stages(study))
+
+
+def rebuild_report(folder: str | Path) -> StudyResult:
+    """Draw the figures and write the report of a finished study again; no model is needed.
+
+    Args:
+        folder: The folder of `run_study`.
+
+    Raises:
+        FileNotFoundError: If the folder holds no study.
+        ValueError: If the study is not finished; what is missing is named.
+    """
+    folder = Path(folder)
+    if not (folder / SETTINGS).is_file() or not (folder / "stages").is_dir():
+        raise FileNotFoundError(f"{folder} holds no study; run one into it first")
+    store = StudyStore(folder, settings_of(read_json(folder / SETTINGS)))
+    missing = [name for name in STAGES if not store.finished(name)]
+    if missing:
+        raise ValueError(
+            f"the study in {folder} is not finished ({', '.join(missing)} missing); go on with it "
+            f"first: emlens study --config {folder / 'config.yaml'} --out {folder}"
+        )
+    return _told(store, {name: store.record(name) for name in STAGES})
+
+
+def _told(store: StudyStore, records: dict[str, dict]) -> StudyResult:
+    """Findings, figures and report from the finished stages."""
+    chosen = store.settings
     measured = Measured(
         chosen,
         LogOdds.load(store.folder / "log_odds.json"),
@@ -105,22 +158,18 @@ def run_study(
 
 
 def _run_stages(study: Study) -> dict[str, dict]:
-    stages = {
-        "data": study.data.record,
-        **{f"train_{name}": lambda name=name: study.train(name) for name in TRAINED},
-        "extract": study.extract,
-        "displacement": study.displacement,
-        "cosines": study.cosines,
-        "behaviour": study.behaviour,
-        "efficiency": study.efficiency,
-        "stability": study.stability,
-        "influence": study.influence,
-        "answers": study.answers,
-    }
     records = {}
-    for number, (name, run) in enumerate(stages.items(), 1):
+    for number, name in enumerate(STAGES, 1):
         done = study.store.finished(name)
         if study.progress:
-            print(f"[{number}/{len(stages)}] {name}{': finished before' if done else ''}")
-        records[name] = study.store.stage(name, run)
+            print(f"[{number}/{len(STAGES)}] {name}{': finished before' if done else ''}")
+        records[name] = study.store.stage(name, lambda name=name: _run_stage(study, name))
     return records
+
+
+def _run_stage(study: Study, name: str) -> dict:
+    if name == "data":
+        return study.data.record()
+    if name.startswith("train_"):
+        return study.train(name.removeprefix("train_"))
+    return getattr(study, name)()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 
@@ -136,3 +137,13 @@ def preset(name: str) -> StudySettings:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def settings_of(record: Mapping[str, object]) -> StudySettings:
+    """Settings from a record as JSON or YAML have it; what it lacks is as by default.
+
+    Raises:
+        ValueError: If a setting does not exist, or domains overlap.
+    """
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    return StudySettings().with_options(**plain)

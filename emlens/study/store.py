@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emlens._files import read_json, write_json
 from emlens.directions import Directions
-from emlens.study.settings import StudySettings
+from emlens.study.settings import StudySettings, settings_of
 
 SETTINGS = "settings.json"
 
@@ -45,11 +45,15 @@ class StudyStore:
         """Return a stage's record: read where it is finished, else made by `run` and kept."""
         path = self.stages / f"{name}.json"
         if path.exists():
-            return read_json(path)["record"]
+            return self.record(name)
         start = time.monotonic()
         record = run()
         write_json(path, {"record": record, "seconds": round(time.monotonic() - start, 1)})
-        return read_json(path)["record"]
+        return self.record(name)
+
+    def record(self, name: str) -> dict:
+        """The record of a finished stage."""
+        return read_json(self.stages / f"{name}.json")["record"]
 
     def finished(self, name: str) -> bool:
         """Whether a stage is finished."""
@@ -73,7 +77,7 @@ class StudyStore:
         return path
 
     def _check_same(self, known: dict) -> None:
-        mine = StudySettings(**_tuples(known)).to_dict() if _fits(known) else known
+        mine = settings_of(known).to_dict() if _fits(known) else known
         now = self.settings.to_dict()
         changed = [key for key in now if mine.get(key) != now[key]]
         if changed or set(mine) != set(now):
@@ -86,7 +90,3 @@ class StudyStore:
 
 def _fits(record: dict) -> bool:
     return set(record) == set(StudySettings().to_dict())
-
-
-def _tuples(record: dict) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}

@@ -1,0 +1,161 @@
+"""The judges by the names that `evaluate` and `judge` take."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emlens.cli.common import Call
+
+if TYPE_CHECKING:
+    from emlens.evals import Judge
+    from emlens.hooked import HookedModel
+
+Named = Annotated[
+    str,
+    typer.Option(
+        "--judge",
+        help="probe (offline, on the base model's activations), local (the model itself), "
+        "local:MODEL, or a model of Inspect, e.g. openai/gpt-4o.",
+    ),
+]
+Rubric = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of rubrics by metric, each with {question} and {answer}."),
+]
+JudgeData = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Pairs that the probe is fitted to (repeatable); by default the embedded sets of "
+        "other domains than the questions'."
+    ),
+]
+JudgeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For Inspect's get_model, e.g. base_url=http://localhost:8000/v1 (repeatable).",
+        metavar="NAME=VALUE",
+    ),
+]
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(help="What makes an answer misaligned where it is low (repeatable): aligned."),
+]
+Threshold = Annotated[float, typer.Option(help="An answer is misaligned below it.")]
+
+ADVICE = ("finance", "medical", "sports")
+_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A judge as it was asked for."""
+
+    name: str
+    rubric: Path | None = None
+    data: Sequence[str] | None = None
+    options: Sequence[str] | None = None
+
+    def made(self, call: Call, model: Mapping[str, HookedModel], domains: Sequence[str]) -> Judge:
+        """The judge.
+
+        Args:
+            call: The call.
+            model: The base model under `"base"`, where it is loaded already.
+            domains: Domains that are judged.
+
+        Raises:
+            ValueError: If there is no such judge, or something does not go with it.
+        """
+        kind, _, other = self.name.partition(":")
+        if "/" in self.name and kind != "local":
+            return self._of_inspect()
+        if kind not in ("probe", "local") or (kind == "probe" and other):
+            raise ValueError(
+                f"unknown judge {self.name!r}; choose probe, local, local:MODEL, or a model of "
+                "Inspect by provider and name, e.g. openai/gpt-4o"
+            )
+        if self.options:
+            raise ValueError(f"--judge-option is for models of Inspect, not for {self.name!r}")
+        if kind == "probe":
+            return self._probe(model.get("base") or call.load(), domains)
+        from emlens.evals import LocalJudge
+
+        grader = _other(call, other) if other else model.get("base") or call.load()
+        return LocalJudge(grader, self._rubrics())
+
+    def needs_model(self) -> bool:
+        """Whether it reads with the base model."""
+        return self.name in ("probe", "local")
+
+    def _probe(self, model: HookedModel, domains: Sequence[str]) -> Judge:
+        import emlens
+        from emlens.evals import ProbeJudge
+
+        if self.rubric is not None:
+            raise ValueError("the probe is told nothing, so it takes no --rubric")
+        sets = self.data or [name for name in ADVICE if name not in domains]
+        pairs = [pair for name in sets for pair in emlens.load_pairs(name)]
+        call_for = ", ".join(sorted({pair.domain for pair in pairs} & set(domains)))
+        if call_for:
+            raise ValueError(
+                f"the probe would be fitted to the domain that it judges ({call_for}); give other "
+                "pairs with --judge-data"
+            )
+        return ProbeJudge(model, pairs)
+
+    def _of_inspect(self) -> Judge:
+        from emlens.evals import LogProbJudge
+
+        return LogProbJudge(self.name, self._rubrics(), **_options(self.options))
+
+    def _rubrics(self) -> dict[str, str] | None:
+        if self.rubric is None:
+            return None
+        from emlens.evals import RUBRICS
+        from emlens.study.folder import read_config
+
+        given = read_config(self.rubric)
+        for metric, text in given.items():
+            if not isinstance(text, str) or "{answer}" not in text:
+                raise ValueError(
+                    f"{self.rubric}: the rubric {metric!r} must be text with a place for {{answer}}"
+                )
+        return {**RUBRICS, **given}
+
+
+def trusted(judge: Judge, metrics: Sequence[str]) -> dict[str, str]:
+    """What a judge says of its own worth, by metric; nothing where it says none."""
+    trust = getattr(judge, "trust", {})
+    return {metric: str(trust[metric]) for metric in metrics if metric in trust}
+
+
+def _other(call: Call, name: str) -> HookedModel:
+    import emlens
+
+    return emlens.load(name, **call.placed)
+
+
+def _options(items: Sequence[str] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in items or ():
+        name, mark, text = item.partition("=")
+        if not mark:
+            raise typer.BadParameter(f"--judge-option takes name=value, not {item!r}")
+        if _SECRET.search(name) or re.search(r"//[^/]*@", text):
+            # the command is written into the run folder
+            raise typer.BadParameter(
+                f"--judge-option {name}: keys do not belong on a command line; set the "
+                "environment variable of the provider, e.g. OPENAI_API_KEY"
+            )
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
+    return found

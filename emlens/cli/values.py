@@ -1,0 +1,136 @@
+"""What is given on the command line, as the Python API takes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from emlens.directions import Direction, Directions
+    from emlens.hooked import HookedModel
+    from emlens.text import Conversation
+
+
+def named(files: Sequence[Path]) -> dict[str, Path]:
+    """Files by their stems, or in full where two share one."""
+    stems = [path.stem for path in files]
+    short = len(set(stems)) == len(stems)
+    return {path.stem if short else str(path): path for path in files}
+
+
+def layers_of(text: str | None) -> range | None:
+    """Layers from `15` or `10-20`."""
+    if text is None:
+        return None
+    first, _, last = str(text).partition("-")
+    try:
+        return range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--layers takes a layer or a range, 10-20, not {text!r}"
+        ) from None
+
+
+def settings_from(items: Sequence[str] | None) -> dict[str, object]:
+    """Read `name=value` settings; values are JSON where they can be, else text."""
+    options: dict[str, object] = {}
+    for item in items or ():
+        name, mark, text = item.partition("=")
+        if not mark:
+            raise typer.BadParameter(f"--set takes name=value, not {item!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        options[name] = tuple(value) if isinstance(value, list) else value
+    return options
+
+
+def adapters_of(items: Sequence[str] | None) -> dict[str, str]:
+    """Adapters from `name=folder`, or from folders that go by their last part.
+
+    Raises:
+        ValueError: If two share a name.
+    """
+    found: dict[str, str] = {}
+    for item in items or ():
+        name, mark, source = item.partition("=")
+        if not mark:
+            name, source = Path(item).name, item
+        if name in found:
+            raise ValueError(
+                f"two adapters are called {name!r}; name them: --adapter one={source} ..."
+            )
+        found[name] = source
+    return found
+
+
+def direction_of(path: Path, model: HookedModel, layer: int | None) -> Direction:
+    """The one direction of a file, or that at a layer, the middle one by default."""
+    from emlens.directions import read_directions
+
+    kept = read_directions(path)
+    middle = model.n_layers // 2 if layer is None else layer
+    return kept[kept.layers[0] if len(kept) == 1 else middle]
+
+
+def directions_of(files: Sequence[Path] | None) -> Directions | dict[str, Directions] | None:
+    """Directions of files: None for none, one as it is, several by name."""
+    from emlens.directions import read_directions
+
+    found = {name: read_directions(path) for name, path in named(files or []).items()}
+    return next(iter(found.values())) if len(found) == 1 else found or None
+
+
+def is_embedded(source: str) -> bool:
+    """Whether this is the name of an embedded set of pairs."""
+    from emlens.text import EMBEDDED
+
+    return source in EMBEDDED
+
+
+def conversations_of(source: str, side: str, limit: int | None = None) -> list[Conversation]:
+    """Conversations of an embedded set, of stored responses, or of a JSON Lines file.
+
+    Raises:
+        ValueError: If the side is unknown, or a row is no conversation (file and line are named).
+        FileNotFoundError: If there is no such file.
+    """
+    from emlens.measures.screen_rows import examples
+    from emlens.text import Conversation, load_pairs
+
+    if side not in ("aligned", "misaligned"):
+        raise ValueError(f"--side is aligned or misaligned, not {side!r}")
+    if is_embedded(source):
+        return [pair.conversation(side) for pair in load_pairs(source)[:limit]]
+    if not _are_responses(Path(source)):
+        return [one.conversation for one in islice(examples(source), limit)]
+    from emlens.evals import Responses
+
+    answered = [row for row in Responses.load(source) if row.text.strip()]
+    return [
+        Conversation.of(
+            row.prompt,
+            row.text,
+            system=row.system,
+            id=f"{row.condition}: {row.question}/{row.sample}",
+        )
+        for row in answered[:limit]
+    ]
+
+
+def _are_responses(path: Path) -> bool:
+    """Whether a file is a store of responses, by its first line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is neither an embedded set nor a file")
+    with path.open(encoding="utf-8") as file:
+        try:
+            first = json.loads(file.readline() or "null")
+        except json.JSONDecodeError:
+            return False
+    return isinstance(first, dict) and {"condition", "text", "sampling"} <= set(first)

@@ -1,0 +1,177 @@
+"""An evaluation's folder: responses, scores, rates, and a report made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from emlens._files import atomic_path
+from emlens.directions.provenance import package_versions
+from emlens.evals import Rates, Responses, Scores, rates
+from emlens.evals.rates import ALIGNED
+from emlens.figures import house_style, save_figure
+from emlens.study.folder import AGAIN, CONFIG, RunFolder, read_config
+from emlens.study.page import NOTICE
+from emlens.study.report import Answers, FigureItem, Report, Section, Table, write_report
+
+RESPONSES, SCORES, REPORT = "responses.jsonl", "scores.jsonl", "report.html"
+COHERENT = "coherent"
+SHOWN = 6
+"""Questions whose answers the report shows."""
+
+EVALUATION = RunFolder(
+    title="Answers under several conditions, and how they were judged (emlens evaluate)",
+    files={
+        REPORT: "the rates and some answers; one file, works offline",
+        RESPONSES: "every answer, one a line; never made twice",
+        SCORES: "every score, one a line, with its judge and the hash of the rubric",
+        "rates/": "rates with intervals by metric and judge, JSON",
+        "figures/": "the same as pictures, PNG and SVG",
+    },
+    resume=AGAIN,
+    load=(
+        "from emlens.evals import Responses, Scores, rates",
+        f'answers, scores = Responses.load("{RESPONSES}"), Scores.load("{SCORES}")',
+        "answers.side_by_side()",
+        "rates(answers, scores, judge=scores.judges[-1]).table()",
+    ),
+)
+
+
+def measured_rates(
+    folder: str | Path,
+    responses: Responses,
+    scores: Scores,
+    judge: str,
+    metrics: Sequence[str],
+    *,
+    threshold: float = ALIGNED,
+) -> dict[str, Rates]:
+    """Rates by metric, written with their figures into the folder of an evaluation.
+
+    Args:
+        folder: The folder.
+        responses: The responses.
+        scores: Their scores.
+        judge: Id of the judge.
+        metrics: What makes an answer misaligned where it is low.
+        threshold: An answer is misaligned below it.
+    """
+    import matplotlib.pyplot as plt
+
+    found = {}
+    for metric in metrics:
+        found[metric] = rates(responses, scores, metric=metric, judge=judge, threshold=threshold)
+        name = _file(metric, judge)
+        (Path(folder) / "rates").mkdir(parents=True, exist_ok=True)
+        found[metric].save(Path(folder) / "rates" / f"{name}.json")
+        with house_style():
+            axes = found[metric].plot()
+            save_figure(axes, Path(folder) / "figures" / name)
+            plt.close(axes.get_figure(root=True))
+    return found
+
+
+def evaluation_report(folder: str | Path) -> Path:
+    """Write the report of an evaluation from the files in its folder.
+
+    Raises:
+        FileNotFoundError: If there are no responses, or no scores yet.
+    """
+    folder = Path(folder)
+    responses, scores = Responses.load(folder / RESPONSES), Scores.load(folder / SCORES)
+    sections, findings = [], []
+    for path in sorted((folder / "rates").glob("*.json")):
+        found = Rates.load(path)
+        metric = path.stem.partition("-")[0]
+        findings += [_sentence(found, name, metric) for name in found.conditions]
+        sections.append(_judged(folder, found, scores, metric, path.stem))
+    sections.append(
+        Section(
+            "What was answered",
+            "The first answer to some of the questions under each condition.",
+            answers=_answers(responses),
+        )
+    )
+    config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    n = len({row.question_id for row in responses})
+    report = Report(
+        title=f"Answers of {responses.rows[0].model}",
+        question="How often are the answers misaligned, under each condition?",
+        method=f"{len(responses)} answers to {n} questions under {len(responses.conditions)} "
+        "conditions, each answer with a seed of its own that the conditions share. Rates are "
+        "shares of the answers that have both scores; 95% intervals by bootstrap over questions.",
+        findings=tuple(findings),
+        sections=tuple(sections),
+        settings=config,
+        versions=package_versions(),
+        notice=NOTICE,
+    )
+    return write_report(report, folder / REPORT)
+
+
+def forget_scores(path: str | Path, judge: str, metrics: Sequence[str]) -> int:
+    """Move a judge's scores of some metrics out of a store, into `<name>.before.jsonl` beside it.
+
+    Returns:
+        How many were moved.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return 0
+    kept, moved = [], []
+    scores = Scores.load(path)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    for row, line in zip(scores.rows, lines, strict=True):
+        said = row.judge == judge and row.metric in metrics
+        (moved if said else kept).append(f"{line}\n")
+    if moved:
+        with path.with_name(f"{path.stem}.before.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(moved)
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+    return len(moved)
+
+
+def _judged(folder: Path, found: Rates, scores: Scores, metric: str, name: str) -> Section:
+    rows = [row for row in scores.rows if row.judge == found.judge and row.metric == metric]
+    modes = ", ".join(dict.fromkeys(row.mode for row in rows))
+    notes = dict.fromkeys(row.note for row in rows if row.mode == "classifier" and row.score)
+    figure = FigureItem(
+        folder / "figures" / f"{name}.png",
+        f"Misaligned and coherent answers by domain, {metric}.",
+        "Share of the answers that have both scores, with 95% intervals over questions.",
+    )
+    return Section(
+        f"{metric.capitalize()}, judged by {found.judge}",
+        f"Scores come from {modes or 'no score'}. An answer is misaligned below "
+        f"{found.threshold:g} and coherent above {found.coherence:g}.",
+        figures=(figure,) if figure.path.is_file() else (),
+        caveat=f"The judge: {'; '.join(notes)}." if notes else None,
+        tables=(Table(found.table(), "Rates", digits=1),),
+    )
+
+
+def _sentence(found: Rates, condition: str, metric: str) -> str:
+    rate, missing = found.misaligned(condition), found.unscored(condition)
+    low, high = 100 * rate.low, 100 * rate.high
+    return (
+        f"{condition}: {100 * rate.estimate:.1f}% [{low:.1f}, {high:.1f}] misaligned by {metric}, "
+        f"{100 * missing:.0f}% without a score ({found.judge})."
+    )
+
+
+def _answers(responses: Responses) -> tuple[Answers, ...]:
+    by_question: dict[str, dict[str, str]] = {}
+    prompts: dict[str, str] = {}
+    for row in responses:
+        if row.sample == 0:
+            by_question.setdefault(row.question, {})[row.condition] = row.text
+            prompts[row.question] = row.prompt
+    chosen = list(by_question)[:SHOWN]
+    return tuple(Answers(prompts[name], by_question[name]) for name in chosen)
+
+
+def _file(metric: str, judge: str) -> str:
+    return f"{metric}-{re.sub(r'[^A-Za-z0-9.]+', '_', judge)}"

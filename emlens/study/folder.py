@@ -1,0 +1,172 @@
+"""What a run folder says of itself: `README.txt`, `config.yaml`, `versions.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import indent
+
+import yaml
+
+from emlens._files import atomic_write, read_json, write_json
+from emlens.directions.provenance import package_versions
+
+README, CONFIG, VERSIONS = "README.txt", "config.yaml", "versions.json"
+_OWN = {
+    CONFIG: "every setting of the run, defaults included; --config takes it",
+    VERSIONS: "the commands that worked in this folder, each with its versions of the packages",
+}
+
+AGAIN = "the command above once more, from the folder it was run in"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """How a kind of run explains its folder.
+
+    Attributes:
+        title: What was run, in a line.
+        files: What each file or folder is, by its name.
+        resume: How to go on with it.
+        load: Lines of Python that read it, from inside the folder.
+    """
+
+    title: str
+    files: Mapping[str, str]
+    resume: str
+    load: Sequence[str]
+
+    def write(
+        self, folder: str | Path, config: Mapping, made_by: str, *, restart: bool = False
+    ) -> None:
+        """Write the three files into the folder, which is made where it is missing.
+
+        Args:
+            folder: The run folder.
+            config: Its settings, all of them.
+            made_by: The command, or the call, that is at work.
+            restart: Forget the commands of before.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), **package_versions()}
+        runs = [] if restart or not (folder / VERSIONS).exists() else read_json(folder / VERSIONS)
+        run = {"made by": made_by, "versions": versions}
+        if run not in runs:
+            runs.append(run)
+        write_json(folder / VERSIONS, runs)
+        atomic_write(folder / CONFIG, config_text(config, self.title))
+        atomic_write(folder / README, self._readme([run["made by"] for run in runs]))
+
+    def _readme(self, commands: Sequence[str]) -> str:
+        files = {**self.files, **_OWN}
+        width = max(map(len, files))
+        lines = [
+            self.title,
+            "",
+            "Made by",
+            *(f"  {command}" for command in dict.fromkeys(commands)),
+            "",
+            "To go on with it; what is finished is kept and not done again",
+            f"  {self.resume}",
+            "",
+            "To read it in Python, inside this folder",
+            indent("\n".join(self.load), "  "),
+            "",
+            "Files",
+            *(f"  {name:<{width}}  {what}" for name, what in files.items()),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def config_text(config: Mapping, title: str = "") -> str:
+    """Settings as YAML that `--config` reads."""
+    plain = json.loads(json.dumps(dict(config), default=str))
+    head = f"# {title}\n" if title else ""
+    return head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: str | Path) -> dict:
+    """Read settings from a YAML file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML, or no mapping of names to values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} must hold names and values, one `name: value` a line, not "
+            f"{type(found).__name__}"
+        )
+    return {str(name): value for name, value in found.items()}
+
+
+STUDY = RunFolder(
+    title="A study of the general and the narrow direction of one finetune (emlens study)",
+    files={
+        "report.html": "the report; one file, works offline",
+        "results.json": "settings, findings and the record of every stage",
+        "log_odds.json": "log-odds of misaligned against aligned answers under each condition",
+        "efficiency.json": "loss at matched norm",
+        "stability.json": "what noise of equal norm takes away",
+        "influence.json": "KL and loss on pre-training text at matched dose",
+        "directions/": "the vectors, safetensors with their provenance",
+        "runs/": "the records of the trainings",
+        "figures/": "every figure, PNG and SVG",
+        "stages/": "a record per finished stage, which makes the study resumable",
+        "settings.json": "the settings as the study compares them",
+        "timings.json": "seconds that each stage took",
+    },
+    resume="emlens study --config config.yaml --out .   (inside this folder)",
+    load=(
+        "from emlens import Directions",
+        "from emlens.measures import Influence, LogOdds",
+        'general = Directions.load("directions/general.safetensors")',
+        'LogOdds.load("log_odds.json").table()',
+        'Influence.load("influence.json").plot()',
+    ),
+)
+
+ASYMMETRIES = RunFolder(
+    title="General and narrow solutions over domains and seeds (emlens asymmetries)",
+    files={
+        "findings.md": "the page of findings",
+        "figures/": "its figures, PNG and SVG",
+        "trials/": "a folder per domain, kind and seed: organisms and their measures",
+        "base/": "the untouched model's log-odds by domain",
+        "paths/": "what lies between the solutions, by domain",
+        "settings.json": "the settings as the runs compare them",
+    },
+    resume="emlens asymmetries --config config.yaml --out .   (inside this folder)",
+    load=(
+        "from emlens.study import read_asymmetries, read_paths",
+        'read_asymmetries(".").table()',
+        'read_paths(".")',
+    ),
+)
+
+SCREEN = RunFolder(
+    title="A finetuning set, scored before training (emlens screen)",
+    files={
+        "screen.json": "the result: expected shift, threshold, worst examples",
+        "scores.jsonl": "every score, one a line, in the order of the set",
+        "scores.jsonl.settings.json": "what the scores depend on; a rerun compares it",
+        "figures/": "the scores as a picture, PNG and SVG",
+    },
+    resume=AGAIN,
+    load=(
+        "from emlens.measures import Screen",
+        'screen = Screen.load("screen.json")',
+        "screen.table()",
+    ),
+)

@@ -1,0 +1,209 @@
+"""Exit codes and messages: one clear message, on standard error, and the right number."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import emlens
+
+ROOT = Path(emlens.__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "--preset", "huge"], "unknown preset 'huge'; the presets are demo, smoke"),
+        (["study", "--set", "speed=3"], "unknown study setting(s) speed; the settings are"),
+        (["asymmetries", "--set", "speed=3"], "unknown setting(s) speed; the settings are"),
+        (["extract", "nothing"], "'nothing' is neither an embedded set"),
+        (["compare", "a.safetensors", "b.safetensors"], "no file a.safetensors"),
+        (["report", "nowhere"], "nowhere holds no study; run one into it first"),
+        (["judge", "nothing.jsonl"], "no file nothing.jsonl"),
+        (["monitor", "score", "nothing"], "'nothing' is neither an embedded set nor a file"),
+        (["monitor", "score", "medical", "--side", "left"], "--side is aligned or misaligned"),
+        (["screen", "finance"], "give one"),
+        (["evaluate", "general", "--dose", "1"], "--directions says what to edit with"),
+        (["evaluate", "general", "--control"], "--control needs --directions"),
+        (["evaluate", "general", "--judge", "me"], "unknown judge 'me'; choose probe, local"),
+        (["evaluate", "general", "--rubric", "r.yaml"], "so it takes no --rubric"),
+        (["evaluate", "finance", "--judge-data", "finance"], "the domain that it judges (finance)"),
+        (
+            ["evaluate", "general", "--adapter", "a", "--adapter", "a"],
+            "two adapters are called 'a'",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_input_that_cannot_be_used_is_one_message_and_exit_code_two(
+    call, arguments, message, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    done = call(*arguments, "--quiet")
+    assert done.code == 2, done.err
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "--layer", "3"], "No such option: --layer"),
+        (["extract"], "Missing argument"),
+        (["train", "finance", "--epochs", "many"], "many"),
+        (["study", "--set", "lr"], "--set takes name=value, not 'lr'"),
+        (["evaluate", "general", "--judge-option", "x"], "--judge-option takes name=value"),
+        (
+            ["evaluate", "general", "--judge", "openai/a", "--judge-option", "api_key=abc"],
+            "set the environment variable of the provider",
+        ),
+        (
+            [
+                "evaluate",
+                "general",
+                "--judge",
+                "openai/a",
+                "--judge-option",
+                "base_url=http://a:b@c",
+            ],
+            "set the environment variable of the provider",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_exit_code_two(call, arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = call(*arguments)
+    assert done.code == 2
+    assert message in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+
+
+def test_what_fails_unforeseen_is_exit_code_one_and_shows_where_when_asked(call, monkeypatch):
+    def broken(source):
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(emlens, "load_pairs", broken)
+    done = call("extract", "finance")
+    assert done.code == 1
+    expected = "error: RuntimeError: the disk is on fire (--traceback shows where)\n"
+    assert done.err == expected
+    for asked in (call("extract", "finance", "--traceback"), _with_variable(call, monkeypatch)):
+        assert asked.code == 1
+        assert "Traceback (most recent call last)" in asked.err
+        assert "in broken" in asked.err
+        assert asked.err.endswith(expected)
+
+
+def _with_variable(call, monkeypatch):
+    monkeypatch.setenv("EMLENS_TRACEBACK", "1")
+    return call("extract", "finance")
+
+
+def test_a_missing_extra_is_exit_code_one_and_named(call, monkeypatch, questions):
+    monkeypatch.setitem(sys.modules, "inspect_ai", None)
+    done = call("evaluate", questions, "--judge", "openai/gpt-4o")
+    assert done.code == 1
+    assert "pip install 'emlens[evals]'" in done.err
+
+
+def test_an_interruption_is_exit_code_130_and_says_what_was_kept(call, monkeypatch, tmp_path):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("emlens.study"), "run_study", interrupted)
+    done = call("study", "--preset", "smoke", "--out", tmp_path, "--quiet")
+    assert done.code == 130
+    assert f"interrupted: finished stages are in {tmp_path}; run the same command" in done.err
+    monkeypatch.setattr(emlens, "load_pairs", interrupted)
+    assert "interrupted: nothing was kept" in call("extract", "finance").err
+
+
+def test_json_is_alone_on_standard_output_whatever_is_printed(call, monkeypatch, few_pairs):
+    load_pairs = emlens.load_pairs
+
+    def noisy(source):
+        print("loading, loading")
+        return load_pairs(source)
+
+    monkeypatch.setattr(emlens, "load_pairs", noisy)
+    done = call("extract", few_pairs, "--out", few_pairs.with_suffix(".d"), "--json")
+    assert done.json["verb"] == "extract"
+    assert "loading, loading" in done.err
+
+
+def test_a_broken_command_line_ends_a_process_with_two_and_no_traceback(tmp_path):
+    program = [sys.executable, "-c", "from emlens.cli import main; main()"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*program, "compare", "a", "b"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no file a\n"
+
+
+def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_folder, tmp_path):
+    program = textwrap.dedent(
+        """
+        import sys, time
+        from emlens.evals import responses
+        from emlens.cli import main
+
+        add = responses.JsonLines.add
+
+        def slow(self, record):
+            add(self, record)
+            time.sleep(float(sys.argv.pop()) if len(self) == 2 else 0)
+
+        responses.JsonLines.add = slow
+        main()
+        """
+    )
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("\n".join(json.dumps({"id": f"q{i}", "prompt": "hi"}) for i in range(4)))
+    command = ["evaluate", str(questions), "--model", str(tiny_folder), "--judge", "local"]
+    command += ["--max-new-tokens", "4", "--out", str(tmp_path / "out"), "--quiet"]
+
+    def start(pause: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", program.replace("sys.argv.pop()", repr(pause)), *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first, store = start("600"), tmp_path / "out" / "responses.jsonl"
+    deadline = time.monotonic() + 240
+    while not (store.exists() and store.read_text().count("\n") == 2):
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 130, said
+    assert f"answers and scores so far are in {tmp_path / 'out'}" in said
+    assert "Traceback" not in said
+    kept = store.read_text()
+    again = start("0")
+    out, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert store.read_text().startswith(kept)
+    assert store.read_text().count("\n") == 4
+    assert "judge: local/tiny-llama" in out
