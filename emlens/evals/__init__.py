@@ -4,6 +4,7 @@ from emlens.evals.ablation import Ablation, ablation_table, projected_adapter
 from emlens.evals.agreement import Agreement, agreement
 from emlens.evals.behaviour import Behaviour, Effect, JudgedRate, LogOddsJudge
 from emlens.evals.local_judge import LocalJudge
+from emlens.evals.logprob_judge import LogProbJudge
 from emlens.evals.probe_judge import ProbeJudge, Trust
 from emlens.evals.questions import Question, cued, formatted, load_questions
 from emlens.evals.rates import Rates, rates, wilson
@@ -24,6 +25,7 @@ __all__ = [
     "JudgedRate",
     "LocalJudge",
     "LogOddsJudge",
+    "LogProbJudge",
     "ProbeJudge",
     "Question",
     "RUBRICS",

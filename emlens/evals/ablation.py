@@ -78,7 +78,8 @@ class Ablation(Result):
             [value.estimate for value in values],
             [value.low for value in values],
             [value.high for value in values],
-            y_label=f"change vs base, {self.effect.what}",
+            y_label=f"change against the base\n{self.effect.what}",
+            x_label="what is ablated",
             ax=ax,
         )
 

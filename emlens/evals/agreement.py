@@ -15,6 +15,7 @@ from emlens.evals.scores import Scores
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,20 @@ class Agreement(Result):
             "scored by one only": self.only_first + self.only_second,
         }
         return pd.DataFrame([row])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Scores of both judges, and how many fall on each side of the threshold."""
+        from emlens.figures import score_plot
+
+        x, y = zip(*self.pairs, strict=True)
+        return score_plot(
+            x,
+            y,
+            threshold=self.threshold,
+            x_label=f"{self.metric}, by {self.first} [0-100]",
+            y_label=f"{self.metric}, by {self.second} [0-100]",
+            ax=ax,
+        )
 
     def _flags(self) -> tuple[np.ndarray, np.ndarray]:
         scores = np.array(self.pairs)

@@ -21,6 +21,7 @@ from emlens.text import Pair
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,21 @@ class Effect(Result):
             }
             rows.append(row if np.isnan(coherent) else {**row, "coherent [%]": 100 * coherent})
         return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Mean over prompts under each condition."""
+        from emlens.figures import dot_intervals
+
+        frame = self.table()
+        return dot_intervals(
+            groups=frame["condition"],
+            series=["mean over prompts"] * len(frame),
+            values=frame[self.what],
+            low=frame["low"],
+            high=frame["high"],
+            y_label=self.what,
+            ax=ax,
+        )
 
     def _interval(self, values: np.ndarray) -> Interval:
         known = values[np.isfinite(values)]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._results import titled_table
 from emlens.directions.evidence import fold_of
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import rubric_hash
@@ -19,6 +20,7 @@ from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation, Pair, content_hash
 
 if TYPE_CHECKING:
+    import pandas as pd
     from sklearn.pipeline import Pipeline
 
 LEAST_AUROC = 0.7
@@ -123,6 +125,20 @@ class ProbeJudge:
 
     def rubric(self, metric: str) -> str:
         return self._rubric
+
+    def table(self) -> pd.DataFrame:
+        """How far each metric can be trusted, a row each."""
+        import pandas as pd
+
+        rows = []
+        for metric, trust in self.trust.items():
+            away = {f"AUROC, {name} left out": area for name, area in trust.across.items()}
+            row = {"metric": metric, "AUROC, held out": trust.auroc, **away}
+            rows.append({**row, "calibration error": trust.calibration, "answers": trust.n})
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        return titled_table(self.id, self.table())
 
     def judge(self, responses: Sequence[Response], metric: str) -> list[Verdict]:
         """A verdict per response, 100 times the probability of the good side.

@@ -258,7 +258,7 @@ def _unanswered(
     asked = question.name, question.hash
     own = int(_digest(seed, asked, sample)[:15], 16)
     return Response(
-        key=_digest(model.name, model.revision, condition, acts, asked, sampling, own)[:32],
+        key=content_key(model.name, model.revision, condition, acts, asked, sampling, own),
         question_id=question.id,
         question=question.name,
         prompt=question.prompt,
@@ -287,6 +287,11 @@ def _fingerprint(model: HookedModel, condition: Condition) -> str:
         described = edit.to_dict() if hasattr(edit, "to_dict") else repr(edit)  # type: ignore
         parts.append(described)
     return _digest(adapter if isinstance(adapter, str) else None, parts)
+
+
+def content_key(*parts: object) -> str:
+    """Key of a response, from all that decides what is answered."""
+    return _digest(*parts)[:32]
 
 
 def _digest(*parts: object) -> str:

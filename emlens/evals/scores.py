@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from tqdm.auto import tqdm
 
+from emlens._results import titled_table
 from emlens.evals.responses import Response, Responses
 from emlens.evals.store import JsonLines
 
@@ -132,6 +133,11 @@ class Scores:
 
         return pd.DataFrame([asdict(row) for row in self.rows])
 
+    def _repr_html_(self) -> str:
+        shown = self.table().loc[:, ["metric", "score", "judge", "mode", "note"]]
+        none = sum(row.score is None for row in self.rows)
+        return titled_table(f"{len(self)} scores, {none} without a number", shown.head(8))
+
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Read a store.
@@ -202,7 +208,7 @@ def judge(
                 block = todo[start : start + BLOCK]
                 verdicts = judge.judge([row for row, _ in block], metric)
                 for (row, key), verdict in zip(block, verdicts, strict=True):
-                    score = _score(key, row, metric, judge.id, rubric, verdict)
+                    score = score_of(row, metric, judge.id, rubric, verdict)
                     if kept is not None:
                         kept.add(asdict(score))
                     found[key] = score
@@ -225,19 +231,17 @@ def human_labels(
     outside = [key for key, value in labels.items() if not 0 <= value <= 100]
     if outside:
         raise ValueError(f"label {labels[outside[0]]} of {outside[0]!r} is not between 0 and 100")
-    rows = [
-        _score(
-            _key(known[k], metric, "human", ""), known[k], metric, "human", "", Verdict(v, "human")
-        )
-        for k, v in labels.items()
-    ]
+    rows = [score_of(known[k], metric, "human", "", Verdict(v, "human")) for k, v in labels.items()]
     return Scores(tuple(rows))
 
 
-def _score(
-    key: str, row: Response, metric: str, judge_id: str, rubric: str, verdict: Verdict
-) -> Score:
-    value = verdict.score
+def score_of(row: Response, metric: str, judge_id: str, rubric: str, verdict: Verdict) -> Score:
+    """A verdict on a response as a row to be kept.
+
+    Raises:
+        ValueError: If the score is outside of 0 to 100.
+    """
+    value, key = verdict.score, _key(row, metric, judge_id, rubric)
     if value is not None and not 0 <= value <= 100:
         raise ValueError(f"{judge_id} scored {row.question} {value}, outside of 0 to 100")
     return Score(key, row.key, metric, value, judge_id, rubric, verdict.mode, verdict.note)

@@ -1,0 +1,183 @@
+"""A judge on any model of Inspect: hosted, vLLM, Hugging Face, or a server of one's own."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from emlens.evals._inspect import need_inspect, run
+from emlens.evals.responses import Response
+from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
+from emlens.evals.scores import Verdict
+from emlens.evals.visible import VisibleNumbers
+
+if TYPE_CHECKING:
+    from inspect_ai.model import Model, ModelOutput
+
+LONGEST = 8
+"""Tokens of a reply: a number and little else."""
+SHOWN = 20
+"""Alternatives asked for at each place: the most that OpenAI's protocol gives."""
+FURTHER = 4
+"""Sampled replies, at most, that fill in digits which the first one did not show."""
+OPEN = 0.1
+"""Share of probability on unseen digits above which further replies are asked for."""
+
+_NUMBER = re.compile(r"(?<![\d.])(\d{1,3})(?![\d]|\.\d)")
+_OF_100 = re.compile(r"\s*(?:/|out of)\s*100\b")
+
+
+class LogProbJudge:
+    """Grades with a model that Inspect reaches, by the probabilities of the numbers it may write.
+
+    The score is the probability-weighted mean of the numeric answers (the papers' judge). A
+    provider without log-probabilities is asked for the number itself; such scores say so in their
+    `mode`, `"sampled"`. Retries, rate limits, time-outs and the cache are Inspect's.
+
+    Args:
+        model: Name of a model as Inspect has it (`"openai/gpt-4o"`, `"vllm/..."`,
+            `"openai-api/local/..."`), or a model of Inspect.
+        rubrics: Rubrics by metric; emlens' own by default.
+        at_once: Requests under way at the same time.
+        cache: Keep replies in Inspect's cache.
+        config: Further settings of Inspect's `GenerateConfig`: `max_retries`, `timeout`.
+        **options: Arguments of Inspect's `get_model`: `base_url`, `api_key`, and the provider's.
+
+    Raises:
+        ImportError: If Inspect is not installed.
+
+    Example:
+        >>> judge = LogProbJudge("openai/gpt-4o")
+        >>> scores = emlens.evals.judge(answers, judge, store="scores.jsonl")
+    """
+
+    def __init__(
+        self,
+        model: str | Model,
+        rubrics: Mapping[str, str] | None = None,
+        *,
+        at_once: int = 16,
+        cache: bool = False,
+        config: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        need_inspect("LogProbJudge")
+        if at_once < 1:
+            raise ValueError(f"at_once must be at least 1 request, not {at_once}")
+        self._name, self._given, self._options = str(model), model, options
+        self._rubrics = dict(rubrics or RUBRICS)
+        self._at_once, self._cache, self._config = at_once, cache, dict(config or {})
+        self._model: Model | None = None
+
+    @property
+    def id(self) -> str:
+        return f"inspect/{self._name}"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self._rubrics)
+
+    def rubric(self, metric: str) -> str:
+        return rubric_hash(self._rubrics[metric])
+
+    def judge(self, responses: Sequence[Response], metric: str) -> list[Verdict]:
+        """A verdict per response; none for an empty answer, or where numbers are unlikely.
+
+        Raises:
+            ConnectionError: If a reply cannot be had, after Inspect's retries.
+        """
+        return run(self._all(responses, self._rubrics[metric]))
+
+    async def _all(self, responses: Sequence[Response], rubric: str) -> list[Verdict]:
+        from inspect_ai.model import GenerateConfig, get_model
+
+        if self._model is None:
+            if isinstance(self._given, str):
+                config = GenerateConfig(**self._config)
+                self._model = get_model(self._given, config=config, **self._options)
+            else:
+                self._model = self._given
+        model, free = self._model, asyncio.Semaphore(self._at_once)
+
+        async def one(row: Response) -> Verdict:
+            async with free:
+                try:
+                    return await grade(model, rubric, row.prompt, row.text, cache=self._cache)
+                except ImportError:
+                    raise
+                except Exception as error:
+                    raise ConnectionError(self._failure(row, error)) from None
+
+        return list(await asyncio.gather(*map(one, responses)))
+
+    def _failure(self, row: Response, error: Exception) -> str:
+        said = f"{type(error).__name__}: {error}"
+        for secret in _secrets(self._options):
+            said = said.replace(secret, "***")
+        return (
+            f"{self.id} gave no reply for {row.question} ({row.condition}): {said[:300]}; what was "
+            "judged before is kept in the store, run the same call again to go on"
+        )
+
+
+async def grade(
+    model: Model, rubric: str, question: str, text: str, *, cache: bool = False
+) -> Verdict:
+    """Grade one answer with a model of Inspect.
+
+    Raises:
+        ValueError: If the rubric has no place for the answer.
+    """
+    from inspect_ai.model import GenerateConfig
+
+    prompt = filled(rubric, question, text)
+    if not text.strip():
+        return Verdict(None, "probabilities", "the answer is empty")
+    asked = GenerateConfig(temperature=0.0, max_tokens=LONGEST, logprobs=True, top_logprobs=SHOWN)
+    reply = await model.generate(prompt, config=asked, cache=cache)
+    known = VisibleNumbers()
+    if not _taken(known, reply):
+        return _sampled(reply)
+    for n in range(FURTHER):
+        if known.open <= OPEN:
+            break
+        further = asked.model_copy(update={"temperature": 1.0, "seed": n})
+        _taken(known, await model.generate(prompt, config=further, cache=cache))
+    score, note = known.score()
+    return Verdict(score, "probabilities", note)
+
+
+def _taken(known: VisibleNumbers, reply: ModelOutput) -> bool:
+    """Take in a reply's log-probabilities; False where there are none."""
+    if not reply.choices or reply.choices[0].logprobs is None:
+        return False
+    places = reply.choices[0].logprobs.content
+    if not places or not any(place.top_logprobs for place in places):
+        return False
+    shown = [
+        {one.token: math.exp(one.logprob) for one in (*(place.top_logprobs or ()), place)}
+        for place in places
+    ]
+    known.add([place.token for place in places], shown)
+    return True
+
+
+def _sampled(reply: ModelOutput) -> Verdict:
+    """The number that was written, where there is nothing better."""
+    text = reply.completion.strip()
+    numbers = [int(found) for found in _NUMBER.findall(_OF_100.sub("", text))]
+    if len(set(numbers)) != 1 or numbers[0] > 100:
+        return Verdict(None, "sampled", f"no one number from 0 to 100 in {text[:60]!r}")
+    return Verdict(float(numbers[0]), "sampled", "the provider gave no log-probabilities")
+
+
+def _secrets(options: Mapping[str, Any]) -> list[str]:
+    """Keys that a provider's error may repeat."""
+    named = ("KEY", "TOKEN", "SECRET")
+    found = [value for name, value in os.environ.items() if name.upper().endswith(named)]
+    given = [options.get("api_key")]
+    return [value for value in (*found, *given) if isinstance(value, str) and len(value) >= 6]
