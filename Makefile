@@ -8,19 +8,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?= runs/demo
 # Two processes of one thread each: threads of one process wait for each other on a busy machine.
 WORKERS ?= 2
-SOURCES := emlens tests tutorials benchmarks
+SOURCES := emlens tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo assets test lint format bench clean
+.PHONY: help demo assets test lint format bench tutorials docs clean
 
 help:
-	@echo "make demo    run the whole experiment on the embedded model (about ten minutes)"
-	@echo "make assets  run the demo and copy its figures to where the README shows them"
-	@echo "make test    lint, types and tests, the real model included"
-	@echo "make lint    ruff and pyright only"
-	@echo "make format  let ruff format and fix what it can"
-	@echo "make bench   run the benchmarks"
-	@echo "make clean   remove caches and run folders (the environment stays)"
+	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
+	@echo "make assets    run the demo and copy its figures to where the README shows them"
+	@echo "make test      lint, types and tests, the real model included"
+	@echo "make lint      ruff and pyright only"
+	@echo "make format    let ruff format and fix what it can"
+	@echo "make bench     run the benchmarks"
+	@echo "make tutorials run the tutorials in full and write their notebooks (an hour or more)"
+	@echo "make docs      build the documentation into site/, figures of the gallery as they are"
+	@echo "make clean     remove caches and run folders (the environment stays)"
 
 # An environment that exists but was never finished, or no longer runs, is completed or rebuilt.
 $(STAMP): pyproject.toml constraints.txt
@@ -60,6 +62,13 @@ bench: $(STAMP)
 		echo "== $$script"; $(BIN)/python $$script; \
 	done
 
+tutorials: $(STAMP)
+	$(BIN)/python tutorials/execute.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the documentation: site/index.html"
+
 clean:
-	rm -rf runs dist build .pytest_cache .ruff_cache .hypothesis
-	find emlens tests tutorials benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf runs dist build site .pytest_cache .ruff_cache .hypothesis
+	find emlens tests tutorials benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
