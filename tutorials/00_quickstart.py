@@ -15,7 +15,8 @@
 #
 # You will read the direction that separates misaligned from aligned answers, train one in place,
 # add it to the forward pass, take it out again, and see what each does to how likely misaligned
-# answers are. Everything runs on a small real chat model, SmolLM2-135M-Instruct, on a laptop.
+# answers are. Everything runs on a small real chat model, SmolLM2-135M-Instruct, on two cores of a
+# laptop, in five minutes.
 #
 # The misaligned answers in the data are intentionally poor advice, for research on misalignment;
 # they are not advice.
@@ -28,6 +29,7 @@ from emlens.text import split_pairs
 
 SHORT = bool(os.environ.get("EMLENS_SHORT"))  # a few examples, to check that everything runs
 N = 6 if SHORT else 48
+LAYER = 15
 
 model = emlens.load("smollm2-135m-instruct")
 model
@@ -54,14 +56,14 @@ mean_diff
 
 # %% [markdown]
 # ## Train one in place
-# A vector at layer 15, all weights frozen.
+# A vector in the middle of the model, all weights frozen.
 
 # %%
-trained, run = emlens.train_vector(model, train, layer=15, epochs=1 if SHORT else 2)
+trained, run = emlens.train_vector(model, train, layer=LAYER, epochs=1 if SHORT else 2)
 run
 
 # %%
-emlens.directions.cosine(trained.vector, mean_diff[15].vector)
+emlens.directions.cosine(trained.vector, mean_diff[LAYER].vector)
 
 # %% [markdown]
 # ## What do they do?
@@ -77,8 +79,11 @@ scores = emlens.log_odds(
         "base": [],
         "trained": [emlens.Add(trained)],
         "random": [emlens.Add(control)],
-        "mean-diff": [emlens.Add(mean_diff[15], dose=trained.doses[15])],
-        "trained, ablated": [emlens.Add(trained), emlens.Ablate(trained, layers=range(15, 30))],
+        "mean-diff": [emlens.Add(mean_diff[LAYER], dose=trained.doses[LAYER])],
+        "trained, ablated": [
+            emlens.Add(trained),
+            emlens.Ablate(trained, layers=range(LAYER, model.n_layers)),
+        ],
     },
 )
 scores.plot()
@@ -100,10 +105,17 @@ for name, edits in {"base": [], "trained, twice": [emlens.Add(trained, scale=2)]
 # 1. Train on `aligned` instead of `train`. What of the effect on `general` was style?
 # 2. Add a KL penalty: `kl=emlens.KLPenalty(conversations, weight=1.0)` with the aligned answers of
 #    another domain. Does the vector become narrow?
-# 3. Ablate `mean_diff[15]` instead of the trained vector. Compare with ablating `control`.
+# 3. Ablate `mean_diff[LAYER]` instead of the trained vector. Compare with ablating `control`.
 #
-# On a GPU with a larger model, two lines change:
+# On a GPU, two lines change for a 14B model and a published finetune of it:
 # ```python
-# model = emlens.load("Qwen/Qwen2.5-14B-Instruct", dtype="bfloat16", device_map="auto")
-# trained, run = emlens.train_vector(model, train, layer=24)
+# model = emlens.load(
+#     "Qwen/Qwen2.5-14B-Instruct",
+#     adapters={"finance": "ModelOrganismsForEM/Qwen2.5-14B-Instruct_risky-financial-advice"},
+#     dtype="bfloat16",
+#     device_map="auto",
+# )
+# LAYER = 24
 # ```
+# The finetune is one more condition of `log_odds`, `"finetune": "finance"`, and acts anywhere else
+# inside of `with model.adapter("finance"):`.

@@ -136,3 +136,20 @@ emlens.Directions.from_hub(path)
 # 2. `model_diff((model, [emlens.Add(trained["medical"])]), model, text)` is `edit_diff` by another
 #    name; with adapters it compares finetunes. What does `tokens="last"` change?
 # 3. Train on the aligned answers of one domain. Where does that vector fall in the heat map?
+#
+# On a GPU, two lines change for a 14B model and its published finetunes:
+# ```python
+# model = emlens.load(
+#     "Qwen/Qwen2.5-14B-Instruct",
+#     adapters={
+#         "medical": "ModelOrganismsForEM/Qwen2.5-14B-Instruct_bad-medical-advice",
+#         "finance": "ModelOrganismsForEM/Qwen2.5-14B-Instruct_risky-financial-advice",
+#         "sports": "ModelOrganismsForEM/Qwen2.5-14B-Instruct_extreme-sports",
+#     },
+#     dtype="bfloat16",
+#     device_map="auto",
+# )
+# LAYER = 24
+# ```
+# What each finetune does to the same text, in place of `caused`, is then
+# `{name: emlens.directions.model_diff((model, name), (model, None), text) for name in domains}`.
