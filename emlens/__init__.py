@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from emlens import directions as directions
     from emlens import edits as edits
+    from emlens import evals as evals
     from emlens import figures as figures
     from emlens import hooked as hooked
     from emlens import measures as measures
@@ -55,7 +56,17 @@ __all__ = [
     "wrap",
 ]
 
-_ROOMS = ("directions", "edits", "figures", "hooked", "measures", "study", "text", "training")
+_ROOMS = (
+    "directions",
+    "edits",
+    "evals",
+    "figures",
+    "hooked",
+    "measures",
+    "study",
+    "text",
+    "training",
+)
 _HOMES = {
     "Ablate": "edits",
     "Add": "edits",

@@ -55,8 +55,13 @@ class Result:
         return cls(**{name: _frozen(value) for name, value in record.items()})
 
     def _repr_html_(self) -> str:
-        table = self.table().to_html(index=False, float_format="%.3f", escape=True)
-        return f"<p><b>{escape(type(self).__name__)}</b></p>{table}"
+        return titled_table(type(self).__name__, self.table())
+
+
+def titled_table(title: str, table: pd.DataFrame) -> str:
+    """HTML of a table under a title, both escaped: what a notebook shows."""
+    rows = table.to_html(index=False, float_format="%.3f", escape=True)
+    return f"<p><b>{escape(title)}</b></p>{rows}"
 
 
 def _plain(value: object) -> object:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked import HookedModel, Site, SiteName, check_site
@@ -66,6 +67,10 @@ class AdapterScalars:
             for layer, values in self.scalars.items()
         ]
         return pd.concat(layers, ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        return titled_table(f"{self.adapter}: the first 10 of {len(table)} scalars", table.head(10))
 
 
 def adapter_vectors(

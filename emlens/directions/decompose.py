@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._results import Result
+from emlens._results import Result, titled_table
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Direction, Directions, cosine
 from emlens.directions.provenance import Provenance
@@ -50,7 +50,7 @@ class Decomposition:
 
         return pd.DataFrame(list(self.rows))
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """The cosine of each with the mean of the others against layer, over chance."""
         from emlens.figures import layer_curves
 
@@ -60,6 +60,9 @@ class Decomposition:
             layers = [row["layer"] for row in own]
             curves[name] = (layers, [row["cosine with the others"] for row in own])
         return layer_curves(curves, null=self.null, y_label="cosine with the others", ax=ax)
+
+    def _repr_html_(self) -> str:
+        return titled_table(type(self).__name__, self.table())
 
 
 def decompose(directions: Named, *, by: SharedBy = "mean") -> Decomposition:
@@ -133,6 +136,30 @@ class PromotedTokens(Result):
         import pandas as pd
 
         return pd.DataFrame(list(self.rows))
+
+    def plot(self, ax: Axes | None = None, *, layer: int | None = None) -> Axes:
+        """The promoted and the suppressed tokens of one layer, the deepest by default."""
+        from emlens.figures import dot_intervals
+
+        frame = self.table()
+        shown = max(frame["layer"]) if layer is None else layer
+        frame = frame.loc[frame["layer"] == shown]
+        if frame.empty:
+            raise ValueError(f"there are no tokens of layer {layer}")
+        sides = {"promoted": frame, "suppressed": frame[::-1]}
+        tokens = [repr(token)[1:-1] for side, rows in sides.items() for token in rows[side]]
+        values = [z for side, rows in sides.items() for z in rows[f"{side} z"]]
+        nothing = [float("nan")] * len(values)
+        return dot_intervals(
+            [f"{token} ({place})" for place, token in enumerate(tokens, 1)],
+            [side for side, rows in sides.items() for _ in range(len(rows))],
+            values,
+            nothing,
+            nothing,
+            y_label="logit [standard deviations over the vocabulary]",
+            title=f"{self.name}, layer {shown}",
+            ax=ax,
+        )
 
 
 def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> PromotedTokens:

@@ -266,6 +266,9 @@ class Directions:
             f"{type(self).__name__}({made}, {self.site}, layers {layers}, d_model {self.d_model})"
         )
 
+    def _ipython_key_completions_(self) -> list[int]:
+        return list(self.layers)
+
     def _repr_html_(self) -> str:
         from html import escape
 

@@ -58,7 +58,7 @@ class SubspaceOverlap(Result):
         return layer_curves(
             {"overlap": (self.layers, self.overlap)},
             null=chance,
-            y_label="overlap of the subspaces",
+            y_label="overlap of the subspaces [0 to 1]",
             ax=ax,
         )
 

@@ -12,7 +12,7 @@ from emlens.figures.heatmap import heatmap
 from emlens.figures.lines import Curve, layer_curves, line_bands
 from emlens.figures.paths import path_plot
 from emlens.figures.save import save_figure
-from emlens.figures.scatter import agreement_plot
+from emlens.figures.scatter import agreement_plot, score_plot
 from emlens.figures.style import COLOURS, colour, house_style, new_axes, new_panels, palette
 from emlens.figures.tokens import TokenView, token_view
 
@@ -33,5 +33,6 @@ __all__ = [
     "palette",
     "path_plot",
     "save_figure",
+    "score_plot",
     "token_view",
 ]

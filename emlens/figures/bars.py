@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MARKERS = {"o": 6.5, "s": 6, "D": 5.8, "^": 7.5, "v": 7.5, "P": 8, "X": 8, "*": 11}
 """Markers and their sizes in points, in the order of the series."""
 
+SLANTED = 20
+"""Characters of a line of a slanted name."""
+
 
 @house_style()
 def dot_intervals(
@@ -195,10 +198,12 @@ def _dots(
 
 
 def _finish(ax: Axes, groups: Sequence[str], n_series: int) -> None:
-    room = 0.6 * width_of(ax) / len(groups)
-    ax.set_xticks(range(len(groups)), [wrapped(name, max(6, int(room * 12))) for name in groups])
+    room = (0.6 if n_series > 1 else 0.82) * width_of(ax) / len(groups)
+    flat = max(len(word) for name in groups for word in name.split() or [""]) * 0.085 <= room
+    limit = max(6, int(room * 12)) if flat else SLANTED
+    ax.set_xticks(range(len(groups)), [wrapped(name, limit) for name in groups])
     ax.tick_params(axis="x", length=0)
-    if max(len(word) for name in groups for word in name.split() or [""]) * 0.085 > room:
+    if not flat:
         ax.tick_params(axis="x", labelrotation=40)
         for label in ax.get_xticklabels():
             label.set(ha="right", rotation_mode="anchor")

@@ -83,6 +83,8 @@ def line_bands(
     if reference is not None:
         anchors += _draw_reference(ax, reference)
     dress(ax, x_label=x_label, y_label=y_label, title=title)
+    if x_scale == "linear" and all(_whole(line.x) for line in lines):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     EndLabels(ax, anchors)
     return ax
 
@@ -114,7 +116,7 @@ def layer_curves(
     Raises:
         ValueError: If there are no curves, or the arrays of one differ in length.
     """
-    ax = line_bands(
+    return line_bands(
         curves,
         x_label=x_label,
         y_label=y_label,
@@ -124,8 +126,12 @@ def layer_curves(
         reference=0.0,
         colours=colours,
     )
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return ax
+
+
+def _whole(x: np.ndarray) -> bool:
+    """Whether these are counts, such as layers or updates, which have nothing in between."""
+    finite = x[np.isfinite(x)]
+    return bool(len(finite)) and bool((finite == np.round(finite)).all())
 
 
 def _read(curves: Mapping[str, Curve]) -> list[_Line]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from emlens.figures.style import RULE, dress, house_style, new_axes, palette
+from emlens.figures.style import COLOURS, MUTED, RULE, dress, house_style, new_axes, palette
 
 
 @house_style()
@@ -62,4 +62,63 @@ def agreement_plot(
         drawn.set_aspect("equal")
     drawn.legend(frameon=False, loc="upper left")
     dress(drawn, x_label=x_label, y_label=y_label, title=title, grid="both")
+    return drawn
+
+
+@house_style()
+def score_plot(
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    threshold: float,
+    x_label: str,
+    y_label: str,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Scores of the same things by two judges, 0 to 100; how many fall on each side is written.
+
+    Args:
+        x: Scores of the first, `[n]`.
+        y: Scores of the second, `[n]`.
+        threshold: Below it a score is low.
+        x_label: Name of the first judge.
+        y_label: Name of the second.
+        title: Title above the axes.
+        ax: Axes to draw on.
+
+    Raises:
+        ValueError: If there is nothing to draw, or lengths differ.
+    """
+    if not len(x):
+        raise ValueError("there is nothing to draw; give at least one score of each")
+    if len(x) != len(y):
+        raise ValueError(f"there are {len(x)} and {len(y)} scores; they must be as many")
+    drawn = new_axes(width=5.0, height=4.4) if ax is None else ax
+    for line in (drawn.axvline, drawn.axhline):
+        line(threshold, color=RULE, linewidth=1.2, zorder=1)
+    low_x, low_y = np.asarray(x) < threshold, np.asarray(y) < threshold
+    agree = low_x == low_y
+    for chosen, colour, marker in ((agree, "narrow", "o"), (~agree, "general", "X")):
+        drawn.scatter(
+            np.asarray(x)[chosen],
+            np.asarray(y)[chosen],
+            s=30,
+            marker=marker,
+            color=COLOURS[colour],
+            alpha=0.7,
+            linewidths=0,
+            clip_on=False,
+            zorder=3,
+        )
+    for side_x, place_x in ((low_x, threshold / 2), (~low_x, (100 + threshold) / 2)):
+        for side_y, place_y in ((low_y, -5), (~low_y, 105)):
+            count = int((side_x & side_y).sum())
+            drawn.text(place_x, place_y, str(count), ha="center", va="center", color=MUTED)
+    drawn.set_xlim(-1, 101)
+    drawn.set_ylim(-11, 111)
+    ticks = (0, 25, 50, 75, 100)
+    drawn.set_xticks(ticks)
+    drawn.set_yticks(ticks)
+    dress(drawn, x_label=x_label, y_label=y_label, title=title, grid=None)
     return drawn

@@ -8,6 +8,7 @@ from emlens.hooked.altered import (
     scaled_layers,
 )
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
+from emlens.hooked.generation import Answer, Sampling, answer
 from emlens.hooked.load import ENGINES, load, wrap
 from emlens.hooked.losses import (
     BaseLogProbs,
@@ -28,6 +29,7 @@ from emlens.hooked.visit import Pool
 __all__ = [
     "ENGINES",
     "SITES",
+    "Answer",
     "BaseLogProbs",
     "Condition",
     "Conditions",
@@ -37,11 +39,13 @@ __all__ = [
     "Layers",
     "Pool",
     "Resume",
+    "Sampling",
     "Site",
     "SiteName",
     "Targets",
     "Where",
     "adapter_norms",
+    "answer",
     "check_layers",
     "check_site",
     "deepest_prefix",

@@ -66,6 +66,23 @@ class RowSampler:
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was generated.
+
+    Attributes:
+        text: The answer, without special tokens.
+        tokens: Its tokens, that which ends the turn left out.
+        ended: Whether it ended by itself; otherwise it reached `max_new_tokens`.
+        prompt_tokens: Tokens of the prompt, template included.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    prompt_tokens: int
+
+
 # Plain functions of tensors, which remote execution runs where emlens is not installed.
 
 
@@ -93,14 +110,22 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     return place.clamp(max=weights.shape[-1] - 1)
 
 
-def generate(
+def answer(
     model: HookedModel,
     conversations: Sequence[Conversation],
     edits: Sequence[Edit],
     sampling: Sampling,
-    batch_tokens: int,
-) -> list[str]:
-    """Answer conversations in length-sorted batches; answers come in the order asked."""
+    batch_tokens: int = 4096,
+) -> list[Answer]:
+    """`HookedModel.generate`, with how long each answer is and whether it ended by itself.
+
+    Conversations are answered in length-sorted batches; answers come in the order asked.
+
+    Raises:
+        TypeError: If the model cannot generate.
+        ValueError: As `HookedModel.generate`.
+    """
+    edits = model.edits_in_force(edits)
     if not hasattr(model.module, "generate"):
         raise TypeError(f"{model.name} cannot generate: its module has no generate method")
     if not isinstance(sampling.seed, int) and len(sampling.seed) != len(conversations):
@@ -108,17 +133,19 @@ def generate(
             f"{len(sampling.seed)} seeds were given for {len(conversations)} conversations; give "
             "one seed, or one for each"
         )
-    answers = [""] * len(conversations)
+    answers: dict[int, Answer] = {}
     for batch in _prompt_batches(model, conversations, sampling, batch_tokens):
         visit = Visit.of_generation(batch, edits, sampling.max_new_tokens)
         settings = _settings(model, sampling, batch)
         with torch.no_grad(), evaluating(model.module), neutral_generation(model.module):
             ids = model._decode(batch, visit, **settings)
         new = ids[:, batch.input_ids.shape[1] :]
-        texts = model.tokenizer.batch_decode(_until_end(new, settings), skip_special_tokens=True)
-        for place, text in zip(batch.index, texts, strict=True):
-            answers[place] = text
-    return answers
+        kept = _until_end(new, settings)
+        texts = model.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        asked = batch.attention_mask.sum(1).tolist()
+        for place, text, ids, n in zip(batch.index, texts, kept, asked, strict=True):
+            answers[place] = Answer(text, len(ids), len(ids) < sampling.max_new_tokens, n)
+    return [answers[place] for place in range(len(conversations))]
 
 
 def _prompt_batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def load(
     adapters: Mapping[str, str | Path] | None = None,
     check: bool = True,
     remote: bool | str = False,
-    **model_options,
+    **model_options: Any,
 ) -> HookedModel:
     """Load a chat model and put hooks on it.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.edit import Edit, check_edits, deepest_prefix
-from emlens.hooked.generation import Sampling, generate
+from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.sites import Layers, Site, SiteName, check_layers, check_site
 from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.visit import Pool, Visit
@@ -232,7 +232,7 @@ class HookedModel(ABC):
                 range.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
-        return generate(self, conversations, self.edits_in_force(edits), sampling, batch_tokens)
+        return [found.text for found in answer(self, conversations, edits, sampling, batch_tokens)]
 
     @contextmanager
     def edited(self, *edits: Edit) -> Iterator[HookedModel]:

@@ -172,7 +172,7 @@ def influence(
     directions: Mapping[str, Direction],
     *,
     method: Literal["exact"] = "exact",
-    **options,
+    **options: Any,
 ) -> Influence: ...
 @overload
 def influence(
@@ -181,12 +181,12 @@ def influence(
     directions: Mapping[str, Directions] | Directions,
     *,
     method: Literal["auto"],
-    **options,
+    **options: Any,
 ) -> InfluenceScan: ...
 def influence(  # pyright: ignore[reportInconsistentOverload]
     model: HookedModel,
     corpus: Corpus,
-    directions,
+    directions: Any,
     *,
     method: Literal["exact", "auto"] = "exact",
     profile: InfluenceProfile | None = None,

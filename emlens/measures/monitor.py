@@ -74,20 +74,16 @@ class MonitorScores(Result):
 
     def plot(self, ax=None):
         """All scores in their order of size, and the threshold."""
-        from matplotlib.ticker import MaxNLocator
-
         from emlens.figures import line_bands
 
         ranked = np.sort(self.scores)[::-1]
-        ax = line_bands(
+        return line_bands(
             {"score": (np.arange(1, len(ranked) + 1), ranked)},
             x_label="conversations, highest score first",
             y_label="score",
             reference=(self.threshold, "threshold"),
             ax=ax,
         )
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        return ax
 
 
 @dataclass(frozen=True, eq=False)

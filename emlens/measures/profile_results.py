@@ -86,8 +86,8 @@ class ProfileScores(Result):
         """
         from emlens.figures import dot_intervals, layer_curves
 
-        label = f"KL(base || edited) on {self.corpus} [nats/token]"
         shown = self._largest()
+        label = f"KL(base || edited) on {self.corpus} [nats/token]\nat dose {self.doses[0]:g}"
         places = {
             name: shown[[self.directions[i] == name for i in shown]]
             for name in dict.fromkeys(self.directions[i] for i in shown)
@@ -101,6 +101,7 @@ class ProfileScores(Result):
                 curves[name] = (layers[along], *ends)
             return layer_curves(curves, y_label=label, ax=ax)
         values, low, high = (np.asarray(x)[shown] for x in (self.kl, self.kl_low, self.kl_high))
+        only = {self.layers[i] for i in shown}
         return dot_intervals(
             [self.directions[i] for i in shown],
             [f"layer {self.layers[i]}" for i in shown],
@@ -108,6 +109,7 @@ class ProfileScores(Result):
             low,
             high,
             y_label=label,
+            x_label=f"direction, layer {only.pop()}" if len(only) == 1 else "direction",
             ax=ax,
         )
 
@@ -173,7 +175,7 @@ class Spectrum(Result):
         return line_bands(
             curves,
             x_label="rank",
-            y_label=f"eigenvalue at layer {self.layer} [nats/token/norm^2]",
+            y_label=f"eigenvalue at layer {self.layer} [nats/token/norm²]",
             ax=ax,
             x_scale="log",
             y_scale="log",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def train_adapter(
     prefix_budget: int = PREFIX_BUDGET,
     log_prob_budget: int = LOG_PROB_BUDGET,
     progress: bool = True,
-    **overrides,
+    **overrides: Any,
 ) -> TrainingRun:
     """Train a LoRA adapter on a model; afterwards it is there, and `model.adapter(name)` is it.
 

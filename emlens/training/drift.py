@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def continue_training(
     run: TrainingRun,
     *,
     kl: KLPenalty | None = None,
-    **options,
+    **options: Any,
 ) -> TrainingRun:
     """Train a solution on from where it ended, with another KL term or without.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emlens.directions import Directions
 from emlens.hooked import HookedModel
@@ -158,7 +158,7 @@ def train_preset(
     model: HookedModel,
     train: Sequence[Conversation],
     name: str = "",
-    **options,
+    **options: Any,
 ) -> tuple[Directions | None, TrainingRun]:
     """Train as one of the papers did, on any model: layers at the same relative depth.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import exp, log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -110,15 +110,15 @@ class KLSweep(Result):
         order = np.argsort(inside[:, 0])
         curve = (inside[order, 0], *outside[order].T)
         drawn = line_bands(
-            {"KL penalty": curve, "a weaker general one": straight},
+            {"KL, weight as marked": curve, "a weaker general one": straight},
             x_label="change of log-odds inside [nats/token]",
-            y_label="change outside [nats/token]",
+            y_label="change of log-odds outside [nats/token]",
             reference=0.0,
             ax=ax,
         )
         for weight, x, y in zip(self.weights, inside[:, 0], outside[:, 0], strict=True):
             drawn.annotate(
-                f"{weight:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7
+                f"{weight:g}", (x, y), xytext=(3, 5), textcoords="offset points", fontsize=8
             )
         return drawn
 
@@ -146,7 +146,7 @@ def sweep_kl(
     *,
     layer: int | None = None,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> KLSweep:
     """Train once per weight and measure each solution inside and outside of the domain.
 
@@ -184,7 +184,7 @@ def auto_kl(
     trials: int = 6,
     layer: int | None = None,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> KLSweep:
     """Find the smallest weight whose effect outside is within a tolerance of the base.
 

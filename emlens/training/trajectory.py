@@ -173,7 +173,7 @@ class Trajectory(Result):
         ax = line_bands(
             curves,
             x_label="update",
-            y_label="local cosine",
+            y_label="local cosine [-1 straight, +1 back]",
             reference=(0.0, "right angle"),
             ax=ax,
         )

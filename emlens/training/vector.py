@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from emlens._distributed import alone
 from emlens.directions import Direction, Directions, residual_norm
@@ -30,11 +30,11 @@ from emlens.training.trainable import VectorParts, below_vectors
 
 @overload
 def train_vector(
-    model: HookedModel, train: Sequence[Conversation], layer: int, **options
+    model: HookedModel, train: Sequence[Conversation], layer: int, **options: Any
 ) -> tuple[Direction, TrainingRun]: ...
 @overload
 def train_vector(
-    model: HookedModel, train: Sequence[Conversation], layer: Layers, **options
+    model: HookedModel, train: Sequence[Conversation], layer: Layers, **options: Any
 ) -> tuple[Directions, TrainingRun]: ...
 def train_vector(
     model: HookedModel,
@@ -55,7 +55,7 @@ def train_vector(
     prefix_budget: int = PREFIX_BUDGET,
     log_prob_budget: int = LOG_PROB_BUDGET,
     progress: bool = True,
-    **overrides,
+    **overrides: Any,
 ) -> tuple[Directions, TrainingRun]:
     """Train a vector that is added to the residual stream, all weights frozen.
 

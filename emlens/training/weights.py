@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def train_weights(
     prefix_budget: int = PREFIX_BUDGET,
     log_prob_budget: int = LOG_PROB_BUDGET,
     progress: bool = True,
-    **overrides,
+    **overrides: Any,
 ) -> TrainingRun:
     """Finetune the weights themselves, in place: afterwards the model is the finetuned one.
 

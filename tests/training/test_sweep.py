@@ -39,7 +39,7 @@ def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
     assert found.beyond[1][0] == pytest.approx(expected, abs=1e-9)
     assert KLSweep.load(found.save(tmp_path / "sweep.json")) == found
     assert list(found.table()["KL weight"]) == [0, 5]
-    assert found.plot().get_ylabel() == "change outside [nats/token]"
+    assert found.plot().get_ylabel() == "change of log-odds outside [nats/token]"
 
 
 def test_adapters_are_swept_and_taken_away_again():
