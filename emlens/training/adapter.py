@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from emlens.training.loop import Recording
 from emlens.training.objective import warn_of_overlap
 from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
 from emlens.training.run import TrainingRun
-from emlens.training.settings import AdapterSettings, KLPenalty, Penalty
+from emlens.training.settings import AdapterSettings, KLPenalty, Penalty, given
 from emlens.training.trainable import AdapterParts
 
 
@@ -81,9 +80,7 @@ def train_adapter(
     """
     if not train:
         raise ValueError("train_adapter needs conversations to train on; the set is empty")
-    chosen = AdapterSettings(**_plain({**asdict(settings or AdapterSettings()), **overrides}))
-    if chosen.patience is not None and not validation:
-        raise ValueError("patience watches the validation loss; give validation= conversations")
+    chosen = given(AdapterSettings, settings, overrides, bool(validation))
     if kl is not None:
         warn_of_overlap(train, kl.conversations)
     new = name not in model.adapters
@@ -135,8 +132,3 @@ def _add(model: HookedModel, name: str, settings: AdapterSettings) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model.add_adapter(name, config)
-
-
-def _plain(fields: dict) -> dict:
-    """Lists become tuples, so that settings compare and cannot change."""
-    return {k: tuple(v) if isinstance(v, (list, range)) else v for k, v in fields.items()}

@@ -81,12 +81,17 @@ def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
     differ = [key for key in ours if key != "versions" and ours[key] != theirs.get(key)]
     if "settings" in differ:
         one, other = ours["settings"], theirs.get("settings") or {}
-        names = [name for name in one if one[name] != other.get(name)]
+        # an adapter takes its weights from the checkpoint, wherever it stands by now
+        free = {"start"} if one["kind"] == "adapter" else set()
+        names = [n for n in {**one, **other} if n not in free and one.get(n) != other.get(n)]
         differ = [key for key in differ if key != "settings"] + names
     if differ:
+        again = ""
+        if "start" in differ:
+            again = "; start is what a run begins from: load the model anew, or give the same one"
         raise ValueError(
             f"the checkpoint {path} is of another run: {', '.join(differ)} differ(s); remove the "
-            "file to start anew, or give the settings that it was made with"
+            f"file to start anew, or give the settings that it was made with{again}"
         )
     parts = {
         part: {n.split("|", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{part}|")}

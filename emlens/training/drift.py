@@ -59,12 +59,10 @@ def continue_training(
     kept = {name: run.settings[name] for name in (*_KEPT, "tokens", "seed")}
     given = {"record_every": 1, **kept, **options}
     if run.layers:
-        alpha = run.settings["alpha"]
-        if not isinstance(alpha, (int, float)):
-            raise ValueError(
-                f"the run trained {len(alpha)} vectors of different alpha; give alpha= to go on"
-            )
-        directions = run.directions()
+        directions, alpha = run.directions(), run.settings["alpha"]
+        if isinstance(alpha, list):
+            # of several vectors they differ only where none was given: then it is found again
+            alpha = alpha[0] if len(set(alpha)) == 1 else None
         given = {"alpha": alpha, "where": run.settings["where"], "site": run.site, **given}
         layers = list(run.layers)
         return train_vector(model, train, layers, kl=kl, initial=directions, **given)[1]

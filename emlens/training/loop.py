@@ -29,12 +29,23 @@ class Recording:
         gradients: Record gradients, too.
         checkpoint: File from which an interrupted run goes on, and where it is kept.
         checkpoint_every: Updates between two checkpoints.
+
+    Raises:
+        ValueError: If a number of updates is below 1.
     """
 
     every: int | None = 1
     gradients: bool = False
     checkpoint: Path | None = None
     checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("record_every", self.every),
+            ("checkpoint_every", self.checkpoint_every),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 update, not {value}")
 
 
 @dataclass
@@ -87,7 +98,7 @@ class Loop:
 
         Raises:
             ValueError: If the checkpoint is of another run.
-            TrainingStopped: If a loss is not finite.
+            TrainingStopped: If a loss or a gradient is not finite; nothing has moved then.
         """
         with self.trainable.acting(), self.objective.computing():
             return self._run()
@@ -131,12 +142,15 @@ class Loop:
         optimiser.param_groups[0]["lr"] = rate
         optimiser.zero_grad()
         losses = self.objective.backward(places, next(elsewhere) if elsewhere else [])
-        self._check(losses, places, done)
         parameters = self.trainable.parameters
-        limit = float("inf") if self.settings.clip is None else self.settings.clip
+        recorded = None
         if self._records(n + 1) and self.recording.gradients:
-            done.gradients.append({k: _plain(p.grad) for k, p in parameters.items()})
+            recorded = {k: _plain(p.grad) for k, p in parameters.items()}
+        limit = float("inf") if self.settings.clip is None else self.settings.clip
         gradient = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit))
+        self._check(losses, gradient, places, done)
+        if recorded is not None:
+            done.gradients.append(recorded)
         optimiser.step()
         step = Step(n, losses.loss, losses.kl, self._norm(), gradient, rate, losses.penalty)
         done.steps.append(step)
@@ -170,14 +184,16 @@ class Loop:
             parts = parts or list(self.trainable.parameters.values())
             return float(torch.stack([part.norm() for part in parts]).norm())
 
-    def _check(self, losses: Losses, places: list[int], done: _Progress) -> None:
-        values = (losses.loss, losses.kl, losses.penalty)
-        if all(isfinite(value) for value in values if value is not None):
+    def _check(self, losses: Losses, gradient: float, places: list[int], done: _Progress) -> None:
+        values = {"loss": losses.loss, "KL": losses.kl, "penalty": losses.penalty}
+        values["gradient norm"] = gradient
+        if all(isfinite(value) for value in values.values() if value is not None):
             return
+        said = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
         names = ", ".join(self.objective.train.cache.rows[place].name for place in places)
         raise TrainingStopped(
-            f"update {len(done.steps)}: loss {losses.loss}, KL {losses.kl} is not finite on the "
-            f"batch {names}; try a smaller lr or fp32 weights. The run up to here is kept in .run",
+            f"update {len(done.steps)}: {said}, which is not finite, on the batch {names}; try a "
+            "smaller lr or fp32 weights. The run up to here is kept in .run",
             self._record(done),
         )
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from emlens.hooked import HookedModel, Targets, gradient_checkpointing, kl_sum, loss_sum
-from emlens.text import Conversation, TokenMask, content_hash, tokenize
+from emlens.text import Conversation, TokenMask, TokenRow, content_hash, pack, tokenize
+from emlens.training.path import few
 from emlens.training.prefix import BasePredictions, PrefixCache
 from emlens.training.settings import KLPenalty, NormPenalty, Penalty, TrainSettings
 from emlens.training.trainable import Trainable
@@ -54,13 +55,18 @@ class Rows:
         batch_size: int | None = None,
         seed: int | None = None,
     ) -> Rows:
-        """Tokenise conversations and compute their prefixes, with the model as it stands."""
-        rows = tokenize(conversations, model.tokenizer)
+        """Tokenise conversations and compute their prefixes, with the model as it stands.
+
+        Raises:
+            ValueError: If a conversation has no token that counts; how many, and the first ones.
+        """
+        rows, counted = tokenize(conversations, model.tokenizer), tokens or settings.tokens
+        _check_counted(rows, counted)
         return cls(
             PrefixCache(model, rows, below, budget=budget),
             batch_size or settings.batch_size,
             settings.accumulate,
-            tokens or settings.tokens,
+            counted,
             settings.seed if seed is None else seed,
         )
 
@@ -222,6 +228,20 @@ class Objective:
         total = torch.stack(terms).sum()
         total.backward()
         return float(total.detach())
+
+
+def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask) -> None:
+    empty = [
+        rows[place].name
+        for batch in pack(rows)
+        for place, n in zip(batch.index, Targets.of(batch, tokens).counts(len(batch)), strict=True)
+        if not n
+    ]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
+            f"{few(empty)}; give them an answer, leave them out, or choose other tokens"
+        )
 
 
 def _trained_head(model: HookedModel, trainable: Trainable) -> list[Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import cos, pi
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from emlens.directions import Directions
 from emlens.text import Conversation, TokenMask
 
 Schedule = Literal["linear", "cosine", "constant"]
+Chosen = TypeVar("Chosen", bound="TrainSettings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,11 @@ class KLPenalty:
         conversations: The KL set: texts of other domains than the one trained on.
         weight: Multiplies nats per token. `paper_kl_weight` converts the papers' weights.
         tokens: Tokens on which the KL counts; the papers take all of them.
-        batch_size: Conversations per update; as many as of the training set by default.
+        batch_size: Conversations of a forward pass, of which an update has `accumulate`; as
+            many as of the training set by default.
 
     Raises:
-        ValueError: If the set is empty or the weight is not above zero.
+        ValueError: If the set is empty, the weight is not above zero, or the batch is below 1.
     """
 
     conversations: Sequence[Conversation]
@@ -39,6 +41,8 @@ class KLPenalty:
             raise ValueError(
                 f"the KL weight must be above 0, not {self.weight}; leave kl out to train without"
             )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"the KL set's batch_size must be at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,11 @@ class TrainSettings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be above 0, or None for no clipping, not {self.clip}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1 epoch, not {self.patience}")
         if self.schedule not in get_args(Schedule):
@@ -150,6 +159,12 @@ class VectorSettings(TrainSettings):
 
     alpha: float | None = None
 
+    def __post_init__(self) -> None:
+        # not super(): a dataclass with slots is made anew, and super() means the first
+        TrainSettings.__post_init__(self)
+        if self.alpha is not None:
+            _check_alpha(self.alpha)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings(TrainSettings):
@@ -171,8 +186,8 @@ class AdapterSettings(TrainSettings):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        # not super(): a dataclass with slots is made anew, and super() means the first
-        TrainSettings.__post_init__(self)
+        TrainSettings.__post_init__(self)  # not super(), see VectorSettings
+        _check_alpha(self.alpha)
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if not self.modules:
@@ -192,6 +207,36 @@ class WeightSettings(TrainSettings):
     layers: tuple[int, ...] | None = None
 
 
+def given(
+    kind: type[Chosen], settings: Chosen | None, overrides: dict[str, Any], watched: bool
+) -> Chosen:
+    """Settings, their defaults where there are none, with some fields replaced.
+
+    Args:
+        kind: `VectorSettings`, `AdapterSettings` or `WeightSettings`.
+        settings: What to start from.
+        overrides: Values by field; lists become tuples.
+        watched: Whether there are conversations to validate on.
+
+    Raises:
+        ValueError: If a field does not exist or has no valid value, or `patience` has nothing to
+            watch.
+    """
+    known = [item.name for item in fields(kind)]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(
+            f"unknown argument or setting {', '.join(map(repr, unknown))}; the settings are "
+            f"{', '.join(known)}"
+        )
+    start = settings or kind()
+    values = {name: getattr(start, name) for name in known} | overrides
+    chosen = kind(**{k: tuple(v) if isinstance(v, (list, range)) else v for k, v in values.items()})
+    if chosen.patience is not None and not watched:
+        raise ValueError("patience watches the validation loss; give validation= conversations")
+    return chosen
+
+
 def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> float:
     """Convert a KL weight of the papers' code into one on nats per token, or back.
 
@@ -204,6 +249,11 @@ def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> f
         to_paper: Convert the other way.
     """
     return weight * n_vocab if to_paper else weight / n_vocab
+
+
+def _check_alpha(alpha: float) -> None:
+    if not alpha > 0:
+        raise ValueError(f"alpha must be above 0, or nothing is trained, not {alpha}")
 
 
 def _check_weight(weight: float) -> None:

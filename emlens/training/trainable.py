@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -79,11 +80,11 @@ class VectorParts:
         self._where: Where = where
         self._alphas = dict(alphas)
         self._vectors: dict[int, Tensor] = {}
+        given = {n: _start(initial, n, model) for n in layers} if initial is not None else {}
         for layer in layers:
-            start = torch.zeros(model.d_model)
-            if initial is not None:
-                start = _start(initial, layer, model) / alphas[layer]
+            start = given[layer] / alphas[layer] if given else torch.zeros(model.d_model)
             self._vectors[layer] = start.to(model.device).requires_grad_()
+        self._start = _digest(given.values())
         self.below = below_vectors(model, layers, site, where)
 
     @property
@@ -120,6 +121,7 @@ class VectorParts:
             "site": self._site,
             "where": self._where,
             "alpha": alphas[0] if len(alphas) == 1 else alphas,
+            "start": self._start,
         }
 
 
@@ -128,6 +130,12 @@ def below_vectors(model: HookedModel, layers: Sequence[int], site: Site, where: 
     places = [Shift(torch.zeros(model.d_model), layer, site, where) for layer in layers]
     below = model.prefix_layer(places)
     return -1 if below is None else below
+
+
+def below_weights(model: HookedModel, layer: int) -> int:
+    """Deepest layer that weights from block `layer` on, and edits in force, leave as it is."""
+    edited = model.prefix_layer(())
+    return layer - 1 if edited is None else min(layer - 1, edited)
 
 
 class AdapterParts:
@@ -148,7 +156,11 @@ class AdapterParts:
                     "trains adapters inside of them"
                 )
             self._blocks[path] = int(found[1])
-        self.below = min(self._blocks.values()) - 1
+        self.below = below_weights(model, min(self._blocks.values()))
+        written = [w for n, w in self.parameters.items() if n.endswith(".B")]
+        # a new adapter does nothing yet; its A is drawn from the seed
+        trained = any(bool(weight.any()) for weight in written)
+        self._start = _digest(self.state().values()) if trained else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -192,7 +204,8 @@ class AdapterParts:
                     yield self._blocks[path], scale * column
 
     def record(self) -> dict[str, object]:
-        return {"kind": "adapter", "name": self._name, "modules": list(self._layers)}
+        record = {"kind": "adapter", "name": self._name, "modules": list(self._layers)}
+        return {**record, "start": self._start}
 
 
 class WeightParts:
@@ -208,8 +221,11 @@ class WeightParts:
             blocks = tuple(f"{model.architecture.blocks}.{layer}." for layer in layers)
             named = {name: weight for name, weight in named.items() if name.startswith(blocks)}
         self.parameters = named
-        self.below = -1 if layers is None else min(layers) - 1
+        self.below = -1 if layers is None else below_weights(model, min(layers))
         self._layers = None if layers is None else list(layers)
+        # sums tell finetuned weights from others, and are quick
+        sums = [torch.stack([w.double().sum(), w.double().norm()]) for w in named.values()]
+        self._start = _digest(sums)
 
     def edits(self) -> Sequence[Edit]:
         return []
@@ -236,7 +252,7 @@ class WeightParts:
         return iter(())
 
     def record(self) -> dict[str, object]:
-        return {"kind": "weights", "layers": self._layers}
+        return {"kind": "weights", "layers": self._layers, "start": self._start}
 
 
 def _start(initial: Directions, layer: int, model: HookedModel) -> Tensor:
@@ -249,3 +265,12 @@ def _start(initial: Directions, layer: int, model: HookedModel) -> Tensor:
     if isinstance(initial, Direction):
         return initial.vector
     return initial[layer].vector
+
+
+def _digest(tensors: Iterable[Tensor]) -> str | None:
+    """What tells a start from another; None where there is nothing to start from."""
+    digest, none = hashlib.sha256(), True
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        none = False
+    return None if none else digest.hexdigest()[:16]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
+from emlens.training.comparison import comparison_scores
 from emlens.training.path import Part, TrainingPath, few
 from emlens.training.transition import (
     MIN_MOVE,
@@ -46,6 +47,7 @@ class Trajectory(Result):
         local_cosines: `[lags, records]` for each run; NaN where there is none.
         final_cosines: For each run and each run's final record, the cosine of every record with
             it, `[records]`; NaN for records of norm 0.
+        final_scores: Likewise the comparison score, see `comparison_scores`.
         descent_cosines: The same of minus the gradient, for runs with gradients: positive where
             a small step down the loss goes towards that solution.
         transitions: What `transition` gives, as plain records.
@@ -61,6 +63,7 @@ class Trajectory(Result):
     min_move: float
     local_cosines: dict[str, tuple[tuple[float, ...], ...]]
     final_cosines: dict[str, dict[str, tuple[float, ...]]]
+    final_scores: dict[str, dict[str, tuple[float, ...]]]
     descent_cosines: dict[str, dict[str, tuple[float, ...]]]
     transitions: dict[str, dict]
 
@@ -104,6 +107,8 @@ class Trajectory(Result):
                     row[f"local cosine, k = {lag} {self.unit}"] = values[record]
                 for other, values in self.final_cosines[run].items():
                     row[f"cosine with {other}, final"] = values[record]
+                for other, values in self.final_scores.get(run, {}).items():
+                    row[f"score with {other}, final"] = values[record]
                 for other, values in self.descent_cosines.get(run, {}).items():
                     row[f"cosine of -gradient with {other}, final"] = values[record]
                 rows.append(row)
@@ -268,6 +273,7 @@ def trajectory(
             r: {o: _numbers(_cosines(gram, at, end)) for o, end in ends.items()}
             for r, at in places.items()
         },
+        final_scores=comparison_scores(runs, chosen),
         descent_cosines={
             r: {
                 o: _numbers(_to(products[:, end], gram[end, end], norms)) for o, end in ends.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +23,7 @@ from emlens.training.made import provenance_of
 from emlens.training.objective import Objective, Rows, warn_of_overlap
 from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET, PrefixCache
 from emlens.training.run import TrainingRun
-from emlens.training.settings import KLPenalty, Penalty, VectorSettings
+from emlens.training.settings import KLPenalty, Penalty, VectorSettings, given
 from emlens.training.trainable import VectorParts, below_vectors
 
 
@@ -106,9 +105,7 @@ def train_vector(
         raise ValueError("train_vector needs conversations to train on; the set is empty")
     layers = check_layers(layer, model.n_layers)
     at = check_site(site, model.sites, model.name, layers)
-    chosen = VectorSettings(**{**asdict(settings or VectorSettings()), **overrides})
-    if chosen.patience is not None and not validation:
-        raise ValueError("patience watches the validation loss; give validation= conversations")
+    chosen = given(VectorSettings, settings, overrides, bool(validation))
     if kl is not None:
         warn_of_overlap(train, kl.conversations)
     with model.frozen():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from emlens.training.loop import Recording
 from emlens.training.objective import warn_of_overlap
 from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
 from emlens.training.run import TrainingRun
-from emlens.training.settings import KLPenalty, WeightSettings
+from emlens.training.settings import KLPenalty, WeightSettings, given
 from emlens.training.trainable import WeightParts
 
 
@@ -47,7 +47,8 @@ def train_weights(
         kl: Penalty for changing predictions elsewhere; the base's are computed beforehand.
         settings: How to train; `WeightSettings()` by default.
         validation: See `train_vector`.
-        checkpoint: See `train_vector`; it holds the weights and the optimiser's two copies.
+        checkpoint: See `train_vector`; it holds the weights and the optimiser's two copies. Go on
+            with the model loaded anew, not with one that the broken run has changed.
         checkpoint_every: See `train_vector`.
         prefix_budget: See `train_vector`; used where only some layers are trained.
         log_prob_budget: Bytes for base log-probabilities; all of them have to fit.
@@ -80,12 +81,9 @@ def train_weights(
             f"the weights are {model.dtype}, in which small updates are lost; load the model with "
             "dtype=torch.float32, or train an adapter, which is kept in fp32"
         )
-    fields = {**asdict(settings or WeightSettings()), **overrides}
-    if fields["layers"] is not None:
-        fields["layers"] = check_layers(list(fields["layers"]), model.n_layers)
-    chosen = WeightSettings(**fields)
-    if chosen.patience is not None and not validation:
-        raise ValueError("patience watches the validation loss; give validation= conversations")
+    chosen = given(WeightSettings, settings, overrides, bool(validation))
+    if chosen.layers is not None:
+        chosen = replace(chosen, layers=check_layers(list(chosen.layers), model.n_layers))
     if kl is not None:
         warn_of_overlap(train, kl.conversations)
     recording = Recording(

@@ -8,7 +8,8 @@ from peft import PeftModel
 
 import emlens
 from emlens import Directions, train_vector
-from emlens.text import pack, tokenize
+from emlens._files import read_json
+from emlens.text import content_hash, pack, tokenize
 from emlens.training import Organism, train_adapter
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked, tiny_model
@@ -41,6 +42,14 @@ def test_an_adapter_loads_in_peft_and_in_emlens_with_the_same_numbers(tmp_path, 
         position_ids=batch.position_ids,
     ).logits[batch.mask("all")]
     assert torch.allclose(theirs, expected, atol=1e-4)
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")
+    loaded = emlens.load(str(tmp_path / "base"), adapters={"bad": str(folder)})
+    with loaded.adapter("bad"):
+        named = loaded.unembed(loaded.hidden(batch)[batch.mask("all")])
+    assert torch.allclose(named, expected, atol=1e-4)
+    plain = loaded.unembed(loaded.hidden(batch)[batch.mask("all")])
+    assert not torch.allclose(plain, expected, atol=1e-3)
     other = tiny_hooked("llama")
     organism = Organism.load(folder)
     assert organism.on(other) == "bad"
@@ -63,6 +72,9 @@ def test_a_vector_organism_keeps_its_direction_and_its_path(tmp_path):
     assert torch.equal(Directions.load(folder / "vector.safetensors")[1].vector, direction.vector)
     (edit,) = again.on(model)
     assert edit.layers == (1,)
+    record = read_json(folder / "organism.json")["provenance"]
+    assert record["data"]["train"] == content_hash(TRAIN)
+    assert record["settings"]["epochs"] == 1
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path):

@@ -7,13 +7,14 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from emlens import Conversation, KLPenalty, train_vector
-from emlens.training import TrainingRun, VectorSettings, train_adapter
+from emlens import Conversation, Direction, KLPenalty, train_vector
+from emlens.training import NormPenalty, TrainingRun, VectorSettings, train_adapter, train_weights
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
 
@@ -43,7 +44,17 @@ def adapter_run(checkpoint=None, **options) -> TrainingRun:
     )
 
 
-RUNS = {"vector": vector_run, "adapter": adapter_run}
+def weights_run(checkpoint=None, **options) -> TrainingRun:
+    """The finetuned weights take the place of the path, which is not recorded."""
+    model = tiny_hooked("llama")
+    kl = KLPenalty(ELSEWHERE, weight=0.5, batch_size=2)
+    options = {**SETTINGS, "checkpoint_every": 2, "lr": 1e-3, **options}
+    run = train_weights(model, TRAIN, kl=kl, checkpoint=checkpoint, **options)
+    weights = {name: w.detach()[None] for name, w in model.module.named_parameters()}
+    return replace(run, states={name: w.clone() for name, w in weights.items()})
+
+
+RUNS = {"vector": vector_run, "adapter": adapter_run, "weights": weights_run}
 
 
 def main(kind: str, checkpoint: str, out: str) -> None:
@@ -52,25 +63,43 @@ def main(kind: str, checkpoint: str, out: str) -> None:
     RUNS[kind](Path(checkpoint)).save(out)
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_run_killed_at_random_steps_ends_bit_identical(kind, tmp_path, monkeypatch):
+KILLS = {
+    "before an update": """
+import os, signal, torch.optim as o
+left, plain = [int(os.environ["LEFT"])], o.AdamW.step
+def step(self, *a, **k):
+    left[0] -= 1
+    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *a, **k)
+o.AdamW.step = step
+""",
+    "while the checkpoint is written": """
+import os, signal
+left, plain = [int(os.environ["LEFT"])], os.replace
+def replace(source, target, **k):
+    if str(target).endswith("checkpoint.safetensors"):
+        left[0] -= 1
+        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+    return plain(source, target, **k)
+os.replace = replace
+""",
+}
+"""A process that kills itself, without a chance to tidy up."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [*((kind, "before an update") for kind in RUNS), ("vector", "while the checkpoint is written")],
+)
+def test_a_run_killed_at_random_steps_ends_bit_identical(kind, moment, tmp_path):
     whole = RUNS[kind]()
     out, checkpoint = tmp_path / "run.safetensors", tmp_path / "checkpoint.safetensors"
     command = "from tests.training.test_resume import main; main(*__import__('sys').argv[1:])"
-    killer = (
-        "import os, signal, torch.optim as o; left = [int(__import__('os').environ['LEFT'])]\n"
-        "plain = o.AdamW.step\n"
-        "def step(self, *a, **k):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return plain(self, *a, **k)\n"
-        "o.AdamW.step = step\n"
-    )
     chance, kills = random.Random(1), 0
     while not out.exists():
         left = chance.randint(1, 3) if kills < 3 else 10**6
         done = subprocess.run(
-            [sys.executable, "-c", killer + command, kind, str(checkpoint), str(out)],
+            [sys.executable, "-c", KILLS[moment] + command, kind, str(checkpoint), str(out)],
             env={**os.environ, "LEFT": str(left), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -123,12 +152,16 @@ def test_the_best_vector_is_the_one_returned():
         ({"seed": 4}, "seed"),
         ({"layers": [1]}, "layers"),
         ({"settings": VectorSettings(weight_decay=0.1)}, "weight_decay"),
+        ({"penalties": [NormPenalty(1.0)]}, "penalties"),
+        ({"initial": Direction.of(torch.ones(32), 1)}, "start"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused_with_what_differs(change, words, tmp_path):
-    vector_run(tmp_path / "c", epochs=1)
-    with pytest.raises(ValueError, match=rf"is of another run: .*{words}.* differ"):
-        vector_run(tmp_path / "c", **{"epochs": 1, **change})
+    ours, other = {"epochs": 1}, {"epochs": 1, **change}
+    for number, (first, second) in enumerate(((ours, other), (other, ours))):
+        vector_run(tmp_path / f"{number}", **first)
+        with pytest.raises(ValueError, match=rf"is of another run: .*{words}.* differ"):
+            vector_run(tmp_path / f"{number}", **second)
 
 
 def test_a_truncated_checkpoint_is_refused_by_name(tmp_path):

@@ -141,6 +141,39 @@ def test_several_parameters_count_as_one_long_vector():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
+def test_comparison_scores_equal_those_of_the_matrices_and_do_not_see_a_turn_of_columns():
+    generator = torch.Generator().manual_seed(0)
+    states = {f"layers.{n}.B": torch.randn(4, 8, 2, generator=generator) for n in (0, 1)}
+    mixed, _ = torch.linalg.qr(torch.randn(2, 2, generator=generator))
+    turned = {name: state @ mixed for name, state in states.items()}
+    runs = {"plain": TrainingPath((0, 1, 2, 3), states)}
+    runs["turned"] = TrainingPath((0, 1, 2, 3), turned)
+    made = trajectory(runs)
+
+    def stacked(of, record):
+        return np.concatenate([state[record].numpy() for state in of.values()], axis=1)
+
+    for record in range(4):
+        one, last = stacked(states, record).astype(float), stacked(states, 3).astype(float)
+        wanted = np.linalg.norm(one.T @ last) / np.linalg.norm(one) / np.linalg.norm(last)
+        for other in runs:
+            assert made.final_scores["plain"][other][record] == pytest.approx(wanted, abs=1e-6)
+    assert abs(made.final_cosines["plain"]["turned"][-1]) < 0.95
+    assert "score with turned, final" in made.table()
+
+
+def test_for_a_single_column_the_comparison_score_is_the_cosine_without_its_sign():
+    points = turn(20, 8, 30)
+    points[0] = 0
+    made = trajectory({"run": path_of(points), "back": path_of(-points)})
+    for other in ("run", "back"):
+        scores, cosines = (made.final_scores["run"][other], made.final_cosines["run"][other])
+        np.testing.assert_allclose(scores, np.abs(cosines), atol=1e-6)
+        assert np.isnan(scores[0])
+    apart = {"a.B": torch.ones(3, 4, 1), "b.B": torch.ones(3, 5, 1)}
+    assert trajectory({"run": TrainingPath((0, 1, 2), apart)}).final_scores == {}
+
+
 def test_norms_and_cosines_with_the_final_states_equal_a_plain_loop():
     generator = np.random.default_rng(0)
     general, narrow = generator.normal(size=(2, 6, 9)).astype(np.float32)

@@ -153,27 +153,24 @@ def test_any_site_of_any_layer_can_be_trained(hooked, site, layer):
 
 def test_every_row_is_steered_and_contributes_gradient(hooked_llama):
     """The gradient of a batch is the token-weighted mean of its rows' own gradients."""
-    model = hooked_llama
+    model, rows = hooked_llama, TRAIN[:3]
+    start = Direction.of(torch.full((model.d_model,), 0.5), 1)
+    options = {"initial": start, "alpha": 1.0, "epochs": 1, "progress": False}
 
-    def first_gradient(data):
-        start = Direction.of(torch.full((model.d_model,), 0.1), 1)
-        _, run = train_vector(
-            model,
-            data,
-            1,
-            initial=start,
-            alpha=1.0,
-            lr=1e-9,
-            epochs=1,
-            batch_size=9,
-            progress=False,
-        )
-        return run.steps[0].gradient_norm
+    def of(data):
+        _, run = train_vector(model, data, 1, record_gradients=True, batch_size=9, **options)
+        return run.gradients["vector.1"][0], run.steps[0].loss
 
-    whole = first_gradient(TRAIN[:3])
-    for row in range(3):
-        others = [c for i, c in enumerate(TRAIN[:3]) if i != row]
-        assert abs(first_gradient(others) - whole) > 1e-4
+    (batch,) = pack(tokenize(rows, model.tokenizer), sort=False)
+    shares = batch.targets("response").sum(1) / batch.targets("response").sum()
+    alone = [of([row]) for row in rows]
+    gradient, loss = of(rows)
+    expected = sum(share * own for share, (own, _) in zip(shares, alone, strict=True))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert loss == pytest.approx(
+        sum(float(share) * own for share, (_, own) in zip(shares, alone, strict=True)), abs=1e-5
+    )
+    assert all(float(own.norm()) > 1e-3 for own, _ in alone)
 
 
 def test_a_kl_penalty_lowers_the_kl_elsewhere(hooked_llama):
