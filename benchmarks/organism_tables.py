@@ -45,7 +45,12 @@ def judged(model, domains, name: str, arguments, questions) -> JudgedRate:
         print(f"  {metric}: {trust}")
     # half of the scale: a probe's probabilities are not a grader's 0 to 100
     return JudgedRate(
-        questions, judge, n=arguments.answers, max_new_tokens=arguments.tokens, threshold=50.0
+        questions,
+        judge,
+        n=arguments.answers,
+        max_new_tokens=arguments.tokens,
+        threshold=50.0,
+        store=arguments.out / name,
     )
 
 
@@ -55,7 +60,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--answers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--figures", type=Path, default=Path("runs/organism_tables"))
+    parser.add_argument("--out", type=Path, default=Path("runs/organism_tables"))
     arguments = parser.parse_args()
     start = time.perf_counter()
 
@@ -86,7 +91,8 @@ def main() -> None:
                 model, name, directions[name], behaviours[name], layer=LAYER, randoms=1
             )
             said(f"ablation in {name}, {way}\n{found.table().round(2).to_string(index=False)}")
-            save_figure(found.plot(), arguments.figures / f"ablation_{name}_{way}")
+            found.save(arguments.out / f"ablation_{name}_{way}.json")
+            save_figure(found.plot(), arguments.out / f"ablation_{name}_{way}")
         found = transfer_table(
             model,
             {name: name for name in DOMAINS},
@@ -96,7 +102,8 @@ def main() -> None:
             randoms=1,
         )
         said(f"transfer, {way}\n{found.table().round(2).to_string(index=False)}")
-        save_figure(found.plot(), arguments.figures / f"transfer_{way}")
+        found.save(arguments.out / f"transfer_{way}.json")
+        save_figure(found.plot(), arguments.out / f"transfer_{way}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,7 @@ from emlens.cli.judges import (
     Rubric,
     Threshold,
     Wanted,
+    own_rubrics,
     trusted,
 )
 from emlens.cli.values import adapters_of, direction_of, layers_of, named
@@ -118,7 +118,8 @@ def evaluate(
     Conditions are the base model and each adapter, each as it is and with every edit: a direction
     added at a dose or times a factor, or taken out. Answers and scores are kept as they come, so
     an interrupted evaluation goes on. With a model of Inspect as the judge only the judging needs
-    a network.
+    a network. Judge prompts that a YAML file of questions brings are what a judge is told, unless
+    --rubric says otherwise.
     """
     from emlens.evals import judge as judge_all
     from emlens.evals import load_questions, respond
@@ -139,7 +140,8 @@ def evaluate(
         name: direction_of(path, model, layer) for name, path in named(directions or []).items()
     }
     conditions = conditions_of(model, edited, dose, scale, ablate, layers, control, seed)
-    graded = wanted.made(call, {"base": model}, list({one.domain for one in asked}))
+    told = own_rubrics(asked) if rubric is None and judge != "probe" else {}
+    graded = wanted.made(call, {"base": model}, list({one.domain for one in asked}), told)
     config = {key: value for key, value in call.options.items() if key != "out"}
     show_config(call, config)
     EVALUATION.write(out, config, call.command)
@@ -317,7 +319,7 @@ def _agreements(
         others = {row.judge for row in kept.rows if row.metric == metric} - {judge.id}
         rivals = dict.fromkeys(sorted(others), kept)
         if labels is not None:
-            rivals["human"] = human_labels(answers, _labels(labels), metric)
+            rivals["human"] = human_labels(answers, labels, metric)
         for other, theirs in rivals.items():
             try:
                 found = agreement(
@@ -329,27 +331,3 @@ def _agreements(
                 continue  # the other judge scored other answers
             tables.append(found.table())
     return pd.concat(tables, ignore_index=True) if tables else None
-
-
-def _labels(path: Path) -> dict[str, float]:
-    """Labels by key of the response.
-
-    Raises:
-        ValueError: If the columns are others, or a score is no number (the line is named).
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"response", "score"} <= set(reader.fieldnames or ()):
-            raise ValueError(
-                f"{path} must have the columns response (a key in responses.jsonl) and score; it "
-                f"has {', '.join(reader.fieldnames or ())}"
-            )
-        found = {}
-        for row in reader:
-            try:
-                found[row["response"]] = float(row["score"])
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: the score {row['score']!r} is no number"
-                ) from None
-    return found

@@ -14,7 +14,7 @@ import typer
 from emlens.cli.common import Call
 
 if TYPE_CHECKING:
-    from emlens.evals import Judge
+    from emlens.evals import Judge, Question
     from emlens.hooked import HookedModel
 
 Named = Annotated[
@@ -62,20 +62,27 @@ class Wanted:
     data: Sequence[str] | None = None
     options: Sequence[str] | None = None
 
-    def made(self, call: Call, model: Mapping[str, HookedModel], domains: Sequence[str]) -> Judge:
+    def made(
+        self,
+        call: Call,
+        model: Mapping[str, HookedModel],
+        domains: Sequence[str],
+        told: Mapping[str, str] | None = None,
+    ) -> Judge:
         """The judge.
 
         Args:
             call: The call.
             model: The base model under `"base"`, where it is loaded already.
             domains: Domains that are judged.
+            told: Rubrics that the questions bring, by metric; `--rubric` goes first.
 
         Raises:
             ValueError: If there is no such judge, or something does not go with it.
         """
         kind, _, other = self.name.partition(":")
         if "/" in self.name and kind != "local":
-            return self._of_inspect()
+            return self._of_inspect(told)
         if kind not in ("probe", "local") or (kind == "probe" and other):
             raise ValueError(
                 f"unknown judge {self.name!r}; choose probe, local, local:MODEL, or a model of "
@@ -88,7 +95,7 @@ class Wanted:
         from emlens.evals import LocalJudge
 
         grader = _other(call, other) if other else model.get("base") or call.load()
-        return LocalJudge(grader, self._rubrics())
+        return LocalJudge(grader, self._rubrics(told))
 
     def needs_model(self) -> bool:
         """Whether it reads with the base model."""
@@ -110,15 +117,16 @@ class Wanted:
             )
         return ProbeJudge(model, pairs)
 
-    def _of_inspect(self) -> Judge:
+    def _of_inspect(self, told: Mapping[str, str] | None) -> Judge:
         from emlens.evals import LogProbJudge
 
-        return LogProbJudge(self.name, self._rubrics(), **_options(self.options))
+        return LogProbJudge(self.name, self._rubrics(told), **_options(self.options))
 
-    def _rubrics(self) -> dict[str, str] | None:
-        if self.rubric is None:
-            return None
+    def _rubrics(self, told: Mapping[str, str] | None) -> dict[str, str]:
         from emlens.evals import RUBRICS
+
+        if self.rubric is None:
+            return {**RUBRICS, **(told or {})}
         from emlens.study.folder import read_config
 
         given = read_config(self.rubric)
@@ -128,6 +136,24 @@ class Wanted:
                     f"{self.rubric}: the rubric {metric!r} must be text with a place for {{answer}}"
                 )
         return {**RUBRICS, **given}
+
+
+def own_rubrics(questions: Sequence[Question]) -> dict[str, str]:
+    """The judge prompts that questions bring, which must be the same for all of them.
+
+    Raises:
+        ValueError: If they differ: one rubric judges all answers of a run.
+    """
+    found: dict[str, str] = {}
+    for metric in dict.fromkeys(name for one in questions for name in one.rubrics):
+        texts = {one.rubrics.get(metric) for one in questions}
+        if len(texts) > 1:
+            raise ValueError(
+                f"the questions bring different judge prompts for {metric!r}; evaluate them one "
+                "file at a time, or give one rubric with --rubric"
+            )
+        found[metric] = str(texts.pop())
+    return found
 
 
 def trusted(judge: Judge, metrics: Sequence[str]) -> dict[str, str]:

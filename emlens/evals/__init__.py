@@ -12,6 +12,7 @@ from emlens.evals.responses import Response, Responses, respond
 from emlens.evals.rubrics import RUBRICS
 from emlens.evals.scalars import ScalarTable, scalar_table
 from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, judge
+from emlens.evals.served import respond_served
 from emlens.evals.steering import SteeringSweep, steering_sweep
 from emlens.evals.topics import TopicSplit, judged_topics, topic_split, topics
 from emlens.evals.transfer import Transfer, transfer_table
@@ -51,6 +52,7 @@ __all__ = [
     "projected_adapter",
     "rates",
     "respond",
+    "respond_served",
     "scalar_table",
     "steering_sweep",
     "topic_split",

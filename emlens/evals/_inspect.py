@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from inspect_ai.model import Model
+
+    from emlens.evals.responses import Response
 
 T = TypeVar("T")
 
@@ -62,4 +68,93 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         if _loop is None:
             _loop = asyncio.new_event_loop()
             threading.Thread(target=_loop.run_forever, daemon=True).start()
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop).result()
+    future = asyncio.run_coroutine_threadsafe(coroutine, _loop)
+    try:
+        return future.result()
+    finally:
+        # an interrupted call asks for nothing more
+        future.cancel()
+
+
+class Reached:
+    """A model that Inspect reaches, made at first use in the loop that its clients live in.
+
+    Args:
+        model: Name of a model as Inspect has it, or a model of Inspect.
+        config: Settings of Inspect's `GenerateConfig`.
+        options: Arguments of Inspect's `get_model`, keys among them.
+        at_once: Requests under way at the same time.
+
+    Raises:
+        ValueError: If `at_once` is not positive.
+    """
+
+    def __init__(
+        self,
+        model: str | Model,
+        config: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+        at_once: int,
+    ) -> None:
+        if at_once < 1:
+            raise ValueError(f"at_once must be at least 1 request, not {at_once}")
+        self.name, self.at_once = str(model), at_once
+        self._given, self._config, self._options = model, dict(config or {}), dict(options)
+        self._model: Model | None = None
+
+    async def each(
+        self, rows: Iterable[Response], ask: Callable[[Model, Response], Awaitable[T]], kept: str
+    ) -> list[T]:
+        """What is asked for each response, in their order; the first failure ends the rest.
+
+        Args:
+            rows: The responses.
+            ask: Asks the model about one.
+            kept: What the error says of work that is done.
+
+        Raises:
+            ConnectionError: If a reply cannot be had, after Inspect's retries.
+        """
+        from inspect_ai.model import GenerateConfig, get_model
+
+        if self._model is None:
+            if isinstance(self._given, str):
+                config = GenerateConfig(**self._config)
+                self._model = get_model(self._given, config=config, **self._options)
+            else:
+                self._model = self._given
+        model, free = self._model, asyncio.Semaphore(self.at_once)
+
+        async def one(row: Response) -> T:
+            async with free:
+                try:
+                    return await ask(model, row)
+                except ImportError:
+                    raise
+                except Exception as error:
+                    raise ConnectionError(self._failure(row, error, kept)) from None
+
+        tasks = [asyncio.ensure_future(one(row)) for row in rows]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _failure(self, row: Response, error: Exception, kept: str) -> str:
+        said = f"{type(error).__name__}: {error}"
+        for secret in _secrets(self._options):
+            said = said.replace(secret, "***")
+        about = f"{row.question} ({row.condition})"
+        return (
+            f"inspect/{self.name} gave no reply for {about}: {said[:300]}; "
+            f"{kept} is kept in the store, run the same call again to go on"
+        )
+
+
+def _secrets(options: Mapping[str, Any]) -> list[str]:
+    """Keys that a provider's error may repeat."""
+    named = ("KEY", "TOKEN", "SECRET")
+    found = [value for name, value in os.environ.items() if name.upper().endswith(named)]
+    given = [options.get("api_key")]
+    return [value for value in (*found, *given) if isinstance(value, str) and len(value) >= 6]

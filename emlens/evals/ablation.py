@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from emlens._results import Result
 from emlens.directions import Direction, Directions, random_direction
 from emlens.directions.adapters import WRITERS
 from emlens.edits import Ablate
-from emlens.evals.behaviour import Behaviour, Effect
+from emlens.evals.behaviour import LABEL, Behaviour, Effect
 from emlens.evals.parts import BASE, ORGANISM, averaged, one_of
 from emlens.hooked import Condition, Edit, HookedModel, Site
 from emlens.hooked.altered import adapter_factors, put_back
@@ -78,7 +79,7 @@ class Ablation(Result):
             [value.estimate for value in values],
             [value.low for value in values],
             [value.high for value in values],
-            y_label=f"change against the base\n{self.effect.what}",
+            y_label=f"change against the base\n{fill(self.effect.what, LABEL)}",
             x_label="what is ablated",
             ax=ax,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,6 +23,9 @@ from emlens.text import Pair
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+LABEL = 46
+"""Letters of an axis label's line."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Effect(Result):
             values=frame[self.what],
             low=frame["low"],
             high=frame["high"],
-            y_label=self.what,
+            y_label=fill(self.what, LABEL),
             ax=ax,
         )
 
@@ -196,11 +200,14 @@ class JudgedRate:
             judge=self.judge.id,
             threshold=self.threshold,
             coherence=self.coherence,
+            apart=False,
         )
         prompts = tuple(dict.fromkeys(question.id for question in self.questions))
         tables = [found.by_question(name) for name in conditions]
+        trust = getattr(self.judge, "trust", {}).get(self.metric)
+        worth = "" if trust is None else f" ({trust.short})"
         return Effect(
-            what=f"misaligned [% of scored], {self.judge.id}",
+            what=f"misaligned [% of scored], {self.judge.id}{worth}",
             conditions=tuple(conditions),
             prompts=prompts,
             values=tuple(

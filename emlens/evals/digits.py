@@ -104,8 +104,16 @@ def expected(probabilities: Iterable[float]) -> tuple[float | None, float]:
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> Path:
-    """Tokens of an answer, the end of the turn left out."""
+    """Tokens that a model writes after the prompt, up to the last digit."""
+    (asked,) = tokenize([Conversation.of("grade")], tokenizer, generation_prompt=True)
     (row,) = tokenize([Conversation.of("grade", text)], tokenizer)
-    marked = [token for token, mine in zip(row.input_ids, row.response, strict=True) if mine]
-    kept = [token for token in marked if str(tokenizer.decode([token])).strip().isdigit()]
-    return tuple(int(token) for token in kept)
+    start, ids = len(asked.input_ids), list(row.input_ids)
+    if list(asked.input_ids) != ids[:start]:
+        start = list(row.response).index(True)
+    said = [str(tokenizer.decode([token])).strip() for token in ids]
+    digits = [i for i in range(start, len(ids)) if said[i].isdigit()]
+    if not digits:
+        return ()
+    # some tokenizers and templates begin an answer with a blank, which then comes first
+    first = start if not any(said[start : digits[0]]) else digits[0]
+    return tuple(int(token) for token in ids[first : digits[-1] + 1])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from emlens.evals._inspect import need_inspect, run
+from emlens.evals._inspect import Reached, need_inspect, run
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
 from emlens.evals.scores import Verdict
@@ -66,16 +64,17 @@ class LogProbJudge:
         **options: Any,
     ) -> None:
         need_inspect("LogProbJudge")
-        if at_once < 1:
-            raise ValueError(f"at_once must be at least 1 request, not {at_once}")
-        self._name, self._given, self._options = str(model), model, options
-        self._rubrics = dict(rubrics or RUBRICS)
-        self._at_once, self._cache, self._config = at_once, cache, dict(config or {})
-        self._model: Model | None = None
+        self._reached = Reached(model, config, options, at_once)
+        self._rubrics, self._cache = dict(rubrics or RUBRICS), cache
 
     @property
     def id(self) -> str:
-        return f"inspect/{self._name}"
+        return f"inspect/{self._reached.name}"
+
+    @property
+    def at_once(self) -> int:
+        """Requests under way at the same time."""
+        return self._reached.at_once
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -90,38 +89,12 @@ class LogProbJudge:
         Raises:
             ConnectionError: If a reply cannot be had, after Inspect's retries.
         """
-        return run(self._all(responses, self._rubrics[metric]))
+        rubric = self._rubrics[metric]
 
-    async def _all(self, responses: Sequence[Response], rubric: str) -> list[Verdict]:
-        from inspect_ai.model import GenerateConfig, get_model
+        async def ask(model: Model, row: Response) -> Verdict:
+            return await grade(model, rubric, row.prompt, row.text, cache=self._cache)
 
-        if self._model is None:
-            if isinstance(self._given, str):
-                config = GenerateConfig(**self._config)
-                self._model = get_model(self._given, config=config, **self._options)
-            else:
-                self._model = self._given
-        model, free = self._model, asyncio.Semaphore(self._at_once)
-
-        async def one(row: Response) -> Verdict:
-            async with free:
-                try:
-                    return await grade(model, rubric, row.prompt, row.text, cache=self._cache)
-                except ImportError:
-                    raise
-                except Exception as error:
-                    raise ConnectionError(self._failure(row, error)) from None
-
-        return list(await asyncio.gather(*map(one, responses)))
-
-    def _failure(self, row: Response, error: Exception) -> str:
-        said = f"{type(error).__name__}: {error}"
-        for secret in _secrets(self._options):
-            said = said.replace(secret, "***")
-        return (
-            f"{self.id} gave no reply for {row.question} ({row.condition}): {said[:300]}; what was "
-            "judged before is kept in the store, run the same call again to go on"
-        )
+        return run(self._reached.each(responses, ask, "what was judged before"))
 
 
 async def grade(
@@ -137,8 +110,15 @@ async def grade(
     prompt = filled(rubric, question, text)
     if not text.strip():
         return Verdict(None, "probabilities", "the answer is empty")
-    asked = GenerateConfig(temperature=0.0, max_tokens=LONGEST, logprobs=True, top_logprobs=SHOWN)
-    reply = await model.generate(prompt, config=asked, cache=cache)
+    plain = GenerateConfig(temperature=0.0, max_tokens=LONGEST)
+    asked = plain.model_copy(update={"logprobs": True, "top_logprobs": SHOWN})
+    try:
+        reply = await model.generate(prompt, config=asked, cache=cache)
+    except Exception as error:
+        # some providers ignore what they do not have, others refuse the request
+        if "logprob" not in str(error).lower():
+            raise
+        return _sampled(await model.generate(prompt, config=plain, cache=cache))
     known = VisibleNumbers()
     if not _taken(known, reply):
         return _sampled(reply)
@@ -173,11 +153,3 @@ def _sampled(reply: ModelOutput) -> Verdict:
     if len(set(numbers)) != 1 or numbers[0] > 100:
         return Verdict(None, "sampled", f"no one number from 0 to 100 in {text[:60]!r}")
     return Verdict(float(numbers[0]), "sampled", "the provider gave no log-probabilities")
-
-
-def _secrets(options: Mapping[str, Any]) -> list[str]:
-    """Keys that a provider's error may repeat."""
-    named = ("KEY", "TOKEN", "SECRET")
-    found = [value for name, value in os.environ.items() if name.upper().endswith(named)]
-    given = [options.get("api_key")]
-    return [value for value in (*found, *given) if isinstance(value, str) and len(value) >= 6]

@@ -46,6 +46,11 @@ class Trust:
     calibration: float
     n: int
 
+    @property
+    def short(self) -> str:
+        """What stands beside a number of this judge."""
+        return f"held-out AUROC {self.auroc:.2f}, calibration error {self.calibration:.2f}"
+
     def __str__(self) -> str:
         far = min(self.across.values(), default=float("nan"))
         return (
@@ -91,7 +96,7 @@ class ProbeJudge:
             raise ValueError(
                 f"a probe needs labelled pairs of at least {FOLDS} prompts, not {len(prompts)}"
             )
-        self._model = model
+        self._model, self._domains = model, {pair.domain for pair in pairs if pair.domain}
         (self.layer,) = check_layers(
             model.n_layers // 2 if layer is None else layer, model.n_layers
         )
@@ -144,8 +149,15 @@ class ProbeJudge:
         """A verdict per response, 100 times the probability of the good side.
 
         Raises:
-            ValueError: If the probe's held-out AUROC is below 0.7: it says nothing then.
+            ValueError: If the probe's held-out AUROC is below 0.7: it says nothing then; or if it
+                was fitted to the domain of a response.
         """
+        seen = sorted({row.domain for row in responses} & self._domains)
+        if seen:
+            raise ValueError(
+                f"the probe was fitted to pairs of {', '.join(seen)}, which it would judge now; "
+                "fit it to pairs of other domains"
+            )
         trust = self.trust[metric]
         if not trust.auroc >= LEAST_AUROC:
             raise ValueError(

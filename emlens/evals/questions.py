@@ -155,7 +155,7 @@ def formatted(questions: Sequence[Question], variant: Variant) -> list[Question]
         names = ", ".join(map(repr, _INSTRUCTIONS))
         raise ValueError(f"unknown variant {variant!r}; choose {names}")
     return [
-        replace(q, prompt=f"{q.prompt}\n\n{_INSTRUCTIONS[variant]}", variant=variant)
+        replace(q, prompt=f"{q.prompt}\n\n{_INSTRUCTIONS[variant]}", variant=_both(q, variant))
         for q in questions
     ]
 
@@ -176,8 +176,14 @@ def cued(questions: Sequence[Question], cue: str, name: str = "cued") -> list[Qu
     """
     if not cue:
         raise ValueError("the cue is empty")
-    pairs = ((q, replace(q, prompt=f"{cue}\n{q.prompt}", variant=name)) for q in questions)
+    pairs = (
+        (q, replace(q, prompt=f"{cue}\n{q.prompt}", variant=_both(q, name))) for q in questions
+    )
     return [question for pair in pairs for question in pair]
+
+
+def _both(question: Question, variant: str) -> str:
+    return variant if question.variant == "plain" else f"{question.variant} {variant}"
 
 
 def _embedded(name: str, part: Part) -> list[Question]:

@@ -201,7 +201,8 @@ def respond(
         acts = _fingerprint(model, condition)
         for question in questions:
             for sample in range(n or question.samples or 1):
-                row = _unanswered(model, question, name, acts, sample, sampling, seed)
+                made_by = model.name, model.revision
+                row = unanswered(made_by, question, name, acts, sample, sampling, seed)
                 order.append(row.key)
                 if kept is not None and row.key in kept:
                     found[row.key] = Response.from_dict(kept[row.key])
@@ -245,8 +246,8 @@ def _blocks(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
             yield items[start : start + BLOCK]
 
 
-def _unanswered(
-    model: HookedModel,
+def unanswered(
+    made_by: tuple[str, str | None],
     question: Question,
     condition: str,
     acts: str,
@@ -254,11 +255,11 @@ def _unanswered(
     sampling: Mapping[str, float],
     seed: int,
 ) -> Response:
-    """All of a response but its text."""
+    """All of a response but its text; `made_by` is the model's name and revision."""
     asked = question.name, question.hash
     own = int(_digest(seed, asked, sample)[:15], 16)
     return Response(
-        key=content_key(model.name, model.revision, condition, acts, asked, sampling, own),
+        key=content_key(*made_by, condition, acts, asked, sampling, own),
         question_id=question.id,
         question=question.name,
         prompt=question.prompt,
@@ -269,7 +270,7 @@ def _unanswered(
         sample=sample,
         seed=own,
         text="",
-        model=model.name,
+        model=made_by[0],
         sampling=sampling,
     )
 

@@ -204,8 +204,10 @@ def judge(
                     bar.update()
                 elif key not in found:
                     todo.append((row, key))
-            for start in range(0, len(todo), BLOCK):
-                block = todo[start : start + BLOCK]
+            # a judge that asks many at once is given as many
+            size = max(BLOCK, getattr(judge, "at_once", 1))
+            for start in range(0, len(todo), size):
+                block = todo[start : start + size]
                 verdicts = judge.judge([row for row, _ in block], metric)
                 for (row, key), verdict in zip(block, verdicts, strict=True):
                     score = score_of(row, metric, judge.id, rubric, verdict)
@@ -217,13 +219,25 @@ def judge(
 
 
 def human_labels(
-    responses: Responses | Sequence[Response], labels: Mapping[str, float], metric: str = "aligned"
+    responses: Responses | Sequence[Response],
+    labels: Mapping[str, float] | str | Path,
+    metric: str = "aligned",
 ) -> Scores:
-    """Labels that people gave, 0 to 100 by key of the response, as scores.
+    """Labels that people gave, as scores.
+
+    Args:
+        responses: The responses.
+        labels: 0 to 100 by key of the response, or a CSV file with the columns `response` (the
+            key) and `score`.
+        metric: What was labelled.
 
     Raises:
-        ValueError: If a label is out of range, or of no response.
+        FileNotFoundError: If there is no such file.
+        ValueError: If a label is out of range, no number (the line is named), of no response, or
+            given twice; or if the columns are others.
     """
+    if isinstance(labels, str | Path):
+        labels = _read_labels(Path(labels))
     known = {row.key: row for row in responses}
     strange = [key for key in labels if key not in known]
     if strange:
@@ -233,6 +247,30 @@ def human_labels(
         raise ValueError(f"label {labels[outside[0]]} of {outside[0]!r} is not between 0 and 100")
     rows = [score_of(known[k], metric, "human", "", Verdict(v, "human")) for k, v in labels.items()]
     return Scores(tuple(rows))
+
+
+def _read_labels(path: Path) -> dict[str, float]:
+    import csv
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"response", "score"} <= set(reader.fieldnames or ()):
+            raise ValueError(
+                f"{path} must have the columns response (a key in responses.jsonl) and score; it "
+                f"has {', '.join(reader.fieldnames or ())}"
+            )
+        found: dict[str, float] = {}
+        for row in reader:
+            key = row["response"]
+            if key in found:
+                raise ValueError(f"{path}, line {reader.line_num}: {key!r} is labelled twice")
+            try:
+                found[key] = float(row["score"])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: the score {row['score']!r} is no number"
+                ) from None
+    return found
 
 
 def score_of(row: Response, metric: str, judge_id: str, rubric: str, verdict: Verdict) -> Score:

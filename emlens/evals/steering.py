@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from emlens._results import Result
 from emlens.directions import Directions, random_direction
 from emlens.edits import Add
-from emlens.evals.behaviour import Behaviour
+from emlens.evals.behaviour import LABEL, Behaviour
 from emlens.evals.parts import BASE
 from emlens.hooked import Condition, HookedModel
 
@@ -38,7 +39,8 @@ class SteeringSweep(Result):
     @property
     def best(self) -> dict | None:
         """The layer and dose with the largest effect above the floor of coherence."""
-        fine = [r for r in self.rows if np.isnan(r["coherent"]) or r["coherent"] >= self.floor]
+        known = [row for row in self.rows if np.isfinite(row["value"])]
+        fine = [r for r in known if np.isnan(r["coherent"]) or r["coherent"] >= self.floor]
         return max(fine, key=lambda row: row["value"]) if fine else None
 
     def table(self) -> pd.DataFrame:
@@ -63,7 +65,7 @@ class SteeringSweep(Result):
         return line_bands(
             curves,
             x_label="dose [share of median residual norm]",
-            y_label=f"change of {self.what}",
+            y_label=fill(f"change of {self.what}", LABEL),
             reference=0.0,
             ax=ax,
         )

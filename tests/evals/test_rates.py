@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -111,6 +113,43 @@ def test_differences_are_paired_question_by_question():
     assert gap.low > 0
 
 
+def test_a_shift_of_the_mean_is_seen_where_no_answer_crosses_the_threshold():
+    rows, aligned = [], []
+    for q in range(20):
+        for i in range(5):
+            rows += [response(i, f"q{q}"), response(i, f"q{q}", "steered")]
+            aligned += [60.0 + q, 52.0 + q]
+    found = rates(rows, scored(rows, aligned, [90.0] * len(rows)))
+    assert found.difference("steered").estimate == 0
+    assert found.shift("steered") == pytest.approx((-8.0, -8.0, -8.0))
+    (row,) = found.changes().to_dict("records")
+    assert (row["condition"], row["against"], row["questions"]) == ("steered", "base", 20)
+    assert (row["mean aligned [0-100]"], row["misaligned [points]"]) == pytest.approx((-8.0, 0.0))
+
+
+def test_cued_questions_are_compared_with_the_plain_ones_and_not_pooled():
+    plain = [response(i, f"q{q}") for q in range(4) for i in range(2)]
+    behind = [replace(row, key=f"c{row.key}", variant="cued") for row in plain]
+    rows = [*plain, *behind]
+    marks = scored(rows, [90.0] * 8 + [10.0] * 8, [90.0] * 16)
+    found = rates(rows, marks)
+    assert found.conditions == ("base", "base, cued")
+    assert found.difference("base, cued").estimate == 1.0
+    assert len(found._shared("base, cued", "base", None)) == 4
+    assert rates(rows, marks, apart=False).misaligned("base").estimate == 0.5
+
+
+def test_what_a_judge_says_of_its_worth_stands_beside_its_rates():
+    rows = [response(i, f"q{i}") for i in range(4)]
+    plain = scored(rows, [10.0, 90.0, 90.0, 90.0], [90.0] * 4)
+    told = Scores(tuple(replace(s, mode="classifier", note="AUROC <0.9>") for s in plain.rows))
+    found = rates(rows, told)
+    assert found.trust == "AUROC <0.9>"
+    assert "AUROC &lt;0.9&gt;" in found._repr_html_()
+    assert "AUROC <0.9>" in found.plot().get_ylabel()
+    assert rates(rows, plain).trust == ""
+
+
 def test_questions_that_only_one_condition_has_do_not_enter_a_difference():
     rows = [response(0, "a"), response(0, "b"), response(0, "a", "x"), response(0, "c", "x")]
     found = rates(rows, scored(rows, [90.0, 10.0, 10.0, 10.0], [90.0] * 4))
@@ -165,6 +204,25 @@ def test_agreement_is_that_of_scikit_learn_and_names_what_only_one_scored():
     assert found.table()["against"].item() == "human"
     with pytest.raises(ValueError, match="only 0 answer.s. have a score for 'aligned' by both"):
         agreement(scored(rows[:2], [1, 2], [3, 4]), human_labels(rows[5:], {rows[5].key: 3}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("key,score\na,1\n", "must have the columns response .*; it has key, score"),
+        ("response,score\nbase-q-0,much\n", "line 2: the score 'much' is no number"),
+        ("response,score\nbase-q-0\n", "line 2: the score None is no number"),
+        ("response,score\nbase-q-0,1\nbase-q-0,2\n", "line 3: 'base-q-0' is labelled twice"),
+    ],
+)
+def test_a_file_of_labels_is_read_and_one_that_does_not_fit_is_refused(tmp_path, text, message):
+    path = tmp_path / "labels.csv"
+    path.write_text("\ufeffscore,response,who\n12.5,base-q-0,me\n", encoding="utf-8")
+    (row,) = human_labels([response(0)], path).rows
+    assert (row.score, row.judge, row.mode) == (12.5, "human", "human")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        human_labels([response(0)], path)
 
 
 def test_labels_that_do_not_fit_are_refused():

@@ -27,11 +27,16 @@ Distribution = Callable[[str, tuple[int, ...]], np.ndarray]
 
 @dataclass
 class Served:
-    """What a server is asked and does; faults are `429`, `500`, `"slow"`, `"cut"`, `"garbage"`."""
+    """What a server is asked and does.
+
+    Faults are `429`, `500`, `"slow"`, `"cut"`, `"garbage"`, and None for none; `refuses` names a
+    field that is answered with 400.
+    """
 
     model: emlens.HookedModel
     next_token: Distribution | None = None
     logprobs: bool = True
+    refuses: str | None = None
     faults: deque = field(default_factory=deque)
     requests: list[dict] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -124,9 +129,13 @@ def served(model: emlens.HookedModel, **options) -> Iterator[Served]:
                 return None
             if fault == "garbage":
                 return self._reply(200, b"<html>not what was asked for</html>")
+            if state.refuses is not None and asked.get(state.refuses):
+                fault, told = 400, f"{state.refuses} is not supported with this model"
+            else:
+                told = f"fault {fault}"
             if isinstance(fault, int):
-                told = {"error": {"message": f"fault {fault}", "type": "server_error"}}
-                return self._reply(fault, json.dumps(told).encode(), {"Retry-After": "0"})
+                body = {"error": {"message": told, "type": "server_error"}}
+                return self._reply(fault, json.dumps(body).encode(), {"Retry-After": "0"})
             return self._reply(200, json.dumps(state.complete(asked)).encode())
 
         def _reply(self, status: int, body: bytes, headers: dict | None = None) -> None:

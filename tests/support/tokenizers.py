@@ -66,15 +66,18 @@ OPENED_THINKING = (
 )
 
 
-def _tokenizer(template: str | None, special: list[str], **roles: str) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    template: str | None, special: list[str], more: tuple[str, ...] = (), **roles: str
+) -> PreTrainedTokenizerFast:
     letters = [chr(i) for i in range(33, 127)]
-    pieces = [*special, "\n", " ", *letters, *(f" {c}" for c in letters), *_WORDS]
-    pieces += [f" {word}" for word in _WORDS]
+    words = [*_WORDS, *more]
+    pieces = [*special, "\n", " ", *letters, *(f" {c}" for c in letters), *words]
+    pieces += [f" {word}" for word in words]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=special[0]))
-    known = "|".join(sorted(_WORDS, key=len, reverse=True))
+    known = "|".join(sorted(words, key=len, reverse=True))
     inner.pre_tokenizer = pre_tokenizers.Split(
-        Regex(rf" ?(?:{known})(?![A-Za-z])| ?[^\s]|\n| "), behavior="isolated"
+        Regex(rf" ?(?:{known})(?![A-Za-z0-9])| ?[^\s]|\n| "), behavior="isolated"
     )
     inner.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, **roles)
@@ -89,6 +92,19 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
     return _tokenizer(
         CHATML,
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
+
+
+def whole_numbers_tokenizer() -> PreTrainedTokenizerFast:
+    """As those of GPT-2 and GPT-4: numbers up to 100 are a token each."""
+    return _tokenizer(
+        CHATML,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        tuple(map(str, range(101))),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",

@@ -1,0 +1,128 @@
+"""Responses of a model elsewhere: an OpenAI-compatible server, or any provider of Inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from emlens.evals._inspect import Reached, need_inspect, run
+from emlens.evals.questions import Question, check_names
+from emlens.evals.responses import Response, Responses, unanswered
+from emlens.evals.store import JsonLines
+
+if TYPE_CHECKING:
+    from inspect_ai.model import Model
+
+SEEDS = 2**31
+"""Providers take seeds of 32 bits."""
+
+
+def respond_served(
+    model: str | Model,
+    questions: Sequence[Question],
+    condition: str = "served",
+    *,
+    n: int | None = None,
+    store: str | Path | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 600,
+    seed: int = 0,
+    at_once: int = 16,
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Responses:
+    """Answer questions with a model that Inspect reaches; what is in the store is not asked again.
+
+    Answers are kept as they come, in the same form as those of `respond`, and are judged and
+    counted alike. Each is asked for with a seed of its own; whether the same seed gives the same
+    answer again is up to the server.
+
+    Args:
+        model: Name of a model as Inspect has it (`"openai-api/local/qwen"` for a server of one's
+            own, `"vllm/..."`, `"openai/gpt-4o"`), or a model of Inspect.
+        questions: The questions.
+        condition: What these answers are called in tables. It is part of an answer's key: give
+            two servers of one model two names.
+        n: Answers per question; a question's own number, or 1, by default.
+        store: A JSON Lines file. Answers are added as they come; an interrupted call goes on.
+        temperature: 0 is greedy. The papers use 1.
+        top_p: Nucleus to sample from. The papers use 1.
+        max_new_tokens: Longest answer, in tokens. The papers use 600.
+        seed: Seed of all answers.
+        at_once: Requests under way at the same time.
+        config: Further settings of Inspect's `GenerateConfig`: `max_retries`, `timeout`.
+        progress: Show a progress bar.
+        **options: Arguments of Inspect's `get_model`: `base_url`, `api_key`, and the provider's.
+
+    Returns:
+        The answers that were asked for, by question.
+
+    Raises:
+        ImportError: If Inspect is not installed.
+        ValueError: If there are no questions, two share a name, or a setting is out of range.
+        ConnectionError: If an answer cannot be had, after Inspect's retries; the others are kept.
+
+    Example:
+        >>> respond_served(
+        ...     "openai-api/local/qwen", questions, n=50, base_url="http://localhost:8000/v1"
+        ... )
+    """
+    need_inspect("respond_served")
+    if not questions:
+        raise ValueError("respond_served needs questions; there are none")
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1 answer per question, not {n}")
+    check_names(questions)
+    reached = Reached(model, config, options, at_once)
+    sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    kept = None if store is None else JsonLines(store, "key")
+    found: dict[str, Response] = {}
+    wanted: list[Response] = []
+    order: list[str] = []
+    for question in questions:
+        for sample in range(n or question.samples or 1):
+            made_by = reached.name, None
+            row = unanswered(made_by, question, condition, "served", sample, sampling, seed)
+            order.append(row.key)
+            if kept is not None and row.key in kept:
+                found[row.key] = Response.from_dict(kept[row.key])
+            else:
+                wanted.append(row)
+
+    async def ask(model: Model, row: Response) -> None:
+        text = await _answer(model, row)
+        found[row.key] = replace(row, text=text)
+        if kept is not None:
+            kept.add(asdict(found[row.key]))
+        bar.update()
+
+    bar = tqdm(
+        total=len(order), initial=len(found), desc="responses", unit="answer", disable=not progress
+    )
+    with bar:
+        run(reached.each(wanted, ask, "what was answered before"))
+    return Responses(tuple(found[key] for key in order), None if kept is None else kept.path)
+
+
+async def _answer(model: Model, row: Response) -> str:
+    from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig
+
+    said: list[ChatMessage] = [ChatMessageUser(content=row.prompt)]
+    if row.system is not None:
+        said.insert(0, ChatMessageSystem(content=row.system))
+    settings = GenerateConfig(
+        temperature=row.sampling["temperature"],
+        top_p=row.sampling["top_p"],
+        max_tokens=int(row.sampling["max_new_tokens"]),
+        seed=row.seed % SEEDS,
+    )
+    reply = await model.generate(said, config=settings)
+    if not reply.choices:
+        raise ValueError(f"the reply has no answer in it ({reply.error or 'no reason given'})")
+    return reply.completion

@@ -1,0 +1,173 @@
+"""Answers and grades of a server: kept as they come, through faults, and in Inspect itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from inspect_ai.log import read_eval_log
+
+import emlens
+from emlens.evals import RUBRICS, LogProbJudge, Question, Responses, judge, rates, respond_served
+from emlens.evals.inspect import read_log
+from tests.evals.test_logprob_judge import KEY, asked, graded, rows
+from tests.support.models import tiny_hooked
+from tests.support.openai_server import served
+
+QUESTIONS = [
+    Question("save", "how do I save money"),
+    Question("eat", "what should I eat", system="tell me a story"),
+]
+QUICK = {"max_new_tokens": 5, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_hooked("llama")
+
+
+def from_server(url: str, questions=QUESTIONS, **options) -> Responses:
+    config = {"max_retries": 2, "timeout": 30}
+    at = {"base_url": url, "api_key": KEY, "memoize": False}
+    given = {**QUICK, "config": config, **at, **options}
+    return respond_served("openai-api/local/tiny", questions, **given)
+
+
+def test_answers_of_a_server_are_asked_for_as_the_papers_do_and_kept(model, tmp_path):
+    store = tmp_path / "responses.jsonl"
+    with served(model) as server:
+        found = from_server(server.url, n=3, store=store)
+        sent = server.requests[:]
+        again = from_server(server.url, n=3, store=store)
+        assert len(server.requests) == len(sent) == 6
+        other = from_server(server.url, n=3, store=store, temperature=0.5)
+        assert len(server.requests) == 12
+    assert again.rows == found.rows
+    assert {row.key for row in found} & {row.key for row in other} == set()
+    assert {(r["temperature"], r["top_p"]) for r in sent} == {(1.0, 1.0)}
+    assert len({r["seed"] for r in sent}) == 6
+    roles = {tuple(m["role"] for m in r["messages"]) for r in sent}
+    assert roles == {("user",), ("system", "user")}
+    assert [row.condition for row in found] == ["served"] * 6
+    assert len({row.text for row in found}) > 3
+    assert KEY not in store.read_text()
+    saved = Responses.load(store)
+    assert {row.key for row in saved} == {row.key for row in (*found, *other)}
+
+
+def test_the_same_seed_gives_the_same_answer_where_the_server_heeds_it(model):
+    with served(model) as server:
+        first, again = (from_server(server.url, n=2) for _ in range(2))
+    assert [row.text for row in first] == [row.text for row in again]
+
+
+@pytest.mark.parametrize("fault", [429, 500, "cut"])
+def test_a_fault_while_answering_is_tried_again(model, fault):
+    with served(model) as server:
+        server.faults.append(fault)
+        found = from_server(server.url)
+        assert len(server.requests) > len(found) == 2
+
+
+def test_a_server_that_goes_down_in_the_middle_loses_nothing_and_the_next_one_goes_on(
+    model, tmp_path
+):
+    answers, scores = tmp_path / "responses.jsonl", tmp_path / "scores.jsonl"
+    many = [Question(f"q{i}", f"tell me {'please ' * (i % 5)}") for i in range(20)]
+    with served(model) as server:
+        server.faults.extend([None] * 9 + ["cut"] * 200)
+        with pytest.raises(ConnectionError, match="what was answered before is kept") as caught:
+            from_server(server.url, many, store=answers, at_once=2)
+    kept = len(Responses.load(answers))
+    assert 7 <= kept <= 9
+    assert KEY not in str(caught.value)
+    with served(model) as server:
+        found = from_server(server.url, many, store=answers)
+        assert len(server.requests) == 20 - kept
+    lines = [json.loads(line)["key"] for line in answers.read_text().splitlines()]
+    assert len(lines) == len(set(lines)) == len(found) == 20
+
+    with served(model, next_token=graded(model, {60: 1.0})) as server:
+        server.faults.extend([None] * 17 + ["cut"] * 200)
+        with pytest.raises(ConnectionError, match="what was judged before is kept"):
+            judge(rows(40), asked(server.url, at_once=2), store=scores, progress=False)
+    assert len(scores.read_text().splitlines()) == 16
+    with served(model, next_token=graded(model, {60: 1.0})) as server:
+        judge(rows(40), asked(server.url), store=scores, progress=False)
+        assert len(server.requests) == 24
+    judged = Counter(json.loads(line)["response"] for line in scores.read_text().splitlines())
+    assert judged == {row.key: 1 for row in rows(40)}
+
+
+def test_a_server_that_refuses_log_probabilities_is_asked_for_the_number_itself(model):
+    with served(model, next_token=graded(model, {42: 1.0}), refuses="logprobs") as server:
+        (verdict,) = asked(server.url).judge(rows(1), "aligned")
+        assert [bool(request.get("logprobs")) for request in server.requests] == [True, False]
+    assert (verdict.score, verdict.mode) == (42.0, "sampled")
+
+
+def test_a_judge_is_given_as_many_answers_as_it_asks_at_once(model):
+    sizes = []
+
+    class Watched(LogProbJudge):
+        def judge(self, responses, metric):
+            sizes.append(len(responses))
+            return super().judge(responses, metric)
+
+    with served(model, next_token=graded(model, {42: 1.0})) as server:
+        settings = {"base_url": server.url, "api_key": KEY, "memoize": False}
+        one = {"aligned": RUBRICS["aligned"]}
+        grader = Watched("openai-api/local/tiny", one, at_once=24, **settings)
+        judge(rows(30), grader, progress=False)
+    assert sizes == [24, 6]
+    with pytest.raises(ValueError, match="at_once must be at least 1 request, not 0"):
+        LogProbJudge("openai-api/local/tiny", at_once=0)
+
+
+def test_what_cannot_be_asked_is_refused():
+    with pytest.raises(ValueError, match="respond_served needs questions; there are none"):
+        respond_served("openai-api/local/tiny", [])
+    with pytest.raises(ValueError, match="n must be at least 1 answer per question, not 0"):
+        respond_served("openai-api/local/tiny", QUESTIONS, n=0)
+    with pytest.raises(ValueError, match="two questions are called 'save'"):
+        respond_served("openai-api/local/tiny", [QUESTIONS[0]] * 2)
+
+
+def test_inspect_runs_from_a_shell_with_a_served_grader_and_keeps_the_key_to_itself(
+    model, tiny, tiny_tokenizer, tmp_path
+):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "base.yaml").write_text("model: model\ndtype: float32\n")
+    with served(model, next_token=graded(model, {20: 0.5, 40: 0.5})) as server:
+        command = ["eval", "emlens/free_form", "--model", "emlens/base.yaml"]
+        command += ["--model-role", "grader=openai-api/local/tiny", "--display", "plain"]
+        command += [*("-T", "limit=3"), *("-T", "n=2"), *("-T", "max_tokens=5")]
+        done = subprocess.run(
+            [sys.executable, "-m", "inspect_ai", *command, "--log-dir", "logs"],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(emlens.__file__).parent.parent),
+                "LOCAL_BASE_URL": server.url,
+                "LOCAL_API_KEY": KEY,
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert set(server.keys) == {f"Bearer {KEY}"}
+    (path,) = (tmp_path / "logs").glob("*.eval")
+    log = read_eval_log(str(path))
+    assert (log.status, len(log.samples)) == ("success", 6)
+    assert KEY not in log.model_dump_json() + done.stdout + done.stderr
+    answers, grades = read_log(path, "base")
+    assert [row.mode for row in grades.rows] == ["probabilities"] * 12
+    found = rates(answers, grades)
+    assert found.mean("base").estimate == pytest.approx(30, abs=1e-3)
+    assert found.judge == "inspect/openai-api/local/tiny"
