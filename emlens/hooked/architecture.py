@@ -75,9 +75,8 @@ class Architecture:
             raise ValueError(f"{kind} is an encoder-decoder; emlens reads decoder-only chat models")
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is None:
-            raise ValueError(
-                f"{kind} has no LM head; give the {kind.removesuffix('Model')}ForCausalLM around it"
-            )
+            family = kind.removesuffix("Model").partition("For")[0]
+            raise ValueError(f"{kind} has no LM head; give the {family}ForCausalLM of that model")
         body = _first_with(module, _BODIES, _BLOCKS, kind, "decoder blocks")
         blocks = _first(_at(module, body), _BLOCKS, f"{kind}.{body}", "decoder blocks")
         norm = _first(_at(module, body), _NORMS, f"{kind}.{body}", "final norm")

@@ -92,7 +92,8 @@ def check_edits(
 
     Raises:
         TypeError: If something is not an edit, or edits are not in a sequence.
-        ValueError: If a site, a layer or a width is not the model's.
+        ValueError: If a site, a layer or a width is not the model's, or a layer is negative or
+            named twice.
     """
     if isinstance(edits, Edit):
         raise TypeError(f"edits must be a sequence of edits, e.g. [{type(edits).__name__}(...)]")
@@ -103,10 +104,28 @@ def check_edits(
                 "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
             )
         check_site(edit.site, sites, model, edit.layers)
-        check_layers(list(edit.layers), n_layers)
+        _check_depths(edit, n_layers)
         width = getattr(edit, "d_model", d_model)
         if width != d_model:
             raise ValueError(
                 f"{type(edit).__name__} has width {width}, but {model} has d_model {d_model}: "
                 "the direction comes from another model"
             )
+
+
+def _check_depths(edit: Edit, n_layers: int) -> None:
+    """Refuse layers that an engine would pass by, or meet once where twice is asked for."""
+    name, layers = type(edit).__name__, list(edit.layers)
+    check_layers(layers, n_layers)
+    below = [layer for layer in layers if layer < 0]
+    if below:
+        raise ValueError(
+            f"{name} acts at layer {below[0]}, but an edit counts its layers from 0; in this model "
+            f"that is layer {below[0] + n_layers}"
+        )
+    twice = [layer for layer in layers if layers.count(layer) > 1]
+    if twice:
+        raise ValueError(
+            f"{name} names layer {twice[0]} more than once; for twice the effect use a larger "
+            "scale, or two edits"
+        )

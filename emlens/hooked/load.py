@@ -59,8 +59,8 @@ def load(
         The hooked model, in evaluation mode.
 
     Raises:
-        ValueError: If the engine is unknown, the architecture cannot be hooked, or an adapter
-            does not fit.
+        ValueError: If the engine is unknown, the model is an encoder-decoder or cannot be hooked,
+            or an adapter does not fit.
         FileNotFoundError: If there is no adapter where one is said to be.
         RuntimeError: If the self-check fails.
         ConnectionError: If the self-check of a remote model finds no server.
@@ -82,6 +82,7 @@ def load(
         kept = "dequantised Q4_1" if isinstance(source, Path) else revision
     else:
         kept = revision
+    _check_decoder(source, label, revision, model_options)
     if remote:
         if adapters:
             raise ValueError(
@@ -125,12 +126,13 @@ def wrap(
     emlens runs a second tree of modules over the same weights, so that no hook, training mode,
     attention implementation or adapter setting of the object is touched. What is trained on the
     object is seen by both; hooks or adapters that it gets later are not. A `TransformerBridge`
-    is run itself, with the hooks it has, and is left as it was after every call.
+    is run itself, with the hooks it has, and is left as it was after every call. (Of GPT-NeoX,
+    TransformerLens itself copies the fused attention weights; nnsight copies nothing.)
 
     Args:
         model: A `TransformerBridge`; nnsight's `TransformersModel` (or `LanguageModel`, or
-            nnterp's `StandardizedTransformer`); a PEFT model; a `transformers` causal language
-            model.
+            nnterp's `StandardizedTransformer`, of a version that runs on nnsight 0.8); a PEFT
+            model; a `transformers` causal language model.
         tokenizer: Its tokenizer, with a chat template; that of the object by default.
         engine: How the hooks are put there; by default that of the object, else `"nnsight"`.
         name: A name for provenance; the model's own by default.
@@ -189,6 +191,22 @@ def _hook(
 def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; the engines are {', '.join(ENGINES)}")
+
+
+def _check_decoder(
+    source: str | Path, label: str, revision: str | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse an encoder-decoder before its weights are fetched."""
+    from transformers import AutoConfig
+
+    config = options.get("config") or AutoConfig.from_pretrained(
+        source, revision=revision, trust_remote_code=options.get("trust_remote_code")
+    )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{label} is an encoder-decoder ({config.model_type}); emlens reads decoder-only chat "
+            "models"
+        )
 
 
 def _label(name: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from typing import Literal, get_args
@@ -83,17 +84,27 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     """Return `layers` as a sorted tuple of unique indices in `0 .. n_layers - 1`.
 
     Raises:
-        ValueError: If a layer is out of range, or none is named.
+        ValueError: If a layer is no whole number or out of range, or none is named.
     """
-    if layers == "all":
+    if isinstance(layers, str) and layers == "all":
         return tuple(range(n_layers))
-    wanted = [layers] if isinstance(layers, int) else list(layers)
-    if not wanted:
+    one = isinstance(layers, str) or not isinstance(layers, Iterable)
+    named: list[object] = [layers] if one else list(layers)
+    if not named:
         raise ValueError("no layers were named; give one, several, or 'all'")
+    wanted = [_whole(layer) for layer in named]
     for layer in wanted:
-        if not isinstance(layer, int) or not -n_layers <= layer < n_layers:
+        if not -n_layers <= layer < n_layers:
             raise ValueError(
-                f"layer {layer!r} is out of range: the model has {n_layers} layers, "
+                f"layer {layer} is out of range: the model has {n_layers} layers, "
                 f"0 to {n_layers - 1}"
             )
     return tuple(sorted({layer % n_layers for layer in wanted}))
+
+
+def _whole(layer: object) -> int:
+    """A layer as a plain number; NumPy's and those of tensors are taken too."""
+    try:
+        return operator.index(layer)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"{layer!r} names no layer; give whole numbers, or 'all'") from error

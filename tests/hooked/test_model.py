@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import numpy as np
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 import emlens
 from emlens import Add, Direction
-from emlens.hooked import SITES
+from emlens.edits import Shift
+from emlens.hooked import ENGINES, SITES
 from emlens.hooked.check import self_check
 from emlens.text import pack, tokenize
 from tests.support.data import conversations
-from tests.support.models import FAMILIES, SEQUENTIAL
+from tests.support.models import FAMILIES, SEQUENTIAL, tiny_model
+from tests.support.state import state_of
 
 
 @pytest.fixture
 def batch(hooked_llama):
     (packed,) = pack(tokenize(conversations("good", 4), hooked_llama.tokenizer))
     return packed
+
+
+@pytest.fixture(scope="module")
+def brought(tiny_tokenizer):
+    """`brought(engine)`: a user's own model, and the same wrapped."""
+
+    @cache
+    def make(engine):
+        module = tiny_model("llama", seed=1)
+        return module, emlens.wrap(module, tiny_tokenizer, engine=engine, name="tiny-llama")
+
+    return make
 
 
 def push(model, layer=1, site="resid_post", seed=0):
@@ -72,22 +89,37 @@ def test_adding_at_the_middle_adds_to_the_block_output_through_the_stream(hooked
     assert torch.allclose(after - before, edit.direction[1].vector.expand_as(before), atol=1e-5)
 
 
-def test_reads_stop_after_the_deepest_layer_and_never_run_the_head(hooked_llama, batch):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_reads_stop_after_the_deepest_layer_and_never_run_the_head(brought, batch, engine):
+    _, model = brought(engine)
+    blocks = model.module.get_submodule(model.architecture.blocks)
+    parts = {str(i): block.mlp for i, block in enumerate(blocks)}
+    parts["head"] = model.module.get_output_embeddings()
     ran = []
-    parts = {"block 3": "model.layers.3.mlp", "head": "lm_head"}
     hooks = [
-        hooked_llama.module.get_submodule(path).register_forward_hook(
-            lambda *_, name=name: ran.append(name)
-        )
-        for name, path in parts.items()
+        part.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, part in parts.items()
     ]
-    hooked_llama.residuals(batch, [0, 2])
-    hooked_llama.residuals(batch, 1, pool=lambda h: h.mean(1))
-    assert ran == []
-    hooked_llama.hidden(batch)
-    assert ran == ["block 3"]
-    for hook in hooks:
-        hook.remove()
+    try:
+        model.residuals(batch, [0, 2])
+        assert ran == ["0", "1", "2"]
+        ran.clear()
+        model.residuals(batch, 1, pool=lambda h: h.mean(1))
+        assert ran == ["0", "1"]
+        ran.clear()
+        model.hidden(batch)
+        assert ran == ["0", "1", "2", "3"]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_layers_may_be_numbers_of_any_kind(hooked_llama, batch):
+    expected = hooked_llama.residuals(batch, [1, 3])
+    for layers in (np.array([1, 3]), torch.tensor([3, 1]), range(1, 4, 2), [np.int64(1), -1]):
+        found = hooked_llama.residuals(batch, layers)
+        assert list(found) == [1, 3]
+        assert all(torch.equal(found[layer], expected[layer]) for layer in found)
 
 
 def test_a_pool_reduces_inside_of_the_hook(hooked_llama, batch):
@@ -109,7 +141,6 @@ def test_edited_puts_edits_in_force_and_takes_them_back_when_a_call_raises(hooke
 
 
 def test_the_gradient_reaches_a_shift_and_equals_that_of_the_unsplit_model(hooked_llama, batch):
-    from emlens.edits import Shift
     from emlens.hooked import Targets, loss_sum
 
     targets = Targets.of(batch)
@@ -167,15 +198,32 @@ def test_the_self_check_refuses_a_head_that_it_cannot_reproduce(hooked_llama, mo
         self_check(hooked_llama)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m, b: m.residuals(b, 4), r"layer 4 is out of range: the model has 4 layers"),
+        (lambda m, b: m.residuals(b, -5), r"layer -5 is out of range: the model has 4 layers"),
         (lambda m, b: m.residuals(b, []), "no layers were named"),
+        (lambda m, b: m.residuals(b, 1.0), "1.0 names no layer; give whole numbers, or 'all'"),
+        (lambda m, b: m.residuals(b, "last"), "'last' names no layer; give whole numbers"),
         (lambda m, b: m.residuals(b, 1, "resid"), "unknown site 'resid'; the sites are resid_pre"),
         (lambda m, b: m.hidden(b, push(m)), "edits must be a sequence of edits"),
         (lambda m, b: m.hidden(b, [push(m).direction]), "Direction is not an edit"),
         (lambda m, b: m.hidden(b, [push(m, 7)]), "layer 7 is out of range"),
+        (
+            lambda m, b: m.hidden(b, [Add(push(m).direction, layers=(2, -1))]),
+            "Add acts at layer -1, but an edit counts its layers from 0; in this model that is "
+            "layer 3",
+        ),
+        (
+            lambda m, b: m.generate([], [Shift(torch.ones(m.d_model), -4)]),
+            "Shift acts at layer -4, but an edit .* that is layer 0",
+        ),
+        (
+            lambda m, b: m.hidden(b, [Add(push(m).direction, layers=(2, 2))]),
+            "Add names layer 2 more than once; for twice the effect use a larger scale",
+        ),
         (
             lambda m, b: m.hidden(b, [Add(Direction.of(torch.ones(5), 1))]),
             "Add has width 5, but tiny-llama has d_model 32",
@@ -188,15 +236,21 @@ def test_the_self_check_refuses_a_head_that_it_cannot_reproduce(hooked_llama, mo
             lambda m, b: m.hidden(b, [push(m, 0)], (1, m.residuals(b, 1)[1])),
             "cannot resume after layer 1: an edit acts before it; resume after layer 0",
         ),
+        (lambda m, b: m.adapter("x").__enter__(), "there is no adapter 'x': this model has none"),
         (lambda m, b: m.generate([], max_new_tokens=0), "max_new_tokens must be at least 1"),
         (lambda m, b: m.generate([], temperature=-1), "temperature must be 0"),
         (lambda m, b: m.generate([], top_p=0), "top_p must be above 0"),
     ],
 )
-def test_bad_input_gets_one_clear_error(hooked_llama, batch, call, message):
+def test_bad_input_gets_one_clear_error_and_leaves_the_model_alone(
+    brought, batch, engine, call, message
+):
+    module, model = brought(engine)
+    before, plain = state_of(module, model.tokenizer), model.hidden(batch)
     with pytest.raises((ValueError, TypeError), match=message):
-        call(hooked_llama, batch)
-    assert hooked_llama.hidden(batch).isfinite().all()
+        call(model, batch)
+    assert state_of(module, model.tokenizer) == before
+    assert torch.equal(model.hidden(batch), plain)
 
 
 def test_a_direction_from_a_model_of_another_name_is_warned_of_once(tiny, tiny_tokenizer, batch):
@@ -214,7 +268,7 @@ def test_a_direction_from_a_model_of_another_name_is_warned_of_once(tiny, tiny_t
         made.hidden(batch, [Add(direction)])
 
 
-def test_loading_and_wrapping_refuse_what_they_cannot_hook(hooked_llama, tiny_llama):
+def test_loading_and_wrapping_refuse_what_they_cannot_hook(hooked_llama, tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="unknown engine 'jax'; the engines are nnsight"):
         emlens.load(engine="jax")
     with pytest.raises(TypeError, match="needs the model's tokenizer"):
@@ -226,6 +280,11 @@ def test_loading_and_wrapping_refuse_what_they_cannot_hook(hooked_llama, tiny_ll
     config = T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=32, d_kv=8)
     with pytest.raises(ValueError, match="is an encoder-decoder"):
         emlens.wrap(T5ForConditionalGeneration(config), hooked_llama.tokenizer)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "tiny-t5")
+    hooked_llama.tokenizer.save_pretrained(tmp_path / "tiny-t5")
+    for options in ({}, {"engine": "transformer_lens"}, {"remote": "local"}):
+        with pytest.raises(ValueError, match=r"tiny-t5 is an encoder-decoder \(t5\); emlens reads"):
+            emlens.load(tmp_path / "tiny-t5", **options)
     with pytest.raises(ValueError, match="found no decoder blocks"):
         lost = torch.nn.Linear(2, 2)
         lost.config = tiny_llama.config

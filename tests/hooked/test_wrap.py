@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import emlens
 from emlens import Add, Direction
 from emlens.text import Conversation, pack, tokenize
 from tests.support.data import conversations
-from tests.support.models import tiny_model
+from tests.support.models import FAMILIES, tiny_model
+from tests.support.state import state_of
 from tests.support.tokenizers import chatml_tokenizer
 
 
@@ -47,6 +48,26 @@ def language_model(module, tokenizer):
         return LanguageModel(module, tokenizer=tokenizer)
 
 
+# What nnterp 1.3 renames. Its package does not import beside nnsight 0.8, so its names are put
+# over a model here as its class puts them.
+NNTERP = {
+    "transformer": "model",
+    "gpt_neox": "model",
+    "h": "layers",
+    "model.layers": "layers",
+    "attn": "self_attn",
+    "attention": "self_attn",
+    "final_layer_norm": "ln_final",
+    "ln_f": "ln_final",
+    "norm": "ln_final",
+    "model.ln_final": "ln_final",
+    "embed_out": "lm_head",
+    "wte": "embed_tokens",
+    "embed_in": "embed_tokens",
+    "model.embed_tokens": "embed_tokens",
+}
+
+
 def renamed(module, tokenizer):
     """As nnterp's `StandardizedTransformer`: a `LanguageModel` under other module names."""
     from nnsight import LanguageModel
@@ -56,11 +77,7 @@ def renamed(module, tokenizer):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return StandardizedTransformer(
-            module,
-            tokenizer=tokenizer,
-            rename={"model.layers": "layers", "model.norm": "ln_final", "self_attn": "attention"},
-        )
+        return StandardizedTransformer(module, tokenizer=tokenizer, rename=NNTERP)
 
 
 def lora(module, tokenizer):
@@ -77,26 +94,6 @@ KINDS: dict[str, tuple[Callable, str]] = {
     "transformers": (lambda module, _: module, "nnsight"),
     "transformers on TransformerLens": (lambda module, _: module, "transformer_lens"),
 }
-
-
-def state_of(module: nn.Module, tokenizer: Any) -> dict:
-    """Everything about the user's objects that a call could leave changed."""
-    parts = dict(module.named_modules())
-    return {
-        "modules": {name: id(part) for name, part in parts.items()},
-        "training": {name: part.training for name, part in parts.items()},
-        "hooks": {
-            name: (len(part._forward_hooks), len(part._forward_pre_hooks), "forward" in vars(part))
-            for name, part in parts.items()
-        },
-        "weights": {
-            name: (weight.data_ptr(), weight.requires_grad, weight._version)
-            for name, weight in module.named_parameters()
-        },
-        "attention": module.config._attn_implementation,
-        "generation": module.generation_config.to_dict(),
-        "padding": (tokenizer.padding_side, tokenizer.pad_token),
-    }
 
 
 class Boom(Exception):
@@ -121,7 +118,8 @@ def test_what_is_brought_gives_the_models_numbers_and_stays_as_it_was(kind):
     (batch,) = pack(tokenize(conversations("good", 3), tokenizer))
     edit = Add(direction())
     expected = plain_hidden(module, batch, edit.direction.vector)
-    before = state_of(module, tokenizer)
+    own = getattr(brought, "tokenizer", tokenizer)
+    before = state_of(module, tokenizer), state_of(module, own)
     given = tokenizer if kind in ("PeftModel", "transformers", KINDS_ON_TL) else None
     model = emlens.wrap(brought, given, engine=engine)
     assert model.engine == engine
@@ -137,7 +135,11 @@ def test_what_is_brought_gives_the_models_numbers_and_stays_as_it_was(kind):
             call()
     with pytest.raises(ValueError, match="unknown site"):
         model.residuals(batch, 1, "elsewhere")
-    assert state_of(module, tokenizer) == before
+    with pytest.raises(ZeroDivisionError), model.frozen(), model.edited(edit):
+        loss = model.unembed(model.hidden(batch, grad=True)[0]).sum()
+        assert not loss.requires_grad
+        raise ZeroDivisionError
+    assert (state_of(module, tokenizer), state_of(module, own)) == before
     real = batch.mask("all")
     assert torch.allclose(found[real], expected[real], atol=1e-4)
 
@@ -150,22 +152,62 @@ class Failing(Add):
         raise Boom
 
 
+def plain_inputs(batch):
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+    }
+
+
 @torch.no_grad()
 def plain_hidden(module, batch, vector):
     modes = {part: part.training for part in module.modules()}
     module.eval()
     hook = module.model.layers[1].register_forward_hook(lambda _m, _i, out: out + vector)
     try:
-        return module(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            output_hidden_states=True,
-        ).hidden_states[-1]
+        return module(**plain_inputs(batch), output_hidden_states=True).hidden_states[-1]
     finally:
         hook.remove()
         for part, mode in modes.items():
             part.training = mode
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "mixtral"])
+def test_nnterps_names_over_a_model_change_nothing(family, tiny_tokenizer):
+    module = tiny_model(family)
+    made = renamed(module, tiny_tokenizer)
+    (batch,) = pack(tokenize(conversations("good", 3), tiny_tokenizer))
+    with torch.no_grad(), made.trace(plain_inputs(batch)):
+        read = made.layers[1].output.save()
+    before = state_of(module, made.tokenizer)
+    model, plain = emlens.wrap(made, name=family), emlens.wrap(module, tiny_tokenizer, name=family)
+    real = batch.mask("all")
+    assert torch.allclose(model.residuals(batch, 1)[1][real], read[real], atol=1e-5)
+    assert torch.equal(
+        model.hidden(batch, [Add(direction())]), plain.hidden(batch, [Add(direction())])
+    )
+    assert state_of(module, made.tokenizer) == before
+
+
+@pytest.mark.parametrize("engine", ["nnsight", "transformer_lens"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_weights_are_copied_but_those_that_transformer_lens_unfuses(
+    family, engine, tiny_tokenizer
+):
+    module = tiny_model(family)
+    lie = [(w.data_ptr(), w.data_ptr() + w.nbytes) for w in module.parameters()]
+    model = emlens.wrap(module, tiny_tokenizer, engine=engine)
+    whole = getattr(model, "bridge", model.module)
+    copies = {
+        name
+        for name, weight in whole.named_parameters()
+        if weight.ndim > 1 and not any(a <= weight.data_ptr() < b for a, b in lie)
+    }
+    assert {weight.data_ptr() for weight in model.module.parameters()} >= {a for a, _ in lie}
+    unfused = {name for name in copies if ".attention." in name and name.split(".")[-3] in "qkv"}
+    assert copies == unfused
+    assert bool(copies) == ((family, engine) == ("gpt_neox", "transformer_lens"))
 
 
 def test_a_plain_model_on_transformer_lens_shares_its_weights(tiny_tokenizer):
@@ -245,6 +287,9 @@ def test_what_cannot_be_run_gets_one_clear_error(tiny_tokenizer):
         emlens.wrap(tiny_model("llama").model, tiny_tokenizer)
     with pytest.raises(TypeError, match="wrap needs the model's tokenizer"):
         emlens.wrap(tiny_model("llama"))
+    labels = LlamaForSequenceClassification(tiny_model("llama").config)
+    with pytest.raises(ValueError, match="has no LM head; give the LlamaForCausalLM of that model"):
+        emlens.wrap(labels, tiny_tokenizer)
 
 
 def test_a_model_without_generate_says_so(tiny_tokenizer):
