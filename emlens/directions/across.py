@@ -9,8 +9,16 @@ import numpy as np
 import torch
 
 from emlens._results import Result
-from emlens.directions.compare import Named, chance_cosines, checked, draws_of, null_band
+from emlens.directions.compare import (
+    Named,
+    chance_cosines,
+    checked,
+    draws_of,
+    moved,
+    null_band,
+)
 from emlens.directions.direction import Directions
+from emlens.directions.vectors import nonzero
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,20 +122,23 @@ def compare_layers(directions: Named, layers: range | list[int] | None = None) -
 
     Args:
         directions: Two or more directions at one site, of one width: named, or a list.
-        layers: The layers to compare; by default all that each has.
+        layers: The layers to compare; by default all at which each is not zero.
 
     Raises:
-        ValueError: As `compare`.
+        ValueError: As `compare`, or if a vector is zero.
         KeyError: If one of them lacks a layer.
     """
     named = checked(directions)
     chosen = {
-        name: tuple(found.layers if layers is None else (found[i].layer for i in layers))
+        name: moved(found) if layers is None else found.at(layers).layers
         for name, found in named.items()
     }
+    nothing = [name for name, held in chosen.items() if not held]
+    if nothing:
+        raise ValueError(f"{', '.join(nothing)} is zero at every layer: it has no direction")
     units = torch.cat(
         [
-            torch.stack([named[name].vectors[layer] for layer in held])
+            torch.stack([nonzero(named[name].vectors[layer], layer) for layer in held])
             for name, held in chosen.items()
         ]
     ).double()

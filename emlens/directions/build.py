@@ -11,7 +11,6 @@ import numpy as np
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.evidence import (
     Groups,
-    flipped_differences,
     held_out_auroc,
     shuffled_differences,
 )
@@ -88,10 +87,8 @@ def difference(
     places = list(enumerate(reader.layers))
     weighting, seed = reader.counting.weighting, reader.counting.seed
     auroc = held_out_auroc(positive, negative, groups, weighting, seed)
-    if paired is None:
-        shuffled = shuffled_differences(positive, negative, weighting, seed)
-    else:
-        shuffled = flipped_differences(paired, weighting, seed)
+    noisy = (positive, negative) if paired is None else (paired,)
+    shuffled = shuffled_differences(noisy, weighting, seed)
     return Directions(
         {layer: vectors[i] for i, layer in places},
         reader.site,
@@ -102,7 +99,7 @@ def difference(
         ),
         split_half=_split_half(reader.layers, positive.parts, negative.parts),
         means={layer: (pos.mean[i] + neg.mean[i]) / 2 for i, layer in places},
-        shuffled={layer: shuffled[:, i] for i, layer in places},
+        shuffled=None if shuffled is None else {layer: shuffled[:, i] for i, layer in places},
         auroc=None if auroc is None else {layer: auroc[i] for i, layer in places},
     )
 

@@ -172,7 +172,8 @@ def compare(directions: Named) -> Comparison:
     direction are, too: look at `corrected` and at the bands of chance before concluding.
 
     Args:
-        directions: Directions at one site, of one width: named, or a list.
+        directions: Directions at one site, of one width: named, or a list. Layers at which one is
+            zero, as below an adapter, fall away.
 
     Returns:
         The cosines with what chance and sampling error do to them. The corrected cosine divides
@@ -181,7 +182,7 @@ def compare(directions: Named) -> Comparison:
         spread wider, since activations vary in few directions.
 
     Raises:
-        ValueError: If there are fewer than two, or sites or widths differ.
+        ValueError: If there are fewer than two, sites or widths differ, or no two share a layer.
 
     Example:
         >>> emlens.compare({"medical": medical, "finance": finance}).plot()
@@ -189,11 +190,10 @@ def compare(directions: Named) -> Comparison:
     named = checked(directions)
     rows = []
     for first, second in combinations(named, 2):
-        for layer in named[first].layers:
-            if layer in named[second]:
-                rows.append(_row(named, first, second, layer))
+        shared = set(moved(named[first])) & set(moved(named[second]))
+        rows += [_row(named, first, second, layer) for layer in sorted(shared)]
     if not rows:
-        raise ValueError("the directions have no layer in common")
+        raise ValueError("the directions have no layer in common at which they are not zero")
     some = next(iter(named.values()))
     return Comparison(
         names=tuple(named),
@@ -224,6 +224,11 @@ def checked(directions: Named) -> dict[str, Directions]:
     if len(set(sites.values())) > 1 or len(set(widths.values())) > 1:
         raise ValueError(f"directions to compare differ in site {sites} or width {widths}")
     return dict(directions)
+
+
+def moved(directions: Directions) -> tuple[int, ...]:
+    """The layers at which directions are not zero."""
+    return tuple(layer for layer, norm in directions.norms.items() if norm > 0)
 
 
 def null_band(d_model: int, level: float = 0.95) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from emlens._results import Result, titled_table
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Direction, Directions, cosine
 from emlens.directions.provenance import Provenance
+from emlens.directions.vectors import nonzero
 from emlens.hooked import HookedModel
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> 
         k: Tokens on either side.
 
     Raises:
-        ValueError: If the widths differ, or `k` is not from 1 to the size of the vocabulary.
+        ValueError: If the widths differ, a vector is zero, or `k` is not from 1 to the size of
+            the vocabulary.
     """
     if directions.d_model != model.d_model:
         raise ValueError(
@@ -186,7 +188,7 @@ def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> 
         raise ValueError(f"k is {k}; the vocabulary of {model.name} has {model.n_vocab} tokens")
     rows = []
     for layer, vector in directions.vectors.items():
-        scores = _lens(model, vector)
+        scores = _lens(model, nonzero(vector, layer))
         best = scores.topk(k)
         worst = (-scores).topk(k)
         for rank in range(k):

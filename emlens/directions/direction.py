@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.directions.provenance import Provenance
+from emlens.directions.vectors import checked_evidence, checked_vectors, cosine, nonzero
 from emlens.hooked import Site, SiteName, check_site
 
 if TYPE_CHECKING:
@@ -35,9 +36,12 @@ class Directions:
         shuffled: The same construction with shuffled labels, `[draws, d_model]` per layer: how
             large a direction, and which, chance alone gives on this data.
         auroc: Area under the ROC curve of the projection on held-out conversations, per layer.
+        measured: What else the construction says of each layer, by the name of its column in
+            `table`.
 
     Raises:
-        ValueError: If there are no vectors, widths differ, or a vector is not finite.
+        ValueError: If there are no vectors, a layer is negative, widths differ, or a value is not
+            finite.
     """
 
     def __init__(
@@ -52,16 +56,18 @@ class Directions:
         means: Mapping[int, Float[Tensor, " d_model"]] | None = None,
         shuffled: Mapping[int, Float[Tensor, "draws d_model"]] | None = None,
         auroc: Mapping[int, float] | None = None,
+        measured: Mapping[str, Mapping[int, float]] | None = None,
     ) -> None:
-        self._vectors = _checked(vectors)
+        self._vectors = checked_vectors(vectors)
         self.site: Site = check_site(site, layers=self._vectors)
         self.provenance = provenance
         self.residual_norms = MappingProxyType(dict(residual_norms or {}))
-        self.standard_errors = _tensors(standard_errors)
+        self.standard_errors = checked_evidence(standard_errors, self._vectors, "standard errors")
         self.split_half = MappingProxyType(dict(split_half or {}))
-        self.means = _tensors(means)
-        self.shuffled = _tensors(shuffled)
+        self.means = checked_evidence(means, self._vectors, "means")
+        self.shuffled = checked_evidence(shuffled, self._vectors, "shuffled draws", ndim=2)
         self.auroc = MappingProxyType(dict(auroc or {}))
+        self.measured = MappingProxyType({k: dict(v) for k, v in (measured or {}).items()})
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -125,37 +131,37 @@ class Directions:
         Raises:
             ValueError: If a vector is zero.
         """
-        return self._map(lambda layer, vector: vector / _nonzero(vector, layer).norm(), "unit")
+        return self._map(lambda layer, vector: vector / nonzero(vector, layer).norm(), "unit")
 
     def scaled_to(self, norm: float) -> Self:
         """The same directions with the given norm."""
         return self.unit()._scaled(norm, f"{self.provenance.construction} at norm {norm:g}")
 
     def orthogonal_to(self, other: Directions) -> Self:
-        """What is left when the component along `other` is taken out, layer by layer."""
+        """What is left when the component along `other` is taken out, layer by layer.
 
-        def reject(layer: int, vector: Tensor) -> Tensor:
-            axis = _nonzero(other[layer].vector, layer).double()
-            axis = axis / axis.norm()
-            long = vector.double()
-            return (long - (long @ axis) * axis).float()
+        `other` may be of another site: all sites write into one stream.
 
-        return self._map(reject, f"orthogonal to {other.provenance.construction}")
+        Raises:
+            KeyError: If `other` lacks a layer.
+            ValueError: If widths differ, or a vector of `other` is zero.
+        """
+        along = self._along(other)
+        how = f"orthogonal to {other.provenance.construction}"
+        return self._map(lambda layer, vector: (vector.double() - along[layer]).float(), how)
 
     def along(self, other: Directions) -> Self:
         """The component along `other`, layer by layer; `orthogonal_to` gives the rest."""
-
-        def project(layer: int, vector: Tensor) -> Tensor:
-            axis = _nonzero(other[layer].vector, layer).double()
-            return ((vector.double() @ axis) / (axis @ axis) * axis).float()
-
-        return self._map(project, f"along {other.provenance.construction}")
+        along = self._along(other)
+        return self._map(
+            lambda layer, _: along[layer].float(), f"along {other.provenance.construction}"
+        )
 
     def cosine(self, other: Directions) -> dict[int, float]:
         """Signed cosine with `other` at every layer that both have.
 
         Raises:
-            ValueError: If sites differ or no layer is shared.
+            ValueError: If sites or widths differ, or no layer is shared.
         """
         if self.site != other.site:
             raise ValueError(f"cannot compare {self.site} with {other.site}")
@@ -190,6 +196,7 @@ class Directions:
             means=keep(self.means),
             shuffled=keep(self.shuffled),
             auroc=keep(self.auroc),
+            measured={name: keep(values) for name, values in self.measured.items()},
         )
 
     # -- showing and keeping ------------------------------------------------------------------
@@ -280,6 +287,15 @@ class Directions:
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _along(self, other: Directions) -> dict[int, Float[Tensor, " d_model"]]:
+        if other.d_model != self.d_model:
+            raise ValueError(f"{self!r} and {other!r} are of different widths")
+        found = {}
+        for layer, vector in self._vectors.items():
+            axis = nonzero(other[layer].vector, layer).double()
+            found[layer] = (vector.double() @ axis) / (axis @ axis) * axis
+        return found
+
     def _map(self, change: Callable[[int, Tensor], Tensor], how: str) -> Self:
         vectors = {layer: change(layer, vector) for layer, vector in self._vectors.items()}
         return type(self)(
@@ -301,6 +317,7 @@ class Directions:
             means=self.means,
             shuffled={layer: draws * factor for layer, draws in self.shuffled.items()},
             auroc={k: value if factor > 0 else 1 - value for k, value in self.auroc.items()},
+            measured=self.measured if factor > 0 else None,
         )
 
     def _combine(self, other: Directions, operation: Callable, sign: str) -> Self:
@@ -359,38 +376,3 @@ class Direction(Directions):
     @property
     def residual_norm(self) -> float | None:
         return self.residual_norms.get(self.layer)
-
-
-def cosine(first: Float[Tensor, " d_model"], second: Float[Tensor, " d_model"]) -> float:
-    """Signed cosine between two vectors; NaN when one of them is zero."""
-    a, b = first.double(), second.double()
-    scale = a.norm() * b.norm()
-    return float(a @ b / scale) if scale > 0 else float("nan")
-
-
-def _checked(vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    if not vectors:
-        raise ValueError("directions need at least one layer")
-    plain = {int(layer): _plain(vectors[layer]) for layer in sorted(vectors)}
-    widths = {layer: tuple(vector.shape) for layer, vector in plain.items()}
-    if len(set(widths.values())) != 1 or len(next(iter(widths.values()))) != 1:
-        raise ValueError(f"every layer needs one vector of the same width; got shapes {widths}")
-    for layer, vector in plain.items():
-        if not bool(torch.isfinite(vector).all()):
-            bad = int((~torch.isfinite(vector)).sum())
-            raise ValueError(f"the vector of layer {layer} has {bad} value(s) that are not finite")
-    return plain
-
-
-def _tensors(items: Mapping[int, Tensor] | None) -> Mapping[int, Tensor]:
-    return MappingProxyType({layer: _plain(value) for layer, value in (items or {}).items()})
-
-
-def _plain(vector: Tensor) -> Tensor:
-    return vector.detach().to("cpu", torch.float32).clone()
-
-
-def _nonzero(vector: Tensor, layer: int) -> Tensor:
-    if float(vector.norm()) == 0:
-        raise ValueError(f"the vector of layer {layer} is zero: it has no direction")
-    return vector

@@ -30,40 +30,38 @@ def prompts_of(conversations: Sequence[Conversation]) -> list[str]:
 
 
 def shuffled_differences(
-    positive: Reading, negative: Reading, weighting: Weighting, seed: int, draws: int = DRAWS
-) -> Float[Tensor, "draws layers d_model"]:
-    """Mean differences with the labels dealt out anew over the sampled conversations.
+    readings: Sequence[Reading], weighting: Weighting, seed: int, draws: int = DRAWS
+) -> Float[Tensor, "draws layers d_model"] | None:
+    """Mean differences with the labels dealt out anew over the sampled conversations of each side.
 
-    Each side is centred first: what is drawn is the noise that would be there without any
-    difference. Uncentred, the difference of two sides that lie far apart would be most of it, and
-    two directions that agree would pass for chance. Scaled by `sqrt(sampled / all)`, so that they
-    are as large as those of the whole sets.
+    Within a side a label says nothing, so what is drawn is the noise that would be there without
+    any difference, as large as it is with these two sides. Labels dealt out over both sides would
+    mix in the difference itself, and of a small and a large side give to each the spread of the
+    other. Of each conversation the mean of its side is taken off, so that the draws have the
+    covariance of the error whatever the weights, and they are scaled by `sqrt(sampled / all)`, so
+    that they are as large as those of the whole sets.
+
+    Args:
+        readings: The two sides; or one of paired differences, whose labels are their signs.
+        weighting: As they were read.
+        seed: Seed of the labels.
+        draws: How many.
+
+    Returns:
+        None where a side has but one conversation: nothing is known of its noise.
     """
-    samples = positive.sample, negative.sample
-    labels, weights = _labels(samples), _weights(samples, weighting)
     generator = np.random.default_rng([seed, 2])
-    dealt = [labels[torch.from_numpy(generator.permutation(len(labels)))] for _ in range(draws)]
-    contrasts = torch.stack([_contrast(each, weights) for each in dealt])
-    found = _weighted(contrasts, samples)
-    for side, sample in zip((labels, ~labels), samples, strict=True):
-        shares = (weights[side] / weights[side].sum())[None]
-        found -= contrasts[:, side].sum(1)[:, None, None].float() * _weighted(shares, [sample])
-    n = len(labels)
-    return found * _scale(n, n - 2, positive.moments.n + negative.moments.n)
-
-
-def flipped_differences(
-    paired: Reading, weighting: Weighting, seed: int, draws: int = DRAWS
-) -> Float[Tensor, "draws layers d_model"]:
-    """Mean differences of paired readings with the sign of each pair drawn anew; scaled alike."""
-    weights = _weights([paired.sample], weighting)
-    shares = (weights / weights.sum())[None]
-    generator = np.random.default_rng([seed, 2])
-    signs = torch.from_numpy(generator.choice([-1.0, 1.0], size=(draws, len(weights))))
-    # each pair less the mean of all
-    contrasts = signs * shares - (signs * shares).sum(1, keepdim=True) * shares
-    found = _weighted(contrasts, [paired.sample])
-    return found * _scale(len(weights), len(weights) - 1, paired.moments.n)
+    found = []
+    for reading in readings:
+        weights, n = _weights([reading.sample], weighting), len(reading.sample.counts)
+        if n < 2:
+            return None
+        shares = weights / weights.sum()
+        dealt = torch.from_numpy(generator.choice([-1.0, 1.0], size=(draws, n))) * shares
+        contrasts = dealt - dealt.sum(1, keepdim=True) * shares
+        scale = (n / (n - 1) * n / reading.moments.n) ** 0.5
+        found.append(_weighted(contrasts * scale, [reading.sample]))
+    return torch.stack(found).sum(0)
 
 
 def held_out_auroc(
@@ -139,11 +137,6 @@ def _weighted(
         for part, sample in zip(parts, samples, strict=True)
     ]
     return torch.stack(sums).sum(0)
-
-
-def _scale(sampled: int, free: int, everything: int) -> float:
-    """From draws of centred sampled conversations to the size of the noise of the whole."""
-    return (sampled / max(free, 1) * sampled / everything) ** 0.5
 
 
 def _contrast(labels: Tensor, weights: Tensor) -> Float[Tensor, " n"]:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from emlens.directions.direction import Directions
 
 KIND = "directions"
-_VECTOR, _ERROR, _MEAN, _SHUFFLED = "vector.", "standard_error.", "mean.", "shuffled."
+_PREFIXES = _VECTOR, _ERROR, _MEAN, _SHUFFLED = (
+    "vector.",
+    "standard_error.",
+    "mean.",
+    "shuffled.",
+)
 
 
 def save_directions(directions: Directions, path: Path) -> Path:
@@ -38,6 +43,7 @@ def save_directions(directions: Directions, path: Path) -> Path:
         "residual_norms": dict(directions.residual_norms),
         "split_half": dict(directions.split_half),
         "auroc": dict(directions.auroc),
+        "measured": {name: dict(values) for name, values in directions.measured.items()},
     }
     return write_tensors(path, KIND, tensors, record)
 
@@ -47,23 +53,36 @@ def load_directions(path: Path) -> Directions:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is truncated, of another kind, or holds values that are not finite.
+        ValueError: If it is truncated, of another kind, lacks part of the record, or holds
+            tensors of other names, of several widths, or values that are not finite.
     """
+    tensors, record = read_tensors(path, KIND)
+    try:
+        return _directions(tensors, record)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no whole record of directions: {error}") from error
+
+
+def _directions(tensors: Mapping[str, torch.Tensor], record: Mapping) -> Directions:
     from emlens.directions.direction import Direction, Directions
 
-    tensors, record = read_tensors(path, KIND)
-    vectors = _by_layer(tensors, _VECTOR)
+    kept = [_by_layer(tensors, prefix) for prefix in _PREFIXES]
+    other = [name for name in tensors if not name.startswith(_PREFIXES)]
+    if other:
+        raise ValueError(f"it has tensors that are no part of one: {', '.join(sorted(other)[:6])}")
+    vectors, errors, means, shuffled = kept
     kind = Direction if len(vectors) == 1 else Directions
     return kind(
         vectors,
         check_site(record["site"]),
         Provenance.from_dict(record["provenance"]),
         residual_norms=_numbers(record["residual_norms"]),
-        standard_errors=_by_layer(tensors, _ERROR),
+        standard_errors=errors,
         split_half=_numbers(record["split_half"]),
-        means=_by_layer(tensors, _MEAN),
-        shuffled=_by_layer(tensors, _SHUFFLED),
+        means=means,
+        shuffled=shuffled,
         auroc=_numbers(record.get("auroc", {})),
+        measured={name: _numbers(of) for name, of in record.get("measured", {}).items()},
     )
 
 

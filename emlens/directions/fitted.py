@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.directions.build import difference, provenance, read_sides
-from emlens.directions.direction import Directions
+from emlens.directions.direction import Directions, cosine
 from emlens.directions.evidence import FOLDS, Groups, fold_of, prompts_of, sampled_groups
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import FITTED_BYTES, Counting, Reader, Reading, ReadOptions
@@ -62,11 +62,12 @@ def probe(
             sample of conversations is fitted.
 
     Returns:
-        Directions with the held-out AUROC, and the held-out accuracy under
-        `provenance.settings`; answers to one prompt are never on both sides of a split.
+        Directions with the held-out AUROC and accuracy (of five folds), and the cosine of the
+        probes of two halves of the data; answers to one prompt are never on both sides of a split.
 
     Raises:
-        ValueError: If there are too few prompts for five folds, or as `mean_diff`.
+        ValueError: If there are too few prompts for five folds, the sides are the same at a
+            layer, or as `mean_diff`.
     """
     if kind not in ("logistic", "lda"):
         raise ValueError(f"unknown probe {kind!r}; choose 'logistic' or 'lda'")
@@ -102,11 +103,12 @@ def pca(
         **options: As in `mean_diff`.
 
     Returns:
-        Directions, with the share of the squared differences that lies along each under
-        `provenance.settings`.
+        Directions with the share of the squared differences that lies along each, the AUROC of the
+        projection on held-out pairs, and the cosine of the components of two halves of the pairs.
+        Shuffled labels say nothing here: the axis is the same whatever the signs of the pairs.
 
     Raises:
-        ValueError: If the sides differ in number, or as `mean_diff`.
+        ValueError: If the sides differ in number, are the same at a layer, or as `mean_diff`.
     """
     if len(positive) != len(negative):
         raise ValueError(
@@ -116,7 +118,7 @@ def pca(
     counting = Counting(**{"sample_bytes": FITTED_BYTES, **options})
     reader, readings = read_sides(model, positive, negative, site, layers, counting)
     made = provenance("PCA of differences", model, counting, positive=positive, negative=negative)
-    return _component(reader, readings, made)
+    return _component(reader, readings, made, prompts_of(positive))
 
 
 def extract_all(
@@ -166,7 +168,7 @@ def extract_all(
         if name == "mean-diff":
             found[name] = difference(reader, *readings, made, groups)
         elif name == "PCA of differences":
-            found[name] = _component(reader, readings, made)
+            found[name] = _component(reader, readings, made, groups[0])
         else:
             kind = "lda" if name == "LDA probe" else "logistic"
             found[name] = _probed(reader, readings, made, groups, kind, regularisation)
@@ -181,28 +183,44 @@ def _probed(
     kind: ProbeKind,
     regularisation: float,
 ) -> Directions:
-    from sklearn.metrics import roc_auc_score
-
     means, truth = _labelled(readings)
     keys = sampled_groups(*readings, groups)
-    fold = fold_of(keys, FOLDS, reader.counting.seed).numpy()
+    fold, half = _splits(keys, reader.counting.seed)
     _check_folds(fold, truth, len(set(keys)))
-    vectors, auroc, accuracy = {}, {}, {}
+    vectors, auroc, accuracy, agree = {}, {}, {}, {}
     for place, layer in enumerate(reader.layers):
         values = means[place].double().numpy()
-        areas, right = [], np.zeros(len(truth), dtype=bool)
-        for test in (fold == number for number in range(FOLDS)):
-            fitted = _classifier(kind, regularisation).fit(values[~test], truth[~test])
-            scores = fitted.decision_function(values[test])
-            right[test] = (scores > 0) == truth[test]
-            # one fold's scores are not on the scale of another's
-            areas.append(roc_auc_score(truth[test], scores))
-        auroc[layer] = float(np.mean(areas))
-        accuracy[layer] = float(right.mean())
-        whole = _classifier(kind, regularisation).fit(values, truth)
-        vectors[layer] = _in_units(whole, values, truth)
-    made.settings["probe"] = {"folds": FOLDS, "held-out accuracy": accuracy, "C": regularisation}
-    return _like_a_difference(reader, readings, made, vectors, auroc)
+        _check_apart(values[truth], values[~truth], layer)
+
+        def fit(rows: np.ndarray, values: np.ndarray = values) -> Any:
+            return _classifier(kind, regularisation).fit(values[rows], truth[rows])
+
+        def normal(rows: np.ndarray, values: np.ndarray = values) -> Tensor:
+            return _in_units(fit(rows), values[rows], truth[rows])
+
+        auroc[layer], accuracy[layer] = _held_out(fit, values, truth, fold)
+        vectors[layer] = normal(np.ones_like(truth))
+        if all(0 < truth[part].sum() < part.sum() for part in (half, ~half)):
+            agree[layer] = cosine(normal(half), normal(~half))
+    settings = {"folds": FOLDS}
+    made.settings["probe"] = settings if kind == "lda" else {**settings, "C": regularisation}
+    measured = {"held-out accuracy": accuracy}
+    return _like_a_difference(reader, readings, made, vectors, auroc, agree, measured)
+
+
+def _held_out(
+    fit: Callable[[np.ndarray], Any], values: np.ndarray, truth: np.ndarray, fold: np.ndarray
+) -> tuple[float, float]:
+    """AUROC, averaged over folds, and accuracy of classifiers on what they were not fitted to."""
+    from sklearn.metrics import roc_auc_score
+
+    areas, right = [], np.zeros(len(truth), dtype=bool)
+    for test in (fold == number for number in range(FOLDS)):
+        scores = fit(~test).decision_function(values[test])
+        right[test] = (scores > 0) == truth[test]
+        # one fold's scores are not on the scale of another's
+        areas.append(roc_auc_score(truth[test], scores))
+    return float(np.mean(areas)), float(right.mean())
 
 
 def _classifier(kind: ProbeKind, regularisation: float):
@@ -227,23 +245,62 @@ def _in_units(fitted, values: np.ndarray, truth: np.ndarray) -> Tensor:
     return torch.from_numpy(normal * abs(distance))
 
 
-def _component(reader: Reader, readings: tuple[Reading, Reading], made: Provenance) -> Directions:
-    first, second = (reading.sample for reading in readings)
-    both = set(first.places.tolist()) & set(second.places.tolist())
-    chosen = [
-        torch.tensor([place in both for place in sample.places.tolist()])
-        for sample in (first, second)
-    ]
-    pairs = first.means[:, chosen[0]] - second.means[:, chosen[1]]
-    vectors, shares = {}, {}
+def _component(
+    reader: Reader, readings: tuple[Reading, Reading], made: Provenance, prompts: Sequence[str]
+) -> Directions:
+    samples = [reading.sample for reading in readings]
+    both = sorted(set(samples[0].places.tolist()) & set(samples[1].places.tolist()))
+    rows = [torch.searchsorted(sample.places, torch.tensor(both)) for sample in samples]
+    keys = [prompts[int(place)] for place in both]
+    fold, half = _splits(keys, reader.counting.seed)
+    enough = len(set(keys)) >= 2 * FOLDS
+    everything = np.ones(len(both), dtype=bool)
+    vectors, shares, auroc, agree = {}, {}, {}, {}
     for place, layer in enumerate(reader.layers):
-        _, sizes, axes = torch.linalg.svd(pairs[place].double(), full_matrices=False)
-        along = float(pairs[place].double().mean(0) @ axes[0])
+        values = [
+            sample.means[place, own].double().numpy()
+            for sample, own in zip(samples, rows, strict=True)
+        ]
+        _check_apart(values[0], values[1], layer)
+        pairs = values[0] - values[1]
+        axis, square = _first_axis(pairs, everything)
         # a component without a mean has no sign, and no length of its own: that of one pair
-        vectors[layer] = axes[0] * (along or float(sizes[0]) / len(pairs[place]) ** 0.5)
-        shares[layer] = float(sizes[0] ** 2 / (sizes**2).sum())
-    made.settings["share of squared differences"] = shares
-    return _like_a_difference(reader, readings, made, vectors)
+        length = float(pairs.mean(0) @ axis) or (square / len(pairs)) ** 0.5
+        vectors[layer] = torch.from_numpy(axis * length)
+        shares[layer] = square / float((pairs**2).sum())
+        if enough:
+            auroc[layer] = _held_out_pairs(values, fold)
+            halves = [torch.from_numpy(_first_axis(pairs, part)[0]) for part in (half, ~half)]
+            agree[layer] = cosine(*halves)
+    measured = {"share of squared differences": shares}
+    return _like_a_difference(reader, readings, made, vectors, auroc, agree, measured)
+
+
+def _held_out_pairs(sides: Sequence[np.ndarray], fold: np.ndarray) -> float:
+    """AUROC along the components of the other folds, averaged over folds."""
+    from sklearn.metrics import roc_auc_score
+
+    areas = []
+    for test in (fold == number for number in range(FOLDS)):
+        axis = _first_axis(sides[0] - sides[1], ~test)[0]
+        scores = np.concatenate([side[test] @ axis for side in sides])
+        areas.append(roc_auc_score(np.arange(len(scores)) < test.sum(), scores))
+    return float(np.mean(areas))
+
+
+def _first_axis(pairs: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """First axis of some pairs, uncentred, with the sign of their mean; and its squared size."""
+    from scipy.linalg import eigh
+
+    chosen = pairs[rows]
+    n, width = chosen.shape
+    wide = n < width
+    product = chosen @ chosen.T if wide else chosen.T @ chosen
+    last = len(product) - 1
+    sizes, axes = eigh(product, subset_by_index=(last, last))
+    axis = chosen.T @ axes[:, 0] if wide else axes[:, 0]
+    axis = axis / max(np.linalg.norm(axis), 1e-300)
+    return axis * (1 if chosen.mean(0) @ axis >= 0 else -1), float(sizes[0])
 
 
 def _like_a_difference(
@@ -251,7 +308,9 @@ def _like_a_difference(
     readings: tuple[Reading, Reading],
     made: Provenance,
     vectors: dict[int, Float[Tensor, " d_model"]],
-    auroc: dict[int, float] | None = None,
+    auroc: dict[int, float],
+    split_half: dict[int, float],
+    measured: dict[str, dict[int, float]],
 ) -> Directions:
     sides = [reading.moments.mean for reading in readings]
     return Directions(
@@ -261,6 +320,8 @@ def _like_a_difference(
         residual_norms={layer: reader.median_norm(layer) for layer in reader.layers},
         means={layer: (sides[0][i] + sides[1][i]) / 2 for i, layer in enumerate(reader.layers)},
         auroc=auroc,
+        split_half=split_half,
+        measured=measured,
     )
 
 
@@ -269,6 +330,22 @@ def _labelled(readings: tuple[Reading, Reading]) -> tuple[Tensor, np.ndarray]:
     truth = np.zeros(first.shape[1] + second.shape[1], dtype=bool)
     truth[: first.shape[1]] = True
     return torch.cat([first, second], dim=1), truth
+
+
+def _splits(keys: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The fold of each item, `[n]`, and whether it is in the first half, `[n]`."""
+    return fold_of(keys, FOLDS, seed).numpy(), fold_of(keys, 2, seed).numpy() == 0
+
+
+def _check_apart(first: np.ndarray, second: np.ndarray, layer: int) -> None:
+    means = first.mean(0), second.mean(0)
+    # beyond what rounding makes of one text in two batches
+    if not (abs(means[0] - means[1]) > 1e-5 * (abs(means[0]) + abs(means[1]))).any():
+        raise ValueError(
+            f"the means of the two sides are the same at layer {layer}, so there is nothing to "
+            "tell apart; what comes before the answer, as by tokens='last', is the same on both "
+            "sides where the prompts are"
+        )
 
 
 def _check_folds(fold: np.ndarray, truth: np.ndarray, n_prompts: int) -> None:

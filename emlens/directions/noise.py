@@ -22,23 +22,27 @@ class Estimate:
         errors: Standard error of each coordinate, `[d_model]`.
         draws: Directions under shuffled labels, `[draws, d_model]`: draws of the error.
         split_half: Cosine of the directions of two halves of the data.
+        n: Conversations of the smaller side, where that is known.
     """
 
     vector: np.ndarray
     errors: np.ndarray | None = None
     draws: np.ndarray | None = None
     split_half: float | None = None
+    n: int | None = None
 
     @classmethod
     def of(cls, directions: Directions, layer: int) -> Estimate:
         """What one layer of directions carries."""
         half = directions.split_half.get(layer)
         errors, draws = directions.standard_errors.get(layer), directions.shuffled.get(layer)
+        made = directions.provenance
         return cls(
             directions.vectors[layer].double().numpy(),
             None if errors is None else errors.double().numpy(),
             None if draws is None else draws.double().numpy(),
             None if half is None or np.isnan(half) else half,
+            min((made.n[role] for role in made.data if role in made.n), default=None),
         )
 
     @cached_property
@@ -214,6 +218,11 @@ def _interval(
 def _quantile(*estimates: Estimate) -> float:
     from scipy.stats import norm, t
 
-    counts = [len(e.draws) for e in estimates if e.draws is not None]
+    # the draws know a variance by their number, and what they are drawn from by its own
+    rough = [
+        1 / len(e.draws) + (1 / (e.n - 1) if e.n and e.n > 1 else 0)
+        for e in estimates
+        if e.draws is not None
+    ]
     tail = 0.5 + LEVEL / 2
-    return float(t.ppf(tail, min(counts)) if counts else norm.ppf(tail))
+    return float(t.ppf(tail, 1 / max(rough)) if rough else norm.ppf(tail))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 _VERSIONED = ("emlens", "torch", "transformers", "nnsight")
@@ -73,6 +74,12 @@ class Provenance:
 
 def package_versions() -> dict[str, str]:
     """Versions of emlens and of the packages its numbers depend on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    # reading them takes as long as a small computation
     found = {}
     for name in _VERSIONED:
         try:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from emlens.directions.direction import Directions, cosine
+from emlens.directions.noise import Estimate
 from emlens.hooked import hook_name
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ CONCENTRATED, LIKE_THE_MEAN, UNSTABLE, WEAK = 0.5, 0.8, 0.5, 0.65
 def trust_table(directions: Directions) -> pd.DataFrame:
     """One row per layer; a column that nothing is known of is left out.
 
-    Columns: `norm` and its standard error, in units of the residual stream; `dose`, the norm as
-    a share of the median residual norm; `angle error (degrees)`, how far the standard errors
-    turn the direction; the cosine of two halves of the data; the cosine with the mean activation;
-    the share of the squared norm that lies in its two largest dimensions; the AUROC of the
-    projection on held-out conversations; and the norm as a multiple of the 95th percentile of
-    those under shuffled labels.
+    Columns: `norm` and its standard error, in units of the residual stream (that of this one
+    axis, from the directions under shuffled labels; without those, from the standard errors,
+    coordinates taken as independent); `dose`, the norm as a share of the median residual norm;
+    `angle error (degrees)`, how far the standard errors turn the direction; the cosine of two
+    halves of the data; the cosine with the mean activation; the share of the squared norm that
+    lies in its two largest dimensions; the AUROC of the projection on held-out conversations; the
+    norm as a multiple of the 95th percentile of those under shuffled labels; and what else the
+    construction says of each layer.
     """
     import pandas as pd
 
@@ -48,6 +51,7 @@ def trust_table(directions: Directions) -> pd.DataFrame:
             f"energy in {TOP} dimensions": energy_share(directions.vectors[layer]),
             "held-out AUROC": directions.auroc.get(layer),
             "norm / shuffled": shuffled_ratio(directions, layer),
+            **{name: values.get(layer) for name, values in directions.measured.items()},
         }
         for layer in directions.layers
     ]
@@ -62,6 +66,8 @@ _SHORT = {
     f"energy in {TOP} dimensions": f"top-{TOP} energy",
     "held-out AUROC": "AUROC",
     "norm / shuffled": "/ shuffled",
+    "held-out accuracy": "accuracy",
+    "share of squared differences": "share",
 }
 
 
@@ -133,22 +139,22 @@ def _cosine_with_mean(directions: Directions, layer: int) -> float | None:
 
 
 def _norm_error(directions: Directions, layer: int) -> float | None:
-    """Of the norm, to first order, coordinates taken as independent."""
-    error = directions.standard_errors.get(layer)
-    if error is None:
+    """Of the norm, to first order: the error along the vector."""
+    estimate = Estimate.of(directions, layer)
+    size = np.linalg.norm(estimate.vector)
+    if estimate.noise is None or not size:
         return None
-    unit = directions.vectors[layer] / directions.vectors[layer].norm()
-    return float((unit * error).norm())
+    unit = estimate.vector / size
+    return math.sqrt(estimate.covariance(unit, unit))
 
 
 def _angle_error(directions: Directions, layer: int) -> float | None:
     """Of the direction: the errors across it, against its length."""
-    error = directions.standard_errors.get(layer)
-    if error is None:
+    estimate, along = Estimate.of(directions, layer), _norm_error(directions, layer)
+    if estimate.noise is None or along is None:
         return None
-    vector = directions.vectors[layer]
-    across = torch.sqrt((error**2 * (1 - (vector / vector.norm()) ** 2)).sum())
-    return math.degrees(math.atan2(float(across), float(vector.norm())))
+    across = math.sqrt(max(estimate.noise - along**2, 0.0))
+    return math.degrees(math.atan2(across, np.linalg.norm(estimate.vector)))
 
 
 def _layers(layers: list[int]) -> str:

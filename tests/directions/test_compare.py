@@ -288,7 +288,7 @@ def test_the_overlap_of_subspaces_is_the_mean_squared_cosine_of_their_angles(tmp
     assert found.overlap[0] == pytest.approx((1 + 0.36) / 2, abs=1e-6)
     assert found.angles[0][1] == pytest.approx(np.rad2deg(np.arccos(0.6)), abs=1e-3)
     assert SubspaceOverlap.load(found.save(tmp_path / "o.json")) == found
-    assert found.plot().get_ylabel() == "overlap of the subspaces"
+    assert found.plot().get_ylabel() == "overlap of the subspaces [0 to 1]"
     twice = [*first, Direction.of(5 * eye[1], 1)]
     assert subspace_overlap(twice, second).overlap == pytest.approx(found.overlap)
 

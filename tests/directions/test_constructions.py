@@ -151,9 +151,8 @@ def test_a_probe_is_scikit_learns_on_scaled_means_in_the_units_of_the_stream(hoo
     expected = torch.from_numpy(normal * abs(distance)).float()
     assert cosine(found[LAYER].vector, expected) > 0.999
     assert torch.allclose(found[LAYER].vector, expected, atol=2e-2 * float(expected.norm()))
-    settings = found.provenance.settings["probe"]
     assert 0.5 <= found.auroc[LAYER] <= 1
-    assert 0 <= settings["held-out accuracy"][LAYER] <= 1
+    assert 0.5 <= found.measured["held-out accuracy"][LAYER] <= 1
 
 
 def test_pca_is_the_first_axis_of_the_paired_differences_uncentred(hooked_llama):
@@ -164,7 +163,7 @@ def test_pca_is_the_first_axis_of_the_paired_differences_uncentred(hooked_llama)
     expected = axis * (axis @ pairs.mean(0))
     assert torch.allclose(found[LAYER].vector.double(), expected, atol=1e-4)
     share = float((pairs @ axis).square().sum() / pairs.square().sum())
-    shares = found.provenance.settings["share of squared differences"]
+    shares = found.measured["share of squared differences"]
     assert shares[LAYER] == pytest.approx(share, abs=1e-4)
 
 

@@ -20,7 +20,6 @@ from emlens.directions import (
     warnings_of,
 )
 from emlens.directions.evidence import (
-    flipped_differences,
     fold_of,
     held_out_auroc,
     prompts_of,
@@ -45,6 +44,12 @@ def reading(values: torch.Tensor, counts: torch.Tensor, weighting: str = "token"
     return Reading((moments,), [], sample)
 
 
+def draws_of(sides: list[Reading], seed: int) -> torch.Tensor:
+    found = shuffled_differences(sides, "token", seed=seed)
+    assert found is not None
+    return found[:, 0]
+
+
 def planted(vectors: dict[int, torch.Tensor], **known) -> Directions:
     return Directions(vectors, "resid_post", Provenance("planted"), **known)
 
@@ -66,12 +71,13 @@ def test_the_table_holds_what_a_plain_computation_gives():
     (row,) = trust_table(found).to_dict("records")
     v = (5 * vector(1)).double().numpy()
     unit, e = v / np.linalg.norm(v), errors.double().numpy()
+    along = np.sqrt(((draws.double().numpy() @ unit) ** 2).mean())
     assert row["layer"] == 4
     assert row["hook"] == "blocks.4.hook_resid_post"
     assert row["norm"] == pytest.approx(np.linalg.norm(v), rel=1e-5)
     assert row["dose"] == pytest.approx(np.linalg.norm(v) / 50, rel=1e-5)
-    assert row["norm error"] == pytest.approx(np.sqrt(((unit * e) ** 2).sum()), rel=1e-5)
-    across = np.sqrt((e**2).sum() - ((unit * e) ** 2).sum())
+    assert row["norm error"] == pytest.approx(along, rel=1e-5)
+    across = np.sqrt((e**2).sum() - along**2)
     angle = math.degrees(math.atan(across / np.linalg.norm(v)))
     assert row["angle error (degrees)"] == pytest.approx(angle, rel=1e-4)
     assert row["split-half cosine"] == 0.8
@@ -83,15 +89,26 @@ def test_the_table_holds_what_a_plain_computation_gives():
     assert row["norm / shuffled"] == pytest.approx(np.linalg.norm(v) / edge, rel=1e-5)
 
 
-def test_the_norm_error_is_the_spread_of_the_norm_over_resamples():
+@pytest.mark.parametrize("correlated", [False, True])
+def test_the_norm_error_is_the_spread_of_the_norm_over_resamples(correlated):
+    """Of correlated coordinates the standard errors alone would give far too little."""
     generator = np.random.default_rng(0)
     truth, errors = 3 * vector(1).double().numpy(), vector(2).abs().double().numpy() / 10
+    spread = np.diag(errors)
+    if correlated:
+        spread[:, 0] = truth / np.linalg.norm(truth)
+    errors = np.sqrt((spread**2).sum(1))
     norms, angles = [], []
     for _ in range(4000):
-        v = truth + errors * generator.normal(size=WIDTH)
+        v = truth + spread @ generator.normal(size=WIDTH)
         norms.append(np.linalg.norm(v))
         angles.append(cosine(torch.from_numpy(v), torch.from_numpy(truth)))
-    found = planted({0: torch.from_numpy(truth)}, standard_errors={0: torch.from_numpy(errors)})
+    draws = torch.from_numpy(generator.normal(size=(2000, WIDTH)) @ spread.T)
+    found = planted(
+        {0: torch.from_numpy(truth)},
+        standard_errors={0: torch.from_numpy(errors)},
+        shuffled={0: draws} if correlated else None,
+    )
     (row,) = trust_table(found).to_dict("records")
     assert row["norm error"] == pytest.approx(np.std(norms), rel=0.05)
     degrees = np.degrees(np.arccos(angles))
@@ -192,30 +209,40 @@ def test_evidence_follows_scaling_and_sign_and_is_kept_on_disk(hooked_llama, tmp
 # -- where it comes from ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sizes", [(120, 120), (30, 400)], ids=["even", "uneven"])
 @pytest.mark.parametrize("weighting", ["token", "conversation"])
-def test_shuffled_differences_have_the_covariance_of_the_noise(weighting):
-    """Whatever the distance of the sides: their difference is taken out first."""
+def test_shuffled_differences_have_the_covariance_of_the_noise(weighting, sizes):
+    """Whatever the distance of the sides, their numbers and their spread."""
     generator = torch.Generator().manual_seed(1)
     scales = torch.linspace(3, 0.2, WIDTH)
-    counts = torch.randint(1, 12, (120,), generator=generator).double()
-    sides = [
-        reading(shift + scales * torch.randn(120, WIDTH, generator=generator), counts, weighting)
-        for shift in (torch.zeros(WIDTH), 30 * torch.eye(WIDTH)[0])
-    ]
-    draws = shuffled_differences(*sides, weighting, seed=0, draws=3000)[:, 0].double()
+    sides = []
+    for n, shift, spread in zip(sizes, (0, 30), (3, 1), strict=True):
+        counts = torch.randint(1, 12, (n,), generator=generator).double()
+        noise = spread * scales * torch.randn(n, WIDTH, generator=generator)
+        sides.append(reading(shift * torch.eye(WIDTH)[0] + noise, counts, weighting))
+    draws = shuffled_differences(sides, weighting, seed=0, draws=3000)
+    assert draws is not None
     expected = sum(side.moments.variance[0] for side in sides)
-    assert torch.allclose(draws.var(0), expected, rtol=0.15)
-    assert float((draws.mean(0).abs() / expected.sqrt()).max()) < 0.1
+    assert torch.allclose(draws[:, 0].double().var(0), expected, rtol=0.15)
+    assert float((draws[:, 0].double().mean(0).abs() / expected.sqrt()).max()) < 0.1
 
 
-def test_flipped_differences_have_the_covariance_of_paired_noise():
+def test_shuffled_differences_of_pairs_have_the_covariance_of_paired_noise():
     generator = torch.Generator().manual_seed(2)
     scales = torch.linspace(3, 0.2, WIDTH)
     counts = torch.randint(1, 12, (150,), generator=generator).double()
     values = 20 * torch.eye(WIDTH)[3] + scales * torch.randn(150, WIDTH, generator=generator)
     paired = reading(values, counts)
-    draws = flipped_differences(paired, "token", seed=0, draws=3000)[:, 0].double()
-    assert torch.allclose(draws.var(0), paired.moments.variance[0], rtol=0.15)
+    draws = shuffled_differences([paired], "token", seed=0, draws=3000)
+    assert draws is not None
+    assert torch.allclose(draws[:, 0].double().var(0), paired.moments.variance[0], rtol=0.15)
+
+
+def test_of_one_conversation_no_noise_is_known(hooked_llama):
+    found = mean_diff(hooked_llama, BAD[:1], GOOD, layers=1)
+    assert not found.shuffled
+    assert not found.standard_errors
+    assert "norm / shuffled" not in trust_table(found)
 
 
 def test_a_difference_of_nothing_is_as_long_as_what_shuffled_labels_give():
@@ -229,7 +256,7 @@ def test_a_difference_of_nothing_is_as_long_as_what_shuffled_labels_give():
             for _ in range(2)
         ]
         difference = sides[0].moments.mean[0] - sides[1].moments.mean[0]
-        draws = shuffled_differences(*sides, "token", seed=trial)[:, 0]
+        draws = draws_of(sides, trial)
         beyond.append(float(difference.norm()) > float(draws.norm(dim=1).quantile(0.95)))
         if trial < 60:
             aurocs += held_out_auroc(*sides, groups, "token", seed=trial) or []
@@ -319,21 +346,30 @@ def test_intervals_from_the_standard_errors_contain_the_truth_19_times_in_20(wei
     assert 0.93 <= float(torch.stack(inside).double().mean()) <= 0.97
 
 
-def test_intervals_of_a_projection_on_any_axis_contain_the_truth_19_times_in_20():
+@pytest.mark.parametrize(
+    ("sizes", "spreads"), [((60, 60), (1, 1)), ((30, 300), (2, 1))], ids=["even", "uneven"]
+)
+def test_intervals_of_a_projection_on_any_axis_contain_the_truth_19_times_in_20(sizes, spreads):
     """300 resamples; the coordinates are correlated, so their own errors would not do."""
     generator = torch.Generator().manual_seed(8)
     gap, inside, naive = vector(5), [], []
     mixing = torch.randn(WIDTH, 3, generator=generator) @ torch.randn(3, WIDTH, generator=generator)
     for trial in range(300):
-        counts = torch.randint(3, 30, (60,), generator=generator).double()
-        sides = [
-            reading(shift + torch.randn(60, WIDTH, generator=generator) @ mixing, counts)
-            for shift in (gap, torch.zeros(WIDTH))
-        ]
+        sides = []
+        for shift, n, spread in zip((gap, torch.zeros(WIDTH)), sizes, spreads, strict=True):
+            counts = torch.randint(3, 30, (n,), generator=generator).double()
+            noise = spread * torch.randn(n, WIDTH, generator=generator) @ mixing
+            sides.append(reading(shift + noise, counts))
         found = sides[0].moments.mean[0] - sides[1].moments.mean[0]
-        draws = shuffled_differences(*sides, "token", seed=trial)[:, 0]
         error = (sides[0].moments.variance[0] + sides[1].moments.variance[0]).sqrt()
-        directions = planted({2: found}, shuffled={2: draws})
+        made = Provenance(
+            "planted",
+            data={"positive": "a", "negative": "b"},
+            n=dict(zip(("positive", "negative"), sizes, strict=True)),
+        )
+        directions = Directions(
+            {2: found}, "resid_post", made, shuffled={2: draws_of(sides, trial)}
+        )
         axis = Direction.of(mixing[trial % 3] / mixing[trial % 3].norm(), 2)
         truth = float(gap @ axis.vector)
         interval = projection(directions, axis)[2]

@@ -66,7 +66,9 @@ def read_directions(
     if kind == "peft":
         found = lora.adapter_directions(path if path.is_dir() else path.parent)
     else:
-        found = {"emlens": _emlens, "papers": papers.read_papers, "gguf": read_gguf}[kind](path)
+        found = {"emlens": load_directions, "papers": papers.read_papers, "gguf": read_gguf}[kind](
+            path
+        )
     if d_model is not None and found.d_model != d_model:
         raise ValueError(
             f"{path} holds vectors of width {found.d_model}, but the model's is {d_model}; they "
@@ -192,15 +194,6 @@ def _above(name: str) -> tuple[str, ...]:
 def _names(folder: Path) -> list[str]:
     inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [path.as_posix() for path in inside if not any(p.startswith(".") for p in path.parts)]
-
-
-def _emlens(path: Path) -> Directions:
-    try:
-        return load_directions(path)
-    except (KeyError, ValueError) as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path} holds no whole record of directions: {error}") from error
 
 
 def _sniffed(path: Path) -> Format:
