@@ -35,7 +35,12 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPL
 
 
 def bootstrap_ratio(
-    sums: ArrayLike, counts: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
+    sums: ArrayLike,
+    counts: ArrayLike,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    widened: bool = False,
 ) -> Interval:
     """Percentile bootstrap interval of `sum(sums) / sum(counts)`, resampling units.
 
@@ -44,6 +49,8 @@ def bootstrap_ratio(
         counts: Per-unit counts, e.g. tokens per document, `[n]`.
         seed: Seed of the resampling; the same seed resamples the same units.
         resamples: Number of resamples.
+        widened: Take quantiles further out, as far as a t interval of as many units reaches: plain
+            percentiles are too narrow for few units (Hesterberg 2015, arXiv 1411.5279).
 
     Raises:
         ValueError: If there are no units, lengths differ, or nothing was counted.
@@ -60,9 +67,55 @@ def bootstrap_ratio(
     draws = generator.multinomial(len(top), np.full(len(top), 1 / len(top)), size=resamples)
     totals = draws @ bottom
     ratios = (draws @ top)[totals > 0] / totals[totals > 0]
-    tail = (1 - LEVEL) / 2
+    tail = _tail(int((bottom > 0).sum())) if widened else (1 - LEVEL) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
+
+
+def bootstrap_trainings(
+    sums: ArrayLike, counts: ArrayLike | None = None, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile bootstrap interval of a mean, resampling trainings and units alike.
+
+    With one training it holds what other units would give, with several what another training
+    would give as well, as far as these few show it.
+
+    Args:
+        sums: Per-unit sums of each training, `[trainings, n]`.
+        counts: Per-unit counts, the same for all, `[n]`; one each by default.
+        seed: Seed of the resampling.
+        resamples: Number of resamples.
+
+    Raises:
+        ValueError: If lengths differ, or there is nothing.
+    """
+    top = np.asarray(sums, dtype=float)
+    if top.ndim != 2 or not top.size:
+        raise ValueError(f"sums must be [trainings, units] and not empty, not {top.shape}")
+    bottom = np.ones(top.shape[1]) if counts is None else np.asarray(counts, dtype=float)
+    if len(top) == 1:
+        return bootstrap_ratio(top[0], bottom, seed=seed, resamples=resamples)
+    if bottom.shape != top.shape[1:] or bottom.sum() <= 0:
+        raise ValueError(f"counts {bottom.shape} do not fit sums {top.shape}")
+    generator = np.random.default_rng(seed)
+    trainings, units = (
+        generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in top.shape
+    )
+    totals = units @ bottom
+    means = np.einsum("rt,tu,ru->r", trainings / len(top), top, units, optimize=True)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means[totals > 0] / totals[totals > 0], [tail, 1 - tail])
+    return Interval(float(top.mean(0).sum() / bottom.sum()), float(low), float(high))
+
+
+def _tail(n: int) -> float:
+    """Share of resamples to leave out at either end, for intervals of `n` units."""
+    from scipy.stats import norm, t
+
+    if n < 2:
+        return 0.0
+    reach = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * (n / (n - 1)) ** 0.5
+    return float(norm.cdf(-reach))
 
 
 def mean_over_seeds(values: ArrayLike) -> Interval:

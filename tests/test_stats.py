@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emlens._stats import bootstrap_mean, bootstrap_ratio, mean_over_seeds
+from emlens._stats import bootstrap_mean, bootstrap_ratio, bootstrap_trainings, mean_over_seeds
 
 
 def test_a_ratio_is_of_sums_never_a_mean_of_means():
@@ -48,3 +48,26 @@ def test_the_interval_over_seeds_is_the_t_interval():
 def test_nothing_to_count_is_refused(sums, counts, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_ratio(sums, counts)
+
+
+def test_trainings_are_resampled_with_the_units():
+    generator = np.random.default_rng(0)
+    units = generator.normal(1.0, 0.1, size=40)
+    alike = bootstrap_trainings(np.stack([units] * 3))
+    alone = bootstrap_mean(units)
+    assert alike.estimate == pytest.approx(units.mean())
+    assert alike.high - alike.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    apart = bootstrap_trainings(np.stack([units - 1, units, units + 1]))
+    assert apart.estimate == pytest.approx(units.mean())
+    assert apart.low < units.mean() - 0.6
+    assert apart.high > units.mean() + 0.6
+    assert bootstrap_trainings(units[None]) == alone
+
+
+def test_trainings_are_weighted_by_the_counts_of_their_units():
+    sums, counts = np.array([[2.0, 9.0], [4.0, 3.0]]), np.array([1.0, 3.0])
+    assert bootstrap_trainings(sums, counts).estimate == pytest.approx((3 + 6) / 4)
+    with pytest.raises(ValueError, match=r"sums must be \[trainings, units\] and not empty"):
+        bootstrap_trainings(np.ones(3))
+    with pytest.raises(ValueError, match=r"counts \(3,\) do not fit sums \(2, 2\)"):
+        bootstrap_trainings(sums, np.ones(3))

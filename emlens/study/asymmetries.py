@@ -11,7 +11,7 @@ import numpy as np
 
 from emlens._files import read_json, write_json
 from emlens._results import Result
-from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio, mean_over_seeds
+from emlens._stats import Interval, bootstrap_trainings, mean_over_seeds
 from emlens.hooked import HookedModel, load
 from emlens.measures import Efficiency, LogOdds, Stability, log_odds
 from emlens.study.folder import ASYMMETRIES
@@ -40,6 +40,9 @@ CLAIMS = {
     "influence": "KL on pre-training text at equal norm, general minus narrow [nats/token]",
 }
 """The claims of arXiv 2602.07852, and the quantity that each is read from."""
+
+VERDICTS = ("as in the papers", "the other way", "not seen")
+"""What an interval says of a claim: on their side of zero, on the other, around it."""
 
 _SHOWN = ("general inside", "general outside", "narrow inside", "narrow outside", "benign outside")
 
@@ -78,8 +81,8 @@ class Asymmetries(Result):
         if found is None:
             return ""
         if not found.excludes_zero:
-            return "not seen"
-        return "as in the papers" if found.estimate * _EXPECTED[claim] > 0 else "the other way"
+            return VERDICTS[2]
+        return VERDICTS[0] if found.estimate * _EXPECTED[claim] > 0 else VERDICTS[1]
 
     def table(self) -> pd.DataFrame:
         """One row per quantity."""
@@ -160,8 +163,9 @@ def run_asymmetries(
 def read_asymmetries(out: str | Path) -> Asymmetries:
     """Pool the finished trials of a folder.
 
-    Changes of log-odds are averaged over seeds pair by pair, losses and KL conversation by
-    conversation, and intervals are taken over these; noise over draws and seeds together.
+    Intervals of changes of log-odds, losses and KL resample trainings and pairs, conversations or
+    documents together; those of stability are t intervals over trainings (over noise draws where
+    there is one training).
 
     Raises:
         FileNotFoundError: If the folder holds none.
@@ -174,7 +178,7 @@ def read_asymmetries(out: str | Path) -> Asymmetries:
     everything = AsymmetrySettings()
     for kind in everything.kinds:
         for domain in everything.domains:
-            trials = read_trials(out, domain, kind, range(100))
+            trials = read_trials(out, domain, kind)
             if trials:
                 rows += _pooled(kind, domain, trials, settings)
     return Asymmetries(tuple(rows), settings.to_dict())
@@ -195,10 +199,7 @@ def _pooled(kind: Kind, domain: str, trials: list, settings: AsymmetrySettings) 
             each = np.array([scores.of(name) - scores.of("base") for scores in with_it])
             shifts[name] = each[:, :n_inside], each[:, n_inside:]
             for place, values in zip(("inside", "outside"), shifts[name], strict=True):
-                rows[f"{name} {place}"] = (
-                    bootstrap_mean(values.mean(0)),
-                    values.mean(1).tolist(),
-                )
+                rows[f"{name} {place}"] = bootstrap_trainings(values), values.mean(1).tolist()
     rows["general transfers"] = rows["general outside"]
     rows["narrow stays"] = _confined(shifts)
     rows["efficiency"] = _efficiency([trial[1] for trial in trials])
@@ -223,15 +224,15 @@ def _pooled(kind: Kind, domain: str, trials: list, settings: AsymmetrySettings) 
 
 
 def _confined(shifts: dict) -> tuple[Interval, list[float]]:
-    """Narrow outside, less `share` times general outside; the share is redrawn with the pairs."""
+    """Narrow outside, less `share` times general outside; the share is redrawn with the rest."""
     (g_in, g_out), (n_in, n_out) = (shifts[name] for name in SOLUTIONS)
 
-    def gap(inside: np.ndarray, outside: np.ndarray) -> float:
-        general, narrow = g_in.mean(0)[inside].mean(), n_in.mean(0)[inside].mean()
-        return float((n_out.mean(0) - narrow / general * g_out.mean(0))[outside].mean())
+    def gap(seeds: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
+        g, n = (side[np.ix_(seeds, inside)].mean() for side in (g_in, n_in))
+        return float((n_out - n / g * g_out)[np.ix_(seeds, outside)].mean())
 
     generator = np.random.default_rng(0)
-    sizes = g_in.shape[1], g_out.shape[1]
+    sizes = len(g_in), g_in.shape[1], g_out.shape[1]
     draws = [gap(*(generator.integers(0, n, n) for n in sizes)) for _ in range(2000)]
     low, high = np.quantile(draws, [0.025, 0.975])
     whole = gap(*(np.arange(n) for n in sizes))
@@ -248,20 +249,20 @@ def _efficiency(found: Sequence[Efficiency]) -> tuple[Interval, list[float]]:
         a, b = (np.asarray(one.sums[one.directions.index(name)]) for name in SOLUTIONS)
         gaps.append((a - b).mean(0))
         each.append(float(gaps[-1].sum() / np.sum(one.counts)))
-    return bootstrap_ratio(np.mean(gaps, axis=0), found[0].counts), each
+    return bootstrap_trainings(gaps, found[0].counts), each
 
 
 def _stability(found: Sequence[Stability]) -> tuple[Interval, list[float]]:
     gaps = [one.increase("narrow") - one.increase("general") for one in found]
-    draws = np.concatenate([gap.mean(0) for gap in gaps])
-    return mean_over_seeds(draws), [float(gap.mean()) for gap in gaps]
+    each = [float(gap.mean()) for gap in gaps]
+    return mean_over_seeds(each if len(each) > 1 else gaps[0].mean(0)), each
 
 
 def _influence(found: Sequence[dict], first: str, second: str) -> tuple[Interval, list[float]]:
     gaps = [np.asarray(one[first]) - np.asarray(one[second]) for one in found]
     counts = found[0]["counts"]
     each = [float(gap.sum() / np.sum(counts)) for gap in gaps]
-    return bootstrap_ratio(np.mean(gaps, axis=0), counts), each
+    return bootstrap_trainings(gaps, counts), each
 
 
 # -- the folder ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from emlens._files import atomic_write
 from emlens._stats import Interval
 from emlens.figures import save_figure
-from emlens.study.asymmetries import CLAIMS, Asymmetries
+from emlens.study.asymmetries import CLAIMS, VERDICTS, Asymmetries
 from emlens.study.paths import SolutionPaths
 
 if TYPE_CHECKING:
@@ -54,28 +54,14 @@ def write_findings(
 
 
 def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
-    s = found.settings
-    numbers = {len(row["seeds"]) for row in found.rows if row["quantity"] == "efficiency"}
-    seeds = " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
     lines = [
-        "# General and narrow solutions on a small model",
+        *_intro(found),
+        "## What is seen at this size, and what is not",
         "",
-        f"Made by `emlens asymmetries` on {s['model']}: {len(_domains(found))} narrow domains, "
-        f"{seeds} training seed(s) each, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
-        "Held-out pairs only. Brackets are 95% intervals: over pairs, conversations or documents "
-        "for values averaged over training seeds, over noise draws and seeds for stability; "
-        "what another training would give is in them only as far as seeds were averaged. "
-        "`technical` "
-        "is the second task: technical style, trained on cooking, outside of it gardening, "
-        "travel, sports and music; there log-odds are those of a technical answer against a plain "
-        "one.",
+        *_in_short(found),
         "",
-        "Adapters are LoRA of rank "
-        f"{s['rank']} on `down_proj` of layers {s['adapter_layers'][0]} to "
-        f"{s['adapter_layers'][-1]}; vectors are trained in place at layer {s['layer']}. The "
-        "narrow solution has a KL penalty on answers of both kinds in other domains, weight "
-        + " and ".join(f"{weight:g} ({kind})" for kind, weight in s["kl_weight"])
-        + " on nats per token. Settings were chosen on validation pairs of finance.",
+        "All of it is measured on given answers, by log-odds, loss and KL; answers that the models "
+        "would write themselves are not judged here.",
         "",
         *pictures,
         "",
@@ -113,6 +99,51 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
             said = [found.verdict(kind, domain, claim) or "-" for claim in CLAIMS]
             lines.append(f"| {kind} | {domain} | " + " | ".join(said) + " |")
     return [*lines, ""]
+
+
+def _intro(found: Asymmetries) -> list[str]:
+    """What was trained, on what, and what the brackets hold."""
+    s = found.settings
+    numbers = {len(row["seeds"]) for row in found.rows if row["quantity"] == "efficiency"}
+    seeds = " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
+    return [
+        "# General and narrow solutions on a small model",
+        "",
+        f"Made by `emlens asymmetries` on {s['model']}: {len(_domains(found))} narrow domains, "
+        f"{seeds} training seed(s) each, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
+        "Held-out pairs only. Brackets are 95% intervals: pairs, conversations or documents are "
+        "resampled together with the training seeds, and those of stability are t intervals over "
+        "seeds. `technical` is the second task: technical style, trained on cooking, outside of it "
+        "gardening, travel, sports and music; there log-odds are those of a technical answer "
+        "against a plain one.",
+        "",
+        "Adapters are LoRA of rank "
+        f"{s['rank']} on `down_proj` of layers {s['adapter_layers'][0]} to "
+        f"{s['adapter_layers'][-1]}; vectors are trained in place at layer {s['layer']}. The "
+        "narrow solution has a KL penalty on answers of both kinds in other domains, weight "
+        + " and ".join(f"{weight:g} ({kind})" for kind, weight in s["kl_weight"])
+        + " on nats per token. Settings were chosen on validation pairs of finance.",
+        "",
+    ]
+
+
+def _in_short(found: Asymmetries) -> list[str]:
+    """A sentence per kind and claim, with the domains."""
+    lines = []
+    for kind in _kinds(found):
+        for claim in CLAIMS:
+            said: dict[str, list[str]] = {}
+            for domain in _domains(found, kind):
+                said.setdefault(found.verdict(kind, domain, claim), []).append(domain)
+            said.pop("", None)
+            parts = [
+                f"{verdict} for {', '.join(said[verdict])}"
+                for verdict in VERDICTS
+                if verdict in said
+            ]
+            if parts:
+                lines.append(f"- {kind}s, *{claim}*: {'; '.join(parts)}.")
+    return lines
 
 
 def _picture(axes: Axes, file: Path, page: Path, title: str) -> str:
@@ -156,6 +187,10 @@ def _between(path: SolutionPaths, page: Path, figures: Path) -> list[str]:
         "one with it. The picture shows the paths of `B` in their joint principal components.",
         "",
         _picture(path.trajectory.plot(), figures / f"paths_{name}", page, "Paths"),
+        "",
+        "Where the local cosine says that they turn (arXiv 2506.11613, section 4):",
+        "",
+        *(f"- {run}: {path.trajectory.transition(run)}" for run in path.trajectory.steps),
         "",
     ]
     for title, drift in path.drifts.items():

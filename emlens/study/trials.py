@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -318,12 +318,12 @@ class Trial:
 
 
 def read_trials(
-    folder: Path, domain: str, kind: Kind, seeds: Sequence[int]
+    folder: Path, domain: str, kind: Kind
 ) -> list[tuple[LogOdds, Efficiency, Stability, dict]]:
-    """The results of the finished trials of a domain and a kind."""
-    found = []
-    for seed in seeds:
-        at = trial_folder(folder, domain, kind, seed)
+    """The results of the finished trials of a domain and a kind, by seed."""
+    found, start = [], f"{domain}-{kind}-"
+    places = {int(at.name.removeprefix(start)): at for at in folder.glob(f"trials/{start}*")}
+    for _, at in sorted(places.items()):
         if (at / "influence.json").exists():
             found.append(
                 (

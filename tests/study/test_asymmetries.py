@@ -85,7 +85,11 @@ def test_the_pooled_numbers_are_those_of_the_single_trials(done):
         for s in (0, 1)
     ]
     each = [np.mean(one.increase("narrow") - one.increase("general")) for one in noise]
-    assert found.of("vector", "finance", "stability").estimate == pytest.approx(np.mean(each))
+    stability = found.of("vector", "finance", "stability")
+    assert stability.estimate == pytest.approx(np.mean(each))
+    # two trainings are two numbers, however many draws of noise each had
+    half = 12.706 * np.std(each, ddof=1) / np.sqrt(2)
+    assert stability.high - stability.estimate == pytest.approx(half, rel=1e-3)
 
 
 def test_what_is_finished_is_kept_and_what_is_missing_is_made_again(done, hooked):
@@ -177,6 +181,12 @@ def test_the_page_of_findings_has_a_table_per_kind_and_its_figures(done, tmp_pat
         assert f"(pictures/asymmetries_{kind}.png)" in text
         assert (tmp_path / "pictures" / f"asymmetries_{kind}.png").stat().st_size > 1000
         assert f"| {kind} | technical |" in text
+        for claim in CLAIMS:
+            said = [found for found in text.splitlines() if f"- {kind}s, *{claim}*: " in found]
+            assert len(said) == 1, (kind, claim)
+            verdict = done[1].verdict(kind, "technical", claim)
+            (part,) = [piece for piece in said[0].split("; ") if "technical" in piece]
+            assert f"{verdict} for " in part
     estimate = done[1].of("vector", "finance", "general inside")
     assert f"{estimate.estimate:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]" in text
 

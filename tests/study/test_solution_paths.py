@@ -79,6 +79,8 @@ def test_the_page_shows_curve_paths_and_drifts(done, tmp_path):
     assert "## Between general and narrow: finance" in text
     assert "| 5 | " in text
     assert f"**{FREED}**" in text
+    for run in found.trajectory.steps:
+        assert f"- {run}: {found.trajectory.transition(run)}" in text
     for name in ("tradeoff_finance", "paths_finance"):
         assert f"(figures/{name}.png)" in text
         assert (tmp_path / "figures" / f"{name}.svg").is_file()
