@@ -16,6 +16,7 @@ from emlens.training.settings import (
     TrainSettings,
     VectorSettings,
     WeightSettings,
+    paper_kl_weight,
 )
 from emlens.training.vector import train_vector
 from emlens.training.weights import train_weights
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 DEPTH = 48
 """Blocks of Qwen2.5-14B, in which the papers number their layers."""
+
+VOCABULARY = 152_064
+"""Entries of Qwen2.5-14B's vocabulary, by which the papers' code divides its KL."""
 
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -40,6 +44,7 @@ class Preset:
         layers: Layers in a model of 48 blocks; None for all.
         source: Paper and table.
         note: What was not published, or is done otherwise here.
+        paper_kl: KL weight of the narrow variant as the papers give it; None where there is none.
     """
 
     name: str
@@ -47,6 +52,12 @@ class Preset:
     layers: tuple[int, ...] | None
     source: str
     note: str = ""
+    paper_kl: float | None = None
+
+    @property
+    def kl_weight(self) -> float | None:
+        """KL weight of the narrow variant on nats per token; None where there is none."""
+        return None if self.paper_kl is None else paper_kl_weight(self.paper_kl, VOCABULARY)
 
     def layers_in(self, n_layers: int) -> tuple[int, ...] | None:
         """The layers at the same relative depth in a model of `n_layers` blocks."""
@@ -75,6 +86,7 @@ PRESETS: dict[str, Preset] = {
             None,
             "arXiv 2506.11613, Table 6",
             _OPTIMISER,
+            paper_kl=1e5,
         ),
         Preset(
             "rank-32-one-layer",
@@ -107,6 +119,7 @@ PRESETS: dict[str, Preset] = {
             (24,),
             "arXiv 2602.07852, Table 9",
             _OPTIMISER,
+            paper_kl=1e5,
         ),
         Preset(
             "rank-1-trajectory",
@@ -121,6 +134,7 @@ PRESETS: dict[str, Preset] = {
             (24,),
             "arXiv 2602.07852, Table 9",
             f"at mlp_out; {_OPTIMISER}",
+            paper_kl=1e6,
         ),
     )
 }
@@ -146,6 +160,7 @@ def table() -> pd.DataFrame:
                 "lr": own.lr,
                 "epochs": own.epochs,
                 "batch": f"{own.batch_size} x {own.accumulate}",
+                "narrow: KL weight [nats/token]": preset.kl_weight,
                 "source": preset.source,
                 "note": preset.note,
             }
@@ -163,7 +178,8 @@ def train_preset(
     """Train as one of the papers did, on any model: layers at the same relative depth.
 
     Args:
-        preset: A name of `PRESETS`.
+        preset: A name of `PRESETS`. Its narrow variant has a penalty besides:
+            `kl=KLPenalty(elsewhere, preset_of(name).kl_weight)`.
         model: The model.
         train: Conversations of the narrow domain.
         name: What an adapter is called on the model; by default as the preset.

@@ -24,6 +24,10 @@ def test_the_table_has_the_numbers_of_the_papers():
     assert table.loc["nine-rank-1", "layers of 48"] == "15, 16, 17, 21, 22, 23, 27, 28, 29"
     assert set(table["batch"]) == {"2 x 8"}
     assert table["source"].str.startswith("arXiv").all()
+    weights = table["narrow: KL weight [nats/token]"]
+    assert weights["vector"] == pytest.approx(6.58, abs=0.01)
+    assert weights["rank-1"] == weights["rank-32"] == pytest.approx(0.658, abs=0.001)
+    assert weights[["full", "nine-rank-1"]].isna().all()
 
 
 def test_layers_keep_their_relative_depth():
