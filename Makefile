@@ -16,7 +16,7 @@ SOURCES := emlens tests tutorials benchmarks docs/*.py
 help:
 	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
 	@echo "make assets    run the demo and copy its figures to where the README shows them"
-	@echo "make test      lint, types and tests, the real model included"
+	@echo "make test      lint, types and tests, the real model and pages in Chromium included"
 	@echo "make lint      ruff and pyright only"
 	@echo "make format    let ruff format and fix what it can"
 	@echo "make bench     run the benchmarks"

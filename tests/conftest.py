@@ -21,6 +21,7 @@ import pytest
 from transformers import PreTrainedModel
 
 import emlens
+from tests.support.browser import chromium as chromium
 
 Factory = Callable[..., PreTrainedModel]
 

@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 
 import emlens
 from emlens.text import corpus
+from tests.support.browser import complaints as seen_wrong
+from tests.support.browser import served
 from tests.support.data import pairs
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +129,19 @@ def test_every_tutorial_has_a_page_and_a_line_in_the_list(site):
         assert (site / "tutorials" / f"{source.stem}.html").exists()
         assert f'href="tutorials/{source.stem}.html"' in listed
         assert f"<code>{source.name}</code>" in listed
+
+
+def test_every_page_is_right_in_a_browser(site, chromium):
+    both = {"index.html", "gallery.html", "papers.html"}
+    wrong = {}
+    with served(site) as address:
+        for file in sorted(site.rglob("*.html")):
+            name = str(file.relative_to(site))
+            if name != "404.html":
+                widths = (1280, 400) if name in both else (400,)
+                wrong[name] = seen_wrong(chromium, address + name, widths)
+    assert len(wrong) > 20
+    assert {name: what for name, what in wrong.items() if what} == {}
 
 
 # -- quotes -------------------------------------------------------------------------------------

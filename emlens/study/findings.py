@@ -48,7 +48,14 @@ def narrow_stays(found: Measured) -> str:
     """Is the narrow vector more than a weaker general one?"""
     s, odds = found.settings, found.log_odds
     inside, outside = odds.change("narrow", [s.domain]), odds.change("narrow", s.outside)
-    kept = inside.estimate / odds.change("general", [s.domain]).estimate
+    general = odds.change("general", [s.domain])
+    if _sign(general) <= 0:
+        return (
+            f"Narrow (KL weight {s.kl_weight:g}): {inside} nats/token in {s.domain} and {outside} "
+            f"on {', '.join(s.outside)}; the general vector raises nothing in {s.domain} that is "
+            "clear of zero, so that nothing is said about how narrow this one is."
+        )
+    kept = inside.estimate / general.estimate
     confined = _beyond_scaling(odds, kept, s.outside)
     verdict = _verdict(
         confined,
@@ -110,6 +117,7 @@ def general_is_more_stable(found: Measured) -> str:
         up="narrow degrades faster, as in the papers",
         down="general degrades faster, unlike in the papers",
         none="no difference is seen",
+        digits=1,
     )
     return (
         f"Stability: at epsilon {epsilon:g} noise costs narrow {gap.estimate:+.1f} "
@@ -164,10 +172,14 @@ def _beyond_scaling(odds: LogOdds, kept: float, domains: tuple[str, ...]) -> Int
     return bootstrap_mean(narrow - kept * general, seed=odds.seed)
 
 
-def _verdict(interval: Interval, *, up: str, down: str, none: str) -> str:
-    if interval.low > 0:
-        return up
-    return down if interval.high < 0 else none
+def _verdict(interval: Interval, *, up: str, down: str, none: str, digits: int = 3) -> str:
+    return {1: up, -1: down, 0: none}[_sign(interval, digits)]
+
+
+def _sign(interval: Interval, digits: int = 3) -> int:
+    """1 or -1 where zero is outside of the interval as it is printed, else 0."""
+    low, high = round(interval.low, digits), round(interval.high, digits)
+    return int(low > 0) - int(high < 0)
 
 
 def _middle(values: tuple[float, ...]) -> int:

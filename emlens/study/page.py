@@ -29,13 +29,10 @@ def study_report(
     """Put a finished study together as a report."""
     s = found.settings
     method = (
-        f"One vector each is added at every position of layer {s.layer} of {s.model} and trained, "
-        f"all weights frozen, on {s.train_pairs} pairs of {s.domain} at most: general (misaligned "
-        f"answers), narrow (the same with KL weight {s.kl_weight:g} on aligned answers of "
-        f"{' and '.join(s.kl_domains)}), benign (the aligned answers of the same prompts). "
-        f"Behaviour is the log-odds of misaligned against aligned answers on held-out pairs, in "
-        f"nats per token; {' and '.join(s.outside)} is never trained on nor protected. Intervals "
-        f"are 95% bootstrap intervals over pairs, conversations or documents."
+        f"Vectors are trained at layer {s.layer} of {s.model}, all weights frozen, on pairs of "
+        f"{s.domain}: general (misaligned answers), narrow (the same with a KL term elsewhere) "
+        "and benign (aligned answers). Behaviour is the log-odds of misaligned against aligned "
+        "answers on held-out pairs, with 95% intervals."
     )
     page = _Page(store, sentences)
     return Report(
@@ -44,7 +41,7 @@ def study_report(
         method=method,
         findings=tuple(sentences.values()),
         sections=(
-            page.training(records),
+            page.training(found, records),
             page.behaviour(found),
             page.ablation(found),
             page.directions(records),
@@ -65,7 +62,8 @@ class _Page:
     def __init__(self, store: StudyStore, sentences: Mapping[str, str]) -> None:
         self.store, self.sentences = store, sentences
 
-    def training(self, records: Mapping[str, dict]) -> Section:
+    def training(self, found: Measured, records: Mapping[str, dict]) -> Section:
+        s = found.settings
         rows = [
             {"vector": name.removeprefix("train_"), **_rounded(record)}
             for name, record in records.items()
@@ -73,8 +71,13 @@ class _Page:
         ]
         return Section(
             "What was trained",
-            "The norm is that of what is really added; the dose is its share of the median "
-            "residual norm of the layer.",
+            f"Each vector is added at every position and trained on {s.train_pairs} pairs of "
+            f"{s.domain} at most; the KL of the narrow one, of weight {s.kl_weight:g}, is on "
+            f"aligned answers of {' and '.join(s.kl_domains)}. "
+            f"{' and '.join(s.outside).capitalize()} is neither trained on nor protected. The norm "
+            "is that of what is really added; the dose is its share of the median residual norm of "
+            "the layer. Intervals, here and below, are 95% bootstrap intervals over pairs, "
+            "conversations or documents.",
             figures=(
                 self._figure(
                     "training",
@@ -100,7 +103,9 @@ class _Page:
                     "towards zero: what counts is how far a vector lies above random.",
                 ),
             ),
-            finding=f"{self.sentences['general_transfers']} {self.sentences['narrow_stays']}",
+            finding="\n\n".join(
+                self.sentences[name] for name in ("general_transfers", "narrow_stays")
+            ),
             caveat="Log-odds of given answers are not generated behaviour, and a model of this "
             "size rarely says something misaligned of its own accord.",
             tables=(
@@ -131,6 +136,7 @@ class _Page:
 
     def directions(self, records: Mapping[str, dict]) -> Section:
         here = pd.DataFrame(records["cosines"]["at layer"]["rows"])
+        extracted = pd.DataFrame(records["extract"]["table"]).drop(columns="hook")
         return Section(
             "Are the constructions the same direction?",
             figures=(
@@ -144,11 +150,11 @@ class _Page:
             caveat="Two directions can look unrelated where they act and still do the same "
             "downstream; every result names its construction.",
             tables=(
-                Table(here, "Cosine at the layer of the trained vectors"),
                 Table(
-                    pd.DataFrame(records["extract"]["table"]),
-                    "Mean difference: norm, error and split-half cosine per layer",
+                    here.drop(columns="note", errors="ignore").dropna(axis="columns", how="all"),
+                    "Cosine at the layer of the trained vectors, whose own errors are not known",
                 ),
+                Table(extracted, "Mean difference: norm, error and split-half cosine per layer"),
             ),
         )
 
@@ -212,7 +218,7 @@ class _Page:
                 Answers(
                     prompt,
                     {name: texts[i] for name, texts in record["answers"].items()},
-                    note=domain,
+                    note=f"Domain: {domain}.",
                 )
                 for i, (domain, prompt) in enumerate(record["questions"])
             ),

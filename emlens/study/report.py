@@ -221,7 +221,7 @@ def _head(report: Report) -> str:
 def _section(section: Section, numbers: _Numbers) -> str:
     parts = [_prose(section.text)]
     parts += [_figure(figure, section.heading, numbers) for figure in section.figures]
-    parts.append(_prose(section.finding or "", "finding"))
+    parts.append(_prose(section.finding or "", "finding", "Finding"))
     parts += [_table(table, numbers) for table in section.tables]
     parts += [_answers(answers) for answers in section.answers]
     parts.append(_prose(section.caveat or "", "caveat", "Caveat"))
@@ -240,7 +240,16 @@ def _prose(text: str, kind: str = "", label: str = "") -> str:
 
 
 def _marked(text: str) -> str:
-    return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", escape(text))
+    """Escaped, code between backticks, and numbers that no line breaks: minus signs, intervals."""
+    parts = re.split(r"`([^`\n]+)`", text)
+    parts[::2] = [_INTERVAL.sub(",\u00a0", _MINUS.sub("\u2212", part)) for part in parts[::2]]
+    parts = [escape(part) for part in parts]
+    parts[1::2] = [f"<code>{part}</code>" for part in parts[1::2]]
+    return "".join(parts)
+
+
+_MINUS = re.compile(r"(?<!\w)-(?=\d)")
+_INTERVAL = re.compile(r"(?<=\d),\s(?=[+\u2212]?[\d.]+\])")
 
 
 def _figure(figure: FigureItem, heading: str, numbers: _Numbers) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,6 +19,7 @@ from emlens.study.report import (
     render_report,
     write_report,
 )
+from tests.support.browser import WIDTHS, look
 
 NASTY = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & \"more\""
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -105,7 +107,7 @@ def full(figure: FigureItem) -> Report:
 def test_the_parts_stand_in_the_order_of_a_paper(figure):
     words = Page(render_report(full(figure))).words
     wanted = ["Is it so?", "We look.", "It is.", "Contents", "First.", "Second.", "Figure 1."]
-    wanted += ["Lower is gentler.", "KL is 0.1 [0.05, 0.2] nats.", "Table 1.", "Table 2."]
+    wanted += ["Lower is gentler.", "KL is 0.1 [0.05,\u00a00.2] nats.", "Table 1.", "Table 2."]
     wanted += ["One model.", "Prompt", "(no text)", "train.kl.weight", "emlens"]
     places = [words.index(part) for part in wanted]
     assert places == sorted(places)
@@ -189,10 +191,32 @@ def test_cells_are_written_for_readers(value, shown):
     assert re.search(r"<td[^>]*>([^<]*)</td>", text).group(1) == shown
 
 
+def test_signs_and_intervals_in_prose_are_not_broken_and_code_is_left_alone():
+    finding = (
+        "KL moves by -0.25 [-0.30, -0.20] at layers 3-5: `a - b [-1, 2]`; general - x, 2506-1."
+    )
+    text = render_report(report(sections=(Section("One", finding=finding),)))
+    assert "by −0.25 [−0.30,\u00a0−0.20] at layers 3-5: <code>a - b [-1, 2]</code>" in text
+    assert "a - x, 2506-1." in text
+
+
 def test_numbers_are_set_right_and_words_left():
     frame = pd.DataFrame({"name": ["a"], "loss": [0.5], "flag": [True]})
     text = render_report(report(sections=(Section("One", tables=(Table(frame),)),)))
     assert re.findall(r'<th scope="col"( class="number")?>', text) == ["", ' class="number"', ""]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_report_with_all_there_can_be_is_right_in_a_browser(chromium, figure, tmp_path, dark):
+    wide = pd.DataFrame({f"a column with a long name {i}": [i / 7] for i in range(12)})
+    unbreakable = Answers("w" * 300, {"base": "v" * 400, "other": "<img src=x onerror=alert(1)>"})
+    parts = full(figure)
+    more = Section("H" * 80, "p" * 500, tables=(Table(wide),), answers=(unbreakable,))
+    path = write_report(replace(parts, sections=(*parts.sections, more)), tmp_path / "r.html")
+    for width in WIDTHS:
+        seen = look(chromium, path, width, dark=dark)
+        assert seen.complaints == []
+        assert "a column with a long name 11" in seen.text
 
 
 def test_an_empty_report_is_a_page():

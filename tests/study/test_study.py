@@ -12,9 +12,13 @@ import pytest
 from emlens.study import StudySettings, preset, run_study
 from emlens.study.data import StudyData
 from emlens.study.store import StudyStore
+from tests.support.browser import WIDTHS, look
 
 QUICK = preset("smoke").with_options(layer=1, lr=0.05)
 ARTEFACTS = ("results.json", "report.html", "log_odds.json", "influence.json", "settings.json")
+
+LARGEST = 5_000_000
+"""Bytes of a report."""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,17 @@ def test_the_report_is_one_file_that_shows_the_figures(finished):
     assert "http://" not in page.replace("http://www.w3.org", "")
     for sentence in finished.findings.values():
         assert sentence.split(":")[0] in page
+
+
+def test_the_report_is_right_in_a_browser_on_a_laptop_and_on_a_phone(finished, chromium):
+    assert finished.report.stat().st_size < LARGEST
+    for width in WIDTHS:
+        seen = look(chromium, finished.report, width)
+        assert seen.complaints == []
+        sections = ("What was trained", "Which is more stable?", "What it says", "Versions")
+        assert all(seen.text.count(name) == 2 for name in sections)
+        assert "Figure 7." in seen.text
+        assert len(seen.screenshot) > 100_000
 
 
 def test_a_second_run_computes_nothing_again(finished, hooked, monkeypatch):
