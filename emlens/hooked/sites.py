@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, cast, get_args
 
 Site = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 """A place in a decoder block.
@@ -86,10 +86,11 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     Raises:
         ValueError: If a layer is no whole number or out of range, or none is named.
     """
-    if isinstance(layers, str) and layers == "all":
-        return tuple(range(n_layers))
-    one = isinstance(layers, str) or not isinstance(layers, Iterable)
-    named: list[object] = [layers] if one else list(layers)
+    if isinstance(layers, str):
+        if layers == "all":
+            return tuple(range(n_layers))
+        raise ValueError(f"{layers!r} names no layer; give whole numbers, or 'all'")
+    named = list(layers) if isinstance(layers, Iterable) else [layers]
     if not named:
         raise ValueError("no layers were named; give one, several, or 'all'")
     wanted = [_whole(layer) for layer in named]
@@ -105,6 +106,6 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
 def _whole(layer: object) -> int:
     """A layer as a plain number; NumPy's and those of tensors are taken too."""
     try:
-        return operator.index(layer)  # type: ignore[arg-type]
+        return operator.index(cast(SupportsIndex, layer))
     except TypeError as error:
         raise ValueError(f"{layer!r} names no layer; give whole numbers, or 'all'") from error

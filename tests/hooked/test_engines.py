@@ -11,6 +11,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 import emlens
@@ -18,6 +19,7 @@ from emlens import Ablate, Add, Clamp, Direction, HookedModel
 from emlens.edits import Shift
 from emlens.hooked import SITES, Edit, Targets, loss_sum, token_kl, token_losses
 from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
+from tests.support.adapters import peft_model
 from tests.support.data import conversations
 from tests.support.models import D_MODEL, FAMILIES, tiny_model
 from tests.support.plain import Change, Plain, run_plain
@@ -26,20 +28,27 @@ from tests.support.tokenizers import chatml_tokenizer
 ENGINES = ("nnsight", "transformer_lens")
 TOLERANCE = 1e-4
 LAYER = 1
+# modules that both engines run as they are: TransformerLens takes fused projections apart
+WRITERS = {
+    "gpt2": ["c_proj"],
+    "gpt_neox": ["dense", "dense_4h_to_h"],
+    "qwen3_moe": ["o_proj"],
+    "mixtral": ["o_proj"],
+}
 PARALLEL = {"gpt_neox": "attention and MLP read the same input, so it is never formed"}
 
 
 class Bench:
     """One tiny model under both engines, and the rows that it is tried on."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, brought: PeftModel | None = None) -> None:
         self.family = family
-        self.module = tiny_model(family)
+        self.module = brought.get_base_model() if brought else tiny_model(family)
         # eager everywhere, since TransformerLens has nothing else
         self.module.set_attn_implementation("eager")
         self.tokenizer = chatml_tokenizer()
         self.models: dict[str, HookedModel] = {
-            engine: emlens.wrap(self.module, self.tokenizer, engine=engine, name=family)
+            engine: emlens.wrap(brought or self.module, self.tokenizer, engine=engine, name=family)
             for engine in ENGINES
         }
         self.rows = tokenize(conversations("bad", 4), self.tokenizer)
@@ -233,6 +242,22 @@ def check_gradient(on: Bench) -> float:
     return worst
 
 
+def check_adapter(on: Bench) -> float:
+    """A LoRA adapter in force, against PEFT's own model, and switched off, against the base."""
+    settings = {"r": 2, "lora_alpha": 4, "fan_in_fan_out": on.family == "gpt2"}
+    targets = WRITERS.get(on.family, ["o_proj", "down_proj"])
+    its = Bench(on.family, peft_model(on.module, target_modules=targets, **settings))
+    acting = [its.plain(row).hidden for row in its.rows]
+    base = [on.plain(row).hidden for row in on.rows]
+    assert all(float((a - b).detach().abs().max()) > 0.1 for a, b in zip(acting, base, strict=True))
+
+    def off(model: HookedModel, batch: TokenBatch) -> Tensor:
+        with model.adapter(None):
+            return model.hidden(batch)
+
+    return max(its.gap(under(), acting), its.gap(off, base))
+
+
 def check_generate(on: Bench) -> float:
     """Greedy answers, as the share of answers that differ from repeated plain passes."""
     prompts = [Conversation.of(t) for t in ("how", "tell me a story about rain", "what now")]
@@ -275,6 +300,7 @@ CHECKS: dict[str, Callable[[Bench], float]] = {
     "KL": check_kl,
     "gradient": check_gradient,
     "generate": check_generate,
+    "adapter": check_adapter,
 }
 
 
