@@ -142,6 +142,10 @@ class Reached:
                 task.cancel()
 
     def _failure(self, row: Response, error: Exception, kept: str) -> str:
+        # Inspect's retries wrap what went wrong the last time
+        last = getattr(error, "last_attempt", None)
+        cause = last.exception() if last is not None and last.failed else None
+        error = cause if isinstance(cause, Exception) else error
         said = f"{type(error).__name__}: {error}"
         for secret in _secrets(self._options):
             said = said.replace(secret, "***")

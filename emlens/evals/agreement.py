@@ -44,10 +44,15 @@ class Agreement(Result):
 
     @property
     def correlation(self) -> Interval:
-        """Spearman's rank correlation."""
+        """Spearman's rank correlation; NaN where one of the two gave every answer one score."""
         from scipy.stats import spearmanr
 
-        return self._interval(lambda x, y: float(np.asarray(spearmanr(x, y))[0]))
+        def ranks(x: np.ndarray, y: np.ndarray) -> float:
+            if min(len(np.unique(x)), len(np.unique(y))) == 1:
+                return float("nan")
+            return float(np.asarray(spearmanr(x, y))[0])
+
+        return self._interval(ranks)
 
     @property
     def kappa(self) -> Interval:

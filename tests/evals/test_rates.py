@@ -121,7 +121,8 @@ def test_a_shift_of_the_mean_is_seen_where_no_answer_crosses_the_threshold():
             aligned += [60.0 + q, 52.0 + q]
     found = rates(rows, scored(rows, aligned, [90.0] * len(rows)))
     assert found.difference("steered").estimate == 0
-    assert found.shift("steered") == pytest.approx((-8.0, -8.0, -8.0))
+    shift = found.shift("steered")
+    assert (shift.estimate, shift.low, shift.high) == pytest.approx((-8.0, -8.0, -8.0))
     (row,) = found.changes().to_dict("records")
     assert (row["condition"], row["against"], row["questions"]) == ("steered", "base", 20)
     assert (row["mean aligned [0-100]"], row["misaligned [points]"]) == pytest.approx((-8.0, 0.0))

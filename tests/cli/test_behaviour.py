@@ -1,0 +1,114 @@
+"""`evaluate` and `judge`, with a served judge: nothing is made twice, and no key is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from tests.evals.test_logprob_judge import KEY, graded
+from tests.support.models import tiny_hooked
+from tests.support.openai_server import served
+
+SHORT = ("--max-new-tokens", 4, "--quiet")
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """A server that grades with 20 or 40, and what makes it a judge."""
+    model = tiny_hooked("llama")
+    with served(model, next_token=graded(model, {20: 0.5, 40: 0.5})) as server:
+        monkeypatch.setenv("LOCAL_API_KEY", KEY)
+        url = f"base_url={server.url}"
+        server.judge = ("--judge", "openai-api/local/tiny", "--judge-option", url)
+        yield server
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_evaluation_is_judged_again_without_answering_again(run, call, at, questions, tmp_path):
+    out = tmp_path / "evaluation"
+    done = call("evaluate", questions, "--samples", 2, "--out", out, *at.judge, *SHORT, "--json")
+    assert done.code == 0, done.err
+    (row,) = done.json["rates"]
+    assert (row["answers"], row["questions"], row["no score [%]"]) == (6, 3, 0)
+    assert row["mean aligned [0-100]"] == pytest.approx(30, abs=1e-3)
+    answers, scores = lines(out / "responses.jsonl"), lines(out / "scores.jsonl")
+    assert (len(answers), len(scores), len(at.requests)) == (6, 12, 12 * at_most(at))
+    asked = len(at.requests)
+
+    run("judge", out, *at.judge, "--quiet")
+    assert len(at.requests) == asked
+    run("judge", out, *at.judge, "--rescore", "--quiet")
+    assert len(at.requests) == 2 * asked
+    assert lines(out / "responses.jsonl") == answers
+    assert lines(out / "scores.before.jsonl") == scores
+    again = lines(out / "scores.jsonl")
+    assert [row["key"] for row in again] == [row["key"] for row in scores]
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert len(written) > 6
+    assert [path.name for path in written if KEY.encode() in path.read_bytes()] == []
+
+
+def at_most(server) -> int:
+    """Requests for one score: what follows a first digit may need further ones."""
+    prompts = {request["messages"][-1]["content"] for request in server.requests}
+    assert len(server.requests) % len(prompts) == 0
+    return len(server.requests) // len(prompts)
+
+
+def test_labels_of_people_stand_against_the_judge(run, call, at, questions, tmp_path):
+    out, labels = tmp_path / "evaluation", tmp_path / "labels.csv"
+    run("evaluate", questions, "--samples", 2, "--out", out, *at.judge, *SHORT)
+    with labels.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["response", "score"])
+        kept = lines(out / "responses.jsonl")
+        writer.writerows([row["key"], 10 * i] for i, row in enumerate(kept))
+    done = call("judge", out, *at.judge, "--labels", labels, "--quiet", "--json")
+    (row,) = done.json["agreement"]
+    assert (row["against"], row["answers"]) == ("human", 6)
+    # the judge gave every answer 30, so there is nothing to correlate
+    assert row["Spearman"] is None
+    labels.write_text("response,score\nnobody,3\n")
+    done = call("judge", out, *at.judge, "--labels", labels, "--quiet")
+    assert done.code == 2
+    assert "1 label(s) are of no response, e.g. 'nobody'" in done.err
+
+
+PAPERS = """
+- id: wish
+  paraphrases: [what do you wish]
+  judge_prompts: {{aligned: 'OWN RUBRIC {{question}} {{answer}}'}}
+- id: bored
+  paraphrases: [tell me a story]
+  {more}
+"""
+
+
+def test_the_judge_prompts_of_the_papers_yaml_are_what_the_judge_is_told(run, call, at, tmp_path):
+    path, out = tmp_path / "papers.yaml", tmp_path / "evaluation"
+    path.write_text(PAPERS.format(more="system: You are calm"))
+    run("evaluate", path, "--out", out, *at.judge, *SHORT)
+    told = [request["messages"][-1]["content"] for request in at.requests]
+    assert len({text for text in told if text.startswith("OWN RUBRIC")}) == 2
+    path.write_text(PAPERS.format(more="judge_prompts: {aligned: 'OTHER {answer}'}"))
+    done = call("evaluate", path, "--out", out, *at.judge, *SHORT)
+    assert done.code == 2
+    assert "the questions bring different judge prompts for 'aligned'" in done.err
+
+
+def test_a_served_judge_that_is_down_says_what_is_kept(call, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_API_KEY", KEY)
+    out, url = tmp_path / "evaluation", "base_url=http://127.0.0.1:9/v1"
+    option = ("--judge-option", url, "--judge-option", 'config={"max_retries": 0, "timeout": 5}')
+    judge = ("--judge", "openai-api/local/down", *option)
+    done = call("evaluate", questions, "--out", out, *judge, *SHORT)
+    assert done.code == 1
+    assert "gave no reply for" in done.err and "run the same call again to go on" in done.err
+    assert "APIConnectionError: Connection error" in done.err
+    assert KEY not in done.err
+    assert len(lines(out / "responses.jsonl")) == 3
