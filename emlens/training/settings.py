@@ -230,8 +230,11 @@ def given(
             f"{', '.join(known)}"
         )
     start = settings or kind()
-    values = {name: getattr(start, name) for name in known} | overrides
-    chosen = kind(**{k: tuple(v) if isinstance(v, (list, range)) else v for k, v in values.items()})
+    values: dict[str, Any] = {name: getattr(start, name) for name in known} | overrides
+    frozen: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, (list, range)) else v for k, v in values.items()
+    }
+    chosen = kind(**frozen)
     if chosen.patience is not None and not watched:
         raise ValueError("patience watches the validation loss; give validation= conversations")
     return chosen
