@@ -224,6 +224,23 @@ def test_a_plain_model_on_transformer_lens_shares_its_weights(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("engine", ["nnsight", "transformer_lens"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_device_map_and_a_dtype_are_taken_by_load(engine, dtype, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    chatml_tokenizer().save_pretrained(tmp_path)
+    options = {"engine": engine, "dtype": dtype, "attn_implementation": "eager"}
+    plain = emlens.load(tmp_path, **options)
+    model = emlens.load(tmp_path, device_map="auto", **options)
+    assert model.dtype == plain.dtype == getattr(torch, dtype)
+    (batch,) = pack(tokenize(conversations("bad", 3), model.tokenizer))
+    real = batch.mask("all")
+    moved = model.hidden(batch, [Add(direction())]).cpu()[real]
+    assert moved.dtype == model.dtype
+    gap = (moved.float() - plain.hidden(batch, [Add(direction())])[real].float()).abs().max()
+    assert gap <= (0 if model.device == plain.device else 0.1)
+
+
+@pytest.mark.parametrize("engine", ["nnsight", "transformer_lens"])
 def test_a_model_that_accelerate_has_placed_gives_the_same_numbers(
     engine, tiny_tokenizer, tmp_path
 ):
