@@ -40,7 +40,7 @@ def run(what: str, documents: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=16)
+    parser.add_argument("--documents", type=int, default=16, help="of the smaller corpus")
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "DOCUMENTS"))
     arguments = parser.parse_args()
     if arguments.one:

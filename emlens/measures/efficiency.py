@@ -13,7 +13,7 @@ from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
 from emlens.hooked import HookedModel, check_layers
-from emlens.measures.grids import displaced_grid, norm_grid, own_grid
+from emlens.measures.grids import displaced_grid, norm_grid, own_grid, place_on
 from emlens.measures.solutions import BASE, read_solutions, variant_losses
 from emlens.text import Conversation, TokenMask
 
@@ -228,7 +228,8 @@ class Efficiency(Result):
         return self._of(direction).sum(1) / np.sum(self.counts)
 
     def _place(self, level: float) -> int:
-        return int(np.argmin(np.abs(np.asarray(self.grid) - level)))
+        what = {"norm": "norm", "own": "factor", "displacement": "displacement"}[self.match]
+        return place_on(self.grid, level, what)
 
 
 def efficiency(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
@@ -82,12 +82,10 @@ class PassSettings:
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, (list, tuple))}
         return cls(**{**values, **lists})
 
-    def differences(self, other: PassSettings) -> list[str]:
-        """What differs from other settings, in words."""
-        pairs = [
-            (item.name, getattr(self, item.name), getattr(other, item.name))
-            for item in fields(self)
-        ]
+    def differences(self, other: PassSettings, among: Collection[str] = ()) -> list[str]:
+        """What differs from other settings, in words; `among` some of them, or all."""
+        names = [item.name for item in fields(self) if not among or item.name in among]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name} {one} and {two}" for name, one, two in pairs if one != two]
 
 

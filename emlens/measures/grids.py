@@ -14,6 +14,9 @@ from emlens.measures.displacement import SITE, displacements, factors_for
 from emlens.measures.solutions import Solution, Variant, VectorSolution
 from emlens.text import TokenBatch, TokenMask
 
+ROUNDING = 0.01
+"""Relative difference up to which a value names a point of a grid."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -158,6 +161,19 @@ def checked_grid(values: Sequence[float], what: str) -> list[float]:
     if min(grid) < 0:
         raise ValueError(f"{what} must not be negative; got {min(grid):g}")
     return grid
+
+
+def place_on(grid: Sequence[float], value: float, what: str) -> int:
+    """Return the place of a value on a grid that was measured; rounding is allowed for.
+
+    Raises:
+        ValueError: If it was not measured: the nearest point would pass for another.
+    """
+    place = int(np.argmin(np.abs(np.asarray(grid) - value)))
+    if not np.isclose(grid[place], value, rtol=ROUNDING, atol=1e-9):
+        listed = ", ".join(f"{known:.4g}" for known in grid)
+        raise ValueError(f"nothing was measured at {what} {value:g}; there is {listed}")
+    return place
 
 
 def factors_to_norms(solutions: Mapping[str, Solution], factors: Sequence[float]) -> list[float]:

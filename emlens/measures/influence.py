@@ -15,14 +15,17 @@ from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction, Directions
 from emlens.hooked import Conditions, HookedModel
 from emlens.measures.controls import control_directions, kinds_of
-from emlens.measures.grids import named
-from emlens.measures.scoring import row_influence
+from emlens.measures.grids import named, place_on
+from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.measures.strengths import conditions_of, doses_of, gathered, sizes_of, strengths
-from emlens.text import Corpus
+from emlens.text import Corpus, TokenBatch
 
 if TYPE_CHECKING:
     from emlens.measures.profile import InfluenceProfile
     from emlens.measures.scan import InfluenceScan
+    from emlens.measures.tokens import TokenInfluence
+
+Values = tuple[tuple[float, ...], ...]
 
 DOSES = (0.05, 0.1, 0.2, 0.4)
 RANDOM = "random"
@@ -33,6 +36,8 @@ Kind = Literal["add", "ablate"]
 class Influence(Result):
     """KL and change of next-token loss on a corpus when a direction is added.
 
+    Intervals are bootstrapped over documents, widened as few of them need.
+
     Attributes:
         directions: Names of the directions, then those of the controls, then other conditions.
         constructions: How each was made.
@@ -42,8 +47,8 @@ class Influence(Result):
         kl: Summed `KL(base || edited)` in nats, `[directions, m, documents]`.
         losses: Summed next-token loss in nats, `[directions, m, documents]`.
         base: Summed loss of the model without any direction, `[documents]`.
-        counts: Predicted tokens per document; 0 for one shorter than two tokens.
-        documents: Their ids.
+        counts: Predicted tokens per document; 0 for one of a single token.
+        documents: Ids of the documents that have tokens.
         corpus: Name of the corpus.
         controls: Names of the controls of equal norm.
         seed: Seed of the bootstrap over documents.
@@ -51,6 +56,11 @@ class Influence(Result):
         groups: Controls by kind (and place, where there are several); tables average over each.
         fixed: Other conditions, measured once: their values are the same at every dose.
         skipped: Documents of fewer than two tokens, in which nothing is predicted.
+        texts: Tokens of each document as text, where values of single tokens were asked for; see
+            `tokens`.
+        token_base: Loss of each token without any direction, nats, `[documents][pos]`.
+        token_losses: Loss of each token, nats, by direction and point of the grid (`"name 0"`).
+        token_kl: The same of `KL(base || edited)`.
     """
 
     directions: tuple[str, ...]
@@ -69,6 +79,10 @@ class Influence(Result):
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     skipped: int = 0
+    texts: tuple[tuple[str, ...], ...] = ()
+    token_base: Values = ()
+    token_losses: dict[str, Values] = field(default_factory=dict)
+    token_kl: dict[str, Values] = field(default_factory=dict)
 
     def divergence(self, direction: str, dose: float) -> Interval:
         """Mean KL in nats per token, with its interval over documents."""
@@ -82,6 +96,32 @@ class Influence(Result):
         """Paired difference of KL, `first - second`, in nats per token."""
         place = self._place(dose)
         return self._ratio(self._kl(first)[place] - self._kl(second)[place])
+
+    def tokens(self, direction: str, dose: float) -> TokenInfluence:
+        """What a direction changes token by token, where `per_token=True` has kept that.
+
+        Raises:
+            ValueError: If it was not kept, or there is no such dose.
+            KeyError: If there is no such direction.
+        """
+        from emlens.measures.tokens import TokenInfluence
+
+        if not self.texts:
+            raise ValueError(
+                "no values of single tokens were kept; measure with influence(..., per_token=True)"
+            )
+        key = f"{direction} {0 if direction in self.fixed else self._place(dose)}"
+        if key not in self.token_kl:
+            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
+        what = direction if direction in self.fixed else f"{direction} at {dose:g}"
+        kept = TokenValues(
+            texts=dict(enumerate(self.texts)),
+            names=dict(enumerate(self.documents)),
+            base=dict(enumerate(self.token_base)),
+            losses={what: dict(enumerate(self.token_losses[key]))},
+            kl={what: dict(enumerate(self.token_kl[key]))},
+        )
+        return TokenInfluence.of(kept, what, self.corpus)
 
     def table(self) -> pd.DataFrame:
         """One row per direction and dose; controls of a kind are averaged into one."""
@@ -158,11 +198,12 @@ class Influence(Result):
         return np.mean([values[self.directions.index(name)] for name in names], axis=0)
 
     def _ratio(self, sums: np.ndarray) -> Interval:
-        return bootstrap_ratio(sums, self.counts, seed=self.seed)
+        return bootstrap_ratio(sums, self.counts, seed=self.seed, widened=True)
 
     def _place(self, dose: float) -> int:
-        grid = next(iter(self.norms.values())) if np.isnan(self.doses).any() else self.doses
-        return int(np.argmin(np.abs(np.asarray(grid) - dose)))
+        if np.isnan(self.doses).any():
+            return place_on(next(iter(self.norms.values())), dose, "norm")
+        return place_on(self.doses, dose, "dose")
 
 
 @overload
@@ -196,6 +237,7 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
     edit: Kind = "add",
     controls: int | Mapping[str, int] = 3,
     conditions: Conditions | None = None,
+    per_token: bool = False,
     max_tokens: int = 128,
     token_budget: int = 1024,
     seed: int = 0,
@@ -225,14 +267,16 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
             numbers by kind: `"random"`, `"activation differences"` (of two tokens of the corpus),
             `"shuffled labels"` (of the mean differences among the directions).
         conditions: Further edits or adapters, measured once as they are: a finetune, say.
+        per_token: Keep loss and KL of every single token as well, for `Influence.tokens`: two
+            numbers per token, direction and dose, in memory and on disk.
         max_tokens: Tokens that a document is cut to.
         token_budget: Padded tokens of a batch.
         seed: Seed of the controls and of the bootstrap over documents.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If the corpus is empty, a direction is zero, a norm is negative, a name is
-            taken twice, or controls are asked for that there are none of.
+        ValueError: If the corpus is empty or all of it too short, a direction is zero, a norm is
+            negative, a name is taken twice, or controls are asked for that there are none of.
 
     Example:
         >>> found = emlens.influence(model, emlens.corpus(), {"general": general}, doses=[0.1])
@@ -241,23 +285,25 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
     _check_choices(corpus, method, edit)
     reading: Any = {"max_tokens": max_tokens, "token_budget": token_budget}
     if method == "auto":
-        scanned = _scanned(model, corpus, directions, norms, edit, conditions)
+        exact_only = {"norms": norms, "conditions": conditions, "per_token": per_token}
+        exact_only["edit"] = edit if edit != "add" else None
+        scanned = _scanned(model, corpus, directions, exact_only)
         options: Any = {"doses": doses, "check": check, "seed": seed, "progress": progress}
         return scanned(profile=profile, **options, **reading)
     fixed = dict(conditions or {})
     if directions or not fixed:
         named(directions)
     kinds = kinds_of(controls) if directions else {}
-    groups = control_directions(model, corpus, directions, kinds, seed=seed, **reading)
+    readable = with_tokens(model, corpus)
+    groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
     chance = {name: control for members in groups.values() for name, control in members.items()}
     _check_names(directions, chance, fixed)
     every = {**directions, **chance}
-    sizes = sizes_of(model, corpus, every, **reading)
+    sizes = sizes_of(model, readable, every, **reading)
     grid = strengths(every, sizes, doses, norms, edit)
     at = doses_of(doses, norms, edit, sizes)
     measured = conditions_of(every, grid, edit) | {f"{n} 0": what for n, what in fixed.items()}
-    batches = model.batches(corpus, **reading)
-    losses, kl, base, counts = row_influence(model, batches, measured, progress=progress)
+    batches = model.batches(readable, **reading)
     points = {name: len(at) for name in every} | dict.fromkeys(fixed, 1)
     return Influence(
         directions=tuple(points),
@@ -266,26 +312,54 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
         doses=at,
         norms={name: tuple(abs(x) for x in grid[name]) for name in every}
         | {name: (float("nan"),) * len(at) for name in fixed},
-        kl=gathered(kl, points, len(at)),
-        losses=gathered(losses, points, len(at)),
-        base=tuple(base.tolist()),
-        counts=tuple(counts.tolist()),
-        documents=tuple(document.id for document in corpus.documents),
+        documents=tuple(document.id for document in readable.documents),
         corpus=corpus.name,
         controls=tuple(chance),
         seed=seed,
         edit=edit,
         groups={group: tuple(members) for group, members in groups.items()},
         fixed=tuple(fixed),
-        skipped=int((counts == 0).sum()),
+        **_from_passes(model, batches, measured, points, len(at), len(corpus), per_token, progress),
     )
 
 
-def _scanned(model, corpus, directions, norms, edit, conditions):
+def _from_passes(
+    model: HookedModel,
+    batches: Sequence[TokenBatch],
+    measured: Conditions,
+    points: Mapping[str, int],
+    n: int,
+    n_documents: int,
+    per_token: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The fields of a result that come from the passes; those of single tokens on request."""
+    kept = TokenValues() if per_token else None
+    losses, kl, base, counts = row_influence(model, batches, measured, progress=progress, keep=kept)
+    if not counts.any():
+        raise ValueError("no document has two tokens, so nothing is predicted")
+    found: dict[str, Any] = {
+        "kl": gathered(kl, points, n),
+        "losses": gathered(losses, points, n),
+        "base": tuple(base.tolist()),
+        "counts": tuple(counts.tolist()),
+        "skipped": n_documents - int((counts > 0).sum()),
+    }
+    if kept is None:
+        return found
+    rows = range(len(kept.texts))
+    return found | {
+        "texts": tuple(kept.texts[i] for i in rows),
+        "token_base": tuple(kept.base[i] for i in rows),
+        "token_losses": {n: tuple(of[i] for i in rows) for n, of in kept.losses.items()},
+        "token_kl": {n: tuple(of[i] for i in rows) for n, of in kept.kl.items()},
+    }
+
+
+def _scanned(model: HookedModel, corpus: Corpus, directions: Any, asked: Mapping[str, object]):
     """The scan, or a refusal of what only the exact method does."""
     from emlens.measures.scan import scan
 
-    asked = {"norms": norms, "edit": None if edit == "add" else edit, "conditions": conditions}
     unused = [name for name, value in asked.items() if value]
     if unused:
         raise ValueError(f"method='auto' has no {', '.join(unused)}; use method='exact'")

@@ -70,14 +70,16 @@ class TransferAuroc(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, axes=None):
-        """Both matrices, side by side; white is chance. Returns the two axes."""
+    def plot(self, ax=None):
+        """Both matrices, side by side, or that of the projection on `ax`; white is chance.
+
+        Returns the axes: a list of two where none are given.
+        """
         from emlens.figures import heatmap, new_panels
 
-        axes = new_panels(2, width=10.0, height=4.2) if axes is None else axes
-        for ax, title, values in zip(
-            axes, ("projection", "bag of words"), (self.projection, self.words), strict=True
-        ):
+        axes = new_panels(2, width=10.0, height=4.2) if ax is None else [ax]
+        panels = {"projection": self.projection, "bag of words": self.words}
+        for panel, (title, values) in zip(axes, panels.items(), strict=False):
             heatmap(
                 values,
                 self.domains,
@@ -88,9 +90,9 @@ class TransferAuroc(Result):
                 x_label="judged",
                 y_label="fitted to",
                 title=title,
-                ax=ax,
+                ax=panel,
             )
-        return axes
+        return axes if ax is None else ax
 
 
 def transfer_auroc(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 from emlens._results import Result
 from emlens.directions import Direction, Directions
 from emlens.hooked import HookedModel
+from emlens.measures.fisher_pass import PassSettings
 from emlens.measures.influence import DOSES, Influence, influence
 from emlens.measures.profile import DOSE, InfluenceProfile
 from emlens.text import Corpus
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 TRUSTED = 0.25
 """Median relative error up to which the quadratic counts as holding."""
+
+OF_THE_MODEL = ("model", "revision", "adapter", "edits", "d_model")
+"""Settings that a profile must share with the model that it is checked on."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def scan(
         corpus: Raw text.
         directions: Named directions of any number of layers.
         profile: A profile of this model on this corpus; made, at the layers needed, by default.
-        doses: Doses of the exact check; the smallest is that of the scores.
+        doses: Doses of the exact check; the one nearest to 0.05 is that of the scores.
         check: How many leaders, and how many others at random, are checked.
         draws: Draws of the profile, where it is made.
         max_tokens: Tokens that a document is cut to.
@@ -146,10 +151,12 @@ def scan(
         progress: Show progress bars.
 
     Raises:
-        ValueError: If there are no directions or no doses above zero, or the profile does not
-            fit the model or the directions.
+        ValueError: If there are no directions or no doses above zero, or the profile is of another
+            model, adapter or edits, or does not fit the directions.
     """
     named = {"direction": directions} if isinstance(directions, Directions) else dict(directions)
+    if not named:
+        raise ValueError("no directions were given; pass {name: direction}")
     grid = sorted({float(dose) for dose in doses})
     if not grid or grid[0] <= 0:
         raise ValueError(f"doses must be above zero, and at least one; got {list(doses)}")
@@ -167,30 +174,54 @@ def scan(
             seed=seed,
             progress=progress,
         )
+    _check_profile(profile, model, corpus)
     dose = min(grid, key=lambda value: abs(value - DOSE))
     scores = profile.score(named, dose).table().to_dict("records")
     order = sorted(range(len(scores)), key=lambda i: -scores[i]["KL [nats/token]"])
     leaders, rest = order[:check], order[check:]
     drawn = np.random.default_rng(seed).permutation(len(rest))[:check]
     chosen = dict.fromkeys(leaders, "leader") | {rest[j]: "sample" for j in sorted(drawn.tolist())}
+    picked = {f"{scores[i]['direction']}, layer {scores[i]['layer']}": i for i in chosen}
+    exact = influence(
+        model,
+        corpus,
+        {key: _at(named, scores[i]) for key, i in picked.items()},
+        doses=grid,
+        controls=0,
+        max_tokens=max_tokens,
+        token_budget=token_budget,
+        progress=progress,
+    )
     checked: list[dict] = []
-    for i, why in chosen.items():
-        name, layer = str(scores[i]["direction"]), int(scores[i]["layer"])
-        vector = named[name]
-        exact = influence(
-            model,
-            corpus,
-            {name: vector if isinstance(vector, Direction) else vector[layer]},
-            doses=grid,
-            controls=0,
-            max_tokens=max_tokens,
-            token_budget=token_budget,
-            progress=progress,
-        )
-        small = float(scores[i]["KL [nats/token]"])
-        row = {"direction": name, "layer": layer, "chosen": why}
-        checked += [{**row, **_beside(exact, name, x, small * (x / dose) ** 2)} for x in grid]
+    for key, i in picked.items():
+        name, layer, small = (scores[i][k] for k in ("direction", "layer", "KL [nats/token]"))
+        row = {"direction": str(name), "layer": int(layer), "chosen": chosen[i]}
+        checked += [{**row, **_beside(exact, key, x, float(small) * (x / dose) ** 2)} for x in grid]
     return InfluenceScan(tuple(scores), tuple(checked), dose, corpus.name)  # type: ignore[arg-type]
+
+
+def _check_profile(profile: InfluenceProfile, model: HookedModel, corpus: Corpus) -> None:
+    """Refuse a profile of another model; warn of one of another corpus."""
+    made = profile.settings
+    now = PassSettings.of(model, made.layers, made.draws, made.max_tokens, made.seed)
+    differ = made.differences(now, OF_THE_MODEL)
+    if differ:
+        raise ValueError(
+            f"the profile is not of {model.name!r} as it stands: {'; '.join(differ)}; fit one with "
+            "InfluenceProfile.fit, or leave it out"
+        )
+    if corpus.hash not in {digest for _, digest in profile.corpora}:
+        warnings.warn(
+            f"the profile is of {profile.corpus}, the exact check on other text ({corpus.name}): "
+            "where they disagree it may be because of that",
+            stacklevel=4,
+        )
+
+
+def _at(named: Mapping[str, Directions], score: Mapping) -> Direction:
+    """The direction of one row of scores."""
+    found = named[str(score["direction"])]
+    return found if isinstance(found, Direction) else found[int(score["layer"])]
 
 
 def _beside(exact: Influence, name: str, dose: float, predicted: float) -> dict:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads, shared
@@ -19,10 +21,72 @@ from emlens.hooked import (
     token_losses,
     token_scores,
 )
-from emlens.text import TokenBatch, TokenMask
+from emlens.text import Corpus, TokenBatch, TokenMask, tokenize_documents
 
 LOG_PROB_BUDGET = 512 * 2**20
 """Bytes that one batch's base log-probabilities may take while its conditions are scored."""
+
+
+Rows = dict[int, tuple[float, ...]]
+"""Values of the tokens of each row, `[pos]`; NaN where nothing predicts a token."""
+
+
+@dataclass
+class TokenValues:
+    """What single tokens give, kept where somebody asks for it; padding is left out.
+
+    Attributes:
+        texts: Tokens of each row, as text.
+        names: Name of each row.
+        base: Loss of each token without conditions, nats.
+        losses: Loss of each token, nats, by condition.
+        kl: `KL(base || edited)` where it is predicted, nats, by condition.
+    """
+
+    texts: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    base: Rows = field(default_factory=dict)
+    losses: dict[str, Rows] = field(default_factory=dict)
+    kl: dict[str, Rows] = field(default_factory=dict)
+
+    def note(self, model: HookedModel, batch: TokenBatch) -> None:
+        """Keep the tokens of a batch as text."""
+        for row, place in enumerate(batch.index):
+            ids = batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
+            self.texts[place] = tuple(str(model.tokenizer.decode([token])) for token in ids)
+            self.names[place] = batch.names[row]
+
+    def merge(self, other: TokenValues) -> None:
+        """Take in what another process has read."""
+        self.texts |= other.texts
+        self.names |= other.names
+        self.base |= other.base
+        for mine, theirs in ((self.losses, other.losses), (self.kl, other.kl)):
+            for name, rows in theirs.items():
+                mine.setdefault(name, {}).update(rows)
+
+
+def with_tokens(model: HookedModel, corpus: Corpus) -> Corpus:
+    """The corpus without documents that have no token at all.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    blank = [document for document in corpus.documents if not document.text.strip()]
+    rows = tokenize_documents(blank, model.tokenizer)
+    empty = {id(one) for one, row in zip(blank, rows, strict=True) if not row.input_ids}
+    kept = tuple(document for document in corpus.documents if id(document) not in empty)
+    if not kept:
+        raise ValueError(f"no document of corpus {corpus.name!r} has a token")
+    return corpus if len(kept) == len(corpus) else Corpus(corpus.name, kept)
+
+
+def by_place(batch: TokenBatch, targets: Targets, values: Tensor) -> Rows:
+    """Values of the counted tokens at their places in each row, NaN elsewhere."""
+    table = torch.full(batch.shape, float("nan"))
+    table[targets.rows.cpu(), targets.positions.cpu()] = values.float().cpu()
+    real = batch.attention_mask.bool().cpu()
+    return {place: tuple(table[row][real[row]].tolist()) for row, place in enumerate(batch.index)}
 
 
 @torch.no_grad()
@@ -72,10 +136,12 @@ def row_influence(
     tokens: TokenMask = "all",
     progress: bool = False,
     description: str = "influence",
+    keep: TokenValues | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Return per row and condition the summed loss and KL against the model without conditions.
 
-    Rows without a predicted token count zero everywhere.
+    Rows without a predicted token count zero everywhere. What is given as `keep` is filled with
+    the values of every single token.
 
     Returns:
         Losses in nats per condition, `KL(base || edited)` in nats per condition, base losses,
@@ -83,9 +149,10 @@ def row_influence(
     """
     n_rows, n = sum(len(batch) for batch in batches), len(conditions)
 
-    def score(batches: Sequence[TokenBatch]) -> np.ndarray:
+    def score(batches: Sequence[TokenBatch]) -> tuple[np.ndarray, TokenValues | None]:
         table = np.zeros((2 + 2 * n, n_rows))
         kept = {name: table[2 + i :: n] for i, name in enumerate(conditions)}
+        single = None if keep is None else TokenValues()
         with _bar(batches, conditions, progress, description) as bar:
             for batch in batches:
                 at = list(batch.index)
@@ -98,16 +165,26 @@ def row_influence(
                         log_base = BaseLogProbs(model, states, LOG_PROB_BUDGET)
                         values = token_losses(model, states, targets.ids)
                         table[1, at] = targets.per_row(values, len(batch)).cpu().numpy()
+                        if single is not None:
+                            single.note(model, batch)
+                            single.base |= by_place(batch, targets, values)
                         continue
                     both = token_scores(model, log_base, states, targets.ids)
                     for i, value in enumerate(both):
                         kept[name][i, at] = targets.per_row(value, len(batch)).cpu().numpy()
                         _check_finite(kept[name][i, at], batch, name)
+                        if single is not None:
+                            rows = (single.losses, single.kl)[i].setdefault(name, {})
+                            rows.update(by_place(batch, targets, value))
                     bar.update(batch.n_tokens)
-        return table
+        return table, single
 
     what = f"{description} on {tokens} tokens under {_listed(conditions)}"
-    table = reduce(np.add, shared(model, batches, score, what))
+    parts = shared(model, batches, score, what)
+    table = reduce(np.add, (part for part, _ in parts))
+    for _, single in parts:
+        if keep is not None and single is not None:
+            keep.merge(single)
     losses = dict(zip(conditions, table[2 : 2 + n], strict=True))
     return losses, dict(zip(conditions, table[2 + n :], strict=True)), table[1], table[0]
 

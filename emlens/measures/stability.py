@@ -13,6 +13,7 @@ from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
 from emlens.hooked import HookedModel
+from emlens.measures.grids import place_on
 from emlens.measures.solutions import BASE, Axes, Variant, perturbed, read_solutions, variant_losses
 from emlens.text import Conversation, TokenMask
 
@@ -172,7 +173,7 @@ class Stability(Result):
             raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
 
     def _place(self, epsilon: float) -> int:
-        return int(np.argmin(np.abs(np.asarray(self.epsilons) - epsilon)))
+        return place_on(self.epsilons, epsilon, "epsilon")
 
 
 def stability(

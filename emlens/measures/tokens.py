@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -13,18 +13,10 @@ import torch
 from emlens._results import Result
 from emlens.directions import Direction, residual_norm
 from emlens.edits import Add
-from emlens.hooked import (
-    BaseLogProbs,
-    Condition,
-    HookedModel,
-    Targets,
-    sweep_hidden,
-    token_losses,
-    token_scores,
-)
+from emlens.hooked import Condition, HookedModel
 from emlens.measures.grids import named
-from emlens.measures.scoring import LOG_PROB_BUDGET
-from emlens.text import Conversation, Corpus, TokenBatch, TokenMask
+from emlens.measures.scoring import TokenValues, row_influence, with_tokens
+from emlens.text import Conversation, Corpus, TokenMask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +53,23 @@ class TokenInfluence(Result):
     kl: tuple[tuple[float, ...], ...]
     source: str
     skipped: int = 0
+
+    @classmethod
+    def of(cls, kept: TokenValues, condition: str, source: str) -> TokenInfluence:
+        """What one condition changes, of the values that were kept."""
+        rows = range(len(kept.texts))
+        base, losses = kept.base, kept.losses[condition]
+        change = [np.subtract(losses[i], base[i]).tolist() for i in rows]
+        return cls(
+            what=condition,
+            texts=tuple(kept.texts[i] for i in rows),
+            names=tuple(kept.names[i] for i in rows),
+            base_loss=tuple(base[i] for i in rows),
+            loss_change=tuple(map(tuple, change)),
+            kl=tuple(kept.kl[condition][i] for i in rows),
+            source=source,
+            skipped=sum(not np.isfinite(base[i]).any() for i in rows),
+        )
 
     def top(self, k: int = 10, by: str = "KL") -> pd.DataFrame:
         """The `k` tokens that change most, with what stands around them.
@@ -241,7 +250,6 @@ class TokenProjections(Result):
         )
 
 
-@torch.no_grad()
 def token_influence(
     model: HookedModel,
     corpus: Corpus | Sequence[Conversation],
@@ -273,6 +281,8 @@ def token_influence(
     """
     if not len(corpus):
         raise ValueError("there is no text to look at")
+    n_all = len(corpus)
+    corpus = with_tokens(model, corpus) if isinstance(corpus, Corpus) else corpus
     acting: Condition
     if isinstance(condition, Direction):
         named({name: condition})
@@ -284,32 +294,11 @@ def token_influence(
         acting = condition
     cut = max_tokens if isinstance(corpus, Corpus) else None
     batches = model.batches(corpus, token_budget=token_budget, max_tokens=cut)
-    n = sum(len(batch) for batch in batches)
-    found: dict[str, list] = {key: [()] * n for key in ("texts", "names", "base", "change", "kl")}
-    for batch in batches:
-        targets = Targets.of(batch.to(model.device), tokens)
-        states = {
-            key: targets.predictors(hidden)
-            for key, hidden in sweep_hidden(model, batch, {"base": (), "edited": acting})
-        }
-        base = BaseLogProbs(model, states["base"], LOG_PROB_BUDGET)
-        losses = token_losses(model, states["base"], targets.ids)
-        edited, kl = token_scores(model, base, states["edited"], targets.ids)
-        for column, values in (("base", losses), ("change", edited - losses), ("kl", kl)):
-            for row, of_row in _spread(batch, targets, values).items():
-                found[column][batch.index[row]] = of_row
-        _note_texts(model, batch, found)
-    skipped = sum(not np.isfinite(row).any() for row in found["base"])
-    return TokenInfluence(
-        what=name,
-        texts=tuple(found["texts"]),
-        names=tuple(found["names"]),
-        base_loss=tuple(found["base"]),
-        loss_change=tuple(found["change"]),
-        kl=tuple(found["kl"]),
-        source=corpus.name if isinstance(corpus, Corpus) else "conversations",
-        skipped=skipped,
-    )
+    kept = TokenValues()
+    row_influence(model, batches, {name: acting}, tokens=tokens, keep=kept)
+    source = corpus.name if isinstance(corpus, Corpus) else "conversations"
+    found = TokenInfluence.of(kept, name, source)
+    return replace(found, skipped=found.skipped + n_all - len(corpus))
 
 
 @torch.no_grad()
@@ -344,8 +333,8 @@ def token_projections(
     (size,) = residual_norm(model, conversations, direction.layer, **options).values()
     unit = direction.unit().vector / size
     batches = model.batches(conversations, token_budget=token_budget)
-    n = len(conversations)
-    found: dict[str, list] = {key: [()] * n for key in ("texts", "names", "counted", "values")}
+    n, shown = len(conversations), TokenValues()
+    found: dict[str, list] = {key: [()] * n for key in ("counted", "values")}
     for batch in batches:
 
         def pool(residual: torch.Tensor) -> torch.Tensor:
@@ -356,37 +345,15 @@ def token_projections(
         for row, place in enumerate(batch.index):
             found["values"][place] = tuple(read[row].cpu()[real[row]].tolist())
             found["counted"][place] = tuple(mask[row][real[row]].tolist())
-        _note_texts(model, batch, found)
+        shown.note(model, batch)
     return TokenProjections(
         direction=direction.provenance.construction,
         layer=direction.layer,
-        texts=tuple(found["texts"]),
-        names=tuple(found["names"]),
+        texts=tuple(shown.texts[i] for i in range(n)),
+        names=tuple(shown.names[i] for i in range(n)),
         counted=tuple(found["counted"]),
         values=tuple(found["values"]),
     )
-
-
-def _or_nan(statistic: Callable[[], float], values: np.ndarray) -> float:
-    return float(statistic()) if len(values) else float("nan")
-
-
-def _spread(
-    batch: TokenBatch, targets: Targets, values: torch.Tensor
-) -> dict[int, tuple[float, ...]]:
-    """Values of the counted tokens at their places, NaN elsewhere, padding left out."""
-    table = torch.full(batch.shape, float("nan"))
-    table[targets.rows.cpu(), targets.positions.cpu()] = values.float().cpu()
-    real = batch.attention_mask.bool().cpu()
-    return {row: tuple(table[row][real[row]].tolist()) for row in range(len(batch))}
-
-
-def _note_texts(model: HookedModel, batch: TokenBatch, found: Mapping[str, list]) -> None:
-    real = batch.attention_mask.bool()
-    for row, place in enumerate(batch.index):
-        ids = batch.input_ids[row][real[row]].tolist()
-        found["texts"][place] = tuple(str(model.tokenizer.decode([token])) for token in ids)
-        found["names"][place] = batch.names[row]
 
 
 def _place(names: Sequence[str], text: int | str) -> int:

@@ -15,7 +15,7 @@ from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
 from emlens.hooked import HookedModel
 from emlens.hooked.altered import noisy_weights
-from emlens.measures.grids import checked_grid
+from emlens.measures.grids import checked_grid, place_on
 from emlens.measures.solutions import BASE, read_solutions, variant_losses
 from emlens.text import Conversation, TokenMask
 
@@ -114,7 +114,7 @@ class WeightNoise(Result):
             raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
 
     def _place(self, epsilon: float) -> int:
-        return int(np.argmin(np.abs(np.asarray(self.epsilons) - epsilon)))
+        return place_on(self.epsilons, epsilon, "epsilon")
 
 
 def weight_noise(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 
 import emlens
 from emlens import Ablate, Direction, influence
-from emlens._stats import bootstrap_ratio
 from emlens.directions import mean_diff, random_direction
 from emlens.measures import Influence, InfluenceProfile, InfluenceScan
 from emlens.measures.controls import control_directions
 from emlens.text import Corpus, Document
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
+
+# the package has a function of this name
+scan_module = importlib.import_module("emlens.measures.scan")
 
 TEXT = Corpus(
     "rain",
@@ -73,7 +78,6 @@ def test_controls_of_every_kind_have_the_norm_of_the_direction(hooked_llama):
     assert {found.norms[name] for name in found.controls} == {found.norms["mean-diff"]}
     parts = [found.divergence(name, 0.2).estimate for name in found.groups["shuffled labels"]]
     assert found.divergence("shuffled labels", 0.2).estimate == pytest.approx(np.mean(parts))
-    assert Influence.load is not None
 
 
 def test_activation_differences_are_differences_of_the_corpus(hooked_llama):
@@ -120,30 +124,94 @@ def test_other_conditions_are_measured_once_beside_the_directions(hooked_llama):
 
 
 def test_short_documents_are_skipped_and_counted(hooked_llama):
-    short = Corpus("short", (Document("one", "rain"), Document("two", "the"), *TEXT.documents))
-    found = influence(hooked_llama, short, {"x": direction(hooked_llama)}, controls=0)
+    mixed = Corpus("mixed", (Document("one", "rain"), *TEXT.documents, Document("none", "")))
+    found = influence(hooked_llama, mixed, {"x": direction(hooked_llama)}, controls=0)
     whole = influence(hooked_llama, TEXT, {"x": direction(hooked_llama)}, controls=0)
-    counted = [count for count in found.counts if count]
-    assert found.skipped == len(found.counts) - len(counted)
-    if found.skipped == 2:
-        assert counted == [count for count in whole.counts if count]
+    assert (found.skipped, whole.skipped) == (2, 0)
+    assert found.counts == (0, *whole.counts)
+    assert found.documents == ("one", *whole.documents)
+    assert found.kl[0][0][0] == 0
+    for dose in found.doses:
+        one, other = (part.divergence("x", dose).estimate for part in (found, whole))
+        assert one == pytest.approx(other, rel=0.1)
+        assert (
+            sum(found.kl[0][0]) / sum(found.counts)
+            == found.divergence("x", found.doses[0]).estimate
+        )
+    too_short = Corpus("short", mixed.documents[:1])
+    with pytest.raises(ValueError, match="no document has two tokens, so nothing is predicted"):
+        influence(hooked_llama, too_short, {"x": direction(hooked_llama)}, controls=0)
+    with pytest.raises(ValueError, match="no document of corpus 'none' has a token"):
+        influence(
+            hooked_llama, Corpus("none", mixed.documents[-1:]), {"x": direction(hooked_llama)}
+        )
 
 
-def test_intervals_over_documents_cover_in_simulation():
-    """Documents differ in length and in how much a direction changes them."""
-    generator = np.random.default_rng(0)
+def test_single_tokens_are_kept_on_request_and_add_up(hooked_llama, tmp_path):
+    x = direction(hooked_llama)
+    edits = {"ablated": [Ablate(x)]}
+    settings = {"doses": (0.1, 0.3), "controls": 1, "conditions": edits, "token_budget": 40}
+    mixed = Corpus("mixed", (Document("one", "rain"), *TEXT.documents))
+    found = influence(hooked_llama, mixed, {"x": x}, per_token=True, **settings)
+    plain = influence(hooked_llama, mixed, {"x": x}, **settings)
+    assert (found.kl, found.losses, found.counts) == (plain.kl, plain.losses, plain.counts)
+    for name in ("x", "random 0", "ablated"):
+        for place, dose in enumerate(found.doses):
+            single = found.tokens(name, dose)
+            assert single.names == found.documents and single.skipped == 1
+            row = found.directions.index(name)
+            assert np.nansum([np.nansum(part) for part in single.kl]) == pytest.approx(
+                sum(found.kl[row][place]), rel=1e-5
+            )
+            change = np.subtract(found.losses[row][place], found.base)
+            assert [np.nansum(part) for part in single.loss_change] == pytest.approx(
+                change.tolist(), abs=1e-4
+            )
+    assert "".join(found.texts[1]) == TEXT.documents[0].text
+    again = Influence.load(found.save(tmp_path / "influence.json"))
+    assert again.tokens("x", 0.3).top(3).equals(found.tokens("x", 0.3).top(3))
+    with pytest.raises(ValueError, match=r"no values of single tokens were kept; .*per_token=True"):
+        plain.tokens("x", 0.1)
+    with pytest.raises(KeyError, match="no direction 'y'; there are x, random 0, ablated"):
+        found.tokens("y", 0.1)
+
+
+def test_a_dose_that_was_not_measured_is_refused(hooked_llama):
+    found = influence(hooked_llama, TEXT, {"x": direction(hooked_llama)}, doses=(0.1, 0.2))
+    for ask in (found.divergence, found.loss_change):
+        with pytest.raises(ValueError, match="nothing was measured at dose 0.4; there is 0.1, 0.2"):
+            ask("x", 0.4)
+    assert found.divergence("x", 0.1001) == found.divergence("x", 0.1)
+
+
+@pytest.mark.parametrize("n", [24, 64])
+def test_intervals_over_documents_cover_in_simulation(n):
+    """Documents differ in length and in how much a direction changes them, as they do in fact."""
+    generator = np.random.default_rng(n)
 
     def corpus_of(n):
         counts = generator.integers(20, 128, n).astype(float)
-        return counts * generator.gamma(3.0, 0.01, n), counts
+        return counts * generator.gamma(8.0, 0.01, n), counts
 
-    sums, counts = corpus_of(400_000)
-    truth = sums.sum() / counts.sum()
-    hits = 0
-    for _ in range(600):
-        interval = bootstrap_ratio(*corpus_of(60), seed=1, resamples=600)
-        hits += interval.low <= truth <= interval.high
-    assert 0.92 <= hits / 600 <= 0.97
+    def measured(kl, counts):
+        return Influence(
+            directions=("x",),
+            constructions={"x": "given"},
+            doses=(0.1,),
+            norms={"x": (1.0,)},
+            kl=((tuple(kl),),),
+            losses=((tuple(kl),),),
+            base=(0.0,) * len(kl),
+            counts=tuple(counts),
+            documents=tuple(map(str, range(len(kl)))),
+            corpus="simulated",
+            controls=(),
+        )
+
+    kl, counts = corpus_of(400_000)
+    truth = kl.sum() / counts.sum()
+    found = [measured(*corpus_of(n)).divergence("x", 0.1) for _ in range(800)]
+    assert 0.93 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.97
 
 
 @pytest.mark.parametrize(
@@ -157,6 +225,7 @@ def test_intervals_over_documents_cover_in_simulation():
         ({"controls": {"shuffled labels": 2}}, "no direction carries directions under shuffled"),
         ({"conditions": {"x": []}}, "two things are called 'x'; rename one"),
         ({"method": "auto", "edit": "ablate"}, "method='auto' has no edit; use method='exact'"),
+        ({"method": "auto", "per_token": True}, "method='auto' has no per_token; use method='exa"),
         ({"method": "fast"}, "unknown method 'fast'; choose 'exact' or 'auto'"),
     ],
 )
@@ -166,7 +235,7 @@ def test_bad_input_is_refused(hooked_llama, options, message):
 
 
 def test_a_vector_of_another_width_is_refused(hooked_llama):
-    with pytest.raises(ValueError, match="width|d_model"):
+    with pytest.raises(ValueError, match="has width 7, but tiny-llama has d_model 32"):
         influence(hooked_llama, TEXT, {"x": Direction.of(torch.ones(7), 1)}, controls=0)
 
 
@@ -218,7 +287,39 @@ def test_a_scan_makes_its_own_profile_and_refuses_what_it_cannot_do(hooked_llama
     diff = mean_diff(hooked_llama, conversations("bad", 4), conversations("good", 4))
     found = emlens.measures.scan(hooked_llama, TEXT, diff, doses=(0.05,), check=1, draws=2)
     assert {row["layer"] for row in found.scores} == set(diff.layers)
+    with pytest.raises(ValueError, match="no directions were given"):
+        emlens.measures.scan(hooked_llama, TEXT, {})
     with pytest.raises(ValueError, match="doses must be above zero"):
         emlens.measures.scan(hooked_llama, TEXT, diff, doses=(-0.1,))
     with pytest.raises(ValueError, match="check must be at least 1"):
         emlens.measures.scan(hooked_llama, TEXT, diff, check=0)
+
+
+def test_a_scan_checks_all_directions_in_one_measurement(scanned):
+    model, profile, many, found = scanned
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs["doses"])
+        return influence(*args, **kwargs)
+
+    with patch.object(scan_module, "influence", counting):
+        again = influence(
+            model, TEXT, many, method="auto", profile=profile, doses=(0.05, 0.1, 1.0), check=4
+        )
+    assert calls == [[0.05, 0.1, 1.0]]
+    assert again.checked == found.checked
+
+
+def test_a_profile_of_another_model_is_refused_and_of_other_text_told(scanned):
+    model, profile, _, _ = scanned
+    x = {"x": direction(model)}
+    other = emlens.wrap(model.module, model.tokenizer, name="another")
+    with pytest.raises(ValueError, match="not of 'another' as it stands: model tiny-llama and ano"):
+        influence(other, TEXT, x, method="auto", profile=profile)
+    acting = model.edited(Ablate(x["x"]))
+    with acting, pytest.raises(ValueError, match=r"as it stands: edits \(\) and \('Ablate"):
+        influence(model, TEXT, x, method="auto", profile=profile)
+    part = Corpus("part", TEXT.documents[:4])
+    with pytest.warns(UserWarning, match=r"the profile is of rain, .* on other text \(part\)"):
+        influence(model, part, x, method="auto", profile=profile, doses=(0.05,), check=1)

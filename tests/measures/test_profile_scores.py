@@ -103,6 +103,18 @@ def test_what_is_kept_does_not_grow_with_the_corpus():
         assert size(400) == size(40) > size(4)
 
 
+@pytest.mark.parametrize("n", [20, 70, 80, 200])
+def test_what_is_kept_is_the_smaller_of_gradients_and_covariance(n):
+    width, draws = 16, 2
+    kept = planted(n, draws, torch.ones(width)).tensors()
+    large = ("draws", "losses", "covariances")
+    found = sum(t.numel() for name, t in kept.items() if name.split(".")[1] in large)
+    gradients = n * (draws + 1) * width
+    sample = sums_of.SAMPLED * (draws + 1) * width
+    covariance = 2 * width * width + 2 * width + sample
+    assert abs(found - min(gradients, covariance)) <= 2 * width
+
+
 def test_directions_names_and_arrays_are_scored_alike(profile):
     v = vectors(3)
     one = Directions({0: v[0], 2: v[1]}, "resid_post", Provenance("x", model="tiny-llama"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from html.parser import HTMLParser
+
 import numpy as np
 import pytest
 import torch
@@ -44,13 +47,13 @@ def test_the_top_tokens_are_those_with_the_largest_change_and_show_their_context
 
 
 def test_texts_are_ranked_and_results_can_be_kept(hooked_llama, tmp_path):
-    short = Corpus("short", (Document("one", "a"), *TEXT.documents))
+    short = Corpus("short", (Document("one", "rain"), *TEXT.documents, Document("none", "")))
     x = [Add(direction(hooked_llama))]
     found = token_influence(hooked_llama, short, x, name="steering")
-    assert found.skipped == sum(len(row) < 2 for row in found.texts)
+    assert found.skipped == 2
     table = found.table()
     assert list(table["KL [nats/token]"]) == sorted(table["KL [nats/token]"], reverse=True)
-    assert len(table) == len(found.texts) - found.skipped
+    assert len(table) == len(found.texts) - 1 == len(TEXT)
     again = TokenInfluence.load(found.save(tmp_path / "tokens.json"))
     assert again.table().equals(table)
     assert "steering on short" in found._repr_html_()
@@ -86,13 +89,30 @@ def test_projections_equal_a_plain_dot_product(hooked_llama, tmp_path):
     assert "median residual norm" in found.plot().get_ylabel()
 
 
+class _Tags(HTMLParser):
+    """Tags of a page, with the names of their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[str]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, [name for name, _ in attrs]))
+
+
 def test_a_view_is_whole_in_itself_and_shows_markup_as_text(hooked_llama):
     nasty = "</script><img src=x onerror=alert(1)>"
     page = str(token_view([nasty, " rain\n"], [0.5, -0.2], title="<b>", unit="nats"))
     assert nasty not in page
     assert "&lt;/script&gt;&lt;img" in page
-    assert "unpkg.com" not in page.split("CircuitsVis.render(")[-1]
-    assert "import {" not in page
+    seen = _Tags()
+    seen.feed(page)
+    assert {tag for tag, _ in seen.found} == {"div", "p", "script"}
+    # nothing is fetched: no source or link on a tag, no import, no network of packages in scripts
+    assert not [at for _, names in seen.found for at in names if at in ("src", "href", "data")]
+    script = page[page.index("<script") :]
+    assert not re.search(r"\bimport\s*[({*\"']|\bfrom\s*[\"']https?:|importScripts", script)
+    assert not re.search(r"unpkg|jsdelivr|cdnjs|esm\.sh|skypack|googleapis", page)
     assert "&lt;b&gt;" in page
     found = token_influence(hooked_llama, TEXT, direction(hooked_llama))
     assert "d1: KL under the edit" in found.view("d1").title
