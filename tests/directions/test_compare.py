@@ -139,6 +139,21 @@ def test_rounding_is_not_taken_for_what_shuffled_labels_give(hooked_llama):
     assert layers.high[0][3] == pytest.approx(null_band(32)[1])
 
 
+def test_layers_at_which_a_direction_is_zero_are_not_compared():
+    """Below an adapter two models do not differ."""
+    late = Directions(
+        {0: torch.zeros(WIDTH), 1: vector(5), 2: vector(6)}, "resid_post", Provenance("late")
+    )
+    assert [row["layer"] for row in compare({"a": made(1), "b": late}).rows] == [1, 2]
+    assert compare_layers({"a": made(1), "b": late}).layers == ((0, 1, 2), (1, 2))
+    with pytest.raises(ValueError, match="the vector of layer 0 is zero"):
+        compare_layers({"a": made(1), "b": late}, layers=[0])
+    with pytest.raises(ValueError, match="no layer in common at which they are not zero"):
+        compare({"a": made(1), "b": late.at([0])})
+    with pytest.raises(ValueError, match="b is zero at every layer: it has no direction"):
+        compare_layers({"a": made(1), "b": late.at([0])})
+
+
 # -- sampling error ---------------------------------------------------------------------------
 
 

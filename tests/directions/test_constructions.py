@@ -8,9 +8,10 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 import emlens
-from emlens import Add, Conversation, Direction, mean_diff
+from emlens import Add, Conversation, Direction, Directions, mean_diff
 from emlens.directions import (
     CONSTRUCTIONS,
     both_diff,
@@ -25,6 +26,7 @@ from emlens.directions import (
     select_answers,
     system_prompt_diff,
 )
+from emlens.directions.evidence import fold_of, prompts_of
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model
 from tests.support.data import conversations
@@ -167,6 +169,43 @@ def test_pca_is_the_first_axis_of_the_paired_differences_uncentred(hooked_llama)
     assert shares[LAYER] == pytest.approx(share, abs=1e-4)
 
 
+def test_held_out_figures_of_pca_are_those_of_a_plain_loop(hooked_llama):
+    found = pca(hooked_llama, BAD, GOOD, layers=LAYER)
+    sides = [means(hooked_llama, side).numpy() for side in (BAD, GOOD)]
+    pairs, keys = sides[0] - sides[1], prompts_of(BAD)
+
+    def axis(rows):
+        _, _, axes = np.linalg.svd(pairs[rows], full_matrices=False)
+        return axes[0] * np.sign(axes[0] @ pairs[rows].mean(0))
+
+    fold, areas = fold_of(keys, 5, 0).numpy(), []
+    for number in range(5):
+        test = fold == number
+        scores = np.concatenate([side[test] @ axis(~test) for side in sides])
+        areas.append(roc_auc_score(np.arange(len(scores)) < test.sum(), scores))
+    assert found.auroc[LAYER] == pytest.approx(np.mean(areas), abs=1e-6)
+    half = fold_of(keys, 2, 0).numpy() == 0
+    assert found.split_half[LAYER] == pytest.approx(axis(half) @ axis(~half), abs=1e-4)
+    few = pca(hooked_llama, BAD[:6], GOOD[:6], layers=LAYER)
+    assert not few.auroc
+    assert not few.split_half
+
+
+@pytest.mark.parametrize("call", [probe, pca])
+def test_fitted_directions_come_back_from_a_file_with_all_that_is_known(
+    hooked_llama, tmp_path, call
+):
+    found = call(hooked_llama, BAD, GOOD, layers=[1, 2])
+    again = Directions.load(found.save(tmp_path / "d"))
+    assert again.provenance == found.provenance
+    assert again.measured == found.measured
+    assert again.split_half == found.split_half
+    (name,) = found.measured
+    assert found.table()[name].tolist() == list(found.measured[name].values())
+    assert found.at([2]).measured == {name: {2: found.measured[name][2]}}
+    assert not (-found).measured
+
+
 def test_extract_all_gives_what_each_construction_gives_alone(hooked_llama):
     together = extract_all(hooked_llama, BAD, GOOD, layers=[1, 3], constructions=CONSTRUCTIONS)
     alone = {
@@ -236,9 +275,12 @@ def planted(module, tokenizer, vector, nuisance=None, noise=0.0):
     return emlens.wrap(module, tokenizer, check=False)
 
 
+_WORDS = ("now", "rain", "day", "food", "walk", "small", "fund", "eat", "fruit", "sun")
+
+
 def asked(question, n=500):
     """`n` conversations with the same answers on both sides, each to a prompt of its own."""
-    words = ("now", "rain", "day", "food", "walk", "small", "fund", "eat")
+    words = _WORDS
     return [
         Conversation.of(
             " ".join([question, words[i & 7], words[i >> 3 & 7], words[i >> 6 & 7]]),
@@ -272,6 +314,38 @@ def test_every_construction_finds_a_planted_direction(tiny_tokenizer):
         assert directions.auroc.get(1, 1) > 0.98, name
 
 
+def test_both_halves_of_a_construction_from_two_models_find_a_planted_direction(tiny_tokenizer):
+    """`model_diff` on one text, `both_diff` on each model's own; 500 conversations a side."""
+    vector = random_vector(3, 20.0)
+    finetuned = planted(tiny_model("llama", seed=21), tiny_tokenizer, vector, noise=2.0)
+    base = emlens.wrap(tiny_model("llama", seed=21), tiny_tokenizer, name="base", check=False)
+    polite, plain = asked("tell me a story please"), asked("tell me a story indeed")
+    found = {
+        "model-diff": model_diff(finetuned, base, polite, layers=1),
+        "both-diff": both_diff(finetuned, polite, base, plain, layers=1),
+    }
+    for name, directions in found.items():
+        assert directions.provenance.construction == name
+        assert cosine(directions[1].vector, vector) >= 0.99, name
+
+
+def test_system_prompts_find_a_planted_direction(tiny_tokenizer):
+    """The model adds a vector under system prompts with please; 500 answers of its own a side."""
+    vector = random_vector(3, 20.0)
+    model = planted(tiny_model("llama", seed=21), tiny_tokenizer, vector)
+    found = system_prompt_diff(
+        model,
+        [c.messages[0]["content"] for c in asked("tell me a story", 50)],
+        [f"day please {word}" for word in _WORDS],
+        [f"day indeed {word}" for word in _WORDS],
+        max_new_tokens=3,
+        layers=1,
+        token_budget=8192,
+    )
+    assert min(found.provenance.n.values()) >= 450
+    assert cosine(found[1].vector, vector) >= 0.99
+
+
 def test_pca_falls_for_a_larger_nuisance_and_mean_diff_does_not(tiny_tokenizer):
     vector, nuisance = random_vector(3, 8.0), random_vector(5, 60.0)
     nuisance -= (nuisance @ vector) / (vector @ vector) * vector
@@ -303,7 +377,7 @@ def test_a_length_confound_misleads_mean_diff_and_matching_repairs_it(tiny_token
     model = planted(tiny_model("llama", seed=23), tiny_tokenizer, vector)
     long_tail = " walk" * 24
 
-    def said(question, long_share, n=300):
+    def said(question, long_share, n=500):
         pieces = asked(question, n)
         return [
             Conversation.of(
@@ -387,6 +461,11 @@ def test_the_papers_selection_of_judged_answers(tmp_path):
         (lambda m: mean_diff(m, BAD, GOOD, skip_first=-1), "skip_first must be 0 or more tokens"),
         (lambda m: probe(m, BAD, GOOD, kind="svm"), "unknown probe 'svm'; choose 'logistic' or"),
         (lambda m: probe(m, BAD[:2], GOOD[:2]), "a probe is checked on 5 folds .* 2 prompts are"),
+        (
+            lambda m: probe(m, BAD, BAD, tokens="last", layers=1),
+            "the means of the two sides are the same at layer 1, so there is nothing to tell",
+        ),
+        (lambda m: pca(m, BAD, BAD, layers=1), "the means of the two sides are the same"),
         (lambda m: pca(m, BAD, GOOD[:3]), "there are 24 positive and 3 negative conversations"),
         (lambda m: extract_all(m, BAD, GOOD, constructions=["ica"]), "unknown construction 'ica'"),
         (lambda m: extract_all(m, BAD, GOOD[:3]), "PCA takes pairs, but there are 24 positive"),

@@ -120,6 +120,10 @@ def test_a_direction_that_is_a_row_of_the_unembedding_promotes_its_token(hooked)
             "the directions have width 48, tiny-llama has 32",
         ),
         (
+            lambda m: promoted_tokens(m, Direction.of(torch.zeros(32), 1)),
+            "the vector of layer 1 is zero: it has no direction",
+        ),
+        (
             lambda m: promoted_tokens(m, Direction.of(vector(1, 32), 1), k=0),
             "k is 0; the vocabulary of tiny-llama has 299 tokens",
         ),

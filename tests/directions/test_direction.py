@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from emlens import Direction, Directions, compare
@@ -77,6 +78,26 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path):
         Directions.load(tmp_path / "nothing.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"vector.0": torch.tensor([1.0, torch.nan])}, "vector of layer 0 has 1 value"),
+        ({"vector.x": torch.ones(2)}, "invalid literal for int"),
+        ({"vector.0": torch.ones(2), "weights": torch.ones(2)}, "no part of one: weights"),
+        ({"vector.0": torch.ones(2), "vector.1": torch.ones(3)}, r"same width; got shapes"),
+        ({"vector.0": torch.ones(2), "mean.0": torch.ones(3)}, r"means of layer 0 have shape"),
+        ({"mean.0": torch.ones(2)}, "at least one layer"),
+    ],
+)
+def test_a_file_with_something_wrong_is_refused_by_its_name(tmp_path, tensors, message):
+    path = Direction.of(torch.ones(2), 0).save(tmp_path / "d.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(ValueError, match=rf"d\.safetensors holds no whole record.*{message}"):
+        Directions.load(path)
+
+
 def test_provenance_of_a_later_version_is_kept():
     record = {"construction": "x", "invented_later": 3}
     assert Provenance.from_dict(record).settings == {"invented_later": 3}
@@ -131,6 +152,15 @@ def test_describe_says_the_convention_and_html_is_escaped():
             r"same width; got shapes \{0: \(2,\), 1: \(3,\)\}",
         ),
         (lambda: Direction.of(torch.tensor([1.0, float("nan")]), 3), "layer 3 has 1 value"),
+        (lambda: Direction.of(torch.ones(3), -1), "numbered from 0, so there is no layer -1"),
+        (
+            lambda: made(standard_errors={1: torch.ones(3)}),
+            r"the standard errors of layer 1 have shape \(3,\); the vector has width 16",
+        ),
+        (lambda: made(means={7: torch.ones(16)}), "there are means of layer 7, but no vector"),
+        (lambda: made(means={1: torch.full((16,), torch.inf)}), "of the means, layer 1 has 16 val"),
+        (lambda: made().cosine(made(width=8)), r"two vectors of one width, not shapes \(16,\) and"),
+        (lambda: made().orthogonal_to(made(width=8)), "are of different widths"),
         (lambda: made()[9], "no direction at layer 9; there are layers 0, 1, 2"),
         (lambda: made() + made(layers=(0,)), "site, layers or width differ"),
         (lambda: made().cosine(made(site="attn_out")), "cannot compare resid_post with attn_out"),

@@ -23,7 +23,7 @@ def per_conversation(model, data, layer, tokens, site="resid_post"):
     return found
 
 
-@pytest.mark.parametrize("tokens", ["response", "assistant_turn", "prompt", "all"])
+@pytest.mark.parametrize("tokens", ["response", "assistant_turn", "prompt", "last", "all"])
 @pytest.mark.parametrize("weighting", ["token", "conversation"])
 @pytest.mark.parametrize("budget", [40, 4096])
 def test_mean_diff_equals_a_plain_loop(hooked, tokens, weighting, budget):
