@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 from matplotlib.axes import Axes
+from pandas import DataFrame
 
 import emlens
 from emlens.text import corpus
@@ -301,6 +302,12 @@ SMALL = {
 ELSEWHERE = {"Asymmetries.plot"}
 """Figures that a page of their own shows."""
 
+NO_RESULTS = {
+    *("AdapterScalars", "Direction", "Directions", "ProbeJudge", "Responses", "Scores"),
+    *("StudyResult", "TopDirections"),
+}
+"""Data, directions and judges, which have a table but no figure of their own."""
+
 
 def drawing() -> dict[str, tuple[type, str]]:
     """Every public method that draws, by its name."""
@@ -313,34 +320,69 @@ def drawing() -> dict[str, tuple[type, str]]:
     }
 
 
-def noted(full: str, plain: Callable, drawn: set[str]) -> Callable:
-    """The same method, which writes down that it was called."""
+def noted(full: str, plain: Callable, drawn: dict[str, object]) -> Callable:
+    """The same method, which writes down what it was called of."""
 
     def method(self, *args, **options):
-        drawn.add(full)
+        drawn[full] = self
         return plain(self, *args, **options)
 
     return method
 
 
-def test_the_gallery_runs_and_draws_every_figure_there_is(hooked_llama, monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def gallery_run(hooked_llama, tmp_path_factory):
+    """Pictures of the gallery, drawn with a tiny model, and what each method drew of."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return _gallery(hooked_llama, monkeypatch, tmp_path_factory.mktemp("gallery"))
+
+
+def _gallery(hooked_llama, monkeypatch, folder) -> tuple[dict[str, Axes], dict[str, object], int]:
     gallery = script("gallery")
     page = gallery.PAGE.read_text(encoding="utf-8")
     for real, small in SMALL.items():
         assert real in page
         page = page.replace(real, small)
     few, text = {}, corpus(documents=6)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(emlens, "load", lambda name: hooked_llama)
     monkeypatch.setattr(emlens, "corpus", lambda **_: text)
     monkeypatch.setattr(emlens, "load_pairs", lambda name: few.setdefault(name, pairs(60, name)))
-    drawn = set()
+    drawn: dict[str, object] = {}
     for full, (kind, name) in drawing().items():
         monkeypatch.setattr(kind, name, noted(full, getattr(kind, name), drawn))
-    pictures = dict(gallery.run(page))
+    return dict(gallery.run(page)), drawn, page.count("](assets/gallery/")
+
+
+def test_the_gallery_runs_and_draws_every_figure_there_is(gallery_run):
+    pictures, drawn, named = gallery_run
     assert all(isinstance(axes, Axes) for axes in pictures.values())
-    assert set(drawing()) - drawn == ELSEWHERE
-    assert len(pictures) == page.count("](assets/gallery/")
+    assert set(drawing()) - set(drawn) == ELSEWHERE
+    assert len(pictures) == named
+
+
+def test_every_result_shows_itself_as_figure_and_as_table(gallery_run):
+    _, drawn, _ = gallery_run
+    results = {type(result).__name__: result for result in drawn.values()}
+    assert len(results) > 25
+    for name, result in results.items():
+        assert "ax" in inspect.signature(type(result).plot).parameters, name
+        assert "<table" in result._repr_html_(), name
+        frame = result.table()
+        assert isinstance(frame, DataFrame) and len(frame), name
+
+
+def test_every_public_class_with_a_table_is_a_result_that_draws_or_is_no_result():
+    kinds = [thing for thing in known().values() if inspect.isclass(thing)]
+    tables = {kind.__name__ for kind in kinds if hasattr(kind, "table")}
+    drawn = {name.partition(".")[0] for name in drawing()}
+    assert {kind.__name__ for kind in kinds if hasattr(kind, "table")} <= {
+        kind.__name__ for kind in kinds if hasattr(kind, "_repr_html_")
+    }
+    assert tables - drawn == NO_RESULTS
+    for full, (kind, name) in drawing().items():
+        parameters = inspect.signature(getattr(kind, name)).parameters
+        assert parameters["ax"].default is None, full
 
 
 def test_the_pictures_of_the_gallery_are_there_and_small():

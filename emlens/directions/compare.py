@@ -91,7 +91,7 @@ class Comparison(Result):
         """Cosine against layer, one line per pair, over what chance gives to any of them.
 
         Args:
-            corrected: Draw the cosines without sampling error, with their intervals.
+            corrected: Draw the cosines without sampling error, with their intervals, cut at 1.5.
             ax: Axes to draw on; a figure of its own if not given.
         """
         from emlens.figures import layer_curves
@@ -109,7 +109,12 @@ class Comparison(Result):
         low = [min(edge[0] for edge in found) for found in edges]
         high = [max(edge[1] for edge in found) for found in edges]
         label = "cosine without sampling error" if corrected else "cosine similarity"
-        return layer_curves(curves, null=(low, high), y_label=label, ax=ax)
+        ax = layer_curves(curves, null=(low, high), y_label=label, ax=ax)
+        if corrected:
+            # an interval of a cosine that is hardly known would leave no room for the rest
+            bottom, top = ax.get_ylim()
+            ax.set_ylim(max(bottom, -1.5), min(top, 1.5))
+        return ax
 
     def heatmap(
         self, layer: int | None = None, *, clustered: bool = True, ax: Axes | None = None

@@ -152,7 +152,10 @@ class PromotedTokens(Result):
         values = [z for side, rows in sides.items() for z in rows[f"{side} z"]]
         nothing = [float("nan")] * len(values)
         return dot_intervals(
-            [f"{token} ({place})" for place, token in enumerate(tokens, 1)],
+            [
+                token if tokens.count(token) == 1 else f"{token} ({place})"
+                for place, token in enumerate(tokens, 1)
+            ],
             [side for side, rows in sides.items() for _ in range(len(rows))],
             values,
             nothing,

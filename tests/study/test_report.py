@@ -197,7 +197,7 @@ def test_signs_and_intervals_in_prose_are_not_broken_and_code_is_left_alone():
     )
     text = render_report(report(sections=(Section("One", finding=finding),)))
     assert "by −0.25 [−0.30,\u00a0−0.20] at layers 3-5: <code>a - b [-1, 2]</code>" in text
-    assert "a - x, 2506-1." in text
+    assert "general - x, 2506-1." in text
 
 
 def test_numbers_are_set_right_and_words_left():
