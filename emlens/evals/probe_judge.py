@@ -52,10 +52,10 @@ class Trust:
         return f"held-out AUROC {self.auroc:.2f}, calibration error {self.calibration:.2f}"
 
     def __str__(self) -> str:
-        far = min(self.across.values(), default=float("nan"))
+        far = min(self.across.values(), default=None)
+        left_out = "" if far is None else f", in a domain left out {far:.2f} or more"
         return (
-            f"held-out AUROC {self.auroc:.2f}, in a domain left out {far:.2f} or more, "
-            f"calibration error {self.calibration:.2f}"
+            f"held-out AUROC {self.auroc:.2f}{left_out}, calibration error {self.calibration:.2f}"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emlens
-from emlens.evals import RUBRICS, LocalJudge, ProbeJudge, Question, Verdict, judge, respond
+from emlens.evals import RUBRICS, LocalJudge, ProbeJudge, Question, Trust, Verdict, judge, respond
 from emlens.evals.digits import NUMBERS, NumberTrie, expected
 from emlens.evals.rubrics import filled, rubric_hash
 from emlens.text import Conversation, Pair, tokenize
@@ -233,3 +233,10 @@ def test_a_probe_that_knows_nothing_refuses_to_judge():
         probe.judge([response(0)], "aligned")
     with pytest.raises(ValueError, match="labelled pairs of at least 5 prompts, not 3"):
         ProbeJudge(model, alike[:3])
+
+
+def test_trust_speaks_of_other_domains_only_where_there_are_some():
+    assert str(Trust(0.9, {}, 0.1, 8)) == "held-out AUROC 0.90, calibration error 0.10"
+    apart = Trust(0.9, {"a": 0.8, "b": 0.7}, 0.1, 8)
+    assert str(apart).startswith("held-out AUROC 0.90, in a domain left out 0.70 or more, cal")
+    assert apart.short == "held-out AUROC 0.90, calibration error 0.10"
