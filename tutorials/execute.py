@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
-CELL_SECONDS = 1800
+CELL_SECONDS = 3600
 
 _BAR = re.compile(r"\d+%\||\d\s*\w*/s[\],]|s/\w+[\],]|IProgress not found|notebook_tqdm")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
