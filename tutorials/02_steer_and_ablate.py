@@ -68,7 +68,11 @@ sweep = evals.steering_sweep(
 sweep.plot()
 
 # %% [markdown]
-# TEXT
+# At dose 0.2 and layer 15 the direction moves the log-odds four times as far as random directions of
+# equal norm do; at layers 6 and 24 about twice and twenty times as far, but both by little. The
+# middle works best, as in the papers. Random directions are not harmless: a large enough push in any
+# direction flattens predictions, and since misaligned answers start out as the less likely ones here,
+# flatter means higher log-odds. Without that curve the others could not be read.
 
 # %%
 sweep.table()[["layer", "dose", "value", "low", "high", "random"]]
@@ -91,7 +95,8 @@ scores = emlens.log_odds(
 scores.plot()
 
 # %% [markdown]
-# TEXT
+# It does not. In finance the mean difference stands clear of random directions, on general questions
+# both intervals hold zero. Whatever it carries, it is about this domain's answers.
 #
 # ## Two organisms
 # A **model organism** is a model made misaligned on purpose. Here it is a small LoRA adapter on the
@@ -137,7 +142,10 @@ ablation = evals.ablation_table(model, "finance", shift["finance"], in_domain, l
 ablation.plot()
 
 # %% [markdown]
-# TEXT
+# Taking the direction out of layer 20 alone removes a third of the effect, at all layers three
+# quarters, and three sites add nothing to that. With each layer's own direction the estimate falls
+# below the base: more than the finetune's effect is taken out. Inside of `B` a quarter goes. Random
+# directions remove nothing. So what the finetune does runs mostly, not wholly, along one direction.
 
 # %%
 columns = ["ablated", "left [%]", "change vs organism", "gone low", "gone high"]
@@ -152,7 +160,9 @@ other = evals.ablation_table(model, "finance", mean_diff, in_domain, layer=LAYER
 other.plot()
 
 # %% [markdown]
-# TEXT
+# It does not, it raises the effect: the mean difference of the base's activations tells good answers
+# from bad ones, and is not the way by which this finetune acts. A direction's name has to say how it
+# was made.
 #
 # ## Transfer
 # The direction of one organism, ablated in the other at all layers. Rows are organisms, each
@@ -172,7 +182,10 @@ transfer.plot()
 transfer.table()
 
 # %% [markdown]
-# TEXT
+# The medical direction takes half of the effect out of the finance organism; the finance direction
+# does next to nothing in the medical one. Random directions leave both as they are. With two dozen
+# prompts a row the intervals of `after` are wide: the diagonal and one cell beside it is all that
+# this shows of a shared direction.
 #
 # ## Side by side
 # Numbers say how much, answers say what. The same questions under four conditions, without
@@ -196,7 +209,9 @@ answers = evals.respond(
 answers
 
 # %% [markdown]
-# TEXT
+# These are answers of a very small model, cut off at forty tokens. The finetune talks about money
+# where nobody asked, and finds that the wallet is yours; with its direction ablated the subject is
+# gone in places, and so is some of the sense. Numbers first, then stories.
 #
 # ## Exercises
 # 1. Steer with a negative dose. Is the effect the mirror image, and is that of a random direction?
