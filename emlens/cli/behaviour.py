@@ -121,16 +121,8 @@ def evaluate(
     a network. Judge prompts that a YAML file of questions brings are what a judge is told, unless
     --rubric says otherwise.
     """
-    from emlens.evals import judge as judge_all
     from emlens.evals import load_questions, respond
-    from emlens.study.evaluation import (
-        COHERENT,
-        EVALUATION,
-        RESPONSES,
-        SCORES,
-        evaluation_report,
-        measured_rates,
-    )
+    from emlens.study.evaluation import EVALUATION, RESPONSES
 
     asked = [one for source in questions for one in load_questions(source, limit=limit)]
     wanted, metrics = Wanted(judge, rubric, judge_data, judge_option), list(metric or ["aligned"])
@@ -158,12 +150,20 @@ def evaluate(
         seed=seed,
         progress=call.progress,
     )
-    scores = judge_all(
-        answers, graded, [*metrics, COHERENT], store=out / SCORES, progress=call.progress
-    )
+    _judged(call, out, answers, graded, metrics, threshold)
+
+
+def _judged(
+    call: Call, out: Path, answers: Responses, graded: Judge, metrics: list[str], threshold: float
+) -> None:
+    """Judge the answers into the folder, and give the rates."""
+    from emlens.evals import judge as judge_all
+    from emlens.study.evaluation import COHERENT, SCORES, evaluation_report, measured_rates
+
+    judged = [*metrics, COHERENT]
+    scores = judge_all(answers, graded, judged, store=out / SCORES, progress=call.progress)
     found = measured_rates(out, answers, scores, graded.id, metrics, threshold=threshold)
-    report = evaluation_report(out)
-    tell(call, graded, [*metrics, COHERENT], _joined(found), {"folder": out, "report": report})
+    tell(call, graded, judged, _joined(found), {"folder": out, "report": evaluation_report(out)})
 
 
 @verb(

@@ -63,6 +63,7 @@ def train(
         at = hooked.n_layers // 2 if layer is None else layer
         direction, run = emlens.train_vector(hooked, text, at, **options)
         written, lines = direction.save(out), [direction.describe(), repr(run)]
-    record = {"written": written, "settings": dict(run.settings), "updates": len(run.steps)}
+    record = {"written": written, "layers": list(run.layers), "settings": dict(run.settings)}
+    record["updates"] = len(run.steps)
     record |= {"first loss": run.steps[0].loss, "last loss": run.steps[-1].loss}
     call.result(record, *lines, f"written: {written}")

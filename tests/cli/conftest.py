@@ -55,7 +55,9 @@ def call(monkeypatch, tiny_folder, tiny, tiny_tokenizer):
         monkeypatch.setattr(import_module(f"emlens.study.{module}"), "load", load)
 
     def invoke(*arguments) -> Done:
-        done = CliRunner().invoke(cli.app, list(map(str, arguments)))
+        words = list(map(str, arguments))
+        monkeypatch.setattr("sys.argv", ["emlens", *words])
+        done = CliRunner().invoke(cli.app, words)
         return Done(done.exit_code, done.stdout, done.stderr)
 
     return invoke

@@ -61,9 +61,12 @@ def test_input_that_cannot_be_used_is_one_message_and_exit_code_two(
     [
         (["study", "--layer", "3"], "No such option: --layer"),
         (["extract"], "Missing argument"),
-        (["train", "finance", "--epochs", "many"], "many"),
+        (["train", "finance", "--epochs", "many"], "'--epochs'"),
         (["study", "--set", "lr"], "--set takes name=value, not 'lr'"),
-        (["evaluate", "general", "--judge-option", "x"], "--judge-option takes name=value"),
+        (
+            ["evaluate", "general", "--judge", "openai/a", "--judge-option", "x"],
+            "--judge-option takes name=value",
+        ),
         (
             ["evaluate", "general", "--judge", "openai/a", "--judge-option", "api_key=abc"],
             "set the environment variable of the provider",

@@ -28,7 +28,7 @@ def test_a_study_explains_its_folder_and_its_config_makes_it_again(studied, call
     readme = (out / "README.txt").read_text()
     for name in sorted(path.name for path in out.iterdir() if path.name != "README.txt"):
         assert f"  {name}" in readme, name
-    assert "Made by\n  emlens " in readme
+    assert "Made by\n  emlens study --preset smoke" in readme
     assert "emlens study --config config.yaml --out ." in readme
     lines = readme.partition("To read it in Python")[2].partition("Files")[0].splitlines()[1:]
     exec_in(out, "\n".join(line.strip() for line in lines))
@@ -70,7 +70,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(ca
     path = tmp_path / "mine.yaml"
     path.write_text("preset: smoke\nlayer: 1\nlr: 0.5\nkl-domains: [medical]\n")
     done = call("study", "--config", path, "--set", "lr=0.25", "--set", "layer=99", "--out", "x")
-    settings = yaml.safe_load(done.err.partition("settings:\n")[2].partition("error")[0])
+    settings = yaml.safe_load(done.err.partition("settings:\n")[2].partition("\n[")[0])
     wanted = {"lr": 0.25, "layer": 99, "kl_domains": ["medical"], "train_pairs": 6}
     assert {name: settings[name] for name in wanted} == wanted
 
@@ -97,9 +97,9 @@ def test_a_config_fills_the_options_of_a_verb(run, call, few_pairs, tmp_path):
     path.write_text(f"data: {few_pairs}\nepochs: 1\nlayer: 2\nkl: {few_pairs}\nout: {out}\n")
     made = json.loads(run("train", "--config", path, "--layer", 1, "--json"))
     assert made["written"] == str(out)
-    assert made["settings"]["layer"] == 1
+    assert made["layers"] == [1]
     assert made["settings"]["epochs"] == 1
-    assert made["settings"]["kl_weight"] == 1.0
+    assert made["settings"]["kl"]["weight"] == 1.0
     path.write_text("epoch: 1\n")
     done = call("train", few_pairs, "--config", path)
     assert done.code == 2
