@@ -68,11 +68,11 @@ sweep = evals.steering_sweep(
 sweep.plot()
 
 # %% [markdown]
-# At dose 0.2 and layer 15 the direction moves the log-odds four times as far as random directions of
-# equal norm do; at layers 6 and 24 about twice and twenty times as far, but both by little. The
-# middle works best, as in the papers. Random directions are not harmless: a large enough push in any
-# direction flattens predictions, and since misaligned answers start out as the less likely ones here,
-# flatter means higher log-odds. Without that curve the others could not be read.
+# At dose 0.2 and layer 15 the direction moves the log-odds four times as far as random directions
+# of equal norm do; at layers 6 and 24 about twice and twenty times as far, but both by little.
+# The middle works best, as in the papers. Random directions are not harmless: a large enough push
+# in any direction flattens predictions, and since misaligned answers start out as the less likely
+# ones here, flatter means higher log-odds. Without that curve the others could not be read.
 
 # %%
 sweep.table()[["layer", "dose", "value", "low", "high", "random"]]
@@ -95,8 +95,8 @@ scores = emlens.log_odds(
 scores.plot()
 
 # %% [markdown]
-# It does not. In finance the mean difference stands clear of random directions, on general questions
-# both intervals hold zero. Whatever it carries, it is about this domain's answers.
+# It does not. In finance the mean difference stands clear of random directions, on general
+# questions both intervals hold zero. Whatever it carries, it is about this domain's answers.
 #
 # ## Two organisms
 # A **model organism** is a model made misaligned on purpose. Here it is a small LoRA adapter on the
@@ -160,9 +160,9 @@ other = evals.ablation_table(model, "finance", mean_diff, in_domain, layer=LAYER
 other.plot()
 
 # %% [markdown]
-# It does not, it raises the effect: the mean difference of the base's activations tells good answers
-# from bad ones, and is not the way by which this finetune acts. A direction's name has to say how it
-# was made.
+# It does not, it raises the effect: the mean difference of the base's activations tells good
+# answers from bad ones, and is not the way by which this finetune acts. A direction's name has to
+# say how it was made.
 #
 # ## Transfer
 # The direction of one organism, ablated in the other at all layers. Rows are organisms, each

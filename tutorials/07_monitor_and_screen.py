@@ -178,10 +178,10 @@ for share in (0.0, 0.1, 1.0):
     print(f"{share:4.0%} bad answers: {push} median residual norms")
 
 # %% [markdown]
-# Written answers may be shifted against the model's own words even where all of them are good: style
-# and length count, too. Sets are compared with each other, or with trusted ones, not with zero. A
-# tenth of bad answers moves the mean of a set by less than its interval; the ranking above found
-# half of them.
+# Written answers may be shifted against the model's own words even where all of them are good:
+# style and length count, too. Sets are compared with each other, or with trusted ones, not with
+# zero. A tenth of bad answers moves the mean of a set by less than its interval; the ranking
+# above found half of them.
 #
 # ## Exercises
 # 1. Fit the monitor with `pooled=True`. Is it better at home? And in the other domains?
