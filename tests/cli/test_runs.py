@@ -69,7 +69,9 @@ def test_a_report_is_rebuilt_without_a_model(studied, run, monkeypatch, call):
 def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(call, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("preset: smoke\nlayer: 1\nlr: 0.5\nkl-domains: [medical]\n")
-    done = call("study", "--config", path, "--set", "lr=0.25", "--set", "layer=99", "--out", "x")
+    done = call(
+        "study", "--config", path, "--set", "lr=0.25", "--set", "layer=99", "--out", tmp_path / "x"
+    )
     settings = yaml.safe_load(done.err.partition("settings:\n")[2].partition("\n[")[0])
     wanted = {"lr": 0.25, "layer": 99, "kl_domains": ["medical"], "train_pairs": 6}
     assert {name: settings[name] for name in wanted} == wanted
