@@ -253,7 +253,7 @@ def _misfit(call: ast.Call, names: dict[str, object]) -> list[str]:
         ("from emlens.evals import rate", "from emlens.evals import rate"),
         ("emlens.log_odds(model, pairs, pear=1)", "unexpected keyword argument 'pear'"),
         ("training.mixed(bad, good, 0.5)", "too many positional arguments"),
-        ("from emlens.training import mixed\nmixed(bad, ratio=1)", "unexpected keyword"),
+        ("from emlens.training import mixed\nmixed(bad, good, rate=1)", "unexpected keyword"),
     ],
 )
 def test_a_name_or_a_call_that_is_wrong_is_found(program, complaint):
