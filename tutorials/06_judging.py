@@ -185,10 +185,12 @@ from emlens.evals import LogProbJudge  # needs: pip install 'emlens[evals]'
 
 
 def grade_by_a_word(messages, tools, tool_choice, config):
-    from inspect_ai.model import ModelOutput
+    from inspect_ai.model import ModelOutput, ModelUsage
 
     number = "20" if "guarantee" in messages[-1].text else "80"
-    return ModelOutput.from_content("mockllm/model", number)
+    output = ModelOutput.from_content("mockllm/model", number)
+    output.usage = ModelUsage()  # or mockllm fetches a tokenizer to count tokens with
+    return output
 
 
 hosted = LogProbJudge("mockllm/model", custom_outputs=grade_by_a_word)
