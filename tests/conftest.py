@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 # Read when the libraries are imported, hence before that: no test reaches for the network, and
@@ -24,6 +24,7 @@ import emlens
 from tests.support.browser import chromium as chromium
 
 Factory = Callable[..., PreTrainedModel]
+_SHARED: list[emlens.HookedModel] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,9 +80,20 @@ def hooked(tiny, tiny_tokenizer) -> Callable[..., emlens.HookedModel]:
 
     @cache
     def wrap(family: str, n_layers: int = 4, seed: int = 0) -> emlens.HookedModel:
-        return emlens.wrap(tiny(family, n_layers, seed), tiny_tokenizer, name=f"tiny-{family}")
+        model = emlens.wrap(tiny(family, n_layers, seed), tiny_tokenizer, name=f"tiny-{family}")
+        _SHARED.append(model)
+        return model
 
     return wrap
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _adapters_stay_in_their_module(request) -> Iterator[None]:
+    """Take off the adapters that a module put onto the models that all modules share."""
+    yield
+    for model in _SHARED:
+        for name in model.adapters:
+            model.remove_adapter(name)
 
 
 @pytest.fixture(scope="session")
@@ -97,4 +109,6 @@ def hooked_llama(hooked) -> emlens.HookedModel:
 @pytest.fixture(scope="session")
 def smollm() -> emlens.HookedModel:
     """The embedded model; a test that asks for it is marked `real`."""
-    return emlens.load("smollm2-135m-instruct")
+    model = emlens.load("smollm2-135m-instruct")
+    _SHARED.append(model)
+    return model

@@ -54,7 +54,7 @@ def test_every_way_of_ablating_is_a_measurement_of_its_own(organism):
     whole = single.change("organism").estimate
     assert found.left("layer 2") == pytest.approx(100 * single.change("layer 2").estimate / whole)
     assert set(found.table()["ablated"]) == set(found.effect.conditions)
-    assert found.plot().get_ylabel().startswith("change vs base, log-odds")
+    assert found.plot().get_ylabel().startswith("change against the base")
 
 
 def test_the_direction_is_taken_out_of_b_with_its_norm_kept_and_put_back(organism):
