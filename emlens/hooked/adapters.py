@@ -60,6 +60,27 @@ class Adapters:
             if isinstance(part, LoraLayer) and name in available(part)
         }
 
+    def lowest_block(self, name: str, blocks: str) -> int:
+        """The first decoder block that an adapter changes: 0 where it changes more than blocks.
+
+        Args:
+            name: The adapter.
+            blocks: Path of the list of decoder blocks.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        self.check(name)
+        lowest = None
+        for path, part in self.parts():
+            if name not in available(part):
+                continue
+            number, _, rest = (path or "").removeprefix(blocks + ".").partition(".")
+            if not (number.isdigit() and rest):
+                return 0
+            lowest = int(number) if lowest is None else min(lowest, int(number))
+        return lowest or 0
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for _, layer in self.parts() for name in available(layer)))

@@ -6,6 +6,7 @@ of them; it runs once, and each edit runs only the blocks above.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens.hooked.adapters import Adapters
 from emlens.hooked.edit import Edit
 from emlens.hooked.model import HookedModel
 from emlens.text import TokenBatch
@@ -54,28 +56,50 @@ def under(model: HookedModel, condition: Condition) -> Iterator[Sequence[Edit]]:
 def sweep_hidden(
     model: HookedModel, batch: TokenBatch, conditions: Conditions
 ) -> Iterator[tuple[str, Float[Tensor, "batch pos d_model"]]]:
-    """Yield the final hidden states under each condition, sharing the unedited prefix.
+    """Yield the final hidden states under each condition, sharing what is the same below.
 
-    The numbers are those of `model.hidden(batch, edits)`, one condition after the other; only
-    one condition's states are held at a time.
+    An adapter that is limited to some layers leaves the base's states below them, so that several
+    adapters share these as well. The numbers are those of `model.hidden(batch, edits)`, one
+    condition after the other; only one condition's states are held at a time.
     """
     batch = batch.to(model.device)
-    parts = {name: parts_of(condition) for name, condition in conditions.items()}
+    plan = _plan(model, conditions)
     kept: dict[object, dict[int, Tensor]] = {}
-    for name, (adapter, edits) in parts.items():
+    for name, condition in conditions.items():
+        adapter, edits = parts_of(condition)
+        source, depth = plan[name]
+        if source not in kept:
+            depths = {at for of, at in plan.values() if of == source and at is not None}
+            wanted = sorted(depth for depth in depths if depth >= 0)
+            with _acting(model, source):
+                kept[source] = model.prefix(batch, wanted) if wanted else {}
+        if depth is None and kept[source]:
+            depth = max(kept[source])
+        resume = None
+        if depth is not None and depth in kept[source]:
+            resume = depth, kept[source][depth]
         with _acting(model, adapter):
-            if adapter not in kept:
-                depths = [model.prefix_layer(e) for a, e in parts.values() if a == adapter]
-                wanted = sorted({depth for depth in depths if depth is not None and depth >= 0})
-                kept[adapter] = model.prefix(batch, wanted) if wanted else {}
-            depth = model.prefix_layer(edits)
-            if depth is None and kept[adapter]:
-                depth = max(kept[adapter])
-            resume = None
-            if depth is not None and depth in kept[adapter]:
-                resume = depth, kept[adapter][depth]
             hidden = model.hidden(batch, edits, resume)
         yield name, hidden
+
+
+def _plan(model: HookedModel, conditions: Conditions) -> dict[str, tuple[object, int | None]]:
+    """Whose states each condition goes on from, and the layer it does so after (None: any)."""
+    parts = {name: parts_of(condition) for name, condition in conditions.items()}
+    if all(adapter is _AS_IT_IS for adapter, _ in parts.values()):
+        return {name: (_AS_IT_IS, model.prefix_layer(edits)) for name, (_, edits) in parts.items()}
+    standing = _AS_IT_IS if model.active_adapter else None
+    acting = {n: standing if adapter is _AS_IT_IS else adapter for n, (adapter, _) in parts.items()}
+    times = Counter(acting.values())
+    plan: dict[str, tuple[object, int | None]] = {}
+    for name, (_, edits) in parts.items():
+        adapter, depth = acting[name], model.prefix_layer(edits)
+        if not isinstance(adapter, str) or times[adapter] > 1:
+            plan[name] = adapter, depth
+        else:
+            below = Adapters(model.module).lowest_block(adapter, model.architecture.blocks) - 1
+            plan[name] = None, below if depth is None else min(depth, below)
+    return plan
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import emlens
 from emlens.hooked import ENGINES
+from emlens.hooked.adapters import Adapters
+from emlens.hooked.attach import attach
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model, saved
 from tests.support.data import conversations, pairs
@@ -357,7 +359,7 @@ def test_a_sweep_takes_adapters_edits_and_both(tmp_path):
         "b": saved(tmp_path / "b", tiny_model("llama"), seed=2, layers_to_transform=[2]),
     }
     module = tiny_model("llama")
-    emlens.hooked.attach.attach(module, folders, "llama")
+    attach(module, folders, "llama")
     model = emlens.wrap(module, chatml_tokenizer(), name="tiny-llama")
     (batch,) = pack(tokenize(conversations("bad", 3), model.tokenizer))
     push = [emlens.Add(emlens.Direction.of(torch.ones(32), 1))]
@@ -388,3 +390,59 @@ def test_a_sweep_takes_adapters_edits_and_both(tmp_path):
     assert pair.of("a").tolist() == pytest.approx(alone.of("base").tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="there is no adapter 'c'; the adapters are a, b"):
         emlens.log_odds(model, pairs(4), {"base": [], "c": "c"})
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A model with adapters of all layers (a) and of the last layer alone (c, d)."""
+    last = {"layers_to_transform": [3]}
+    folders = {
+        name: saved(tmp_path / name, tiny_model("llama"), seed=seed, **limits)
+        for name, seed, limits in (("a", 1, {}), ("c", 2, last), ("d", 3, last))
+    }
+    module = tiny_model("llama")
+    attach(module, folders, "llama")
+    model = emlens.wrap(module, chatml_tokenizer(), name="tiny-llama")
+    (batch,) = pack(tokenize(conversations("bad", 3), model.tokenizer))
+    return model, batch
+
+
+@pytest.mark.parametrize("standing", [None, "a", "c"])
+def test_a_sweep_is_right_whichever_adapter_stands(deep, standing):
+    model, batch = deep
+    early, late = ([emlens.Add(emlens.Direction.of(torch.ones(32), at))] for at in (0, 3))
+    conditions = {
+        "as it is": [],
+        "as it is, early": early,
+        "base": (None, []),
+        "a": "a",
+        "c early": ("c", early),
+        "c late": ("c", late),
+        "d late": ("d", late),
+    }
+    with model.adapter(standing):
+        found = dict(emlens.hooked.sweep_hidden(model, batch, conditions))
+    for name, condition in conditions.items():
+        adapter, edits = condition if isinstance(condition, tuple) else (standing, condition)
+        if condition == "a":
+            adapter, edits = "a", []
+        with model.adapter(adapter):
+            assert torch.allclose(found[name], model.hidden(batch, edits), atol=1e-5), name
+
+
+def test_adapters_of_late_layers_share_the_states_of_the_base_below_them(deep):
+    model, batch = deep
+    ran = []
+    for number, block in enumerate(model.module.model.layers):
+        block.mlp.register_forward_hook(lambda *_, n=number: ran.append(n))
+    list(emlens.hooked.sweep_hidden(model, batch, {"base": [], "c": "c", "d": "d"}))
+    assert ran == [0, 1, 2, 3, 3, 3]
+
+
+def test_an_adapter_outside_of_the_blocks_shares_nothing(deep):
+    model, _ = deep
+    config = LoraConfig(r=2, target_modules=["lm_head"])
+    model.add_adapter("head", config)
+    adapters = Adapters(model.module)
+    assert [adapters.lowest_block(name, "model.layers") for name in "acd"] == [0, 3, 3]
+    assert adapters.lowest_block("head", "model.layers") == 0
