@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from emlens._results import Result
+from emlens._stats import Interval
 from emlens.directions import Direction, Directions, random_direction
 from emlens.directions.adapters import WRITERS
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect
-from emlens.evals.parts import BASE, ORGANISM, averaged, one_of
+from emlens.evals.parts import BASE, NO_EFFECT, ORGANISM, averaged, one_of
 from emlens.hooked import Condition, Edit, HookedModel, Site
 from emlens.hooked.altered import adapter_factors, put_back
 from emlens.hooked.sweep import parts_of
@@ -41,31 +41,41 @@ class Ablation(Result):
     effect: Effect
     direction: str
 
-    def left(self, condition: str) -> float:
-        """Share of the organism's effect that is left, in percent."""
-        whole = self.effect.change(ORGANISM, BASE).estimate
-        return 100 * self.effect.change(condition, BASE).estimate / whole if whole else np.nan
+    def left(self, condition: str) -> Interval:
+        """Share of the organism's effect that is left, in percent.
+
+        NaN where that effect is not clear of zero.
+        """
+        return self.effect.share(condition, ORGANISM, BASE)
 
     def table(self) -> pd.DataFrame:
-        """One row per way of ablating: the effect left, and its change against the organism."""
+        """One row per way of ablating: the effect left, and its change against the organism.
+
+        The share left is blank, with the reason, where the organism's effect is not clear of zero.
+        """
         import pandas as pd
 
         rows = []
         for name in self.effect.conditions:
             left, gone = self.effect.change(name, BASE), self.effect.change(name, ORGANISM)
+            share = self.left(name)
             rows.append(
                 {
                     "ablated": name,
                     f"change vs base, {self.effect.what}": left.estimate,
                     "low": left.low,
                     "high": left.high,
-                    "left [%]": self.left(name) if name != BASE else 0.0,
+                    "left [%]": share.estimate,
+                    "left low [%]": share.low,
+                    "left high [%]": share.high,
                     "change vs organism": gone.estimate,
                     "gone low": gone.low,
                     "gone high": gone.high,
                 }
             )
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        none = bool(frame["left [%]"].isna().all())
+        return frame.assign(note=NO_EFFECT) if none else frame
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Change against the base, one dot per way of ablating."""

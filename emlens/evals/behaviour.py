@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from emlens._results import Result
-from emlens._stats import Interval, bootstrap_mean
+from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio
 from emlens.evals.questions import Question
 from emlens.evals.rates import ALIGNED, COHERENT, rates
 from emlens.evals.responses import respond
@@ -65,6 +65,19 @@ class Effect(Result):
     def change(self, condition: str, base: str | None = None) -> Interval:
         """Mean paired change against a condition, the first by default."""
         return self._interval(self.of(condition) - self.of(base or self.conditions[0]))
+
+    def share(self, condition: str, whole: str, base: str) -> Interval:
+        """Change of a condition as a share of another's, percent, over the prompts of all three.
+
+        NaN where the other's change is not clear of zero: a share of nothing means nothing.
+        """
+        shift = self.of(condition) - self.of(base)
+        full = self.of(whole) - self.of(base)
+        known = np.isfinite(shift) & np.isfinite(full)
+        if not known.any() or not self._interval(full[known]).excludes_zero:
+            return Interval(float("nan"), float("nan"), float("nan"))
+        sign = np.sign(full[known].sum())
+        return bootstrap_ratio(100 * sign * shift[known], sign * full[known], seed=self.seed)
 
     def table(self) -> pd.DataFrame:
         """One row per condition."""

@@ -12,6 +12,8 @@ from emlens.directions import Direction, Directions
 from emlens.evals.behaviour import Effect
 
 BASE, ORGANISM = "base", "organism"
+NO_EFFECT = "the organism's effect is not clear of zero"
+"""Why a share of it is left blank."""
 
 
 def one_of(directions: Directions, layer: int | None) -> Direction:

@@ -27,7 +27,7 @@ class SteeringSweep(Result):
 
     Attributes:
         rows: `layer`, `dose`, `value`, `low`, `high` (change against the base), `coherent`, and
-            `random` (the same for a random direction of equal norm).
+            `random`, `random low`, `random high` (the same for a random direction of equal norm).
         what: What the effect is, with its unit.
         floor: Coherent share below which a dose does not count.
     """
@@ -61,7 +61,10 @@ class SteeringSweep(Result):
             curves[f"layer {layer}"] = (np.array([row["dose"] for row in own]), *columns)
         first = [row for row in self.rows if row["layer"] == layers[0]]
         x = np.array([row["dose"] for row in first])
-        curves["random"] = (x, np.array([row["random"] for row in first]))
+        chance = (
+            np.array([row[k] for row in first]) for k in ("random", "random low", "random high")
+        )
+        curves["random"] = (x, *chance)
         return line_bands(
             curves,
             x_label="dose [share of median residual norm]",
@@ -110,6 +113,7 @@ def steering_sweep(
     for layer in wanted:
         for dose in doses:
             change = effect.change(f"{layer} {dose}")
+            beside = effect.change(f"random {layer} {dose}")
             place = effect.conditions.index(f"{layer} {dose}")
             rows.append(
                 {
@@ -119,7 +123,9 @@ def steering_sweep(
                     "low": change.low,
                     "high": change.high,
                     "coherent": effect.coherent[place],
-                    "random": effect.change(f"random {layer} {dose}").estimate,
+                    "random": beside.estimate,
+                    "random low": beside.low,
+                    "random high": beside.high,
                 }
             )
     return SteeringSweep(tuple(rows), effect.what, floor)

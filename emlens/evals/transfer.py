@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from emlens._results import Result
+from emlens._stats import Interval
 from emlens.directions import Directions, random_direction
 from emlens.edits import Ablate
 from emlens.evals.behaviour import Behaviour
-from emlens.evals.parts import BASE, ORGANISM, averaged, one_of, triple
+from emlens.evals.parts import BASE, NO_EFFECT, ORGANISM, averaged, one_of, triple
 from emlens.hooked import Condition, HookedModel
 from emlens.hooked.sweep import parts_of
 
@@ -28,6 +31,8 @@ class Transfer(Result):
         directions: Names of the directions, the columns.
         whole: Effect of each organism, with its interval.
         left: Effect left, `[organisms][directions]`, with intervals.
+        removed: Share of the effect that is removed, percent, likewise; NaN where the organism's
+            effect is not clear of zero.
         what: What the effect is, with its unit.
     """
 
@@ -35,32 +40,44 @@ class Transfer(Result):
     directions: tuple[str, ...]
     whole: tuple[tuple[float, float, float], ...]
     left: tuple[tuple[tuple[float, float, float], ...], ...]
+    removed: tuple[tuple[tuple[float, float, float], ...], ...]
     what: str
 
     def table(self) -> pd.DataFrame:
-        """One row per organism and direction."""
+        """One row per organism and direction.
+
+        The share removed is blank, with the reason, where the organism's effect is not clear of
+        zero.
+        """
         import pandas as pd
 
         rows = []
         for i, organism in enumerate(self.organisms):
             for j, direction in enumerate(self.directions):
                 value, low, high = self.left[i][j]
-                whole = self.whole[i][0]
+                share, least, most = self.removed[i][j]
                 rows.append(
                     {
                         "organism": organism,
                         "direction from": direction,
-                        f"before, change of {self.what}": whole,
+                        f"before, change of {self.what}": self.whole[i][0],
                         "after": value,
                         "low": low,
                         "high": high,
-                        "removed [%]": 100 * (1 - value / whole) if whole else float("nan"),
+                        "removed [%]": share,
+                        "removed low [%]": least,
+                        "removed high [%]": most,
                     }
                 )
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        blank = frame["removed [%]"].isna()
+        return frame.assign(note=np.where(blank, NO_EFFECT, "")) if bool(blank.any()) else frame
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Share of the effect that is removed, percent, as a heat map."""
+        """Share of the effect that is removed, percent, as a heat map.
+
+        Rows of organisms whose effect is not clear of zero stay blank.
+        """
         from emlens.figures import heatmap
 
         frame = self.table().pivot(index="organism", columns="direction from", values="removed [%]")
@@ -108,7 +125,7 @@ def transfer_table(
     first = next(iter(chosen.values()))
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)
-    whole, left, what = [], [], ""
+    whole, left, removed, what = [], [], [], ""
     for name, organism in organisms.items():
         behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
         if behaviour is None:
@@ -126,6 +143,11 @@ def transfer_table(
         columns = [*chosen, *(["random"] if chance else [])]
         whole.append(triple(effect.change(ORGANISM, BASE)))
         left.append(tuple(triple(effect.change(label, BASE)) for label in columns))
+        removed.append(tuple(_removed(effect.share(label, ORGANISM, BASE)) for label in columns))
         what = effect.what
     columns = (*chosen, *(("random",) if chance else ()))
-    return Transfer(tuple(organisms), columns, tuple(whole), tuple(left), what)
+    return Transfer(tuple(organisms), columns, tuple(whole), tuple(left), tuple(removed), what)
+
+
+def _removed(left: Interval) -> tuple[float, float, float]:
+    return 100 - left.estimate, 100 - left.high, 100 - left.low

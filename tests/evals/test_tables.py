@@ -10,6 +10,8 @@ import emlens
 from emlens import Ablate, Add, Direction, log_odds
 from emlens.directions import mean_diff
 from emlens.evals import (
+    Ablation,
+    Effect,
     JudgedRate,
     LogOddsJudge,
     Question,
@@ -50,9 +52,11 @@ def test_every_way_of_ablating_is_a_measurement_of_its_own(organism):
     for name in conditions:
         np.testing.assert_allclose(found.effect.of(name), single.of(name), atol=1e-5)
     assert found.effect.conditions[-2:] == ("random, all layers", "inside B")
-    assert found.left("organism") == pytest.approx(100)
+    assert found.left("organism").estimate == pytest.approx(100)
     whole = single.change("organism").estimate
-    assert found.left("layer 2") == pytest.approx(100 * single.change("layer 2").estimate / whole)
+    share = found.left("layer 2")
+    assert share.estimate == pytest.approx(100 * single.change("layer 2").estimate / whole)
+    assert share.low <= share.estimate <= share.high
     assert set(found.table()["ablated"]) == set(found.effect.conditions)
     assert found.plot().get_ylabel().startswith("change against the base")
 
@@ -118,6 +122,44 @@ def test_transfer_crosses_every_organism_with_every_direction(organism, tmp_path
         transfer_table(model, {}, {"a": directions}, PAIRS)
 
 
+def effect_of(shift: float) -> Effect:
+    """An organism whose effect is `shift` on average, and an ablation that halves it."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 40)
+    full = shift + noise - noise.mean()
+    values = (np.zeros(40), full, full / 2)
+    rows = tuple(tuple(row.tolist()) for row in values)
+    names = tuple(f"q{i}" for i in range(40))
+    return Effect("log-odds [nats/token]", ("base", "organism", "x"), names, rows, (np.nan,) * 3)
+
+
+def test_a_share_is_the_ratio_of_two_changes_with_an_interval():
+    share = effect_of(0.5).share("x", "organism", "base")
+    assert share.estimate == pytest.approx(50)
+    assert share.low == pytest.approx(50) and share.high == pytest.approx(50)
+    down = effect_of(-0.5).share("x", "organism", "base")
+    assert down.estimate == pytest.approx(50)
+
+
+def test_a_share_of_an_effect_that_is_not_clear_of_zero_is_blank_with_the_reason():
+    unclear = effect_of(0.001)
+    assert np.isnan(unclear.share("x", "organism", "base").estimate)
+    frame = Ablation(unclear, "mean-diff").table()
+    assert frame["left [%]"].isna().all()
+    assert set(frame["note"]) == {"the organism's effect is not clear of zero"}
+    assert "note" not in Ablation(effect_of(0.5), "mean-diff").table()
+    blank, known = ((np.nan,) * 3,), ((50.0, 40.0, 60.0),)
+    table = Transfer(
+        ("none", "some"),
+        ("a",),
+        ((0.0, -1, 1), (1.0, 0.5, 1.5)),
+        (known, known),
+        (blank, known),
+        "x",
+    )
+    assert list(table.table()["note"]) == ["the organism's effect is not clear of zero", ""]
+    assert [text.get_text() for text in table.plot().texts].count("50") == 1
+
+
 def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organism):
     model, directions = organism
     found = steering_sweep(model, directions, PAIRS, doses=(0.2, 0.6), layers=(1, 2))
@@ -130,7 +172,9 @@ def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organi
     single = log_odds(model, pairs(6), {"base": [], "x": [Add(directions[2], dose=0.6)]})
     assert found.rows[3]["value"] == pytest.approx(single.change("x").estimate, abs=1e-5)
     assert found.best["value"] == max(row["value"] for row in found.rows)
-    assert "random" in found.table().columns
+    chance = found.table()
+    assert (chance["random low"] <= chance["random"]).all()
+    assert (chance["random"] <= chance["random high"]).all()
     assert found.plot().get_xlabel().startswith("dose")
     with pytest.raises(ValueError, match="a steering sweep needs doses"):
         steering_sweep(model, directions, PAIRS, doses=())
