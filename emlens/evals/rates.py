@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -160,7 +159,8 @@ class Rates(Result):
             values=frame["misaligned [%]"],
             low=frame["low"],
             high=frame["high"],
-            y_label=f"misaligned and coherent answers [% of scored]\njudged by {self._judged}",
+            y_label="misaligned and coherent\nanswers [% of scored]",
+            title=f"judged by {self._judged}",
             ax=ax,
         )
 
@@ -171,7 +171,7 @@ class Rates(Result):
 
     @property
     def _judged(self) -> str:
-        return f"{self.judge}\n{fill(self.trust, 46)}" if self.trust else self.judge
+        return f"{self.judge}, {self.trust}" if self.trust else self.judge
 
     def _row(self, condition: str, domain: str) -> dict:
         scored, questions, hits = self._counted(condition, [domain])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Values = tuple[tuple[float, ...], ...]
 
 DOSES = (0.05, 0.1, 0.2, 0.4)
+CONTROLS = 3
 RANDOM = "random"
 Kind = Literal["add", "ablate"]
 
@@ -235,7 +236,7 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
     doses: Sequence[float] = DOSES,
     norms: Sequence[float] | None = None,
     edit: Kind = "add",
-    controls: int | Mapping[str, int] = 3,
+    controls: int | Mapping[str, int] | None = None,
     conditions: Conditions | None = None,
     per_token: bool = False,
     max_tokens: int = 128,
@@ -265,7 +266,8 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
             are no doses.
         controls: Random directions of equal norm at every place a direction is added at; or
             numbers by kind: `"random"`, `"activation differences"` (of two tokens of the corpus),
-            `"shuffled labels"` (of the mean differences among the directions).
+            `"shuffled labels"` (of the mean differences among the directions). Three random ones
+            by default; `"auto"` compares with the profile's percentiles and takes none.
         conditions: Further edits or adapters, measured once as they are: a finetune, say.
         per_token: Keep loss and KL of every single token as well, for `Influence.tokens`: two
             numbers per token, direction and dose, in memory and on disk.
@@ -286,6 +288,7 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
     reading: Any = {"max_tokens": max_tokens, "token_budget": token_budget}
     if method == "auto":
         exact_only = {"norms": norms, "conditions": conditions, "per_token": per_token}
+        exact_only["controls"] = controls
         exact_only["edit"] = edit if edit != "add" else None
         scanned = _scanned(model, corpus, directions, exact_only)
         options: Any = {"doses": doses, "check": check, "seed": seed, "progress": progress}
@@ -293,7 +296,7 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
     fixed = dict(conditions or {})
     if directions or not fixed:
         named(directions)
-    kinds = kinds_of(controls) if directions else {}
+    kinds = kinds_of(CONTROLS if controls is None else controls) if directions else {}
     readable = with_tokens(model, corpus)
     groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
     chance = {name: control for members in groups.values() for name, control in members.items()}

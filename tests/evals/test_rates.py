@@ -147,7 +147,7 @@ def test_what_a_judge_says_of_its_worth_stands_beside_its_rates():
     found = rates(rows, told)
     assert found.trust == "AUROC <0.9>"
     assert "AUROC &lt;0.9&gt;" in found._repr_html_()
-    assert "AUROC <0.9>" in found.plot().get_ylabel()
+    assert "AUROC <0.9>" in found.plot().get_title(loc="left")
     assert rates(rows, plain).trust == ""
 
 
@@ -165,7 +165,9 @@ def test_rates_can_be_kept_and_drawn(tmp_path):
     rows = [response(i, f"q{i % 3}", c, d) for i in range(6) for c in "ab" for d in ("x", "y")]
     found = rates(rows, scored(rows, [10.0, 80.0] * 12, [None, 90.0, 90.0] * 8))
     assert Rates.load(found.save(tmp_path / "rates.json")) == found
-    assert "judged by judge" in found.plot().get_ylabel()
+    drawn = found.plot()
+    assert drawn.get_title(loc="left").startswith("judged by judge")
+    assert drawn.get_ylabel().endswith("[% of scored]")
     with pytest.raises(KeyError, match="no condition 'c'; there are a, b"):
         found.misaligned("c")
 

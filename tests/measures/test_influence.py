@@ -225,6 +225,7 @@ def test_intervals_over_documents_cover_in_simulation(n):
         ({"controls": {"shuffled labels": 2}}, "no direction carries directions under shuffled"),
         ({"conditions": {"x": []}}, "two things are called 'x'; rename one"),
         ({"method": "auto", "edit": "ablate"}, "method='auto' has no edit; use method='exact'"),
+        ({"method": "auto", "controls": 2}, "method='auto' has no controls; use method='exact'"),
         ({"method": "auto", "per_token": True}, "method='auto' has no per_token; use method='exa"),
         ({"method": "fast"}, "unknown method 'fast'; choose 'exact' or 'auto'"),
     ],
