@@ -148,8 +148,7 @@ ablation.plot()
 # directions remove nothing. So what the finetune does runs mostly, not wholly, along one direction.
 
 # %%
-columns = ["ablated", "left [%]", "change vs organism", "gone low", "gone high"]
-ablation.table()[columns]
+ablation.table().drop(columns=["low", "high"])
 
 # %% [markdown]
 # The mean difference of the base's own activations, which steered so well, is another direction.

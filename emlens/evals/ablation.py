@@ -68,7 +68,7 @@ class Ablation(Result):
                     "left [%]": share.estimate,
                     "left low [%]": share.low,
                     "left high [%]": share.high,
-                    "change vs organism": gone.estimate,
+                    f"change vs organism, {self.effect.what}": gone.estimate,
                     "gone low": gone.low,
                     "gone high": gone.high,
                 }

@@ -91,7 +91,7 @@ class Effect(Result):
                 self.what: level.estimate,
                 "low": level.low,
                 "high": level.high,
-                "change": change.estimate,
+                f"change of {self.what}": change.estimate,
                 "change low": change.low,
                 "change high": change.high,
             }

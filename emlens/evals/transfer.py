@@ -61,7 +61,7 @@ class Transfer(Result):
                         "organism": organism,
                         "direction from": direction,
                         f"before, change of {self.what}": self.whole[i][0],
-                        "after": value,
+                        f"after, change of {self.what}": value,
                         "low": low,
                         "high": high,
                         "removed [%]": share,

@@ -97,8 +97,8 @@ class Screen(Result):
                 "row": row["row"],
                 f"score [{self.unit}]": row["score"],
                 "flagged": row["score"] > self.threshold,
-                "projection": row["projection"],
-                "reference": row["reference"],
+                f"projection [{self.unit}]": row["projection"],
+                f"reference [{self.unit}]": row["reference"],
                 "tokens": row["tokens"],
             }
             for rank, row in enumerate(self.worst, 1)

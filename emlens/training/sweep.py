@@ -96,8 +96,8 @@ class KLSweep(Result):
             row: dict[str, object] = {"KL weight": weight}
             for name in ("inside", "outside", "beyond"):
                 value, low, high = getattr(self, name)[i]
-                row |= {name: value, f"{name} low": low, f"{name} high": high}
-            rows.append({**row, "KL": self.kl[i], "norm": self.norms[i]})
+                row |= {f"{name} [nats/token]": value, f"{name} low": low, f"{name} high": high}
+            rows.append({**row, "KL [nats/token]": self.kl[i], "norm": self.norms[i]})
         return pd.DataFrame(rows)
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
