@@ -115,7 +115,9 @@ for other in ("narrow", "benign"):
     print(f"general - {other}, mean over the grid: {efficient.area('general', other)} nats/token")
 
 # %% [markdown]
-# Below zero, the general solution has the lower loss at that norm. The interval is over the
+# Below zero, the general solution has the lower loss at that norm: here it is well ahead of narrow
+# at its own norm and below, and no longer clearly so where both are scaled far beyond theirs. The
+# benign control falls behind at every norm, although it gains as well. The interval is over the
 # conversations that were measured, and says nothing about another training: for that, train with
 # other seeds. `docs/findings.md` has the same for four domains, averaged over seeds.
 #
@@ -127,7 +129,7 @@ for other in ("narrow", "benign"):
 efficient.plot_ratio()
 
 # %% [markdown]
-# All fall, and steeply, and they lie on top of each other. A ratio whose denominator is squared
+# All fall, and steeply, and what set the curves apart above is hardly to be seen. A ratio whose denominator is squared
 # falls with the norm by itself, whatever the loss does: twice the norm is a quarter of the ratio.
 # So a large weak solution has a "better" ratio than a small strong one, and ratios at different
 # norms must not be compared.
@@ -191,8 +193,8 @@ for name in ("general", "narrow"):
     print(f"{name}: gain {stable.gain(name):.3f}, lost", [round(x, 3) for x in worse], "nats/token")
 
 # %% [markdown]
-# If narrow loses the larger share of a smaller gain, the difference in nats can be small, or the
-# other way round.
+# Here narrow loses more in both: a larger share of a smaller gain, and more nats. Where the two
+# disagree, say which one you mean.
 #
 # ## The same for a lone vector
 # One vector, added at one layer, has as many parameters as the residual stream is wide. Beside the
