@@ -17,7 +17,6 @@ FOLDER = Path(execute.__file__).parent
 SOURCES = execute.sources()
 NOT_RUN_YET = {
     "03_narrow_and_general",
-    "04_efficiency_and_stability",
     "05_pretraining_influence",
     "06_judging",
 }

@@ -217,9 +217,9 @@ differences(of_vectors, "general", ["narrow", "random"])
 
 # %% [markdown]
 # `random` shows what any vector of that size gives, and whatever is below it was learnt. Whether
-# general is ahead of narrow is another question, and the rows of the table answer it norm by norm.
-# For lone vectors of a small model `docs/findings.md` sees no difference between the two that is
-# sure.
+# general is ahead of narrow is another question, and the rows of the table answer it norm by norm: a
+# little at the smallest norm, and not beyond it. `docs/findings.md` asks again, over domains and
+# seeds.
 #
 # ## Exercises
 # 1. Measure efficiency on `domains["medical"].test` in place of `measured`. Does the order hold on
