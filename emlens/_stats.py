@@ -25,6 +25,8 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
+        if np.isnan([self.low, self.high]).all() and not np.isnan(self.estimate):
+            return f"{self.estimate:+.3f} [no interval from one]"
         return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emlens._stats import bootstrap_mean, bootstrap_ratio, bootstrap_trainings, mean_over_seeds
+from emlens._stats import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_ratio,
+    bootstrap_trainings,
+    mean_over_seeds,
+)
 
 
 def test_a_ratio_is_of_sums_never_a_mean_of_means():
@@ -71,3 +77,8 @@ def test_trainings_are_weighted_by_the_counts_of_their_units():
         bootstrap_trainings(np.ones(3))
     with pytest.raises(ValueError, match=r"counts \(3,\) do not fit sums \(2, 2\)"):
         bootstrap_trainings(sums, np.ones(3))
+
+
+def test_an_estimate_from_one_value_is_printed_without_an_interval():
+    assert str(bootstrap_mean([0.25])) == "+0.250 [no interval from one]"
+    assert str(Interval(0.25, 0.0, 0.5)) == "+0.250 [+0.000, +0.500]"

@@ -9,7 +9,9 @@ from math import exp, log
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
+from emlens._distributed import leads
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.edits import Add
@@ -168,7 +170,9 @@ def sweep_kl(
     if not wanted or wanted[0] < 0:
         raise ValueError(f"weights must be 0 or more, and at least one, not {list(weights)}")
     bench = _Bench(model, train, kl, inside, outside, layer, seed, options)
-    return bench.sweep([bench.measure(weight) for weight in wanted], None)
+    hidden = not (options.get("progress") and leads())
+    with tqdm(wanted, desc="KL weights", unit="training", disable=hidden) as bar:
+        return bench.sweep([bench.measure(weight) for weight in bar], None)
 
 
 def auto_kl(

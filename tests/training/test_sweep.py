@@ -151,3 +151,10 @@ def test_a_larger_weight_leaves_less_outside_in_a_real_model():
 def test_bad_input_is_refused(hooked_llama, call, message):
     with pytest.raises(ValueError, match=message):
         call(hooked_llama)
+
+
+def test_a_sweep_shows_how_many_of_its_trainings_are_done(capsys):
+    model = tiny_hooked("llama")
+    sweep_kl(model, TRAIN, KL, [5.0, 0], INSIDE, OUTSIDE, layer=1, progress=True, **QUICK)
+    shown = capsys.readouterr().err
+    assert "KL weights" in shown and "2/2" in shown
