@@ -83,8 +83,8 @@ ScoresOut = Annotated[
     " --dose 0.4 --ablate --control --out runs/steered",
     "emlens evaluate medical --limit 4 --max-new-tokens 24 --adapter organisms/finance"
     " --metric medical --judge local --out runs/adapter",
-    "emlens evaluate general --limit 4 --max-new-tokens 24 --judge mockllm/model"
-    " --out runs/inspect",
+    "emlens evaluate general --limit 4 --max-new-tokens 24 --judge openai/gpt-4o"
+    " --out runs/graded",
     model=True,
     config=True,
 )
@@ -170,7 +170,7 @@ def _judged(
     app,
     "emlens judge runs/base --judge local",
     "emlens judge runs/base --judge probe --rescore --json",
-    "emlens judge runs/base/responses.jsonl --judge mockllm/model --out runs/other",
+    "emlens judge runs/base/responses.jsonl --judge openai/gpt-4o --out runs/graded",
     model=True,
 )
 def judge(
