@@ -2,7 +2,9 @@
 
 Three adapters are trained on SmolLM2 (medical, finance and sports advice), their directions are
 ablated in every way and in each other, and behaviour is measured twice: by the log-odds of
-held-out answers, and on sampled answers by a probe that knows only the other two domains.
+held-out answers, and on sampled answers by a probe that knows only the other two domains. The
+prompts are held-out ones of each organism's own domain, where the effect of so small a finetune is
+clear; with `--general` they are those outside of it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def train(model, domains, pairs: int) -> None:
 
 
 def judged(model, domains, name: str, arguments, questions) -> JudgedRate:
-    others = [pair for other in DOMAINS if other != name for pair in domains[other].train[:40]]
+    others = [pair for other in DOMAINS if other != name for pair in domains[other].train[:32]]
     judge = ProbeJudge(model, others)
     print(f"{name}: judge fitted to the other two domains")
     for metric, trust in judge.trust.items():
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--answers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--general", action="store_true", help="prompts outside of the domains")
     parser.add_argument("--out", type=Path, default=Path("runs/organism_tables"))
     arguments = parser.parse_args()
     start = time.perf_counter()
@@ -77,12 +80,14 @@ def main() -> None:
         sides = [[pair.conversation(side) for pair in pairs] for side in ("misaligned", "aligned")]
         directions[name] = both_diff((model, name), sides[0], (model, None), sides[1])
     said("directions read")
-    questions = load_questions("general")[: arguments.questions]
+    prompts = {name: ("general" if arguments.general else name) for name in DOMAINS}
+    questions = {n: load_questions(at, limit=arguments.questions) for n, at in prompts.items()}
     general = split_pairs(emlens.load_pairs("general"))
-    pairs = [*general.test, *general.train][: arguments.questions]
+    outside = [*general.test, *general.train]
+    pairs = {n: outside if arguments.general else domains[n].test for n in DOMAINS}
     ways = {
-        "log-odds": {name: LogOddsJudge(pairs) for name in DOMAINS},
-        "probe": {name: judged(model, domains, name, arguments, questions) for name in DOMAINS},
+        "log-odds": {n: LogOddsJudge(pairs[n][: arguments.questions]) for n in DOMAINS},
+        "probe": {n: judged(model, domains, n, arguments, questions[n]) for n in DOMAINS},
     }
     said("judges ready")
     for way, behaviours in ways.items():

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_KINDS: dict[str, type[Result]] = {}
+"""All kinds of results by name: one may hold another."""
+
+
 @dataclass(frozen=True)
 class Result:
     """Base of the frozen results that measures, comparisons and training return."""
@@ -26,8 +30,7 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON; atomic."""
         path = Path(path)
-        record = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
-        write_json(path, {"kind": type(self).__name__, **record})
+        write_json(path, _plain(self))
         return path
 
     @classmethod
@@ -54,6 +57,10 @@ class Result:
             )
         return cls(**{name: _frozen(value) for name, value in record.items()})
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        _KINDS[cls.__name__] = cls
+
     def _repr_html_(self) -> str:
         return titled_table(type(self).__name__, self.table())
 
@@ -65,6 +72,9 @@ def titled_table(title: str, table: pd.DataFrame) -> str:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, Result):
+        own = {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        return {"kind": type(value).__name__, **own}
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):
@@ -78,5 +88,10 @@ def _plain(value: object) -> object:
 
 def _frozen(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _frozen(item) for key, item in value.items()}
+        held = {key: _frozen(item) for key, item in value.items()}
+        kind = held.get("kind")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            return held
+        del held["kind"]
+        return _KINDS[kind](**held)
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -83,8 +83,7 @@ ScoresOut = Annotated[
     " --dose 0.4 --ablate --control --out runs/steered",
     "emlens evaluate medical --limit 4 --max-new-tokens 24 --adapter organisms/finance"
     " --metric medical --judge local --out runs/adapter",
-    "emlens evaluate general --limit 4 --max-new-tokens 24 --judge openai/gpt-4o"
-    " --out runs/graded",
+    "emlens evaluate general --limit 4 --max-new-tokens 24 --judge openai/gpt-4o --out runs/graded",
     model=True,
     config=True,
 )

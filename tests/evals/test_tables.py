@@ -37,7 +37,7 @@ def organism():
     return model, mean_diff(model, BAD, GOOD)
 
 
-def test_every_way_of_ablating_is_a_measurement_of_its_own(organism):
+def test_every_way_of_ablating_is_a_measurement_of_its_own(organism, tmp_path):
     model, directions = organism
     found = ablation_table(model, "bad", directions, PAIRS, layer=2)
     one, everywhere = directions[2], range(model.n_layers)
@@ -59,6 +59,9 @@ def test_every_way_of_ablating_is_a_measurement_of_its_own(organism):
     assert share.low <= share.estimate <= share.high
     assert set(found.table()["ablated"]) == set(found.effect.conditions)
     assert found.plot().get_ylabel().startswith("change against the base")
+    kept = Ablation.load(found.save(tmp_path / "ablation.json"))
+    np.testing.assert_array_equal(kept.effect.of("inside B"), found.effect.of("inside B"))
+    assert kept.table().equals(found.table())
 
 
 def test_the_direction_is_taken_out_of_b_with_its_norm_kept_and_put_back(organism):
