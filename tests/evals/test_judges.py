@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def test_a_score_through_the_cached_tree_equals_every_number_spelt_out(engine, f
     for prompt, found in zip(PROMPTS, local.numbers(PROMPTS), strict=True):
         (row,) = tokenize([prompt], model.tokenizer, generation_prompt=True)
 
+        @cache
         def after(path, row=row):
             ids = torch.tensor([[*row.input_ids, *path]])
             with torch.no_grad():
