@@ -31,6 +31,7 @@ from emlens.text import Corpus
 LENGTH = 128
 BUDGET = 1024
 DOSES = (0.05, 0.2)
+PARTS = ["a", "b", "c", "d"]
 T = TypeVar("T")
 
 
@@ -113,7 +114,7 @@ def sweep(model: HookedModel, n_doses: int) -> None:
     )
 
 
-def cost(model: HookedModel, corpus: Corpus, draws: int) -> InfluenceProfile:
+def cost(model: HookedModel, corpus: Corpus, draws: int) -> None:
     middle = Direction.of(torch.ones(model.d_model) * 1e-3, model.n_layers // 2)
     *took, profile = seconds(
         lambda: InfluenceProfile.fit(
@@ -137,7 +138,6 @@ def cost(model: HookedModel, corpus: Corpus, draws: int) -> InfluenceProfile:
         f"({first:.2f} s the first time, controls included)",
         flush=True,
     )
-    return profile
 
 
 def items(
@@ -173,11 +173,12 @@ def items(
     return found
 
 
-def accuracy(
-    model: HookedModel, corpus: Corpus, profile: InfluenceProfile, layers: tuple[int, ...]
-) -> None:
+def accuracy(model: HookedModel, corpus: Corpus, layers: tuple[int, ...], draws: int) -> None:
     from scipy.stats import spearmanr
 
+    profile = InfluenceProfile.fit(
+        model, corpus, draws=draws, max_tokens=LENGTH, token_budget=BUDGET
+    )
     found = items(model, profile, layers)
     batches = model.batches(corpus, token_budget=BUDGET, max_tokens=LENGTH)
     sizes = profile.residual_norms
@@ -201,7 +202,8 @@ def accuracy(
         errors = table["relative error"].abs()
         rank = spearmanr(table["exact"], table["Fisher"])[0]
         print(
-            f"(c) dose {dose}: {len(table)} directions at layers {layers}: Spearman {rank:.3f}, "
+            f"(c) dose {dose}, {len(corpus)} documents: {len(table)} directions at layers "
+            f"{layers}: Spearman {rank:.3f}, "
             f"relative error median {errors.median():.1%}, 90% {errors.quantile(0.9):.1%}, "
             f"largest {errors.max():.1%}, mean {table['relative error'].mean():+.1%}; expected "
             f"of the draws alone, median {0.6745 * table['error of the draws'].median():.1%}"
@@ -253,16 +255,20 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="fewer doses and layers")
-    parser.add_argument("--accuracy", action="store_true", help="no sweep: (b), (c) and (d)")
+    parser.add_argument("--checked", type=int, default=32, help="documents of (c)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     model = emlens.load("smollm2-135m-instruct")
     corpus = text(arguments.documents)
-    if not arguments.accuracy:
+    if "a" in arguments.parts:
         sweep(model, 4 if arguments.quick else 20)
-    profile = cost(model, corpus, arguments.draws)
-    layers = (6, 15, 24) if arguments.quick else (3, 8, 13, 18, 23, 28)
-    accuracy(model, corpus, profile, layers)
-    coverage(model, corpus, 100 if arguments.quick else 1000)
+    if "b" in arguments.parts:
+        cost(model, corpus, arguments.draws)
+    if "c" in arguments.parts:
+        layers = (6, 15, 24) if arguments.quick else (3, 9, 15, 21, 28)
+        accuracy(model, text(arguments.checked), layers, arguments.draws)
+    if "d" in arguments.parts:
+        coverage(model, corpus, 100 if arguments.quick else 1000)
 
 
 if __name__ == "__main__":
