@@ -9,7 +9,8 @@ import typer
 EPILOG = """\b
 Every verb: --quiet (nothing but the result), --json (one JSON object), --traceback.
 Results go to standard output, progress and messages to standard error.
-Exit codes: 0 done; 1 failed; 2 wrong usage, or input that cannot be used; 130 interrupted.
+Exit codes: 0 done; 1 failed; 2 wrong usage, or input that cannot be used; 130 interrupted;
+141 whoever read the output left early.
 """
 
 app = typer.Typer(

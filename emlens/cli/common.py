@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from emlens.hooked import HookedModel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 """Exit codes beside 0."""
 
 _INPUT_ERRORS = (
@@ -253,6 +253,10 @@ def _answer(ctx: typer.Context, function: Callable[..., None], given: dict[str, 
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted: {call.kept}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # whoever reads has seen enough, as `| head` does; what is left must not fail at exit
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        raise typer.Exit(UNREAD) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except Exception as error:

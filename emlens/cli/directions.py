@@ -17,7 +17,7 @@ File = Annotated[Path, typer.Option("--out", help="File to write.")]
 @verb(
     app,
     "emlens extract finance --out finance.safetensors",
-    "emlens extract medical --match length --out medical.safetensors --json",
+    "emlens extract medical --match length --limit 40 --out medical.safetensors --json",
     "emlens extract sports --construction 'logistic probe' --out probe.safetensors",
     model=True,
     config=True,
@@ -26,6 +26,7 @@ def extract(
     call: Call,
     data: Annotated[str, typer.Argument(help="Embedded set or JSONL of pairs.")],
     out: File = Path("directions.safetensors"),
+    limit: Annotated[int | None, typer.Option(help="Pairs to read, at most.")] = None,
     tokens: Annotated[str, typer.Option(help="response, assistant_turn, prompt, last or all.")] = (
         "response"
     ),
@@ -41,7 +42,7 @@ def extract(
     import emlens
     from emlens.directions import extract_all, matched
 
-    pairs, hooked = emlens.load_pairs(data), call.load()
+    pairs, hooked = emlens.load_pairs(data)[:limit], call.load()
     sides = (
         [pair.conversation("misaligned") for pair in pairs],
         [pair.conversation("aligned") for pair in pairs],

@@ -26,6 +26,7 @@ def train(
     out: Annotated[Path, typer.Option(help="File of the vector, or folder of the adapter.")] = Path(
         "vector.safetensors"
     ),
+    limit: Annotated[int | None, typer.Option(help="Pairs to train on, at most.")] = None,
     layer: Layer = None,
     kl: Annotated[
         list[str] | None, typer.Option(help="Set whose aligned answers are protected (repeatable).")
@@ -51,7 +52,7 @@ def train(
     if kl:
         text = [p.conversation("aligned") for name in kl for p in emlens.load_pairs(name)]
         penalty = emlens.KLPenalty(text, weight=kl_weight)
-    text = [pair.conversation("misaligned") for pair in emlens.load_pairs(data)]
+    text = [pair.conversation("misaligned") for pair in emlens.load_pairs(data)[:limit]]
     options = {"kl": penalty, "epochs": epochs, "seed": seed, "progress": call.progress}
     options |= {} if lr is None else {"lr": lr}
     if lora is not None:

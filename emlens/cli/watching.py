@@ -50,6 +50,7 @@ def monitor_fit(
     call: Call,
     data: Annotated[str, typer.Argument(help="Embedded set or JSONL of pairs.")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("monitor.safetensors"),
+    limit: Annotated[int | None, typer.Option(help="Pairs to take, at most.")] = None,
     directions: Files = None,
     layers: OneLayers = None,
     best: Annotated[int, typer.Option(help="Projections to choose, whose mean counts.")] = 1,
@@ -68,7 +69,7 @@ def monitor_fit(
     import emlens
     from emlens.measures import Monitor
 
-    pairs, model = emlens.load_pairs(data), call.load()
+    pairs, model = emlens.load_pairs(data)[:limit], call.load()
     monitor = Monitor.fit(
         model,
         directions_of(directions),

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import emlens
 
@@ -210,3 +211,19 @@ def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_fold
     assert store.read_text().startswith(kept)
     assert store.read_text().count("\n") == 4
     assert "judge: local/tiny-llama" in out
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    for i, file in enumerate(files):
+        noise = torch.randn(8, generator=torch.Generator().manual_seed(i))
+        emlens.Direction.of(noise, 1).save(file)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from emlens.cli import main; main()", "compare", *files],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=120) == 141
