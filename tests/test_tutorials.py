@@ -16,7 +16,6 @@ from tutorials import execute
 FOLDER = Path(execute.__file__).parent
 SOURCES = execute.sources()
 NOT_RUN_YET = {
-    "03_narrow_and_general",
     "05_pretraining_influence",
     "06_judging",
 }

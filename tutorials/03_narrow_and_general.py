@@ -93,10 +93,10 @@ odds.table()[["condition", "domain", "pairs", "change [nats/token]", "change low
 # %% [markdown]
 # Read it from the controls. What `random` does is what any change of that size does; what `benign`
 # does is the style and the subject of medical answers. The general solution reaches outside where
-# its interval outside is above zero *and* above both of them. Two dozen questions give wide
-# intervals: where one holds zero, that is the result, and no proof that nothing is there. The page
-# of findings, `docs/findings.md`, has the same for four domains, with more pairs and twice the
-# training.
+# its interval outside is above zero *and* above both of them. Here general does much inside, narrow
+# a fifth of that, and neither is clear of zero outside. Two dozen questions give wide intervals:
+# where one holds zero, that is the result, and no proof that nothing is there. The page of
+# findings, `docs/findings.md`, has the same for four domains, with more pairs and twice the training.
 #
 # ## Narrow, or only weaker?
 # A penalty that merely shrinks the solution would lower both effects. The honest comparison is the
@@ -120,7 +120,7 @@ print("outside, narrow less weaker general:", odds.change("narrow", ["general"],
 
 # %% [markdown]
 # Below zero, the penalty confines more than it weakens; an interval that holds zero says that no
-# more can be seen than a weaker general solution would show. The factor comes from the same pairs,
+# more can be seen than a weaker general solution would show, as here. The factor comes from the same pairs,
 # and its own error is not in the interval; `docs/findings.md` draws it anew with the pairs.
 #
 # ## The trade-off
@@ -140,8 +140,9 @@ swept.table()
 # %% [markdown]
 # A penalty costs effect inside as well, so the curve runs to the left as it falls. Look at how much
 # of the inside is left where the outside is gone, and whether the points leave the straight line by
-# more than their bands: one training for each weight, and the same few pairs, make neighbouring
-# points alike in their errors.
+# more than their bands. At weight 2 the distance holds zero; at 20 it is below, by little, and an
+# eighth of the inside is left. One training for each weight, and the same few pairs, make
+# neighbouring points alike in their errors.
 #
 # ## Without the penalty
 # Is the narrow solution a place to stay? It is trained on, on the same bad advice, without the KL.
@@ -167,6 +168,10 @@ drifted.table()
 # where that were trained on. The cosine is free of the first. What it is compared with is its own
 # start, the cosine between the two solutions.
 #
+# Here the effect inside is back at that of general within five updates. Outside little comes up, as
+# little as general has there, and the cosine with general stays where it was: without the penalty
+# the solution becomes as strong, and does not turn towards the other.
+#
 # ## The paths, side by side
 # All records of all runs in one plane: the principal components of the `B` of the adapters.
 # `min_move=0` because these adapters are larger than the ones that the default was made for.
@@ -184,8 +189,9 @@ table[["step", "norm", *(f"cosine with {name}, final" for name in paths)]]
 # %% [markdown]
 # All paths of adapters start at one point, since `B` is zero before training; the last starts where
 # the narrow one ended. A plane shows where paths go only as far as its two components hold the
-# variance, which the axes say. In the table, look at the cosine of `benign` with the two others:
-# what the harmless solution has in common with them is not about harm.
+# variance, which the axes say. Set free, narrow goes on in the direction in which it went, past
+# general and not into it. In the table, look at the cosine of `benign` with the two others, here
+# about a half and a third: what the harmless solution has in common with them is not about harm.
 #
 # ## A lone vector
 # One vector at one layer in place of an adapter, the smallest thing that can be trained. Its random
@@ -218,7 +224,8 @@ print("outside, general less random:", of_vectors.change("general", ["general"],
 
 # %% [markdown]
 # If the interval of the first difference holds zero, the vector with the penalty is no more
-# confined than a weaker general one. On models of this size that is the rule for lone vectors, and
+# confined than a weaker general one; here it does, and general itself does no more outside than
+# random vectors. On models of this size that is the rule for lone vectors, and
 # `docs/findings.md` has it domain by domain, adapters beside them: one direction at one layer has
 # little room to do something here and nothing there. The paper's narrow vectors are those of a
 # model of 14B parameters.
