@@ -96,7 +96,8 @@ odds.table()[["condition", "domain", "pairs", "change [nats/token]", "change low
 # its interval outside is above zero *and* above both of them. Here general does much inside, narrow
 # a fifth of that, and neither is clear of zero outside. Two dozen questions give wide intervals:
 # where one holds zero, that is the result, and no proof that nothing is there. The page of
-# findings, `docs/findings.md`, has the same for four domains, with more pairs and twice the training.
+# findings, `docs/findings.md`, has the same for four domains, with more pairs and twice the
+# training.
 #
 # ## Narrow, or only weaker?
 # A penalty that merely shrinks the solution would lower both effects. The honest comparison is the
@@ -120,8 +121,8 @@ print("outside, narrow less weaker general:", odds.change("narrow", ["general"],
 
 # %% [markdown]
 # Below zero, the penalty confines more than it weakens; an interval that holds zero says that no
-# more can be seen than a weaker general solution would show, as here. The factor comes from the same pairs,
-# and its own error is not in the interval; `docs/findings.md` draws it anew with the pairs.
+# more can be seen than a weaker general solution would show, as here. The factor comes from the
+# same pairs, and its own error is not in the interval; `docs/findings.md` draws it anew with the pairs.
 #
 # ## The trade-off
 # One training for each weight. The straight line is the general solution turned down, without any
