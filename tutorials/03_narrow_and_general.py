@@ -122,7 +122,8 @@ print("outside, narrow less weaker general:", odds.change("narrow", ["general"],
 # %% [markdown]
 # Below zero, the penalty confines more than it weakens; an interval that holds zero says that no
 # more can be seen than a weaker general solution would show, as here. The factor comes from the
-# same pairs, and its own error is not in the interval; `docs/findings.md` draws it anew with the pairs.
+# same pairs, and its own error is not in the interval; `docs/findings.md` draws it anew with the
+# pairs.
 #
 # ## The trade-off
 # One training for each weight. The straight line is the general solution turned down, without any

@@ -129,10 +129,10 @@ for other in ("narrow", "benign"):
 efficient.plot_ratio()
 
 # %% [markdown]
-# All fall, and steeply, and what set the curves apart above is hardly to be seen. A ratio whose denominator is squared
-# falls with the norm by itself, whatever the loss does: twice the norm is a quarter of the ratio.
-# So a large weak solution has a "better" ratio than a small strong one, and ratios at different
-# norms must not be compared.
+# All fall, and steeply, and what set the curves apart above is hardly to be seen. A ratio whose
+# denominator is squared falls with the norm by itself, whatever the loss does: twice the norm is a
+# quarter of the ratio. So a large weak solution has a "better" ratio than a small strong one, and
+# ratios at different norms must not be compared.
 #
 # At one norm the ratio puts solutions in the order of their losses, and adds nothing to them. What
 # does add something is the norm that each needs to reach one and the same loss.
@@ -217,8 +217,8 @@ differences(of_vectors, "general", ["narrow", "random"])
 
 # %% [markdown]
 # `random` shows what any vector of that size gives, and whatever is below it was learnt. Whether
-# general is ahead of narrow is another question, and the rows of the table answer it norm by norm: a
-# little at the smallest norm, and not beyond it. `docs/findings.md` asks again, over domains and
+# general is ahead of narrow is another question, and the rows of the table answer it norm by norm:
+# a little at the smallest norm, and not beyond it. `docs/findings.md` asks again, over domains and
 # seeds.
 #
 # ## Exercises
