@@ -16,7 +16,6 @@ from tutorials import execute
 FOLDER = Path(execute.__file__).parent
 SOURCES = execute.sources()
 NOT_RUN_YET = {
-    "05_pretraining_influence",
     "06_judging",
 }
 """Tutorials that run with a few examples, but whose notebooks have not been made in full."""
