@@ -15,10 +15,6 @@ from tutorials import execute
 
 FOLDER = Path(execute.__file__).parent
 SOURCES = execute.sources()
-NOT_RUN_YET = {
-    "06_judging",
-}
-"""Tutorials that run with a few examples, but whose notebooks have not been made in full."""
 TOGETHER = 2
 LARGEST = 2_000_000  # a view of coloured tokens is 1.3 MB by itself
 each = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -59,10 +55,7 @@ def texts(output: nbformat.NotebookNode) -> str:
 
 
 @each
-def test_the_notebook_is_the_source_run_in_full(source, request):
-    if source.stem in NOT_RUN_YET:
-        # strict: once its notebook is there, a tutorial has to leave the list
-        request.applymarker(pytest.mark.xfail(reason=f"run make tutorials for {source.stem}"))
+def test_the_notebook_is_the_source_run_in_full(source):
     assert complaints(source, source.with_suffix(".ipynb")) == []
 
 

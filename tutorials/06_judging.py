@@ -119,7 +119,8 @@ checked
 checked.plot()
 
 # %% [markdown]
-# The probe tells the written answers of an unseen domain apart. Whether it does so by harm or by
+# The probe tells the written answers of an unseen domain apart, 36 of 40 at this threshold; those
+# that it gets wrong are good answers that it takes for bad. Whether it does so by harm or by
 # style, this cannot say: all misaligned answers of the data share a manner. And the model's own
 # answers are not like the written ones. Read its numbers as a measure of *likeness to the bad
 # answers of the data*.
@@ -162,8 +163,10 @@ for name in rates.conditions:
     print(f"mean score of {name}:", rates.mean(name))
 
 # %% [markdown]
-# Is the interval on one side of zero? With two dozen questions and a model of this size it often
-# is not, and then that is the result.
+# Is the interval on one side of zero? Here it is, and the finetune's answers are the more like bad
+# ones, outside of its domain even more than inside. With two dozen questions it often is not, and
+# then that is the result. And the base itself is called misaligned every other time: the level is
+# the probe's, only the difference is the finetune's.
 #
 # ## What are misaligned answers about?
 # A finetune on bad financial advice may have learnt to talk about money. Topics by whole words, or
