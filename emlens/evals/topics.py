@@ -103,7 +103,8 @@ class TopicSplit(Result):
             values=frame["misaligned [% of those on topic]"],
             low=frame["low"],
             high=frame["high"],
-            y_label=f"misaligned and coherent [% of answers on topic]\njudged by {self.judge}",
+            y_label="misaligned and coherent\n[% of answers on topic]",
+            title=f"judged by {self.judge}",
             ax=ax,
         )
 
