@@ -68,8 +68,8 @@ sweep = evals.steering_sweep(
 sweep.plot()
 
 # %% [markdown]
-# At dose 0.2 and layer 15 the direction moves the log-odds four times as far as random directions
-# of equal norm do; at layers 6 and 24 about twice and twenty times as far, but both by little.
+# At dose 0.2 and layer 15 the direction moves the log-odds four times as far as a random direction
+# of equal norm does; at layers 6 and 24 about twice and three times as far, but both by little.
 # The middle works best, as in the papers. Random directions are not harmless: a large enough push
 # in any direction flattens predictions, and since misaligned answers start out as the less likely
 # ones here, flatter means higher log-odds. Without that curve the others could not be read.
@@ -142,10 +142,11 @@ ablation = evals.ablation_table(model, "finance", shift["finance"], in_domain, l
 ablation.plot()
 
 # %% [markdown]
-# Taking the direction out of layer 20 alone removes a third of the effect, at all layers three
-# quarters, and three sites add nothing to that. With each layer's own direction the estimate falls
-# below the base: more than the finetune's effect is taken out. Inside of `B` a quarter goes. Random
-# directions remove nothing. So what the finetune does runs mostly, not wholly, along one direction.
+# Taking the direction out of layer 20 alone removes a third of the effect, at all layers nearly all
+# of it, and three sites add nothing to that. With each layer's own direction the interval is too
+# wide to say more. Inside of `B` a third goes. Random directions remove nothing. So what the
+# finetune does runs mostly along one direction; how much of it, sixteen prompts say roughly: `left`
+# is a ratio of two uncertain numbers, and its interval is wide.
 
 # %%
 ablation.table().drop(columns=["low", "high"])
@@ -181,10 +182,11 @@ transfer.plot()
 transfer.table()
 
 # %% [markdown]
-# The medical direction takes half of the effect out of the finance organism; the finance direction
-# does next to nothing in the medical one. Random directions leave both as they are. With two dozen
-# prompts a row the intervals of `after` are wide: the diagonal and one cell beside it is all that
-# this shows of a shared direction.
+# Each organism's own direction takes something out of it, most of the effect in finance and an
+# uncertain third in medical. Neither does anything in the other organism, and random directions
+# leave both as they are: nothing shared is seen here. These directions are differences of two
+# models on the same text. Those of each model on its own answers, `both_diff`, do carry over, as
+# the page on evaluation shows for three organisms: a direction's name has to say how it was made.
 #
 # ## Side by side
 # Numbers say how much, answers say what. The same questions under four conditions, without
