@@ -67,7 +67,9 @@ def test_each_share_has_its_own_denominator():
     assert finance["misaligned [% of scored]"] == pytest.approx(100 / 3)
     assert finance["on topic [% of misaligned]"] == pytest.approx(50)
     assert table.loc["none", "misaligned answers"] == 1
-    assert split.plot().get_ylabel().startswith("misaligned and coherent [% of answers on topic]")
+    drawn = split.plot()
+    assert drawn.get_ylabel().endswith("[% of answers on topic]")
+    assert drawn.get_title(loc="left").startswith("judged by")
 
 
 def test_a_judge_may_say_what_answers_are_about():
