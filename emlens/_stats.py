@@ -26,7 +26,7 @@ class Interval:
 
     def __str__(self) -> str:
         if np.isnan([self.low, self.high]).all() and not np.isnan(self.estimate):
-            return f"{self.estimate:+.3f} [no interval from one]"
+            return f"{self.estimate:+.3f} [no interval]"
         return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 

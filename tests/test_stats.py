@@ -80,5 +80,5 @@ def test_trainings_are_weighted_by_the_counts_of_their_units():
 
 
 def test_an_estimate_from_one_value_is_printed_without_an_interval():
-    assert str(bootstrap_mean([0.25])) == "+0.250 [no interval from one]"
+    assert str(bootstrap_mean([0.25])) == "+0.250 [no interval]"
     assert str(Interval(0.25, 0.0, 0.5)) == "+0.250 [+0.000, +0.500]"

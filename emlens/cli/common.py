@@ -26,6 +26,11 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 """Exit codes beside 0."""
 
+
+class _Unread(Exception):
+    """Standard output was closed by whoever read it; other broken pipes are errors."""
+
+
 _INPUT_ERRORS = (
     ValueError,
     TypeError,
@@ -88,12 +93,15 @@ class Call:
     def result(self, record: Mapping[str, Any], *parts: str | pd.DataFrame | None) -> None:
         """Give the result: the record as JSON, or else the parts as text."""
         if self.as_json:
-            plain = _plain({"verb": self.verb, **record})
-            print(json.dumps(plain, ensure_ascii=False), file=self.stdout)
-            return
-        for part in parts:
-            if part is not None:
-                print(part if isinstance(part, str) else table_text(part), file=self.stdout)
+            lines = [json.dumps(_plain({"verb": self.verb, **record}), ensure_ascii=False)]
+        else:
+            known = (part for part in parts if part is not None)
+            lines = [part if isinstance(part, str) else table_text(part) for part in known]
+        try:
+            for line in lines:
+                print(line, file=self.stdout, flush=True)
+        except BrokenPipeError:
+            raise _Unread from None
 
     def load(self, name: str | None = None, adapters: Mapping[str, str] | None = None):
         """The model that was asked for, or the one named."""
@@ -253,7 +261,7 @@ def _answer(ctx: typer.Context, function: Callable[..., None], given: dict[str, 
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted: {call.kept}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
+    except _Unread:
         # whoever reads has seen enough, as `| head` does; what is left must not fail at exit
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         raise typer.Exit(UNREAD) from None

@@ -213,6 +213,16 @@ def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_fold
     assert "judge: local/tiny-llama" in out
 
 
+def test_a_pipe_that_breaks_elsewhere_is_an_error(call, monkeypatch):
+    def broken(name):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(emlens, "load_pairs", broken)
+    done = call("extract", "finance")
+    assert done.code == 1
+    assert "Broken pipe" in done.err
+
+
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
     for i, file in enumerate(files):
