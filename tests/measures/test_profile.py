@@ -52,13 +52,13 @@ def test_forms_at_the_last_layer_are_those_of_the_unembedding(hooked_llama):
     v = vectors()
     for batch in model.batches(TEXT, token_budget=1):
         states = model.residuals(batch, last)[last][0, :-1]
-        for state in states:
-            jacobian = torch.autograd.functional.jacobian(
-                lambda h: model.unembed(model.normalize(h[None]))[0], state
-            ).double()
-            p = model.unembed(model.normalize(state[None]))[0].detach().double().softmax(0)
-            moved = v.double() @ jacobian.T
-            total += (p * moved**2).sum(1) - (p * moved).sum(1) ** 2
+        logits = model.unembed(model.normalize(states)).detach()
+        p = logits.double().softmax(-1)
+        for i in range(len(v)):
+            moved = torch.autograd.functional.jvp(
+                lambda h: model.unembed(model.normalize(h)), states, v[i].expand_as(states)
+            )[1].double()
+            total[i] += ((p * moved**2).sum(1) - (p * moved).sum(1) ** 2).sum()
         count += len(states)
     found = made.score({last: v}, dose=None)
     assert made.n_tokens == count

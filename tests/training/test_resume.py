@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -57,34 +58,50 @@ def weights_run(checkpoint=None, **options) -> TrainingRun:
 RUNS = {"vector": vector_run, "adapter": adapter_run, "weights": weights_run}
 
 
-def main(kind: str, checkpoint: str, out: str) -> None:
-    """What a process runs that is killed again and again."""
+def main(kind: str, moment: str, checkpoint: str, out: str) -> None:
+    """Start a run, again and again, in processes that end before it does."""
     torch.set_num_threads(1)
-    RUNS[kind](Path(checkpoint)).save(out)
+    chance, kills = random.Random(1), 0
+    while not Path(out).exists():
+        left = chance.randint(1, 3) if kills < 3 else 10**6
+        child = os.fork()
+        if not child:
+            KILLS[moment](left)
+            RUNS[kind](Path(checkpoint)).save(out)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert not status or os.WTERMSIG(status) == signal.SIGKILL, status
+        kills += status != 0
+    print(kills)
+
+
+def killed_before_an_update(left: int) -> None:
+    plain, updates = torch.optim.AdamW.step, count()
+
+    def step(self, *arguments, **options):
+        if next(updates) == left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, *arguments, **options)
+
+    torch.optim.AdamW.step = step
+
+
+def killed_while_the_checkpoint_is_written(left: int) -> None:
+    plain, writings = os.replace, count()
+
+    def replaced(source, target, **options):
+        if str(target).endswith("checkpoint.safetensors") and next(writings) == left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(source, target, **options)
+
+    os.replace = replaced
 
 
 KILLS = {
-    "before an update": """
-import os, signal, torch.optim as o
-left, plain = [int(os.environ["LEFT"])], o.AdamW.step
-def step(self, *a, **k):
-    left[0] -= 1
-    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
-    return plain(self, *a, **k)
-o.AdamW.step = step
-""",
-    "while the checkpoint is written": """
-import os, signal
-left, plain = [int(os.environ["LEFT"])], os.replace
-def replace(source, target, **k):
-    if str(target).endswith("checkpoint.safetensors"):
-        left[0] -= 1
-        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
-    return plain(source, target, **k)
-os.replace = replace
-""",
+    "before an update": killed_before_an_update,
+    "while the checkpoint is written": killed_while_the_checkpoint_is_written,
 }
-"""A process that kills itself, without a chance to tidy up."""
+"""How a process kills itself, without a chance to tidy up."""
 
 
 @pytest.mark.parametrize(
@@ -95,19 +112,15 @@ def test_a_run_killed_at_random_steps_ends_bit_identical(kind, moment, tmp_path)
     whole = RUNS[kind]()
     out, checkpoint = tmp_path / "run.safetensors", tmp_path / "checkpoint.safetensors"
     command = "from tests.training.test_resume import main; main(*__import__('sys').argv[1:])"
-    chance, kills = random.Random(1), 0
-    while not out.exists():
-        left = chance.randint(1, 3) if kills < 3 else 10**6
-        done = subprocess.run(
-            [sys.executable, "-c", KILLS[moment] + command, kind, str(checkpoint), str(out)],
-            env={**os.environ, "LEFT": str(left), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr[-1500:]
-        kills += done.returncode != 0
-    assert kills == 3
+    done = subprocess.run(
+        [sys.executable, "-c", command, kind, moment, str(checkpoint), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert int(done.stdout) == 3
     again = TrainingRun.load(out)
     assert again.steps == whole.steps
     assert again.path_steps == whole.path_steps
