@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from emlens.hooked.architecture import Architecture
+
 
 class Adapters:
     """The adapters that PEFT has injected into a model.
@@ -60,12 +62,12 @@ class Adapters:
             if isinstance(part, LoraLayer) and name in available(part)
         }
 
-    def lowest_block(self, name: str, blocks: str) -> int:
+    def lowest_block(self, name: str, architecture: Architecture) -> int:
         """The first decoder block that an adapter changes: 0 where it changes more than blocks.
 
         Args:
             name: The adapter.
-            blocks: Path of the list of decoder blocks.
+            architecture: Where the model's blocks are.
 
         Raises:
             ValueError: If there is no such adapter.
@@ -75,10 +77,10 @@ class Adapters:
         for path, part in self.parts():
             if name not in available(part):
                 continue
-            number, _, rest = (path or "").removeprefix(blocks + ".").partition(".")
-            if not (number.isdigit() and rest):
+            block = architecture.layer_of(path)
+            if block is None:
                 return 0
-            lowest = int(number) if lowest is None else min(lowest, int(number))
+            lowest = block if lowest is None else min(lowest, block)
         return lowest or 0
 
     @property

@@ -106,21 +106,22 @@ def scaled_layers(
         ValueError: If there is no such adapter, it adapts nothing at a layer, or a factor is not
             finite.
     """
-    blocks = model.architecture.blocks + "."
     parts = {
-        path: (int(path.removeprefix(blocks).split(".")[0]), part)
+        path: (model.architecture.layer_of(path), part)
         for path, part in adapter_factors(model, name).items()
     }
-    missing = sorted(set(factors) - {layer for layer, _ in parts.values()})
+    adapted = sorted({layer for layer, _ in parts.values() if layer is not None})
+    missing = sorted(set(factors) - set(adapted))
     if missing:
-        known = ", ".join(str(layer) for layer in sorted({layer for layer, _ in parts.values()}))
+        known = ", ".join(map(str, adapted))
         raise ValueError(f"adapter {name!r} adapts nothing at layer {missing[0]}; it has {known}")
     for layer, factor in factors.items():
         if not math.isfinite(factor):
             raise ValueError(f"the factor at layer {layer} is {factor}; give a finite number")
     try:
         for layer, part in parts.values():
-            part.layer.scaling[name] = part.scale * factors.get(layer, 1.0)
+            factor = 1.0 if layer is None else factors.get(layer, 1.0)
+            part.layer.scaling[name] = part.scale * factor
         with model.adapter(name):
             yield model
     finally:

@@ -95,6 +95,12 @@ class Architecture:
             logit_scale=_logit_scale(text),
         )
 
+    def layer_of(self, path: str) -> int | None:
+        """The block that a module or weight lies in, by its path; None outside of the blocks."""
+        inside = path.removeprefix(self.blocks + ".")
+        number, _, rest = inside.partition(".")
+        return int(number) if inside != path and number.isdigit() and rest else None
+
     def finish_logits(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
         """Apply the architecture's scale and soft cap to the output of its LM head, in fp32."""
         return finish_logits(logits, self.logit_scale, self.soft_cap)

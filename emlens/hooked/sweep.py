@@ -97,7 +97,7 @@ def _plan(model: HookedModel, conditions: Conditions) -> dict[str, tuple[object,
         if not isinstance(adapter, str) or times[adapter] > 1:
             plan[name] = adapter, depth
         else:
-            below = Adapters(model.module).lowest_block(adapter, model.architecture.blocks) - 1
+            below = Adapters(model.module).lowest_block(adapter, model.architecture) - 1
             plan[name] = None, below if depth is None else min(depth, below)
     return plan
 

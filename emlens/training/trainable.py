@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -146,16 +145,15 @@ class AdapterParts:
     def __init__(self, model: HookedModel, name: str) -> None:
         self._model, self._name = model, name
         self._layers = model.lora_layers(name)
-        block = re.compile(re.escape(model.architecture.blocks) + r"\.(\d+)\.")
         self._blocks: dict[str, int] = {}
         for path, layer in self._layers.items():
-            found = block.match(path)
-            if found is None or name not in layer.lora_A:
+            block = model.architecture.layer_of(path)
+            if block is None or name not in layer.lora_A:
                 raise ValueError(
                     f"adapter {name!r} adapts {path}, outside of the decoder blocks; emlens "
                     "trains adapters inside of them"
                 )
-            self._blocks[path] = int(found[1])
+            self._blocks[path] = block
         self.below = below_weights(model, min(self._blocks.values()))
         written = [w for n, w in self.parameters.items() if n.endswith(".B")]
         # a new adapter does nothing yet; its A is drawn from the seed

@@ -441,8 +441,9 @@ def test_adapters_of_late_layers_share_the_states_of_the_base_below_them(deep):
 
 def test_an_adapter_outside_of_the_blocks_shares_nothing(deep):
     model, _ = deep
+    parts = model.architecture
     config = LoraConfig(r=2, target_modules=["lm_head"])
     model.add_adapter("head", config)
     adapters = Adapters(model.module)
-    assert [adapters.lowest_block(name, "model.layers") for name in "acd"] == [0, 3, 3]
-    assert adapters.lowest_block("head", "model.layers") == 0
+    assert [adapters.lowest_block(name, parts) for name in "acd"] == [0, 3, 3]
+    assert adapters.lowest_block("head", parts) == 0
