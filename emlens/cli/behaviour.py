@@ -13,6 +13,7 @@ from emlens.cli.common import Call, Layer, rows_of, show_config, verb
 from emlens.cli.judges import (
     JudgeData,
     JudgeOption,
+    JudgePairs,
     Metric,
     Named,
     Rubric,
@@ -102,6 +103,7 @@ def evaluate(
     judge: Named = "probe",
     rubric: Rubric = None,
     judge_data: JudgeData = None,
+    judge_pairs: JudgePairs = 64,
     judge_option: JudgeOption = None,
     metric: Metric = None,
     threshold: Threshold = 30.0,
@@ -124,7 +126,8 @@ def evaluate(
     from emlens.study.evaluation import EVALUATION, RESPONSES
 
     asked = [one for source in questions for one in load_questions(source, limit=limit)]
-    wanted, metrics = Wanted(judge, rubric, judge_data, judge_option), list(metric or ["aligned"])
+    wanted = Wanted(judge, rubric, judge_data, judge_pairs, judge_option)
+    metrics = list(metric or ["aligned"])
     adapters = adapters_of(adapter)
     model = call.load(adapters=adapters)
     edited = {
@@ -178,6 +181,7 @@ def judge(
     judge: Named = "probe",
     rubric: Rubric = None,
     judge_data: JudgeData = None,
+    judge_pairs: JudgePairs = 64,
     judge_option: JudgeOption = None,
     metric: Metric = None,
     threshold: Threshold = 30.0,
@@ -204,7 +208,8 @@ def judge(
 
     stored = responses / RESPONSES if responses.is_dir() else responses
     answers, folder = Responses.load(stored), out or stored.parent
-    wanted, metrics = Wanted(judge, rubric, judge_data, judge_option), list(metric or ["aligned"])
+    wanted = Wanted(judge, rubric, judge_data, judge_pairs, judge_option)
+    metrics = list(metric or ["aligned"])
     base = {"base": call.load(answers.rows[0].model)} if wanted.needs_model() else {}
     graded = wanted.made(call, base, list({row.domain for row in answers}))
     call.kept = f"scores so far are in {folder / SCORES}; the same command goes on"

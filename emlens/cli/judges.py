@@ -36,6 +36,10 @@ JudgeData = Annotated[
         "other domains than the questions'."
     ),
 ]
+JudgePairs = Annotated[
+    int,
+    typer.Option(min=5, help="Pairs of each of those sets that the probe is fitted to, at most."),
+]
 JudgeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,6 +64,7 @@ class Wanted:
     name: str
     rubric: Path | None = None
     data: Sequence[str] | None = None
+    pairs: int = 64
     options: Sequence[str] | None = None
 
     def made(
@@ -91,7 +96,7 @@ class Wanted:
         if self.options:
             raise ValueError(f"--judge-option is for models of Inspect, not for {self.name!r}")
         if kind == "probe":
-            return self._probe(model.get("base") or call.load(), domains)
+            return self._probe(model.get("base") or call.load(), domains, call.progress)
         from emlens.evals import LocalJudge
 
         grader = _other(call, other) if other else model.get("base") or call.load()
@@ -101,21 +106,21 @@ class Wanted:
         """Whether it reads with the base model."""
         return self.name in ("probe", "local")
 
-    def _probe(self, model: HookedModel, domains: Sequence[str]) -> Judge:
+    def _probe(self, model: HookedModel, domains: Sequence[str], progress: bool) -> Judge:
         import emlens
         from emlens.evals import ProbeJudge
 
         if self.rubric is not None:
             raise ValueError("the probe is told nothing, so it takes no --rubric")
         sets = self.data or [name for name in ADVICE if name not in domains]
-        pairs = [pair for name in sets for pair in emlens.load_pairs(name)]
+        pairs = [pair for name in sets for pair in emlens.load_pairs(name)[: self.pairs]]
         call_for = ", ".join(sorted({pair.domain for pair in pairs} & set(domains)))
         if call_for:
             raise ValueError(
                 f"the probe would be fitted to the domain that it judges ({call_for}); give other "
                 "pairs with --judge-data"
             )
-        return ProbeJudge(model, pairs)
+        return ProbeJudge(model, pairs, progress=progress)
 
     def _of_inspect(self, told: Mapping[str, str] | None) -> Judge:
         from emlens.evals import LogProbJudge

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from emlens._results import titled_table
 from emlens.directions.evidence import fold_of
@@ -73,6 +74,7 @@ class ProbeJudge:
         layer: Layer that is read; the middle one by default.
         regularisation: scikit-learn's `C`.
         seed: Seed of folds and of the broken answers.
+        progress: Show a bar while the pairs are read.
 
     Raises:
         ValueError: If there are fewer than five prompts.
@@ -90,6 +92,7 @@ class ProbeJudge:
         layer: int | None = None,
         regularisation: float = 0.01,
         seed: int = 0,
+        progress: bool = True,
     ) -> None:
         prompts = {pair.prompt for pair in pairs}
         if len(prompts) < FOLDS:
@@ -106,7 +109,7 @@ class ProbeJudge:
         aligned = [pair.conversation("aligned") for pair in pairs]
         misaligned = [pair.conversation("misaligned") for pair in pairs]
         broken = [_broken(text, i, seed) for i, text in enumerate([*aligned, *misaligned])]
-        features = self._read([*aligned, *misaligned, *broken]).numpy()
+        features = self._read([*aligned, *misaligned, *broken], progress).numpy()
         groups = [pair.prompt for pair in pairs] * 2
         domains = [pair.domain for pair in pairs] * 2
         n = len(pairs)
@@ -177,12 +180,21 @@ class ProbeJudge:
             for row in responses
         ]
 
-    def _read(self, conversations: Sequence[Conversation]) -> Float[Tensor, "n d_model"]:
+    def _read(
+        self, conversations: Sequence[Conversation], progress: bool = False
+    ) -> Float[Tensor, "n d_model"]:
         """Mean activation over each answer, in the untouched base."""
         model = self._model
         means = torch.zeros(len(conversations), model.d_model)
-        with model.adapter(None):
-            for batch in model.batches(conversations):
+        batches = model.batches(conversations)
+        bar = tqdm(
+            total=sum(batch.n_tokens for batch in batches),
+            desc="fitting the probe",
+            unit="tok",
+            disable=not progress,
+        )
+        with model.adapter(None), bar:
+            for batch in batches:
                 mask = batch.mask("response").to(model.device)
 
                 def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
@@ -192,6 +204,7 @@ class ProbeJudge:
 
                 pooled = model.residuals(batch, self.layer, pool=pool)[self.layer]
                 means[list(batch.index)] = pooled.cpu()
+                bar.update(batch.n_tokens)
         return means
 
 

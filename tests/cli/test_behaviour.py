@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 
 import pytest
 
@@ -112,3 +113,19 @@ def test_a_served_judge_that_is_down_says_what_is_kept(call, questions, tmp_path
     assert "APIConnectionError: Connection error" in done.err
     assert KEY not in done.err
     assert len(lines(out / "responses.jsonl")) == 3
+
+
+@pytest.mark.parametrize(("options", "per_set"), [((), 64), (("--judge-pairs", 7), 7)])
+def test_the_probe_reads_as_many_pairs_of_each_set_as_was_said(
+    call, questions, options, per_set, tmp_path, monkeypatch
+):
+    fitted = []
+
+    def stop(model, pairs, *, progress):
+        fitted.append((Counter(pair.domain for pair in pairs), progress))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("emlens.evals.ProbeJudge", stop)
+    done = call("evaluate", questions, "--out", tmp_path / "run", *options, *SHORT)
+    assert "seen enough" in done.err
+    assert fitted == [(Counter(dict.fromkeys(("finance", "medical", "sports"), per_set)), False)]
