@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +23,7 @@ import emlens
 from emlens import Add, Direction
 from emlens.directions import mean_diff, residual_norm
 from emlens.hooked import BaseLogProbs, HookedModel, Targets, token_scores
-from emlens.measures import Influence, InfluenceProfile
+from emlens.measures import InfluenceProfile
 from emlens.measures.scoring import LOG_PROB_BUDGET, row_influence
 from emlens.text import Corpus
 
@@ -226,7 +225,7 @@ def coverage(model: HookedModel, corpus: Corpus, simulated: int) -> None:
             for n in (24, 64):
                 hits = np.zeros(2)
                 for _ in range(simulated):
-                    part = drawn(found, random.integers(len(found.counts), size=n))
+                    part = found.among(random.integers(len(found.counts), size=n))
                     mine = (part.divergence(name, dose), part.loss_change(name, dose))
                     hits += [
                         a.low <= b.estimate <= a.high for a, b in zip(mine, truth, strict=True)
@@ -237,17 +236,6 @@ def coverage(model: HookedModel, corpus: Corpus, simulated: int) -> None:
                     f"hold the KL in {kl:.1%}, the change of loss in {loss:.1%}",
                     flush=True,
                 )
-
-
-def drawn(found: Influence, places: np.ndarray) -> Influence:
-    """The influence on a corpus of some of the documents."""
-
-    def of(values: Any) -> Any:
-        return tuple(np.asarray(values)[..., places].tolist())
-
-    return replace(
-        found, **{name: of(getattr(found, name)) for name in ("kl", "losses", "base", "counts")}
-    )
 
 
 def main() -> None:

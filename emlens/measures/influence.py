@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -97,6 +97,24 @@ class Influence(Result):
         """Paired difference of KL, `first - second`, in nats per token."""
         place = self._place(dose)
         return self._ratio(self._kl(first)[place] - self._kl(second)[place])
+
+    def among(self, places: Sequence[int]) -> Influence:
+        """The same on some of the documents, by their places; values of single tokens left out.
+
+        Raises:
+            ValueError: If there are no places.
+            IndexError: If there is no such document.
+        """
+        if not len(places):
+            raise ValueError("no documents were chosen; give places of at least one")
+
+        def chosen(values: Sequence) -> tuple:
+            return tuple(values[int(place)] for place in places)
+
+        deep = {n: tuple(tuple(map(chosen, d)) for d in getattr(self, n)) for n in ("kl", "losses")}
+        flat = {n: chosen(getattr(self, n)) for n in ("base", "counts", "documents")}
+        bare: Any = {"texts": (), "token_base": (), "token_losses": {}, "token_kl": {}}
+        return replace(self, **deep, **flat, **bare)
 
     def tokens(self, direction: str, dose: float) -> TokenInfluence:
         """What a direction changes token by token, where `per_token=True` has kept that.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from emlens.hooked import HookedModel
 from emlens.measures.fisher_pass import PassSettings
 from emlens.measures.influence import DOSES, Influence, influence
 from emlens.measures.profile import DOSE, InfluenceProfile
+from emlens.measures.profile_inputs import HELD_OUT
+from emlens.measures.scoring import with_tokens
 from emlens.text import Corpus
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class InfluenceScan(Result):
         scores: A row per direction and layer, as `ProfileScores.table` gives them.
         checked: A row per checked direction, layer and dose: `direction`, `layer`, `chosen`
             (`leader` or `sample`), `dose`, `exact`, `exact low`, `exact high`, `predicted`, nats
-            per token.
+            per token; `held out` where both are on the documents that it was not found on.
         dose: The dose of the scores.
         corpus: Name of the corpus.
     """
@@ -192,11 +194,16 @@ def scan(
         token_budget=token_budget,
         progress=progress,
     )
+    known = corpus.hash in {digest for _, digest in profile.corpora}
+    parity = _parity(model, corpus) if known else None
     checked: list[dict] = []
     for key, i in picked.items():
         name, layer, small = (scores[i][k] for k in ("direction", "layer", "KL [nats/token]"))
+        half = _half(_at(named, scores[i])) if scores[i]["held out"] and known else None
+        on = exact if half is None else exact.among(np.flatnonzero(parity == half).tolist())
         row = {"direction": str(name), "layer": int(layer), "chosen": chosen[i]}
-        checked += [{**row, **_beside(exact, key, x, float(small) * (x / dose) ** 2)} for x in grid]
+        row["held out"] = half is not None
+        checked += [{**row, **_beside(on, key, x, float(small) * (x / dose) ** 2)} for x in grid]
     return InfluenceScan(tuple(scores), tuple(checked), dose, corpus.name)  # type: ignore[arg-type]
 
 
@@ -222,6 +229,18 @@ def _at(named: Mapping[str, Directions], score: Mapping) -> Direction:
     """The direction of one row of scores."""
     found = named[str(score["direction"])]
     return found if isinstance(found, Direction) else found[int(score["layer"])]
+
+
+def _parity(model: HookedModel, corpus: Corpus) -> np.ndarray:
+    """Which half of a profile each document of an influence belongs to."""
+    kept = {id(document) for document in with_tokens(model, corpus).documents}
+    return np.array([place % 2 for place, one in enumerate(corpus.documents) if id(one) in kept])
+
+
+def _half(direction: Direction) -> int:
+    """The half of the documents that a direction was not found on."""
+    found: Any = direction.provenance.settings[HELD_OUT]
+    return 1 - int(found["half"])
 
 
 def _beside(exact: Influence, name: str, dose: float, predicted: float) -> dict:

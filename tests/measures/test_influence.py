@@ -269,6 +269,24 @@ def test_a_scan_ranks_by_the_profile_and_checks_leaders_and_a_sample(scanned):
     assert table["exact KL [nats/token]"].notna().sum() == 8
 
 
+def test_a_direction_found_on_half_of_the_documents_is_checked_on_the_other(scanned):
+    model, profile, many, _ = scanned
+    few = {name: many[name] for name in ("top 1", "random 1")}
+    found = emlens.measures.scan(model, TEXT, few, profile=profile, doses=(0.05,), check=2)
+    exact = influence(model, TEXT, few, doses=(0.05,), controls=0)
+    other = exact.among(range(1, len(TEXT), 2))
+    assert other.documents == exact.documents[1::2]
+    rows = {row["direction"]: row for row in found.checked}
+    assert {name: row["held out"] for name, row in rows.items()} == {
+        "top 1": True,
+        "random 1": False,
+    }
+    for name, of in (("top 1", other), ("random 1", exact)):
+        assert rows[name]["exact"] == pytest.approx(of.divergence(name, 0.05).estimate, rel=1e-5)
+    with pytest.raises(ValueError, match="no documents were chosen"):
+        exact.among([])
+
+
 def test_a_scan_says_how_far_it_agrees_and_where_the_quadratic_breaks(scanned, tmp_path):
     model, _, many, found = scanned
     at = found.agreement().set_index("dose")
@@ -278,6 +296,7 @@ def test_a_scan_says_how_far_it_agrees_and_where_the_quadratic_breaks(scanned, t
     assert found.holds_to in (0.05, 0.1)
     row = next(row for row in found.checked if row["dose"] == 0.1)
     exact = influence(model, TEXT, {"x": many[row["direction"]]}, doses=(0.1,), controls=0)
+    exact = exact.among(range(1, len(TEXT), 2)) if row["held out"] else exact
     assert row["exact"] == pytest.approx(exact.divergence("x", 0.1).estimate, rel=1e-5)
     assert "the quadratic holds within 25% up to dose" in str(found)
     assert InfluenceScan.load(found.save(tmp_path / "scan.json")).checked == found.checked
