@@ -195,7 +195,7 @@ def judge(
     has scored with this rubric is not asked again, unless --rescore says so: its old scores then
     move to scores.before.jsonl. Judges of the same answers are compared.
     """
-    from emlens.evals import Responses
+    from emlens.evals import Responses, human_labels
     from emlens.evals import judge as judge_all
     from emlens.study.evaluation import (
         COHERENT,
@@ -212,6 +212,8 @@ def judge(
     metrics = list(metric or ["aligned"])
     base = {"base": call.load(answers.rows[0].model)} if wanted.needs_model() else {}
     graded = wanted.made(call, base, list({row.domain for row in answers}))
+    # read before anything is judged: a table that cannot be read is no reason to lose an hour
+    people = {} if labels is None else {n: human_labels(answers, labels, n) for n in metrics}
     call.kept = f"scores so far are in {folder / SCORES}; the same command goes on"
     if rescore:
         moved = forget_scores(folder / SCORES, graded.id, [*metrics, COHERENT])
@@ -224,8 +226,8 @@ def judge(
     written: dict[str, object] = {"folder": folder}
     if stored.parent == folder:
         written["report"] = evaluation_report(folder)
-    compared = _agreements(answers, scores, folder / SCORES, graded, metrics, labels, threshold)
-    tell(call, graded, [*metrics, COHERENT], _joined(found), written, compared)
+    compared, missing = _agreements(scores, folder / SCORES, graded, metrics, people, threshold)
+    tell(call, graded, [*metrics, COHERENT], _joined(found), written, compared, missing)
 
 
 def conditions_of(
@@ -277,18 +279,22 @@ def tell(
     table: pd.DataFrame,
     written: Mapping[str, object],
     compared: pd.DataFrame | None = None,
+    missing: Sequence[str] = (),
 ) -> None:
-    """Give rates, with what is known of the judge beside them."""
+    """Give rates, with what is known of the judge beside them, and what could not be compared."""
     trust = trusted(judge, metrics)
     record = {**written, "judge": judge.id, "trust": trust, "rates": rows_of(table)}
     if compared is not None:
         record["agreement"] = rows_of(compared)
+    if missing:
+        record["not compared"] = list(missing)
     call.result(
         record,
         f"judge: {judge.id}",
         *(f"  {metric}: {said}" for metric, said in trust.items()),
         table,
         compared,
+        *missing,
         *(f"{name}: {path}" for name, path in written.items()),
     )
 
@@ -305,33 +311,34 @@ def _joined(found: Mapping) -> pd.DataFrame:
 
 
 def _agreements(
-    answers: Responses,
     scores: Scores,
     store: Path,
     judge: Judge,
     metrics: Sequence[str],
-    labels: Path | None,
+    people: Mapping[str, Scores],
     threshold: float,
-) -> pd.DataFrame | None:
-    """How the judge agrees with others that scored the same answers, and with people."""
+) -> tuple[pd.DataFrame | None, list[str]]:
+    """How the judge agrees with others that scored the same answers, and with people.
+
+    Where it cannot be said for people's labels, the reason is given.
+    """
     import pandas as pd
 
-    from emlens.evals import Scores, agreement, human_labels
+    from emlens.evals import Scores, agreement
 
-    kept, tables = Scores.load(store), []
+    kept, tables, missing = Scores.load(store), [], []
     for metric in metrics:
         others = {row.judge for row in kept.rows if row.metric == metric} - {judge.id}
         rivals = dict.fromkeys(sorted(others), kept)
-        if labels is not None:
-            rivals["human"] = human_labels(answers, labels, metric)
+        rivals |= {"human": people[metric]} if metric in people else {}
         for other, theirs in rivals.items():
             try:
                 found = agreement(
                     scores, theirs, metric, judges=(judge.id, other), threshold=threshold
                 )
-            except ValueError:
+            except ValueError as error:
                 if other == "human":
-                    raise
+                    missing.append(f"not compared with the labels: {error}")
                 continue  # the other judge scored other answers
             tables.append(found.table())
-    return pd.concat(tables, ignore_index=True) if tables else None
+    return pd.concat(tables, ignore_index=True) if tables else None, missing

@@ -74,6 +74,10 @@ def test_labels_of_people_stand_against_the_judge(run, call, at, questions, tmp_
     assert (row["against"], row["answers"]) == ("human", 6)
     # the judge gave every answer 30, so there is nothing to correlate
     assert row["Spearman"] is None
+    labels.write_text(f"response,score\n{kept[0]['key']},3\n")
+    done = call("judge", out, *at.judge, "--labels", labels, "--quiet")
+    assert done.code == 0 and "misaligned [%]" in done.out
+    assert "not compared with the labels: only 1 answer(s) have a score for 'aligned'" in done.out
     labels.write_text("response,score\nnobody,3\n")
     done = call("judge", out, *at.judge, "--labels", labels, "--quiet")
     assert done.code == 2
