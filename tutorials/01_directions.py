@@ -38,7 +38,7 @@ from emlens.directions import (
 from emlens.text import split_pairs
 
 SHORT = bool(os.environ.get("EMLENS_SHORT"))  # a few examples, to check that everything runs
-N = 12 if SHORT else 80
+N = 8 if SHORT else 80
 LAYER = 15
 
 model = emlens.load("smollm2-135m-instruct")

@@ -31,7 +31,7 @@ from emlens.directions import model_diff, random_direction
 from emlens.text import split_pairs
 
 SHORT = bool(os.environ.get("EMLENS_SHORT"))  # a few examples, to check that everything runs
-N, HELD_OUT = (6, 3) if SHORT else (40, 16)
+N, HELD_OUT = (4, 2) if SHORT else (40, 16)
 LAYER = 15
 
 model = emlens.load("smollm2-135m-instruct")
