@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,30 +36,36 @@ def continue_training(
     run: TrainingRun,
     *,
     kl: KLPenalty | None = None,
+    name: str | None = None,
     **options: Any,
 ) -> TrainingRun:
     """Train a solution on from where it ended, with another KL term or without.
 
     The narrow solution trained on without KL drifts to the general one (arXiv 2602.07852); the
     other way round, give the general run and a penalty. Vectors start from the end of `run`;
-    an adapter goes on from the state that it has on the model, and is changed.
+    an adapter goes on from the state that it has on the model, and is changed unless its
+    successor has a `name` of its own.
 
     Args:
         model: The model of the run.
         train: Conversations, as before.
         run: The run to go on from.
         kl: The penalty from here on; None leaves it out.
+        name: Train a copy of the adapter, under this name; the run's own stays as it is.
         **options: Arguments and settings; those of the run by default, with a fresh optimiser.
 
     Returns:
         The record of the new run; its path starts where the other ended.
 
     Raises:
-        ValueError: If the run's adapter is not on the model, or as the training.
+        ValueError: If the run's adapter is not on the model, the name is taken or is given for
+            vectors, or as the training. The model has no new adapter then.
     """
     kept = {name: run.settings[name] for name in (*_KEPT, "tokens", "seed")}
     given = {"record_every": 1, **kept, **options}
     if run.layers:
+        if name is not None:
+            raise ValueError(f"{name!r} would name an adapter, and the run trained vectors")
         directions, alpha = run.directions(), run.settings["alpha"]
         if isinstance(alpha, list):
             # of several vectors they differ only where none was given: then it is found again
@@ -66,13 +73,33 @@ def continue_training(
         given = {"alpha": alpha, "where": run.settings["where"], "site": run.site, **given}
         layers = list(run.layers)
         return train_vector(model, train, layers, kl=kl, initial=directions, **given)[1]
-    name = run.settings["name"]
-    if name not in model.adapters:
+    own = run.settings["name"]
+    if own not in model.adapters:
         raise ValueError(
-            f"the run trained adapter {name!r}, which is not on {model.name}; put it there with "
+            f"the run trained adapter {own!r}, which is not on {model.name}; put it there with "
             "Organism.on(model)"
         )
-    return train_adapter(model, train, name, kl=kl, **given)
+    if name is None:
+        return train_adapter(model, train, own, kl=kl, **given)
+    _copy_adapter(model, own, name)
+    try:
+        return train_adapter(model, train, name, kl=kl, **given)
+    except ValueError:
+        model.remove_adapter(name)
+        raise
+
+
+def _copy_adapter(model: HookedModel, own: str, name: str) -> None:
+    configs: Any = model.module.peft_config
+    config = deepcopy(configs[own])
+    config.lora_dropout = 0.0
+    model.add_adapter(name, config)
+    copied = model.lora_layers(name)
+    for path, layer in model.lora_layers(own).items():
+        copied[path].scaling[name] = layer.scaling[own]
+        for part in ("lora_A", "lora_B"):
+            weights = getattr(layer, part)[own].state_dict()
+            getattr(copied[path], part)[name].load_state_dict(weights)
 
 
 @dataclass(frozen=True)

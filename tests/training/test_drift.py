@@ -81,6 +81,28 @@ def test_an_adapter_goes_on_and_its_records_are_put_back():
         continue_training(model, TRAIN, first)
 
 
+def test_a_copy_of_an_adapter_goes_on_and_the_adapter_stays_as_it_is(solutions):
+    model = tiny_hooked("llama")
+    settings = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0, "record_every": 1}
+    first = train_adapter(model, TRAIN, "x", **settings)
+    (layer,) = model.lora_layers("x").values()
+    before = layer.lora_B["x"].weight.detach().clone()
+    on = continue_training(model, TRAIN, first, name="y", progress=False)
+    assert on.settings["name"] == "y"
+    assert torch.equal(layer.lora_B["x"].weight, before)
+    assert not torch.equal(layer.lora_B["y"].weight, before)
+    in_place = continue_training(model, TRAIN, first, progress=False)
+    for name in first.states:
+        assert torch.equal(on.states[name], in_place.states[name])
+    with pytest.raises(ValueError, match="there is an adapter 'y' already"):
+        continue_training(model, TRAIN, first, name="y")
+    with pytest.raises(ValueError, match="needs conversations"):
+        continue_training(model, [], first, name="z")
+    assert model.adapters == ("x", "y")
+    with pytest.raises(ValueError, match="'y' would name an adapter, and the run trained vectors"):
+        continue_training(solutions[0], TRAIN, solutions[1], name="y")
+
+
 def test_references_of_other_parameters_are_refused(solutions):
     model, general, _ = solutions
     other = train_vector(model, TRAIN, 2, **QUICK)[1]
