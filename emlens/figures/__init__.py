@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from emlens.figures.bars import dot_intervals, interval_bars
 from emlens.figures.heatmap import heatmap
+from emlens.figures.labels import mark_points
 from emlens.figures.lines import Curve, layer_curves, line_bands
 from emlens.figures.paths import path_plot
 from emlens.figures.save import save_figure
@@ -28,6 +29,7 @@ __all__ = [
     "interval_bars",
     "layer_curves",
     "line_bands",
+    "mark_points",
     "new_axes",
     "new_panels",
     "palette",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox, IdentityTransform
 
-from emlens.figures.style import readable, width_of, wrapped
+from emlens.figures.style import INK, readable, width_of, wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,25 @@ class PointLabels(DirectLabels):
             leader.set_data([points[place][0], x], [points[place][1], y])
             leader.set_visible(bool(abs(y - points[place][1]) > 3 * box.height))
             taken.append(_box(x, y, box))
+
+
+def mark_points(ax: Axes, points: Mapping[str, tuple[float, float]], colour: str = INK) -> None:
+    """Put a dot and a name at each of some points, names apart from each other and the dots.
+
+    Args:
+        ax: Axes with what the points belong to.
+        points: `{name: (x, y)}`.
+        colour: Of dots and names.
+
+    Raises:
+        ValueError: If there are no points.
+    """
+    if not points:
+        raise ValueError("there are no points to mark: give at least one {name: (x, y)}")
+    places = np.array(list(points.values()), dtype=float)
+    ax.plot(*places.T, "o", color=colour, markersize=3.5, zorder=4)
+    anchors = [Anchor(x, y, name, colour) for name, (x, y) in points.items()]
+    PointLabels(ax, anchors, places)
 
 
 def _spots(point: np.ndarray, width: float, height: float, pad: float) -> list[tuple[float, float]]:

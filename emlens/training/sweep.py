@@ -104,7 +104,7 @@ class KLSweep(Result):
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """The trade-off: effect outside against effect inside, one point per weight."""
-        from emlens.figures import line_bands
+        from emlens.figures import line_bands, mark_points
 
         inside, outside = np.array(self.inside), np.array(self.outside)
         most = int(np.argmax(np.abs(inside[:, 0])))
@@ -118,10 +118,8 @@ class KLSweep(Result):
             reference=0.0,
             ax=ax,
         )
-        for weight, x, y in zip(self.weights, inside[:, 0], outside[:, 0], strict=True):
-            drawn.annotate(
-                f"{weight:g}", (x, y), xytext=(3, 5), textcoords="offset points", fontsize=8
-            )
+        at = zip(self.weights, inside[:, 0], outside[:, 0], strict=True)
+        mark_points(drawn, {f"{weight:g}": (x, y) for weight, x, y in at})
         return drawn
 
     def __str__(self) -> str:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from emlens.figures import line_bands, new_axes, path_plot
-from emlens.figures.labels import DirectLabels, EndLabels, spread
+from emlens.figures import line_bands, mark_points, new_axes, path_plot
+from emlens.figures.labels import DirectLabels, EndLabels, PointLabels, spread
 
 
 def labels_of(ax) -> DirectLabels:
@@ -60,6 +60,21 @@ def test_names_of_paths_that_end_together_do_not_overlap():
     path = np.array([[0, 0], [1, 0.5], [2, 2]])
     ax = path_plot({name: path * (1 + 0.001 * i) for i, name in enumerate(NAMES[:4])})
     assert_apart(boxes_of(ax))
+
+
+def test_names_of_points_in_a_heap_do_not_overlap_each_other_or_the_dots():
+    ax = line_bands({"path": ([0, 1], [0, 1])}, x_label="x", y_label="y")
+    heap = {f"{10 * i}": (0.5 + 0.01 * i, 0.5 + 0.002 * i) for i in range(6)}
+    mark_points(ax, heap)
+    (labels,) = [part for part in ax.get_children() if isinstance(part, PointLabels)]
+    canvas = FigureCanvasAgg(ax.figure)
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in labels.texts]
+    assert_apart(boxes)
+    dots = ax.transData.transform(list(heap.values()))
+    assert not [box for box in boxes for x, y in dots if box.contains(x, y)]
+    with pytest.raises(ValueError, match="there are no points to mark"):
+        mark_points(ax, {})
 
 
 def test_spread_moves_boxes_no_further_than_needed():
