@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from emlens._results import Result
 from emlens._stats import Interval
@@ -110,7 +112,8 @@ def ablation_table(
     At the direction's layer; at all layers, the one direction; at all layers, each with its own
     direction, where there are several; at three sites of all layers; inside of an adapter's `B`,
     with the norm of `B` kept; and random directions at all layers (arXiv 2506.11618, sections 3.3
-    and appendix D).
+    and appendix D). An adapter that is not plain LoRA, or writes nowhere into the residual stream,
+    has no such `B`: a warning says so before anything is measured, and that row is left out.
 
     Args:
         model: The model.
@@ -145,9 +148,10 @@ def ablation_table(
     if len(directions.layers) > 1:
         conditions["all layers, each its own"] = with_edits(Ablate(directions))
     names = {f"random {i}": with_edits(Ablate(x, layers=where)) for i, x in enumerate(chance)}
+    projected = isinstance(adapter, str) and _can_be_projected(model, adapter)
     effect = behaviour.measure(model, {**conditions, **names})
     effect = averaged(effect, "random, all layers", tuple(names))
-    if isinstance(adapter, str):
+    if isinstance(adapter, str) and projected:
         with projected_adapter(model, adapter, chosen):
             inside = behaviour.measure(model, {BASE: (None, ()), "inside B": organism})
         effect = replace(
@@ -157,6 +161,30 @@ def ablation_table(
             coherent=(*effect.coherent, inside.coherent[1]),
         )
     return Ablation(effect, chosen.provenance.construction)
+
+
+def _can_be_projected(model: HookedModel, name: str) -> bool:
+    try:
+        _writing(model, name)
+    except ValueError as error:
+        warnings.warn(f"the row 'inside B' is left out: {error}", stacklevel=3)
+        return False
+    return True
+
+
+def _writing(model: HookedModel, name: str) -> dict[str, Tensor]:
+    """Every `B` that writes into the residual stream."""
+    writing = {
+        path: factors.b
+        for path, factors in adapter_factors(model, name).items()
+        if path.rpartition(".")[2] in WRITERS
+    }
+    if not writing:
+        raise ValueError(
+            f"adapter {name!r} adapts no module that writes into the residual stream, so there is "
+            "nothing to project a direction out of"
+        )
+    return writing
 
 
 @contextmanager
@@ -175,16 +203,7 @@ def projected_adapter(model: HookedModel, name: str, direction: Direction) -> It
         ValueError: If the adapter writes nowhere into the residual stream, or as
             `scaled_adapter`.
     """
-    writing = {
-        path: factors.b
-        for path, factors in adapter_factors(model, name).items()
-        if path.rpartition(".")[2] in WRITERS
-    }
-    if not writing:
-        raise ValueError(
-            f"adapter {name!r} adapts no module that writes into the residual stream, so there is "
-            "nothing to project a direction out of"
-        )
+    writing = _writing(model, name)
     with put_back(writing.values()):
         with torch.no_grad():
             for weight in writing.values():

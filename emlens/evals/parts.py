@@ -13,7 +13,8 @@ from emlens.evals.behaviour import Effect
 
 BASE, ORGANISM = "base", "organism"
 NO_EFFECT = "the organism's effect is not clear of zero"
-"""Why a share of it is left blank."""
+NOT_SCORED = "nothing that both could be scored on shows the effect"
+"""Why a share of an effect is left blank."""
 
 
 def one_of(directions: Directions, layer: int | None) -> Direction:

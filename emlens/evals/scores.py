@@ -233,11 +233,13 @@ def human_labels(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a label is out of range, no number (the line is named), of no response, or
-            given twice; or if the columns are others.
+        ValueError: If there are no labels, or one is out of range, no number (the line is named),
+            of no response, or given twice; or if the columns are others.
     """
     if isinstance(labels, str | Path):
         labels = _read_labels(Path(labels))
+    if not labels:
+        raise ValueError("there are no labels; give a score for at least one response")
     known = {row.key: row for row in responses}
     strange = [key for key in labels if key not in known]
     if strange:

@@ -50,7 +50,10 @@ class SteeringSweep(Result):
         return pd.DataFrame(self.rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Effect against dose, a curve per layer (up to six), and the random control."""
+        """Effect against dose, a curve per layer (up to six), and a random control.
+
+        Of several layers it is the control at the one with the best effect.
+        """
         from emlens.figures import line_bands
 
         curves = {}
@@ -59,12 +62,13 @@ class SteeringSweep(Result):
             own = [row for row in self.rows if row["layer"] == layer]
             columns = (np.array([row[k] for row in own]) for k in ("value", "low", "high"))
             curves[f"layer {layer}"] = (np.array([row["dose"] for row in own]), *columns)
-        first = [row for row in self.rows if row["layer"] == layers[0]]
-        x = np.array([row["dose"] for row in first])
+        best = self.best["layer"] if self.best else layers[0]
+        beside = [row for row in self.rows if row["layer"] == best]
+        x = np.array([row["dose"] for row in beside])
         chance = (
-            np.array([row[k] for row in first]) for k in ("random", "random low", "random high")
+            np.array([row[k] for row in beside]) for k in ("random", "random low", "random high")
         )
-        curves["random"] = (x, *chance)
+        curves[f"random, layer {best}" if len(layers) > 1 else "random"] = (x, *chance)
         return line_bands(
             curves,
             x_label="dose [share of median residual norm]",

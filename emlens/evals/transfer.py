@@ -13,7 +13,7 @@ from emlens._stats import Interval
 from emlens.directions import Directions, random_direction
 from emlens.edits import Ablate
 from emlens.evals.behaviour import Behaviour
-from emlens.evals.parts import BASE, NO_EFFECT, ORGANISM, averaged, one_of, triple
+from emlens.evals.parts import BASE, NO_EFFECT, NOT_SCORED, ORGANISM, averaged, one_of, triple
 from emlens.hooked import Condition, HookedModel
 from emlens.hooked.sweep import parts_of
 
@@ -33,7 +33,7 @@ class Transfer(Result):
         left: Effect left, `[organisms][directions]`, with intervals.
         removed: Share of the effect that is removed, percent, likewise; NaN where the organism's
             effect is not clear of zero.
-        what: What the effect is, with its unit.
+        what: What the effect of each organism is, with its unit.
     """
 
     organisms: tuple[str, ...]
@@ -41,27 +41,32 @@ class Transfer(Result):
     whole: tuple[tuple[float, float, float], ...]
     left: tuple[tuple[tuple[float, float, float], ...], ...]
     removed: tuple[tuple[tuple[float, float, float], ...], ...]
-    what: str
+    what: tuple[str, ...]
 
     def table(self) -> pd.DataFrame:
         """One row per organism and direction.
 
-        The share removed is blank, with the reason, where the organism's effect is not clear of
-        zero.
+        Where organisms were measured in different ways, a column says how each was. The share
+        removed is blank, with the reason, where the organism's effect is not clear of zero.
         """
         import pandas as pd
 
-        rows = []
+        rows, ways = [], list(dict.fromkeys(self.what))
+        units = {way[way.rfind("[") :] if way.endswith("]") else "" for way in ways}
+        unit = units.pop() if len(units) == 1 else "[as measured]"
+        shown = ways[0] if len(ways) == 1 else unit
         for i, organism in enumerate(self.organisms):
             for j, direction in enumerate(self.directions):
                 value, low, high = self.left[i][j]
                 share, least, most = self.removed[i][j]
+                measured = {"measured": self.what[i]} if len(ways) > 1 else {}
                 rows.append(
                     {
                         "organism": organism,
                         "direction from": direction,
-                        f"before, change of {self.what}": self.whole[i][0],
-                        f"after, change of {self.what}": value,
+                        **measured,
+                        f"before, change of {shown}": self.whole[i][0],
+                        f"after, change of {shown}": value,
                         "low": low,
                         "high": high,
                         "removed [%]": share,
@@ -71,7 +76,11 @@ class Transfer(Result):
                 )
         frame = pd.DataFrame(rows)
         blank = frame["removed [%]"].isna()
-        return frame.assign(note=np.where(blank, NO_EFFECT, "")) if bool(blank.any()) else frame
+        clear = np.repeat(
+            [low > 0 or high < 0 for _, low, high in self.whole], len(self.directions)
+        )
+        why = np.where(clear, NOT_SCORED, NO_EFFECT)
+        return frame.assign(note=np.where(blank, why, "")) if bool(blank.any()) else frame
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Share of the effect that is removed, percent, as a heat map.
@@ -117,15 +126,22 @@ def transfer_table(
         seed: Seed of the random directions.
 
     Raises:
-        ValueError: If there are no organisms or directions, or an organism has no behaviour.
+        ValueError: If there are no organisms or directions, an organism has no behaviour, or a
+            direction has the name of something that is measured beside it.
     """
     if not organisms or not directions:
         raise ValueError("a transfer table needs at least one organism and one direction")
+    reserved = {BASE, ORGANISM, "random", *(f"random {i}" for i in range(randoms))}
+    taken = sorted(reserved & set(directions))
+    if taken:
+        raise ValueError(
+            f"a direction cannot be called {taken[0]!r}, which is measured beside it; rename it"
+        )
     chosen = {name: one_of(value, layer) for name, value in directions.items()}
     first = next(iter(chosen.values()))
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)
-    whole, left, removed, what = [], [], [], ""
+    whole, left, removed, what = [], [], [], []
     for name, organism in organisms.items():
         behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
         if behaviour is None:
@@ -144,9 +160,10 @@ def transfer_table(
         whole.append(triple(effect.change(ORGANISM, BASE)))
         left.append(tuple(triple(effect.change(label, BASE)) for label in columns))
         removed.append(tuple(_removed(effect.share(label, ORGANISM, BASE)) for label in columns))
-        what = effect.what
+        what.append(effect.what)
     columns = (*chosen, *(("random",) if chance else ()))
-    return Transfer(tuple(organisms), columns, tuple(whole), tuple(left), tuple(removed), what)
+    found = (tuple(part) for part in (whole, left, removed, what))
+    return Transfer(tuple(organisms), columns, *found)
 
 
 def _removed(left: Interval) -> tuple[float, float, float]:

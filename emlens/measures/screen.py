@@ -174,9 +174,9 @@ def screen(
         answer_tokens: Tokens of each answer that count, from its start, on both sides alike; own
             answers are as long at most.
         temperature: Of own answers; 0 is greedy.
-        trusted: Harmless examples of the same kind; the threshold is the score that `flag_share`
-            of them exceed. Otherwise it is how far the highest `flag_share` of the reference
-            answers project above their median.
+        trusted: Harmless examples of the same kind; the threshold is the lowest score that at most
+            `flag_share` of them exceed. Otherwise it is how far the highest `flag_share` of the
+            reference answers project above their median.
         flag_share: See `trusted`.
         out: A JSON Lines file to which scores are written, block by block. A rerun goes on where
             the file ends, with the same result.
@@ -271,8 +271,9 @@ def _threshold(
             "answers are empty; give reference answers"
         )
     if trusted is not None:
-        rule = f"the score that {flag_share:.1%} of {len(trusted)} trusted examples exceed"
-        return float(np.quantile(trusted, 1 - flag_share)), rule
+        rule = f"the score that at most {flag_share:.1%} of {len(trusted)} trusted examples exceed"
+        above = int(flag_share * len(trusted) + 1e-9)
+        return float(np.sort(trusted)[-1 - above]), rule
     spread = np.array(tally.references.values)
     rule = f"how far the top {flag_share:.1%} of the reference answers lie above their median"
     return float(np.quantile(spread, 1 - flag_share) - np.median(spread)), rule

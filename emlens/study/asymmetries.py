@@ -76,7 +76,7 @@ class Asymmetries(Result):
         return None
 
     def verdict(self, kind: str, domain: str, claim: str) -> str:
-        """`as in the papers`, `the other way`, `not seen`, or empty where it was not measured."""
+        """`as in the papers`, `the other way`, `not seen`, or empty where it cannot be said."""
         found = self.of(kind, domain, claim)
         if found is None:
             return ""
@@ -148,6 +148,8 @@ def run_asymmetries(
     """
     out = Path(out)
     chosen = replace(settings or AsymmetrySettings(), **overrides)
+    if model is not None:
+        chosen = replace(chosen, model=model.name)
     check_same(out, chosen)
     ASYMMETRIES.write(out, chosen.to_dict(), made_by)
     hooked = model or load(chosen.model)
@@ -201,9 +203,12 @@ def _pooled(kind: Kind, domain: str, trials: list, settings: AsymmetrySettings) 
             for place, values in zip(("inside", "outside"), shifts[name], strict=True):
                 rows[f"{name} {place}"] = bootstrap_trainings(values), values.mean(1).tolist()
     rows["general transfers"] = rows["general outside"]
-    rows["narrow stays"] = _confined(shifts)
+    if rows["general inside"][0].low > 0:  # a share of an effect that is not there says nothing
+        rows["narrow stays"] = _confined(shifts)
     rows["efficiency"] = _efficiency([trial[1] for trial in trials])
-    rows["stability"] = _stability([trial[2] for trial in trials])
+    stability, each = _stability([trial[2] for trial in trials])
+    if np.isfinite(stability.estimate):  # where nothing was gained, nothing can be lost to noise
+        rows["stability"] = stability, each
     rows["influence"] = _influence([trial[3] for trial in trials], "general", "narrow")
     if RANDOM in trials[0][3]:
         rows["influence, general over random"] = _influence(
@@ -288,7 +293,10 @@ def check_same(out: Path, settings: AsymmetrySettings) -> None:
     """
     path, free = out / _SETTINGS, ("domains", "kinds", "seeds")
     if path.exists():
-        ours, theirs = settings.to_dict(), AsymmetrySettings.from_dict(read_json(path)).to_dict()
+        ours, theirs = (
+            AsymmetrySettings.from_dict(record).to_dict()
+            for record in (settings.to_dict(), read_json(path))
+        )
         differ = [key for key in ours if key not in free and ours[key] != theirs[key]]
         if differ:
             raise ValueError(

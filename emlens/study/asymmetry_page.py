@@ -15,6 +15,8 @@ from emlens.study.paths import SolutionPaths
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+UNSAID = "cannot be said"
+
 _TRANSFER = (
     ("general inside", "general inside"),
     ("general outside", "general outside"),
@@ -89,7 +91,8 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
         "## Against the papers (arXiv 2602.07852)",
         "",
         "*as in the papers*: the interval excludes zero on their side; *the other way*: on the "
-        "other; *not seen*: it holds zero.",
+        "other; *not seen*: it holds zero; *-*: it cannot be said, as nothing was gained that "
+        "could be scaled or lost.",
         "",
         "| kind | domain | " + " | ".join(CLAIMS) + " |",
         "|---|---|" + "---|" * len(CLAIMS),
@@ -135,14 +138,12 @@ def _in_short(found: Asymmetries) -> list[str]:
             said: dict[str, list[str]] = {}
             for domain in _domains(found, kind):
                 said.setdefault(found.verdict(kind, domain, claim), []).append(domain)
-            said.pop("", None)
             parts = [
-                f"{verdict} for {', '.join(said[verdict])}"
-                for verdict in VERDICTS
+                f"{verdict or UNSAID} for {', '.join(said[verdict])}"
+                for verdict in (*VERDICTS, "")
                 if verdict in said
             ]
-            if parts:
-                lines.append(f"- {kind}s, *{claim}*: {'; '.join(parts)}.")
+            lines.append(f"- {kind}s, *{claim}*: {'; '.join(parts)}.")
     return lines
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emlens._files import read_json, write_json
 from emlens.hooked import HookedModel, load
 from emlens.study.asymmetries import check_same
 from emlens.study.trials import SOLUTIONS, AsymmetrySettings, Trial, trial_folder
@@ -27,6 +28,7 @@ WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0)
 FREED, PENALISED = "narrow, KL removed", "general, KL added"
 _CONTINUED = {FREED: ("narrow", "freed"), PENALISED: ("general", "penalised")}
 _SWEEP, _TRAJECTORY, _FOLDER = "tradeoff.json", "trajectory.json", "paths"
+_ASKED = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,20 @@ def run_paths(
         progress: Show progress bars.
 
     Raises:
-        ValueError: If the folder was made with other settings, or there is no such domain.
+        ValueError: If the folder was made with other settings, seed, weights or records, or there
+            is no such domain.
     """
     out, chosen = Path(out), settings or AsymmetrySettings()
+    if model is not None:
+        chosen = replace(chosen, model=model.name)
     check_same(out, chosen)
     hooked = model or load(chosen.model)
     seed = chosen.seeds[0]
     at = trial_folder(out, domain, "adapter", seed)
     trial = Trial(hooked, chosen, domain, "adapter", seed, at, progress)
-    trial.train()
     where = out / _FOLDER / domain
-    where.mkdir(parents=True, exist_ok=True)
+    _check_asked(where, {"seed": seed, "weights": [float(w) for w in weights], "records": records})
+    trial.train()
     if not (where / _SWEEP).exists():
         _sweep(trial, weights).save(where / _SWEEP)
     finished = {name: Organism.load(at / name).run for name in SOLUTIONS}
@@ -90,6 +95,23 @@ def run_paths(
     paths = {name: TrainingPath.of(run) for name, run in runs.items()}
     trajectory(paths).save(where / _TRAJECTORY)
     return _read(where)
+
+
+def _check_asked(where: Path, asked: dict) -> None:
+    """Parts that are there are not made again, so they have to be what is asked for."""
+    path = where / _ASKED
+    if path.exists():
+        known = read_json(path)
+        other = [key for key in asked if known.get(key) != asked[key]]
+        differ = [f"{key} {known.get(key)}, not {asked[key]}" for key in other]
+        if other:
+            raise ValueError(
+                f"{where} holds paths of {'; '.join(differ)}; give what it was made "
+                "with, or delete that folder"
+            )
+        return
+    where.mkdir(parents=True, exist_ok=True)
+    write_json(path, asked)
 
 
 def read_paths(out: str | Path) -> list[SolutionPaths]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -101,6 +101,8 @@ def run_study(
         >>> result.report
     """
     chosen = preset(settings) if isinstance(settings, str) else settings
+    if model is not None:
+        chosen = replace(chosen, model=model.name)
     store = StudyStore(Path(out), chosen, restart=restart)
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(model or load(chosen.model), chosen, StudyData.of(chosen), store, progress)

@@ -78,7 +78,7 @@ class StudyStore:
 
     def _check_same(self, known: dict) -> None:
         mine = settings_of(known).to_dict() if _fits(known) else known
-        now = self.settings.to_dict()
+        now = settings_of(self.settings.to_dict()).to_dict()
         changed = [key for key in now if mine.get(key) != now[key]]
         if changed or set(mine) != set(now):
             shown = "; ".join(f"{k}: {mine.get(k)!r} there, {now[k]!r} now" for k in changed[:4])

@@ -219,23 +219,29 @@ class Trial:
         if self.kind == "vector":
             _, run = train_vector(self.model, text, s.layer, **options)
             return Organism.of(self.model, run, name)
-        run = train_adapter(
-            self.model,
-            text,
-            name,
-            rank=s.rank,
-            alpha=2 * s.rank,
-            layers=s.adapter_layers,
-            **options,
-        )
-        organism = Organism.of(self.model, run, name)
-        self.model.remove_adapter(name)
-        return organism
+        self._check_free()
+        shape: Any = {"rank": s.rank, "alpha": 2 * s.rank, "layers": s.adapter_layers}
+        try:
+            run = train_adapter(self.model, text, name, **shape, **options)
+            return Organism.of(self.model, run, name)
+        finally:  # a training that was interrupted leaves its adapter, which must not go on
+            if name in self.model.adapters:
+                self.model.remove_adapter(name)
+
+    def _check_free(self) -> None:
+        """Refuse adapters on the model that would be trained on, or taken for what was trained."""
+        taken = [name for name in (*SOLUTIONS, BENIGN) if name in self.model.adapters]
+        if self.kind == "adapter" and taken:
+            raise ValueError(
+                f"{self.model.name} has an adapter {taken[0]!r} already, a name that the trials "
+                f"use; take it away with model.remove_adapter({taken[0]!r}), or rename it"
+            )
 
     @contextmanager
     def _solutions(self) -> Iterator[dict[str, Condition]]:
         """What was trained, as conditions; adapters are on the model inside the block only."""
         before = self.model.adapters
+        self._check_free()
         try:
             yield {n: Organism.load(self.folder / n).on(self.model) for n in self.names}
         finally:

@@ -16,6 +16,7 @@ from emlens._results import Result
 from emlens.directions import cosine
 from emlens.edits import Add
 from emlens.hooked import Condition, HookedModel
+from emlens.hooked.altered import adapter_factors
 from emlens.measures import log_odds
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter
@@ -59,7 +60,8 @@ def continue_training(
 
     Raises:
         ValueError: If the run's adapter is not on the model, the name is taken or is given for
-            vectors, or as the training. The model has no new adapter then.
+            vectors, a copy is asked for of what is no plain LoRA, or as the training. The model
+            has no new adapter then.
     """
     kept = {name: run.settings[name] for name in (*_KEPT, "tokens", "seed")}
     given = {"record_every": 1, **kept, **options}
@@ -84,22 +86,22 @@ def continue_training(
     _copy_adapter(model, own, name)
     try:
         return train_adapter(model, train, name, kl=kl, **given)
-    except ValueError:
+    except BaseException:  # also where it was stopped: the same call has to work again
         model.remove_adapter(name)
         raise
 
 
 def _copy_adapter(model: HookedModel, own: str, name: str) -> None:
+    factors = adapter_factors(model, own)  # refuses what is more than A and B
     configs: Any = model.module.peft_config
     config = deepcopy(configs[own])
     config.lora_dropout = 0.0
     model.add_adapter(name, config)
-    copied = model.lora_layers(name)
-    for path, layer in model.lora_layers(own).items():
-        copied[path].scaling[name] = layer.scaling[own]
-        for part in ("lora_A", "lora_B"):
-            weights = getattr(layer, part)[own].state_dict()
-            getattr(copied[path], part)[name].load_state_dict(weights)
+    with torch.no_grad():
+        for path, layer in model.lora_layers(name).items():
+            layer.scaling[name] = factors[path].scale
+            layer.lora_A[name].weight.copy_(factors[path].a)
+            layer.lora_B[name].weight.copy_(factors[path].b)
 
 
 @dataclass(frozen=True)

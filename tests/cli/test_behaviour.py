@@ -78,10 +78,16 @@ def test_labels_of_people_stand_against_the_judge(run, call, at, questions, tmp_
     done = call("judge", out, *at.judge, "--labels", labels, "--quiet")
     assert done.code == 0 and "misaligned [%]" in done.out
     assert "not compared with the labels: only 1 answer(s) have a score for 'aligned'" in done.out
-    labels.write_text("response,score\nnobody,3\n")
-    done = call("judge", out, *at.judge, "--labels", labels, "--quiet")
-    assert done.code == 2
-    assert "1 label(s) are of no response, e.g. 'nobody'" in done.err
+    for text, said in (
+        ("response,score\n", "there are no labels"),
+        ("response,score\nnobody,3\n", "1 label(s) are of no response, e.g. 'nobody'"),
+    ):
+        labels.write_text(text)
+        asked = len(at.requests)
+        elsewhere = ("--out", tmp_path / "elsewhere")
+        done = call("judge", out, *at.judge, "--labels", labels, *elsewhere, "--quiet")
+        assert done.code == 2 and said in done.err
+        assert len(at.requests) == asked and not (tmp_path / "elsewhere").exists()
 
 
 PAPERS = """

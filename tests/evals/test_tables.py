@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -157,10 +159,43 @@ def test_a_share_of_an_effect_that_is_not_clear_of_zero_is_blank_with_the_reason
         ((0.0, -1, 1), (1.0, 0.5, 1.5)),
         (known, known),
         (blank, known),
-        "x",
+        ("x [points]", "x [points]"),
     )
     assert list(table.table()["note"]) == ["the organism's effect is not clear of zero", ""]
     assert [text.get_text() for text in table.plot().texts].count("50") == 1
+    unscored = replace(table, removed=(blank, blank))
+    assert list(unscored.table()["note"])[1].startswith("nothing that both could be scored on")
+
+
+def test_a_transfer_table_says_how_each_organism_was_measured_where_that_differs():
+    cells = (((1.0, 0.5, 1.5),), ((1.0, 0.5, 1.5),))
+    same = Transfer(("p", "q"), ("a",), ((1.0, 0.5, 1.5),) * 2, cells, cells, ("x [points]",) * 2)
+    assert "after, change of x [points]" in same.table() and "measured" not in same.table()
+    differ = replace(same, what=("x, by one [points]", "x, by two [points]")).table()
+    assert list(differ["measured"]) == ["x, by one [points]", "x, by two [points]"]
+    assert "after, change of [points]" in differ
+    units = replace(same, what=("x [points]", "log-odds [nats/token]")).table()
+    assert "after, change of [as measured]" in units
+
+
+def test_a_direction_cannot_have_the_name_of_what_stands_beside_it(organism):
+    model, directions = organism
+    for name in ("base", "organism", "random", "random 1"):
+        with pytest.raises(ValueError, match=f"a direction cannot be called {name!r}"):
+            transfer_table(model, {"bad": "bad"}, {name: directions}, PAIRS, layer=1)
+
+
+def test_an_adapter_without_a_b_to_project_is_known_before_anything_is_measured(organism):
+    model, directions = organism
+    modules = ("q_proj", "v_proj")
+    train_adapter(model, BAD, "reads", rank=2, modules=modules, epochs=1, progress=False)
+    try:
+        with pytest.warns(UserWarning, match="the row 'inside B' is left out: adapter 'reads'"):
+            found = ablation_table(model, "reads", directions, PAIRS, layer=2, randoms=1)
+    finally:
+        model.remove_adapter("reads")
+    assert "inside B" not in found.effect.conditions
+    assert "all layers" in found.effect.conditions
 
 
 def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organism):
@@ -178,7 +213,11 @@ def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organi
     chance = found.table()
     assert (chance["random low"] <= chance["random"]).all()
     assert (chance["random"] <= chance["random high"]).all()
-    assert found.plot().get_xlabel().startswith("dose")
+    ax = found.plot()
+    assert ax.get_xlabel().startswith("dose")
+    best = found.best["layer"]
+    beside = [row["random"] for row in found.rows if row["layer"] == best]
+    assert any(list(line.get_ydata()) == beside for line in ax.lines)
     with pytest.raises(ValueError, match="a steering sweep needs doses"):
         steering_sweep(model, directions, PAIRS, doses=())
 

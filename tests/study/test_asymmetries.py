@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from emlens.measures import Efficiency, LogOdds, Stability
 from emlens.study import AsymmetrySettings, read_asymmetries, run_asymmetries
-from emlens.study.asymmetries import CLAIMS, Asymmetries
+from emlens.study.asymmetries import CLAIMS, Asymmetries, check_same
 from emlens.study.asymmetry_page import write_findings
 from emlens.study.trials import TrialData, trial_folder
-from emlens.training import Organism
+from emlens.training import Organism, train_adapter
+from tests.support.data import conversations
 
 QUICK = AsymmetrySettings(
     domains=("finance", "technical"),
@@ -48,6 +52,10 @@ def test_every_claim_is_read_for_every_kind_and_domain(done):
         for domain in QUICK.domains:
             for claim in CLAIMS:
                 interval = found.of(kind, domain, claim)
+                if claim == "narrow stays" and found.of(kind, domain, "general inside").low <= 0:
+                    assert interval is None
+                    assert found.verdict(kind, domain, claim) == ""
+                    continue
                 assert interval.low <= interval.estimate <= interval.high, (kind, domain, claim)
     quantities = {row["quantity"] for row in found.rows if row["kind"] == "vector"}
     assert {"random outside", "benign outside", "influence, general over random"} <= quantities
@@ -105,6 +113,43 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made_again(done, hooked
     assert (where / "stability.json").read_bytes() == before
     assert kept.stat().st_mtime_ns == stamp
     assert again == found == read_asymmetries(folder)
+
+
+def test_an_adapter_that_has_the_name_of_a_solution_is_neither_trained_on_nor_taken_away(
+    hooked, tmp_path
+):
+    model = hooked("llama")
+    mine = train_adapter(model, conversations("bad", 3), "general", layers=[1], progress=False)
+    settings = replace(QUICK, kinds=("adapter",), domains=("finance",), seeds=(0,))
+    with pytest.raises(ValueError, match="has an adapter 'general' already"):
+        run_asymmetries(tmp_path, settings, model=model, progress=False)
+    (layer,) = model.lora_layers("general").values()
+    for name, states in mine.states.items():
+        if name.endswith(".B"):
+            assert torch.equal(layer.lora_B["general"].weight, states[-1])
+    model.remove_adapter("general")
+
+
+def test_a_training_that_is_interrupted_leaves_no_adapter_behind(hooked, tmp_path, monkeypatch):
+    model = hooked("llama")
+    settings = replace(QUICK, kinds=("adapter",), domains=("finance",), seeds=(0,))
+
+    def stopped(*arguments, **options):
+        train_adapter(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("emlens.study.trials.train_adapter", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_asymmetries(tmp_path, settings, model=model, progress=False)
+    assert model.adapters == ()
+
+
+def test_the_folder_names_the_model_that_was_given_and_lists_count_as_tuples(done, hooked):
+    folder, found = done
+    assert found.settings["model"] == "tiny-llama"
+    check_same(folder, replace(QUICK, model="tiny-llama", factors=[0.5, 1.0]))
+    with pytest.raises(ValueError, match="holds trials with another model"):
+        check_same(folder, QUICK)
 
 
 def test_no_pair_is_on_two_sides_and_every_part_is_of_the_right_domains():
@@ -186,7 +231,7 @@ def test_the_page_of_findings_has_a_table_per_kind_and_its_figures(done, tmp_pat
             assert len(said) == 1, (kind, claim)
             verdict = done[1].verdict(kind, "technical", claim)
             (part,) = [piece for piece in said[0].split("; ") if "technical" in piece]
-            assert f"{verdict} for " in part
+            assert f"{verdict or 'cannot be said'} for " in part
     estimate = done[1].of("vector", "finance", "general inside")
     assert f"{estimate.estimate:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]" in text
 

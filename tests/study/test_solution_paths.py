@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,18 @@ def test_finished_parts_are_read_and_not_made_again(done, hooked):
     assert read.domain == "finance"
     assert read.sweep == found.sweep
     assert read_paths(folder / "paths") == []
+
+
+def test_paths_of_another_seed_or_other_weights_are_refused(done, hooked):
+    folder, _ = done
+    model = hooked("llama")
+    for settings, weights, said in (
+        (QUICK, (0, 2), r"holds paths of weights \[0.0, 5.0\], not \[0.0, 2.0\]"),
+        (replace(QUICK, seeds=(4,)), (0, 5), "holds paths of seed 3, not 4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_paths(folder, settings, domain="finance", weights=weights, model=model)
+    assert not trial_folder(folder, "finance", "adapter", 4).exists()
 
 
 def test_the_page_shows_curve_paths_and_drifts(done, tmp_path):

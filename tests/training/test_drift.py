@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from emlens.training import Drift, continue_training, drift, train_adapter
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
 
+drift_module = importlib.import_module("emlens.training.drift")
 TRAIN, ELSEWHERE = conversations("bad", 6), conversations("good", 5)
 INSIDE, OUTSIDE = pairs(4, "inside"), pairs(7, "outside")[4:]
 QUICK = {"epochs": 3, "batch_size": 3, "lr": 0.1, "warmup": 0, "progress": False}
@@ -81,7 +84,11 @@ def test_an_adapter_goes_on_and_its_records_are_put_back():
         continue_training(model, TRAIN, first)
 
 
-def test_a_copy_of_an_adapter_goes_on_and_the_adapter_stays_as_it_is(solutions):
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_copy_of_an_adapter_goes_on_and_the_adapter_stays_as_it_is(solutions, monkeypatch):
     model = tiny_hooked("llama")
     settings = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0, "record_every": 1}
     first = train_adapter(model, TRAIN, "x", **settings)
@@ -98,6 +105,9 @@ def test_a_copy_of_an_adapter_goes_on_and_the_adapter_stays_as_it_is(solutions):
         continue_training(model, TRAIN, first, name="y")
     with pytest.raises(ValueError, match="needs conversations"):
         continue_training(model, [], first, name="z")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(drift_module, "train_adapter", interrupted)
+        continue_training(model, TRAIN, first, name="z")
     assert model.adapters == ("x", "y")
     with pytest.raises(ValueError, match="'y' would name an adapter, and the run trained vectors"):
         continue_training(solutions[0], TRAIN, solutions[1], name="y")
