@@ -113,7 +113,7 @@ def _intro(found: Asymmetries) -> list[str]:
         "# General and narrow solutions on a small model",
         "",
         f"Made by `emlens asymmetries` on {s['model']}: {len(_domains(found))} narrow domains, "
-        f"{seeds} training seed(s) each, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
+        f"{seeds} training seed{'' if seeds == '1' else 's'} each, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
         "Held-out pairs only. Brackets are 95% intervals: pairs, conversations or documents are "
         "resampled together with the training seeds, and those of stability are t intervals over "
         "seeds. `technical` is the second task: technical style, trained on cooking, outside of it "
