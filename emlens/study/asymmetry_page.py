@@ -109,11 +109,12 @@ def _intro(found: Asymmetries) -> list[str]:
     s = found.settings
     numbers = {len(row["seeds"]) for row in found.rows if row["quantity"] == "efficiency"}
     seeds = " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
+    trainings = f"{seeds} training seed{'' if seeds == '1' else 's'} each"
     return [
         "# General and narrow solutions on a small model",
         "",
         f"Made by `emlens asymmetries` on {s['model']}: {len(_domains(found))} narrow domains, "
-        f"{seeds} training seed{'' if seeds == '1' else 's'} each, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
+        f"{trainings}, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
         "Held-out pairs only. Brackets are 95% intervals: pairs, conversations or documents are "
         "resampled together with the training seeds, and those of stability are t intervals over "
         "seeds. `technical` is the second task: technical style, trained on cooking, outside of it "
