@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from memory import peak_mb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emlens
@@ -127,10 +127,6 @@ def stop(*_) -> None:
     raise Stopped
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def memory(engine: str) -> None:
     """Print the peak memory of this process before and after wrapping, in MB."""
     bare, tokenizer = load_bare()
@@ -138,10 +134,10 @@ def memory(engine: str) -> None:
         bare(input_ids=torch.ones(2, 8, dtype=torch.long))
     import transformer_lens.model_bridge  # noqa: F401  code is not weights
 
-    before = peak()
+    before = peak_mb()
     model = emlens.wrap(bare, tokenizer, engine=engine)  # type: ignore[arg-type]
     weights = sum(w.numel() * w.element_size() for w in model.module.parameters()) / 2**20
-    print(json.dumps([before, peak(), weights]))
+    print(json.dumps([before, peak_mb(), weights]))
 
 
 def main() -> None:

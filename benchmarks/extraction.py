@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import torch
+from memory import peak_mb
 from transformers import AutoModelForCausalLM
 
 import emlens
@@ -92,7 +92,7 @@ def main() -> None:
     model = emlens.load("smollm2-135m-instruct")
     if arguments.peak:
         emlens.mean_diff(model, *short_conversations(arguments.peak), token_budget=PEAK_BUDGET)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_mb())
         return
     data = tuple(side * 2 for side in conversations(1))
     n_tokens = sum(batch.n_tokens for side in data for batch in model.batches(side))

@@ -18,7 +18,6 @@ without the cache is taken, each in a process of its own. `--pairs 8 --epochs 2 
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
+from memory import peak_mb
 from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModelForCausalLM
 
@@ -162,11 +162,11 @@ def whole(pairs: int, epochs: int, full: bool) -> None:
     """One training, timed, and the peak memory of its process."""
     model = emlens.load("smollm2-135m-instruct")
     chosen = [pair.conversation("misaligned") for pair in emlens.load_pairs("finance")[:pairs]]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_mb()
     start = time.perf_counter()
     emlens_way(Bench(model, chosen, [], model.n_layers // 2, epochs), full=full)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mb()
     print(
         f"{len(chosen)} pairs, {epochs} epoch(s), {'full pass' if full else 'prefix cached'}: "
         f"{seconds:.0f} s with cache and tokens, peak memory {peak:.0f} MB ({before:.0f} MB before "
