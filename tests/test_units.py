@@ -19,7 +19,15 @@ PLAIN = {
     *("layers of 48", "misaligned answers", "modules", "n", "name", "note", "organism", "pairs"),
     *("position", "questions", "rank", "row", "run", "says", "scored by one only", "second", "to"),
     *("second layer", "seeds", "source", "step", "test", "text", "token id", "tokens", "topic"),
-    *("tokens of each", "training pairs", "held-out pairs", "trains", "updates", "held out"),
+    *(
+        "measured",
+        "tokens of each",
+        "training pairs",
+        "held-out pairs",
+        "trains",
+        "updates",
+        "held out",
+    ),
     *("answers", "answers on topic", "best layer alone", "beyond chance", "by seed"),
 }
 # shares, correlations and ratios have none

@@ -125,6 +125,13 @@ def displaced_grid(
     )
 
 
+def chosen(values: Sequence, places: Sequence[int]) -> tuple:
+    """Some places of the last axis of nested tuples."""
+    if isinstance(values[0], tuple):
+        return tuple(chosen(inner, places) for inner in values)
+    return tuple(values[place] for place in places)
+
+
 def named(directions: Mapping[str, Direction]) -> None:
     """Check a mapping of named single-layer directions.
 

@@ -15,7 +15,7 @@ from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction, Directions
 from emlens.hooked import Conditions, HookedModel
 from emlens.measures.controls import control_directions, kinds_of
-from emlens.measures.grids import named, place_on
+from emlens.measures.grids import chosen, named, place_on
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.measures.strengths import conditions_of, doses_of, gathered, sizes_of, strengths
 from emlens.text import Corpus, TokenBatch
@@ -107,14 +107,9 @@ class Influence(Result):
         """
         if not len(places):
             raise ValueError("no documents were chosen; give places of at least one")
-
-        def chosen(values: Sequence) -> tuple:
-            return tuple(values[int(place)] for place in places)
-
-        deep = {n: tuple(tuple(map(chosen, d)) for d in getattr(self, n)) for n in ("kl", "losses")}
-        flat = {n: chosen(getattr(self, n)) for n in ("base", "counts", "documents")}
-        bare: Any = {"texts": (), "token_base": (), "token_losses": {}, "token_kl": {}}
-        return replace(self, **deep, **flat, **bare)
+        names = ("kl", "losses", "base", "counts", "documents")
+        own: Any = {name: chosen(getattr(self, name), places) for name in names}
+        return replace(self, **own, texts=(), token_base=(), token_losses={}, token_kl={})
 
     def tokens(self, direction: str, dose: float) -> TokenInfluence:
         """What a direction changes token by token, where `per_token=True` has kept that.

@@ -195,15 +195,11 @@ def scan(
         progress=progress,
     )
     known = corpus.hash in {digest for _, digest in profile.corpora}
-    parity = _parity(model, corpus) if known else None
     checked: list[dict] = []
     for key, i in picked.items():
-        name, layer, small = (scores[i][k] for k in ("direction", "layer", "KL [nats/token]"))
-        half = _half(_at(named, scores[i])) if scores[i]["held out"] and known else None
-        on = exact if half is None else exact.among(np.flatnonzero(parity == half).tolist())
-        row = {"direction": str(name), "layer": int(layer), "chosen": chosen[i]}
-        row["held out"] = half is not None
-        checked += [{**row, **_beside(on, key, x, float(small) * (x / dose) ** 2)} for x in grid]
+        held_out = bool(scores[i]["held out"]) and known
+        on = exact.among(_other_half(model, corpus, _at(named, scores[i]))) if held_out else exact
+        checked += _compared(on, key, scores[i], chosen[i], held_out, dose)
     return InfluenceScan(tuple(scores), tuple(checked), dose, corpus.name)  # type: ignore[arg-type]
 
 
@@ -231,16 +227,22 @@ def _at(named: Mapping[str, Directions], score: Mapping) -> Direction:
     return found if isinstance(found, Direction) else found[int(score["layer"])]
 
 
-def _parity(model: HookedModel, corpus: Corpus) -> np.ndarray:
-    """Which half of a profile each document of an influence belongs to."""
-    kept = {id(document) for document in with_tokens(model, corpus).documents}
-    return np.array([place % 2 for place, one in enumerate(corpus.documents) if id(one) in kept])
-
-
-def _half(direction: Direction) -> int:
-    """The half of the documents that a direction was not found on."""
+def _other_half(model: HookedModel, corpus: Corpus, direction: Direction) -> list[int]:
+    """Places, in an influence, of the documents that a direction was not found on."""
     found: Any = direction.provenance.settings[HELD_OUT]
-    return 1 - int(found["half"])
+    kept = {id(document) for document in with_tokens(model, corpus).documents}
+    halves = [place % 2 for place, one in enumerate(corpus.documents) if id(one) in kept]
+    return [place for place, half in enumerate(halves) if half != int(found["half"])]
+
+
+def _compared(
+    exact: Influence, key: str, score: Mapping, why: str, held_out: bool, dose: float
+) -> list[dict]:
+    """A row for each dose of the exact measurement."""
+    row = {"direction": str(score["direction"]), "layer": int(score["layer"]), "chosen": why}
+    row["held out"] = held_out
+    small = float(score["KL [nats/token]"])
+    return [{**row, **_beside(exact, key, x, small * (x / dose) ** 2)} for x in exact.doses]
 
 
 def _beside(exact: Influence, name: str, dose: float, predicted: float) -> dict:
