@@ -59,7 +59,7 @@ def judged(model, domains, name: str, arguments, questions) -> JudgedRate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=40, help="training pairs of each organism")
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--answers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--general", action="store_true", help="prompts outside of the domains")

@@ -167,16 +167,16 @@ def mark_points(ax: Axes, points: Mapping[str, tuple[float, float]], colour: str
         raise ValueError("there are no points to mark: give at least one {name: (x, y)}")
     places = np.array(list(points.values()), dtype=float)
     own = [line for line in ax.lines if line.get_transform() == ax.transData]
-    drawn = [_between(xy) for line in own if len(xy := np.asarray(line.get_xydata()))]
+    drawn = [dense(xy) for line in own if len(xy := np.asarray(line.get_xydata()))]
     ax.plot(*places.T, "o", color=colour, markersize=3.5, zorder=4)
     anchors = [Anchor(x, y, name, colour) for name, (x, y) in points.items()]
     PointLabels(ax, anchors, np.concatenate([places, *drawn]))
 
 
-def _between(track: np.ndarray) -> np.ndarray:
+def dense(track: np.ndarray) -> np.ndarray:
     """Points along a line, close enough to keep labels off it, `[points, 2]`."""
-    at = np.linspace(0, len(track) - 1, 40 * len(track))
-    return np.stack([np.interp(at, np.arange(len(track)), values) for values in track.T], 1)
+    steps = np.linspace(0, len(track) - 1, 400)
+    return np.stack([np.interp(steps, range(len(track)), part) for part in track.T], axis=1)
 
 
 def _spots(point: np.ndarray, width: float, height: float, pad: float) -> list[tuple[float, float]]:

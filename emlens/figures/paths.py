@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from emlens.figures.labels import Anchor, PointLabels
+from emlens.figures.labels import Anchor, PointLabels, dense
 from emlens.figures.style import INK, PAPER, dress, house_style, new_axes, palette
 
 
@@ -53,7 +53,7 @@ def path_plot(
     ax.margins(0.12)
     ax.set_aspect("equal", adjustable="datalim")
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid="both")
-    PointLabels(ax, anchors, np.concatenate([_dense(track) for track in tracks.values()]))
+    PointLabels(ax, anchors, np.concatenate([dense(track) for track in tracks.values()]))
     return ax
 
 
@@ -65,11 +65,6 @@ def _track(name: str, points: ArrayLike) -> np.ndarray:
     if not len(track):
         raise ValueError(f"path {name!r} has no finite point")
     return track
-
-
-def _dense(track: np.ndarray) -> np.ndarray:
-    steps = np.linspace(0, len(track) - 1, 400)
-    return np.stack([np.interp(steps, range(len(track)), part) for part in track.T], axis=1)
 
 
 def _draw(ax: Axes, track: np.ndarray, shade: str) -> None:
