@@ -183,10 +183,14 @@ def loss_sum(
         head: Weights of the LM head that are trained, and so get a gradient as well.
     """
 
-    def total(part: Tensor, at: slice) -> Tensor:
-        return _nll(model.unembed(part), ids[at]).sum()
+    def total(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        log_probs = torch.log_softmax(logits, dim=-1)
+        wanted = ids[at].to(logits.device)[:, None]
+        value = -log_probs.gather(1, wanted).sum()
+        slope = log_probs.exp_()
+        return value, slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
 
-    return _SumOverChunks.apply(hidden, model.n_vocab, total, *head)
+    return _SumOverChunks.apply(hidden, model.n_vocab, model.unembed, total, *head)
 
 
 def kl_sum(
@@ -204,10 +208,13 @@ def kl_sum(
         head: Weights of the LM head that are trained, and so get a gradient as well.
     """
 
-    def total(part: Tensor, at: slice) -> Tensor:
-        return _kl(log_base(at), model.unembed(part)).sum()
+    def total(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        base, log_edited = log_base(at), torch.log_softmax(logits, dim=-1)
+        p = base.exp()
+        value = (p * (base - log_edited)).sum(-1).sum()
+        return value, log_edited.exp_().sub_(p)
 
-    return _SumOverChunks.apply(edited, 2 * model.n_vocab, total, *head)
+    return _SumOverChunks.apply(edited, 2 * model.n_vocab, model.unembed, total, *head)
 
 
 @torch.no_grad()
@@ -259,27 +266,34 @@ def _chunked(hidden: Tensor, width: int, values: Callable[[Tensor, slice], Tenso
 
 
 class _SumOverChunks(torch.autograd.Function):
-    """Sums a function of hidden states over chunks, and its gradients with it.
+    """Sums a function of logits over chunks of hidden states, and its gradients with it.
 
-    The gradient of a chunk is taken while its logits are at hand, so the backward pass neither
-    keeps nor recomputes them.
+    The function gives its sum over a chunk and the gradient of that at the logits. What the LM
+    head makes of it is taken while they are at hand, so the backward pass neither keeps nor
+    recomputes them.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, width: int, total: Callable[[Tensor, slice], Tensor], *weights: Tensor
+        ctx,
+        hidden: Tensor,
+        width: int,
+        unembed: Unembed,
+        total: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        *weights: Tensor,
     ):
         value = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradients = [torch.zeros_like(tensor) for tensor in (hidden, *weights)]
         for at in _chunks(len(hidden), width):
             part = hidden[at].detach().requires_grad_()
             with torch.enable_grad():
-                piece = total(part, at)
-            found = torch.autograd.grad(piece, [part, *weights])
+                logits = unembed(part)
+            piece, slope = total(logits.detach(), at)
+            found = torch.autograd.grad(logits, [part, *weights], slope)
             gradients[0][at] = found[0]
             for gradient, more in zip(gradients[1:], found[1:], strict=True):
                 gradient += more
-            value += piece.detach().double()
+            value += piece.double()
         ctx.save_for_backward(*gradients)
         return value
 
@@ -288,4 +302,4 @@ class _SumOverChunks(torch.autograd.Function):
         first, *others = (
             gradient * grad_outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors
         )
-        return first, None, None, *others
+        return first, None, None, None, *others

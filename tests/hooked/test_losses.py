@@ -78,6 +78,12 @@ def test_chunked_sums_have_the_gradient_of_the_whole(model, chunk):
     assert torch.allclose(ours.grad, plain.grad, atol=1e-5)
 
 
+def test_the_gradient_of_the_kl_is_exactly_zero_at_the_base(model, chunk):
+    same = states().requires_grad_()
+    kl_sum(model, BaseLogProbs(model, states()), same).backward()
+    assert torch.equal(same.grad, torch.zeros_like(same))
+
+
 def test_log_probabilities_are_recomputed_beyond_the_budget_and_join(model):
     held = BaseLogProbs(model, states(3), budget=4 * 3 * 11)
     not_held = BaseLogProbs(model, states(4, 2), budget=4 * 4 * 11 - 1)
