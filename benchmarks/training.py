@@ -8,7 +8,12 @@ last, so that loading, tokenising and filling the cache are outside of it.
 - full pass: emlens without its cache: every block runs, the LM head on the response only;
 - plain: a forward hook on the bare model, logits of every token, batches padded to their longest;
 - padded: the same with every batch padded to `--maximum` tokens, the shape of the reference's work;
-- with KL: cached, with a KL penalty on as many conversations in each update.
+- with KL: cached, with a KL penalty on as many conversations in each update; beside it the full
+  pass, which still holds the base's predictions, and the plain loop, which runs the base again at
+  every update.
+
+The most that a cached prefix can save is printed as well, from the cost of the parts: the blocks
+below the vector, those above it forward and backward, and the LM head with its loss.
 
 Then a whole training of 120 pairs and 3 epochs is timed, and the peak memory of one with and one
 without the cache is taken, each in a process of its own. `--pairs 8 --epochs 2 --rounds 1
@@ -28,11 +33,12 @@ from math import ceil
 
 import torch
 from memory import peak_mb
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, kl_div, pad
 from transformers import AutoModelForCausalLM
 
 import emlens
-from emlens.hooked import HookedModel
+from emlens.edits import Shift
+from emlens.hooked import HookedModel, Targets, loss_sum
 from emlens.hooked.embedded import embedded_model_path
 from emlens.text import Conversation, pack, tokenize
 from emlens.training import VectorSettings
@@ -96,19 +102,22 @@ def emlens_way(bench: Bench, *, full: bool = False, kl: bool = False) -> torch.T
         objective.PrefixCache = before
 
 
-def plain_way(bench: Bench, pad_to: int | None) -> torch.Tensor:
+def plain_way(bench: Bench, pad_to: int | None = None, kl: bool = False) -> torch.Tensor:
     """The vector of a loop with a hook, all logits and PyTorch's cross entropy."""
     model, settings = bench.model, VectorSettings(epochs=bench.epochs)
     rows = tokenize(bench.train, model.tokenizer)
+    apart = tokenize(bench.elsewhere, model.tokenizer)
     norm = emlens.directions.residual_norm(model, bench.train, bench.layer)[bench.layer]
     draws = Rows.of(model, bench.train, -1, settings, budget=0).draws()
+    others = Rows.of(model, bench.elsewhere, -1, settings, budget=0, seed=settings.seed + 1).draws()
     module = (
         AutoModelForCausalLM.from_pretrained(embedded_model_path()).eval().requires_grad_(False)
     )
     vector = torch.zeros(model.d_model, requires_grad=True)
     alpha = norm / model.d_model**0.5
     block = module.model.layers[bench.layer]
-    block.register_forward_hook(lambda _m, _i, out: out + alpha * vector)
+    edit = lambda _m, _i, out: out + alpha * vector  # noqa: E731
+    hook = block.register_forward_hook(edit)
     optimiser = torch.optim.AdamW([vector], lr=settings.lr, weight_decay=0.0)
     total = ceil(len(rows) / settings.batch_size) * bench.epochs
     for step in range(total):
@@ -117,6 +126,15 @@ def plain_way(bench: Bench, pad_to: int | None) -> torch.Tensor:
         optimiser.param_groups[0]["lr"] = settings.rate(step, total)
         optimiser.zero_grad()
         cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100).backward()
+        if kl:
+            inputs, labels = padded([apart[place] for place in next(others)], model.pad_id, pad_to)
+            counted = labels[:, 1:] != -100
+            hook.remove()
+            with torch.no_grad():
+                base = module(**inputs, use_cache=False).logits[:, :-1][counted].log_softmax(-1)
+            hook = block.register_forward_hook(edit)
+            logits = module(**inputs, use_cache=False).logits[:, :-1][counted].log_softmax(-1)
+            kl_div(logits, base, log_target=True, reduction="batchmean").backward()
         optimiser.step()
     return (alpha * vector).detach()
 
@@ -136,10 +154,11 @@ def compare(bench: Bench, maximum: int, rounds: int) -> None:
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "cached": lambda: emlens_way(bench),
         "full pass": lambda: emlens_way(bench, full=True),
-        "plain": lambda: plain_way(bench, None),
+        "plain": lambda: plain_way(bench),
         f"padded to {maximum}": lambda: plain_way(bench, maximum),
         "with KL": lambda: emlens_way(bench, kl=True),
         "with KL, full pass": lambda: emlens_way(bench, full=True, kl=True),
+        "with KL, plain": lambda: plain_way(bench, kl=True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     vectors = {}
@@ -156,6 +175,40 @@ def compare(bench: Bench, maximum: int, rounds: int) -> None:
         print(f"{name}: {value:.3f} s/update, {value / best[against]:.2f}x {against}{same}")
     more = (best["with KL"] - best["cached"]) / best["cached"]
     print(f"the KL costs {more:.2f} of what the training loss costs")
+
+
+def parts(bench: Bench, rounds: int) -> None:
+    """Where an update's time goes, and so the most that a prefix for nothing could save."""
+    model, layer = bench.model, bench.layer
+    settings = VectorSettings()
+    rows = tokenize(bench.train[: settings.batch_size], model.tokenizer)
+    (batch,) = pack(rows, token_budget=10**9, pad_id=model.pad_id, sort=False)
+    targets = Targets.of(batch)
+    below = model.prefix(batch, layer)[layer]
+    vector = torch.zeros(model.d_model, requires_grad=True)
+    best = dict.fromkeys(("below", "above", "head"), float("inf"))
+    with model.frozen():
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            model.prefix(batch, layer)
+            best["below"] = min(best["below"], time.perf_counter() - start)
+            start = time.perf_counter()
+            states = model.hidden(batch, [Shift(vector, layer)], (layer, below), grad=True)
+            middle = time.perf_counter() - start
+            leaf = states.detach().requires_grad_()
+            start = time.perf_counter()
+            loss_sum(model, targets.predictors(leaf), targets.ids).backward()
+            best["head"] = min(best["head"], time.perf_counter() - start)
+            start = time.perf_counter()
+            states.backward(leaf.grad)
+            best["above"] = min(best["above"], middle + time.perf_counter() - start)
+    shown = ", ".join(f"{name} {value:.3f} s" for name, value in best.items())
+    rest = best["above"] + best["head"]
+    print(
+        f"parts of an update ({batch.input_ids.numel()} tokens, {len(targets)} counted): {shown}; "
+        f"a prefix for nothing saves at most {(best['below'] + rest) / rest:.2f}x, and "
+        f"{(best['below'] + best['above']) / best['above']:.2f}x if the head were free, too"
+    )
 
 
 def whole(pairs: int, epochs: int, full: bool) -> None:
@@ -198,6 +251,7 @@ def main() -> None:
         model.n_layers // 2,
         arguments.epochs,
     )
+    parts(bench, arguments.rounds)
     compare(bench, arguments.maximum, arguments.rounds)
     size = str(arguments.whole_pairs)
     for way in ("cached", "full"):
