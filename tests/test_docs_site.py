@@ -294,6 +294,7 @@ def test_names_and_calls_on_a_page_are_those_of_the_package(page):
 SMALL = {
     "LAYER = 15": "LAYER = 1",
     "N = 16": "N = 6",
+    '"misaligned", 40': '"misaligned", 6',
     "range(12, 19)": "range(3)",
     "range(12, 18)": "range(3)",
     "layer=18": "layer=1",
