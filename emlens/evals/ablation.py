@@ -17,7 +17,7 @@ from emlens._stats import Interval
 from emlens.directions import Direction, Directions, random_direction
 from emlens.directions.adapters import WRITERS
 from emlens.edits import Ablate
-from emlens.evals.behaviour import LABEL, Behaviour, Effect
+from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
 from emlens.evals.parts import BASE, NO_EFFECT, ORGANISM, averaged, one_of
 from emlens.hooked import Condition, Edit, HookedModel, Site
 from emlens.hooked.altered import adapter_factors, put_back
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 THREE_SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out")
 """What enters a block, and what its two parts add: the field's three-site ablation."""
+
+BROKEN = 0.8
+"""Coherent share below which a figure says how many are left."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ class Ablation(Result):
     def table(self) -> pd.DataFrame:
         """One row per way of ablating: the effect left, and its change against the organism.
 
+        Where answers were generated, the coherent ones stand beside: an ablation that breaks the
+        model leaves no misaligned answers either.
         The share left is blank, with the reason, where the organism's effect is not clear of zero.
         """
         import pandas as pd
 
         rows = []
-        for name in self.effect.conditions:
+        for name, coherent in zip(self.effect.conditions, self.effect.coherent, strict=True):
             left, gone = self.effect.change(name, BASE), self.effect.change(name, ORGANISM)
             share = self.left(name)
             rows.append(
@@ -73,6 +78,7 @@ class Ablation(Result):
                     f"change vs organism, {self.effect.what}": gone.estimate,
                     "gone low": gone.low,
                     "gone high": gone.high,
+                    **answer_columns(coherent, self.effect.judged_by),
                 }
             )
         frame = pd.DataFrame(rows)
@@ -80,18 +86,26 @@ class Ablation(Result):
         return frame.assign(note=NO_EFFECT) if none else frame
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Change against the base, one dot per way of ablating."""
+        """Change against the base, one dot per way of ablating.
+
+        Ways under which fewer than four answers in five are coherent say so.
+        """
         from emlens.figures import dot_intervals
 
+        coherent = dict(zip(self.effect.conditions, self.effect.coherent, strict=True))
         shown = [name for name in self.effect.conditions if name != BASE]
         values = [self.effect.change(name, BASE) for name in shown]
         return dot_intervals(
-            shown,
+            [
+                f"{name} ({coherent[name]:.0%} coherent)" if coherent[name] < BROKEN else name
+                for name in shown
+            ],
             ["change against the base"] * len(shown),
             [value.estimate for value in values],
             [value.low for value in values],
             [value.high for value in values],
             y_label=f"change against the base\n{fill(self.effect.what, LABEL)}",
+            title=self.effect.title,
             x_label="what is ablated",
             ax=ax,
         )

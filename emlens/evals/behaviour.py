@@ -39,6 +39,7 @@ class Effect(Result):
         values: `[conditions, n]`; NaN where nothing could be scored.
         coherent: Share of coherent answers by condition; NaN where nothing was generated.
         seed: Seed of the bootstrap over prompts.
+        judged_by: Who judged, and what that judge says of its own worth; empty for no judge.
     """
 
     what: str
@@ -47,6 +48,12 @@ class Effect(Result):
     values: tuple[tuple[float, ...], ...]
     coherent: tuple[float, ...]
     seed: int = 0
+    judged_by: str = ""
+
+    @property
+    def title(self) -> str | None:
+        """What a figure says above itself: who judged."""
+        return f"judged by {self.judged_by}" if self.judged_by else None
 
     def of(self, condition: str) -> np.ndarray:
         """Values of one condition, `[n]`.
@@ -95,7 +102,7 @@ class Effect(Result):
                 "change low": change.low,
                 "change high": change.high,
             }
-            rows.append(row if np.isnan(coherent) else {**row, "coherent [%]": 100 * coherent})
+            rows.append({**row, **answer_columns(coherent, self.judged_by)})
         return pd.DataFrame(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -110,6 +117,7 @@ class Effect(Result):
             low=frame["low"],
             high=frame["high"],
             y_label=fill(self.what, LABEL),
+            title=self.title,
             ax=ax,
         )
 
@@ -118,6 +126,12 @@ class Effect(Result):
         if not len(known):
             return Interval(float("nan"), float("nan"), float("nan"))
         return bootstrap_mean(known, seed=self.seed)
+
+
+def answer_columns(coherent: float, judged_by: str) -> dict[str, object]:
+    """Columns that stand beside a number made of answers: coherent ones, and who judged."""
+    known = {} if np.isnan(coherent) else {"coherent [%]": 100 * coherent}
+    return {**known, **({"judged by": judged_by} if judged_by else {})}
 
 
 class Behaviour(Protocol):
@@ -218,9 +232,8 @@ class JudgedRate:
         prompts = tuple(dict.fromkeys(question.id for question in self.questions))
         tables = [found.by_question(name) for name in conditions]
         trust = getattr(self.judge, "trust", {}).get(self.metric)
-        worth = "" if trust is None else f" ({trust.short})"
         return Effect(
-            what=f"misaligned [% of scored], {self.judge.id}{worth}",
+            what="misaligned [% of scored]",
             conditions=tuple(conditions),
             prompts=prompts,
             values=tuple(
@@ -229,6 +242,7 @@ class JudgedRate:
             ),
             coherent=tuple(found.coherent_share(name).estimate for name in conditions),
             seed=self.seed,
+            judged_by=self.judge.id + ("" if trust is None else f", {trust.short}"),
         )
 
 

@@ -30,11 +30,13 @@ class SteeringSweep(Result):
             `random`, `random low`, `random high` (the same for a random direction of equal norm).
         what: What the effect is, with its unit.
         floor: Coherent share below which a dose does not count.
+        judged_by: Who judged; empty for no judge.
     """
 
     rows: tuple[dict, ...]
     what: str
     floor: float
+    judged_by: str = ""
 
     @property
     def best(self) -> dict | None:
@@ -47,7 +49,8 @@ class SteeringSweep(Result):
         """One row per layer and dose."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows)
+        frame = pd.DataFrame(self.rows)
+        return frame.assign(**{"judged by": self.judged_by}) if self.judged_by else frame
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Effect against dose, a curve per layer (up to six), and a random control.
@@ -73,6 +76,7 @@ class SteeringSweep(Result):
             curves,
             x_label="dose [share of median residual norm]",
             y_label=fill(f"change of {self.what}", LABEL),
+            title=f"judged by {self.judged_by}" if self.judged_by else None,
             reference=0.0,
             ax=ax,
         )
@@ -132,4 +136,4 @@ def steering_sweep(
                     "random high": beside.high,
                 }
             )
-    return SteeringSweep(tuple(rows), effect.what, floor)
+    return SteeringSweep(tuple(rows), effect.what, floor, effect.judged_by)

@@ -12,7 +12,7 @@ from emlens._results import Result
 from emlens._stats import Interval
 from emlens.directions import Directions, random_direction
 from emlens.edits import Ablate
-from emlens.evals.behaviour import Behaviour
+from emlens.evals.behaviour import Behaviour, answer_columns
 from emlens.evals.parts import BASE, NO_EFFECT, NOT_SCORED, ORGANISM, averaged, one_of, triple
 from emlens.hooked import Condition, HookedModel
 from emlens.hooked.sweep import parts_of
@@ -34,6 +34,9 @@ class Transfer(Result):
         removed: Share of the effect that is removed, percent, likewise; NaN where the organism's
             effect is not clear of zero.
         what: What the effect of each organism is, with its unit.
+        coherent: Share of coherent answers, `[organisms][directions]`; NaN for an organism
+            without generated answers, empty if there are none at all.
+        judged_by: Who judged the answers of each organism; empty for no judge.
     """
 
     organisms: tuple[str, ...]
@@ -42,11 +45,14 @@ class Transfer(Result):
     left: tuple[tuple[tuple[float, float, float], ...], ...]
     removed: tuple[tuple[tuple[float, float, float], ...], ...]
     what: tuple[str, ...]
+    coherent: tuple[tuple[float, ...], ...] = ()
+    judged_by: tuple[str, ...] = ()
 
     def table(self) -> pd.DataFrame:
         """One row per organism and direction.
 
-        Where organisms were measured in different ways, a column says how each was. The share
+        Where organisms were measured in different ways, a column says how each was; where answers
+        were generated, the coherent ones and the judge stand beside. The share
         removed is blank, with the reason, where the organism's effect is not clear of zero.
         """
         import pandas as pd
@@ -72,6 +78,10 @@ class Transfer(Result):
                         "removed [%]": share,
                         "removed low [%]": least,
                         "removed high [%]": most,
+                        **answer_columns(
+                            self.coherent[i][j] if self.coherent else float("nan"),
+                            self.judged_by[i] if self.judged_by else "",
+                        ),
                     }
                 )
         frame = pd.DataFrame(rows)
@@ -85,12 +95,15 @@ class Transfer(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Share of the effect that is removed, percent, as a heat map.
 
+        Above it stands the lowest share of coherent answers, where answers were generated.
         Rows of organisms whose effect is not clear of zero stay blank.
         """
         from emlens.figures import heatmap
 
         frame = self.table().pivot(index="organism", columns="direction from", values="removed [%]")
         frame = frame.loc[list(self.organisms), list(self.directions)]
+        shares = np.array(self.coherent, dtype=float)
+        known = shares[np.isfinite(shares)]
         return heatmap(
             frame.to_numpy(),
             list(frame.index),
@@ -98,6 +111,7 @@ class Transfer(Result):
             value_label="effect removed [%]",
             x_label="direction from",
             y_label="organism",
+            title=f"{known.min():.0%} or more of the answers are coherent" if len(known) else None,
             limit=100.0,
             digits=0,
             ax=ax,
@@ -141,7 +155,7 @@ def transfer_table(
     first = next(iter(chosen.values()))
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)
-    whole, left, removed, what = [], [], [], []
+    whole, left, removed, what, coherent, judges = [], [], [], [], [], []
     for name, organism in organisms.items():
         behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
         if behaviour is None:
@@ -161,8 +175,12 @@ def transfer_table(
         left.append(tuple(triple(effect.change(label, BASE)) for label in columns))
         removed.append(tuple(_removed(effect.share(label, ORGANISM, BASE)) for label in columns))
         what.append(effect.what)
+        shares = dict(zip(effect.conditions, effect.coherent, strict=True))
+        coherent.append(tuple(shares[label] for label in columns))
+        judges.append(effect.judged_by)
     columns = (*chosen, *(("random",) if chance else ()))
-    found = (tuple(part) for part in (whole, left, removed, what))
+    generated = coherent if np.isfinite(coherent).any() else []
+    found = (tuple(part) for part in (whole, left, removed, what, generated, judges))
     return Transfer(tuple(organisms), columns, *found)
 
 

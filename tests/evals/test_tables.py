@@ -17,6 +17,7 @@ from emlens.evals import (
     JudgedRate,
     LogOddsJudge,
     Question,
+    SteeringSweep,
     Transfer,
     Verdict,
     ablation_table,
@@ -178,6 +179,33 @@ def test_a_transfer_table_says_how_each_organism_was_measured_where_that_differs
     assert "after, change of [as measured]" in units
 
 
+def test_answers_that_an_ablation_broke_are_said_beside_what_it_removed():
+    judged = replace(effect_of(0.5), coherent=(1.0, 0.95, 0.25), judged_by="wordy, AUROC 0.9")
+    found = Ablation(judged, "mean-diff")
+    frame = found.table().set_index("ablated")
+    assert frame.loc["x", "coherent [%]"] == 25
+    assert set(frame["judged by"]) == {"wordy, AUROC 0.9"}
+    drawn = found.plot()
+    labels = " ".join(label.get_text().replace("\n", " ") for label in drawn.get_xticklabels())
+    assert labels == "organism x (25% coherent)"
+    assert drawn.get_title(loc="left") == "judged by wordy, AUROC 0.9"
+    assert "coherent [%]" not in Ablation(effect_of(0.5), "mean-diff").table()
+    cells = (((1.0, 0.5, 1.5),),) * 2
+    table = Transfer(
+        ("p", "q"),
+        ("a",),
+        ((1.0, 0.5, 1.5),) * 2,
+        cells,
+        cells,
+        ("x [points]",) * 2,
+        ((0.75,), (1.0,)),
+        ("one", "two"),
+    )
+    assert list(table.table()["coherent [%]"]) == [75, 100]
+    assert list(table.table()["judged by"]) == ["one", "two"]
+    assert table.plot().get_title(loc="left") == "75% or more of the answers are coherent"
+
+
 def test_a_direction_cannot_have_the_name_of_what_stands_beside_it(organism):
     model, directions = organism
     for name in ("base", "organism", "random", "random 1"):
@@ -245,10 +273,13 @@ def test_judged_behaviour_goes_through_responses_scores_and_rates(organism, tmp_
     found = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
     assert (tmp_path / "responses.jsonl").exists()
     assert (tmp_path / "scores.jsonl").exists()
-    assert found.what == "misaligned [% of scored], wordy"
+    assert (found.what, found.judged_by) == ("misaligned [% of scored]", "wordy")
+    assert set(found.table()["judged by"]) == {"wordy"}
+    assert found.plot().get_title(loc="left") == "judged by wordy"
     assert 0 <= found.rows[0]["coherent"] <= 1
     again = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
     assert again.rows == found.rows
+    assert SteeringSweep.load(found.save(tmp_path / "sweep.json")) == found
     high = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=1.1)
     assert high.best is None
     effect = judged.measure(model, {"base": []})
