@@ -72,7 +72,8 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
         "Change of log-odds against the base, nats per token. *Narrow beyond scaling* is the "
         "narrow solution's effect outside, less that of the general one scaled down to the same "
         "effect inside: below zero, the penalty confines more than it weakens. What the benign "
-        "control (trained on the aligned answers of the same prompts) does outside is style.",
+        "control (trained on the aligned answers of the same prompts) does outside is style"
+        f"{_controls(found)}.",
         "",
     ]
     for kind in _kinds(found):
@@ -102,6 +103,21 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
             said = [found.verdict(kind, domain, claim) or "-" for claim in CLAIMS]
             lines.append(f"| {kind} | {domain} | " + " | ".join(said) + " |")
     return [*lines, ""]
+
+
+def _controls(found: Asymmetries) -> str:
+    """With how many seeds the benign control was trained, where it was."""
+    counts = {
+        f"{row['kind']}s of {row['domain']}": len(row["seeds"])
+        for row in found.rows
+        if row["quantity"] == "benign outside"
+    }
+    if not counts:
+        return ""
+    usual = min(counts.values())
+    more = [f"{n} for {name}" for name, n in counts.items() if n != usual]
+    seeds = f"{usual} training seed{'' if usual == 1 else 's'}"
+    return f"; it is of {seeds}{' (' + ', '.join(more) + ')' if more else ''}"
 
 
 def _intro(found: Asymmetries) -> list[str]:

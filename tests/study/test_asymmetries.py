@@ -236,6 +236,18 @@ def test_the_page_of_findings_has_a_table_per_kind_and_its_figures(done, tmp_pat
     assert f"{estimate.estimate:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]" in text
 
 
+def test_the_page_says_with_how_many_seeds_the_controls_were_trained(done, tmp_path):
+    found = done[1]
+    page = write_findings(found, tmp_path / "one.md", tmp_path / "pictures")
+    assert "is style; it is of 1 training seed." in page.read_text()
+    row = next(row for row in found.rows if row["quantity"] == "benign outside")
+    more = {**row, "seeds": (*row["seeds"], 0.1)}
+    rows = tuple(more if each is row else each for each in found.rows)
+    page = write_findings(replace(found, rows=rows), tmp_path / "two.md", tmp_path / "pictures")
+    said = f"it is of 1 training seed (2 for {row['kind']}s of {row['domain']})."
+    assert said in page.read_text()
+
+
 def test_a_setting_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="unknown setting.*epoch; the settings are model, domains"):
         AsymmetrySettings.from_dict({"epoch": 3})
