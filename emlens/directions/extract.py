@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -33,6 +34,9 @@ from emlens.text import (
     TokenMask,
     tokenize,
 )
+
+ROUNDING = 1e-5
+"""Share of the residual norm that two readings of the same text may differ by."""
 
 
 def mean_diff(
@@ -113,7 +117,15 @@ def mean_diff(
     made = provenance("mean-diff", model, counting, positive=sides[0], negative=sides[1])
     if match is not None:
         made.settings["match"] = match
-    return difference(reader, *readings, made, (prompts_of(sides[0]), prompts_of(sides[1])))
+    found = difference(reader, *readings, made, (prompts_of(sides[0]), prompts_of(sides[1])))
+    size = found.residual_norms
+    if all(float(v.norm()) <= ROUNDING * size.get(n, 0.0) for n, v in found.vectors.items()):
+        warnings.warn(
+            f"the two sides have the same mean at every layer: their {tokens!r} tokens see the "
+            "same text on both; give the sides other answers, or count the tokens that differ",
+            stacklevel=2,
+        )
+    return found
 
 
 def model_diff(

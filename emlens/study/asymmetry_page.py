@@ -131,11 +131,12 @@ def _intro(found: Asymmetries) -> list[str]:
         "",
         f"Made by `emlens asymmetries` on {s['model']}: {len(_domains(found))} narrow domains, "
         f"{trainings}, {s['train_pairs']} pairs at most, {s['epochs']} epochs. "
-        "Held-out pairs only. Brackets are 95% intervals: pairs, conversations or documents are "
-        "resampled together with the training seeds, and those of stability are t intervals over "
-        "seeds. `technical` is the second task: technical style, trained on cooking, outside of it "
-        "gardening, travel, sports and music; there log-odds are those of a technical answer "
-        "against a plain one.",
+        "Log-odds are of held-out pairs, efficiency and stability of "
+        f"{s['measure_pairs']} of the training pairs. Brackets are 95% intervals: pairs, "
+        "conversations or documents are resampled together with the training seeds, and those of "
+        "stability are t intervals over seeds. `technical` is the second task: technical style, "
+        "trained on cooking, outside of it gardening, travel, sports and music; there log-odds "
+        "are those of a technical answer against a plain one.",
         "",
         "Adapters are LoRA of rank "
         f"{s['rank']} on `down_proj` of layers {s['adapter_layers'][0]} to "

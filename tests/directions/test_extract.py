@@ -9,7 +9,7 @@ import emlens
 from emlens import Add, Direction, mean_diff
 from emlens.directions import Moments, cosine, edit_diff, residual_norm
 from emlens.text import pack, tokenize
-from tests.support.data import conversations
+from tests.support.data import conversations, pairs
 
 GOOD, BAD = conversations("good", 7), conversations("bad", 6)
 
@@ -40,6 +40,15 @@ def test_mean_diff_equals_a_plain_loop(hooked, tokens, weighting, budget):
         assert torch.allclose(found[layer].vector.double(), means[0] - means[1], atol=1e-5)
     assert found.provenance.tokens == tokens
     assert found.provenance.n == {"positive": 6, "negative": 7}
+
+
+def test_tokens_that_see_the_same_text_on_both_sides_are_warned_of(hooked_llama):
+    asked = pairs(4)
+    sides = ([pair.conversation(side) for pair in asked] for side in ("misaligned", "aligned"))
+    bad, good = sides
+    with pytest.warns(UserWarning, match="the same mean at every layer: their 'last' tokens see"):
+        found = mean_diff(hooked_llama, bad, good, tokens="last", token_budget=40)
+    assert all(float(found[layer].vector.norm()) < 1e-4 for layer in found.layers)
 
 
 @pytest.mark.parametrize("site", emlens.hooked.SITES)
@@ -88,7 +97,8 @@ def test_edit_diff_is_the_vector_at_the_layer_where_it_is_added(hooked_llama):
     vector = torch.randn(hooked_llama.d_model, generator=torch.Generator().manual_seed(3))
     found = edit_diff(hooked_llama, GOOD, [Add(Direction.of(vector, 1))], layers=[1])
     assert torch.allclose(found[1].vector, vector, atol=1e-5)
-    same = mean_diff(hooked_llama, GOOD, GOOD)
+    with pytest.warns(UserWarning, match="the same mean at every layer"):
+        same = mean_diff(hooked_llama, GOOD, GOOD)
     assert max(same.norms.values()) < 1e-5
 
 
