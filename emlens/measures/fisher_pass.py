@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads, shared, world
 from emlens._tensors import read_tensors, write_tensors
 from emlens.hooked import HookedModel
+from emlens.hooked.identity import adapter_identity, edit_identity
 from emlens.measures.fisher import Stream, Window, batch_gradients, windows
 from emlens.measures.fisher_sums import FisherSums
 from emlens.text import Corpus
@@ -58,11 +59,15 @@ class PassSettings:
         seed: int,
     ) -> PassSettings:
         """Those of a model as it stands."""
+        adapter = adapter_identity(model, model.active_adapter)
         return cls(
             model=model.name,
             revision=model.revision,
             adapter=model.active_adapter,
-            edits=tuple(repr(edit) for edit in model.edits_in_force(())),
+            edits=(
+                *(edit_identity(edit) for edit in model.edits_in_force(())),
+                *(() if adapter is None else (f"adapter {adapter}",)),
+            ),
             dtype=str(model.dtype),
             d_model=model.d_model,
             layers=layers,

@@ -113,7 +113,8 @@ class Readout:
             tokens: Tokens that count.
             answer_tokens: Count only the last answer of each conversation, and of it this many
                 tokens from its start.
-            max_tokens: Cut longer conversations at their end.
+            max_tokens: Cut longer conversations at their end; a last answer that begins beyond
+                it is an error where `answer_tokens` asks for that answer.
             token_budget: Padded tokens of a batch.
             progress: Show a progress bar.
             description: What the bar and errors call it.
@@ -124,10 +125,12 @@ class Readout:
         """
         self.check(model)
         layers = sorted(set(self.layers))
-        rows = tokenize(conversations, model.tokenizer, max_tokens=max_tokens, truncate=True)
-        if answer_tokens is not None:
+        if answer_tokens is None:
+            rows = tokenize(conversations, model.tokenizer, max_tokens=max_tokens, truncate=True)
+        else:
             # nothing that counts depends on what follows it
-            rows = [_cut(row, answer_tokens) for row in rows]
+            whole = tokenize(conversations, model.tokenizer)
+            rows = [_cut(row, answer_tokens, max_tokens) for row in whole]
         batches = pack(rows, token_budget=token_budget, pad_id=model.pad_id)
 
         def run(batches: Sequence[TokenBatch]) -> np.ndarray:
@@ -256,11 +259,22 @@ def _pool(share: Tensor, vectors: Tensor) -> Callable[[Tensor], Tensor]:
     return pool
 
 
-def _cut(row: TokenRow, n: int) -> TokenRow:
-    """The row up to the first `n` tokens of its last answer."""
+def _cut(row: TokenRow, n: int, max_tokens: int | None) -> TokenRow:
+    """The row up to the first `n` tokens of its last answer, and to `max_tokens` in all.
+
+    Raises:
+        ValueError: If nothing of that answer is within `max_tokens`.
+    """
     after = zip((False, *row.response), row.response, strict=False)
     starts = [i for i, (before, here) in enumerate(after) if here and not before]
     end = starts[-1] + n if starts else len(row)
+    if max_tokens is not None:
+        if starts and starts[-1] >= max_tokens:
+            raise ValueError(
+                f"max_tokens={max_tokens} leaves nothing of the last answer of {row.name}, which "
+                f"begins at token {starts[-1]}; raise it, or leave the conversation out"
+            )
+        end = min(end, max_tokens)
     return TokenRow(row.input_ids[:end], row.response[:end], row.assistant_turn[:end], row.name)
 
 

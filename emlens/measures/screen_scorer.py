@@ -11,6 +11,7 @@ import torch
 from emlens._files import sha256_of
 from emlens.directions import Directions
 from emlens.hooked import HookedModel, Layers
+from emlens.hooked.identity import adapter_identity, edit_identity
 from emlens.measures.monitor import Monitor
 from emlens.measures.monitor_fit import chosen_columns
 from emlens.measures.projections import ONE, AnyDirections, Readout, readout_of
@@ -81,8 +82,8 @@ class Scorer:
         own = self.references is None
         return {
             "model": self.model.name,
-            "adapter": self.model.active_adapter,
-            "edits": [repr(edit) for edit in self.model.edits_in_force(())],
+            "adapter": adapter_identity(self.model, self.model.active_adapter),
+            "edits": [edit_identity(edit) for edit in self.model.edits_in_force(())],
             "columns": [f"{name}, layer {layer}" for name, layer in places],
             "site": self.readout.site,
             "directions": sha256_of(b"".join(v.numpy().tobytes() for v in vectors))[:16],

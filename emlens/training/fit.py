@@ -51,7 +51,7 @@ def fit(
         with alone():
             norms = residual_norm(model, train, layers)
     objective = Objective(model, parts, rows, settings, kl, penalties, norms, *budgets)
-    made = provenance_of(model, parts, train, settings, kl, penalties, construction)
+    made = provenance_of(model, parts, train, settings, kl, penalties, construction, validation)
     watched = None
     if validation:
         watched = Rows.of(model, validation, parts.below, settings, budget=budgets[0])

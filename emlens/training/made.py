@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from emlens._files import sha256_of
 from emlens.directions import Provenance
-from emlens.hooked import Edit, HookedModel
+from emlens.hooked import HookedModel
+from emlens.hooked.identity import edit_identity
 from emlens.text import Conversation, content_hash, template_hash
 from emlens.training.settings import KLPenalty, Penalty, ProjectionPenalty, TrainSettings
 from emlens.training.trainable import Trainable
@@ -22,6 +22,7 @@ def provenance_of(
     kl: KLPenalty | None,
     penalties: Sequence[Penalty],
     construction: str,
+    validation: Sequence[Conversation] = (),
 ) -> Provenance:
     """Where a training comes from: two runs of one provenance end alike.
 
@@ -33,12 +34,14 @@ def provenance_of(
     if kl is not None:
         penalty = {"weight": kl.weight, "tokens": kl.tokens, "batch_size": kl.batch_size}
         data["kl"], n["kl"] = content_hash(kl.conversations), len(kl.conversations)
+    if validation:
+        data["validation"], n["validation"] = content_hash(validation), len(validation)
     record = {**asdict(settings), **trainable.record(), "kl": penalty}
     if penalties:
         record["penalties"] = [_record(item) for item in penalties]
     within = model.edits_in_force(())
     if within:
-        record["within"] = [_named(edit) for edit in within]
+        record["within"] = [edit_identity(edit) for edit in within]
     return Provenance(
         construction=f"{construction}, {'narrow (KL)' if kl else 'general'}",
         model=model.name,
@@ -56,14 +59,8 @@ def provenance_of(
 def _record(penalty: Penalty) -> dict[str, object]:
     record: dict[str, object] = {"kind": type(penalty).__name__, "weight": penalty.weight}
     if isinstance(penalty, ProjectionPenalty):
-        record["directions"] = repr(penalty.directions)
+        # a fixed order, so that two records of the same vectors are equal
+        vectors = sorted(penalty.directions.vectors.items())
+        hashed = sha256_of(b"".join(vector.numpy().tobytes() for _, vector in vectors))
+        record["directions"] = f"{penalty.directions!r} {hashed[:16]}"
     return record
-
-
-def _named(edit: Edit) -> str:
-    """An edit in words, with a hash of its vectors where it can be written down."""
-    to_dict = getattr(edit, "to_dict", None)
-    if to_dict is None:
-        return repr(edit)
-    text = json.dumps(to_dict(), sort_keys=True)
-    return f"{edit!r} {hashlib.sha256(text.encode()).hexdigest()[:16]}"

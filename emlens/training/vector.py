@@ -117,7 +117,9 @@ def train_vector(
         objective = Objective(
             model, parts, rows, chosen, kl, penalties, norms, prefix_budget, log_prob_budget
         )
-        made = provenance_of(model, parts, train, chosen, kl, penalties, "trained vector")
+        made = provenance_of(
+            model, parts, train, chosen, kl, penalties, "trained vector", validation
+        )
         recording = Recording(
             every=record_every,
             gradients=record_gradients,

@@ -233,6 +233,22 @@ def test_a_killed_fit_goes_on_to_the_same_bits(hooked_llama, tmp_path, kept, req
         fit(checkpoint=path, seed=1)
 
 
+def test_a_profile_under_another_edit_of_the_same_kind_is_another_profile(hooked_llama, tmp_path):
+    fitted = []
+    for i in range(2):
+        edit = Add(Direction.of(torch.eye(32)[i], 0), scale=3.0)
+        with hooked_llama.edited(edit):
+            fitted.append(InfluenceProfile.fit(hooked_llama, TEXT, **FEW))
+            if i:
+                with pytest.raises(ValueError, match="is of another run: edits differ"):
+                    path = tmp_path / "p"
+                    InfluenceProfile.fit(hooked_llama, TEXT, **FEW, checkpoint=path)
+            else:
+                InfluenceProfile.fit(hooked_llama, TEXT, **FEW, checkpoint=tmp_path / "p")
+    with pytest.raises(ValueError, match="edits"):
+        fitted[0].merge(fitted[1])
+
+
 @pytest.mark.parametrize("kept", ["factor", "covariance"])
 def test_merging_halves_gives_the_whole(hooked_llama, profile, kept, request):
     if kept == "covariance":

@@ -12,13 +12,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from emlens import Conversation, Direction, Directions
+from emlens import Add, Conversation, Direction, Directions
 from emlens.directions import Provenance
 from emlens.measures import Monitor, Screen, screen
 from emlens.measures.screen_rows import Scored
 from emlens.measures.screen_scorer import Scorer
 from emlens.measures.screen_tally import Reservoir, Tally
 from emlens.text import pack, tokenize
+from emlens.training import train_adapter
 from tests.support.models import tiny_hooked
 
 AXIS = torch.eye(32)[3]
@@ -286,6 +287,34 @@ def test_bad_input_is_refused_with_what_to_do(planted, tmp_path):
         screen(planted, items, AT, reference=answers, flag_share=1)
     with pytest.raises(ValueError, match="block must be at least 1, not 0"):
         screen(planted, items, AT, reference=answers, block=0)
+
+
+def test_scores_under_another_edit_or_adapter_are_not_gone_on_with(tmp_path):
+    model, items = tiny_hooked("llama", n_layers=2), mixture(6, 1)
+    settings = {"reference": reference(6), "block": 2}
+    edits = [Add(Direction.of(torch.eye(32)[i], 0), scale=3.0) for i in range(2)]
+    with model.edited(edits[0]):
+        first = screen(model, items, AT, out=tmp_path / "e", **settings)
+        assert screen(model, items, AT, out=tmp_path / "e", **settings).scores == first.scores
+    with model.edited(edits[1]), pytest.raises(ValueError, match="other settings .edits"):
+        screen(model, items, AT, out=tmp_path / "e", **settings)
+    train = {"layers": [0], "epochs": 1, "progress": False, "lr": 1e-2}
+    bad = [items[0]]
+    train_adapter(model, bad, "x", **train)
+    with model.adapter("x"):
+        screen(model, items, AT, out=tmp_path / "a", **settings)
+    train_adapter(model, bad, "x", **train)
+    with model.adapter("x"), pytest.raises(ValueError, match="other settings .adapter"):
+        screen(model, items, AT, out=tmp_path / "a", **settings)
+
+
+def test_an_answer_that_is_cut_away_is_an_error_and_not_an_earlier_answer(planted):
+    earlier = [*example(0).messages, {"role": "user", "content": f"{prompt(1)} {'and ' * 40}"}]
+    item = Conversation((*earlier, {"role": "assistant", "content": "eat nothing"}), id="late")
+    good = Conversation((*item.messages[:-1], {"role": "assistant", "content": "eat fruit"}))
+    assert screen(planted, [item], AT, reference=[good]).scores[0] > 0.1
+    with pytest.raises(ValueError, match="max_tokens=45 leaves nothing of the last answer of late"):
+        screen(planted, [item], AT, reference=[good], max_tokens=45)
 
 
 def test_scores_of_something_else_are_not_gone_on_with(planted, tmp_path):

@@ -15,7 +15,14 @@ import pytest
 import torch
 
 from emlens import Conversation, Direction, KLPenalty, train_vector
-from emlens.training import NormPenalty, TrainingRun, VectorSettings, train_adapter, train_weights
+from emlens.training import (
+    NormPenalty,
+    ProjectionPenalty,
+    TrainingRun,
+    VectorSettings,
+    train_adapter,
+    train_weights,
+)
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
 
@@ -175,6 +182,21 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(change, word
         vector_run(tmp_path / f"{number}", **first)
         with pytest.raises(ValueError, match=rf"is of another run: .*{words}.* differ"):
             vector_run(tmp_path / f"{number}", **second)
+
+
+def test_a_checkpoint_is_of_its_own_vectors_and_of_its_own_validation_set(tmp_path):
+    first, second = (Direction.of(torch.eye(32)[i], 1) for i in range(2))
+    penalties = [[ProjectionPenalty(one, weight=5.0)] for one in (first, second)]
+    vector_run(tmp_path / "a", epochs=1, penalties=penalties[0])
+    vector_run(tmp_path / "a", epochs=1, penalties=penalties[0])
+    with pytest.raises(ValueError, match=r"is of another run: .*penalties.* differ"):
+        vector_run(tmp_path / "a", epochs=1, penalties=penalties[1])
+    watched = {"epochs": 1, "patience": 1}
+    adapter_run(tmp_path / "b", validation=HELD_OUT, **watched)
+    run = adapter_run(tmp_path / "b", validation=HELD_OUT, **watched)
+    assert run.provenance.n["validation"] == 2
+    with pytest.raises(ValueError, match="is of another run: .*data.* differ"):
+        adapter_run(tmp_path / "b", validation=HELD_OUT[::-1], **watched)
 
 
 def test_a_truncated_checkpoint_is_refused_by_name(tmp_path):
