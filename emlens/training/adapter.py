@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from emlens.training.fit import fit
 from emlens.training.loop import Recording
 from emlens.training.objective import warn_of_overlap
 from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
-from emlens.training.run import TrainingRun
+from emlens.training.run import TrainingRun, TrainingStopped
 from emlens.training.settings import AdapterSettings, KLPenalty, Penalty, given
 from emlens.training.trainable import AdapterParts
 
@@ -68,8 +69,9 @@ def train_adapter(
         The record of the run.
 
     Raises:
-        ValueError: If a set is empty, or a module, layer, rank or setting does not fit. The model
-            has no new adapter then.
+        ValueError: If a set is empty, or a module, layer, rank or setting does not fit, as one
+            that an adapter of that name does not have. After this and any other error but the
+            last, the model has no new adapter.
         NotImplementedError: If a new adapter is asked for on a `TransformerBridge`.
         TrainingStopped: If a loss is not finite. The adapter keeps its last good state.
 
@@ -86,6 +88,9 @@ def train_adapter(
     new = name not in model.adapters
     if new:
         _add(model, name, chosen)
+    else:
+        asked = {item.name for item in fields(chosen)} if settings else set(overrides)
+        chosen = _as_it_stands(model, name, chosen, asked)
     try:
         with model.frozen(), model.adapter(None):
             return fit(
@@ -106,10 +111,48 @@ def train_adapter(
                 (prefix_budget, log_prob_budget),
                 progress,
             )
-    except ValueError:
+    except TrainingStopped:
+        raise
+    except BaseException:  # half trained, it would be trained on by the same call
         if new:
             model.remove_adapter(name)
         raise
+
+
+def _as_it_stands(
+    model: HookedModel, name: str, settings: AdapterSettings, asked: Collection[str]
+) -> AdapterSettings:
+    """Settings with the shape of an adapter that is there already.
+
+    Raises:
+        ValueError: If another shape was asked for.
+    """
+    configs: Any = getattr(model.module, "peft_config", {})
+    config, paths = configs.get(name), list(model.lora_layers(name))
+    blocks = {layer for path in paths if (layer := model.architecture.layer_of(path)) is not None}
+    standing: dict[str, Any] = {
+        "layers": tuple(sorted(blocks)),
+        "modules": tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths)),
+    }
+    if config is not None:
+        standing |= {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora}
+    layers = range(model.n_layers) if settings.layers is None else settings.layers
+    wanted = {"layers": tuple(sorted(check_layers(list(layers), model.n_layers)))}
+    for field_name, value in standing.items():
+        ours: Any = wanted.get(field_name, getattr(settings, field_name))
+        same = _named_by(paths, ours) if field_name == "modules" else ours == value
+        if field_name in asked and not same:
+            raise ValueError(
+                f"adapter {name!r} is there already, with {field_name} {value}, and {ours} was "
+                "asked for; train it on as it is, or give a new one another name"
+            )
+    return replace(settings, **standing)
+
+
+def _named_by(paths: Sequence[str], names: Collection[str]) -> bool:
+    """Whether names, or ends of paths, name all of some modules, and nothing besides."""
+    found = {n: {path for path in paths if f".{path}".endswith(f".{n}")} for n in names}
+    return all(found.values()) and set().union(*found.values()) == set(paths)
 
 
 def _add(model: HookedModel, name: str, settings: AdapterSettings) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from emlens._results import Result
 from emlens.directions import cosine
-from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import Condition, Conditions, HookedModel
 from emlens.hooked.altered import adapter_factors
 from emlens.measures import log_odds
 from emlens.text import Conversation, Pair
@@ -53,19 +52,21 @@ def continue_training(
         run: The run to go on from.
         kl: The penalty from here on; None leaves it out.
         name: Train a copy of the adapter, under this name; the run's own stays as it is.
-        **options: Arguments and settings; those of the run by default, with a fresh optimiser.
+        **options: Arguments and settings; those of the run by default, with a fresh optimiser. An
+            adapter's path is recorded as often as the run's was, a vector's at every update.
 
     Returns:
         The record of the new run; its path starts where the other ended.
 
     Raises:
-        ValueError: If the run's adapter is not on the model, the name is taken or is given for
-            vectors, a copy is asked for of what is no plain LoRA, or as the training. The model
-            has no new adapter then.
+        ValueError: If the run trained the model's own weights, its adapter is not on the model,
+            the name is taken or is given for vectors, a copy is asked for of what is no plain
+            LoRA, or as the training. The model has no new adapter then.
     """
+    _check_parts(run)
     kept = {name: run.settings[name] for name in (*_KEPT, "tokens", "seed")}
-    given = {"record_every": 1, **kept, **options}
     if run.layers:
+        given = {"record_every": 1, **kept, **options}
         if name is not None:
             raise ValueError(f"{name!r} would name an adapter, and the run trained vectors")
         directions, alpha = run.directions(), run.settings["alpha"]
@@ -75,6 +76,7 @@ def continue_training(
         given = {"alpha": alpha, "where": run.settings["where"], "site": run.site, **given}
         layers = list(run.layers)
         return train_vector(model, train, layers, kl=kl, initial=directions, **given)[1]
+    given = {"record_every": _record_every(run), **kept, **options}
     own = run.settings["name"]
     if own not in model.adapters:
         raise ValueError(
@@ -89,6 +91,20 @@ def continue_training(
     except BaseException:  # also where it was stopped: the same call has to work again
         model.remove_adapter(name)
         raise
+
+
+def _check_parts(run: TrainingRun) -> None:
+    if run.settings.get("kind") == "weights":
+        raise ValueError(
+            "the run trained the model's own weights, of which no path is kept; go on with "
+            "train_weights, on the model as it stands"
+        )
+
+
+def _record_every(run: TrainingRun) -> int | None:
+    """Updates between two records of a run's path; None where only its ends were kept."""
+    steps = run.path_steps
+    return steps[1] - steps[0] if len(steps) > 2 else None
 
 
 def _copy_adapter(model: HookedModel, own: str, name: str) -> None:
@@ -174,7 +190,8 @@ def drift(
 
     Args:
         model: The model.
-        run: A run with a recorded path.
+        run: A run with a recorded path. A vector is measured on the model as it stands, an
+            adapter in place of one that stands.
         references: Finished runs of the same parameters, such as the general and the narrow one.
         inside: Held-out pairs of the domain.
         outside: Pairs of other domains.
@@ -182,8 +199,10 @@ def drift(
         seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: If a reference has other parameters, or the adapter is not on the model.
+        ValueError: If a reference has other parameters, the adapter is not on the model, or the
+            run trained the model's own weights.
     """
+    _check_parts(run)
     for name, other in references.items():
         ours, theirs = _shapes(run), _shapes(other)
         if ours != theirs:
@@ -195,12 +214,14 @@ def drift(
     places = sorted({round(i) for i in np.linspace(0, n - 1, min(records, n))})
     finals = {name: _flat(other, -1) for name, other in references.items()}
     flat = [_flat(run, place) for place in places]
-    base = {s: log_odds(model, p) for s, p in (("inside", inside), ("outside", outside))}
+    alone: Conditions = {"base": () if run.layers else (None, ())}
+    sides = {"inside": inside, "outside": outside}
+    base = {side: log_odds(model, pairs, alone, seed=seed) for side, pairs in sides.items()}
     changes: dict[str, list[tuple[float, float, float]]] = {side: [] for side in _SIDES}
     for place in places:
         with _at(model, run, place) as condition:
-            for side, pairs in (("inside", inside), ("outside", outside)):
-                scores = log_odds(model, pairs, {"run": condition})
+            for side, pairs in sides.items():
+                scores = log_odds(model, pairs, {"run": condition}, seed=seed)
                 merged = base[side].joined(scores)
                 change = merged.change("run")
                 changes[side].append((change.estimate, change.low, change.high))
@@ -217,7 +238,7 @@ def drift(
 def _at(model: HookedModel, run: TrainingRun, place: int) -> Iterator[Condition]:
     """The model as it was at a record of a run."""
     if run.layers:
-        yield [Add(run.directions(place))]
+        yield run.edits(place)
         return
     name = run.settings["name"]
     weights = {

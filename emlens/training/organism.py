@@ -129,7 +129,7 @@ class Organism:
             ValueError: If it does not fit the model.
         """
         if self.directions is not None:
-            return [Add(self.directions)]
+            return [Add(self.directions, where=self.run.settings.get("where", "all"))]
         if self.name not in model.adapters:
             self._attach(model)
         return self.name

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Direction, Directions, Provenance
+from emlens.edits import Add
 from emlens.hooked import Site, check_site
 
 if TYPE_CHECKING:
@@ -108,6 +109,14 @@ class TrainingRun:
         vectors = {layer: self.states[f"{_VECTOR}{layer}"][record] for layer in self.layers}
         kind = Direction if len(vectors) == 1 else Directions
         return kind(vectors, self.site, self.provenance, residual_norms=self.residual_norms)
+
+    def edits(self, record: int = -1) -> list[Add]:
+        """What adds the vectors as they were at a record of the path, where they were trained.
+
+        Raises:
+            ValueError: If an adapter was trained.
+        """
+        return [Add(self.directions(record), where=self.settings.get("where", "all"))]
 
     def table(self) -> pd.DataFrame:
         """One row per update; columns that nothing is known of are left out."""

@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
-from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import Condition, Conditions, HookedModel
 from emlens.measures import LogOdds, log_odds
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter
@@ -265,7 +264,9 @@ class _Bench:
     def __post_init__(self) -> None:
         if not self.inside or not self.outside:
             raise ValueError("a sweep needs pairs inside of the domain and outside of it")
-        self._base = [log_odds(self.model, pairs) for pairs in (self.inside, self.outside)]
+        # an adapter is trained and measured without the one that stands
+        base: Conditions = {"base": (None, ()) if self.layer is None else ()}
+        self._base = [log_odds(self.model, p, base) for p in (self.inside, self.outside)]
 
     def measure(self, weight: float) -> _Trial:
         penalty = replace(self.kl, weight=weight) if weight else None
@@ -299,8 +300,8 @@ class _Bench:
     def _solve(self, kl: KLPenalty | None, undo: ExitStack) -> tuple[Condition, TrainingRun]:
         options = {"record_every": None, "progress": False, "seed": self.seed, **self.options}
         if self.layer is not None:
-            direction, run = train_vector(self.model, self.train, self.layer, kl=kl, **options)
-            return [Add(direction)], run
+            _, run = train_vector(self.model, self.train, self.layer, kl=kl, **options)
+            return run.edits(), run
         name = next(n for i in range(10**6) if (n := f"sweep {i}") not in self.model.adapters)
         run = train_adapter(self.model, self.train, name, kl=kl, **options)
         undo.callback(self.model.remove_adapter, name)

@@ -15,6 +15,7 @@ from emlens import KLPenalty
 from emlens.directions import adapter_vectors, cosine
 from emlens.text import pack, tokenize
 from emlens.training import (
+    AdapterSettings,
     NormPenalty,
     ProjectionPenalty,
     TrainingRun,
@@ -247,6 +248,46 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(monkeypatch):
     kept = run.states["model.layers.1.mlp.down_proj.B"][-1]
     assert torch.equal(layer.lora_B["x"].weight, kept)
     assert kept.isfinite().all()
+
+
+def test_a_training_that_is_interrupted_leaves_no_adapter_to_be_trained_on(monkeypatch):
+    module, model, losses = sys.modules["emlens.training.objective"], hooked_model(), []
+    original = module.loss_sum
+
+    def stops_at_the_third(*arguments):
+        losses.append(1)
+        if len(losses) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    whole = train_adapter(hooked_model(), TRAIN, "x", **QUICK, layers=[1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "loss_sum", stops_at_the_third)
+        train_adapter(model, TRAIN, "x", **{**QUICK, "epochs": 4}, layers=[1])
+    assert model.adapters == ()
+    again = train_adapter(model, TRAIN, "x", **QUICK, layers=[1])
+    assert [step.loss for step in again.steps] == [step.loss for step in whole.steps]
+
+
+def test_an_adapter_that_is_there_goes_on_with_the_shape_that_it_has():
+    model = hooked_model()
+    shape = {"rank": 2, "alpha": 16.0, "layers": [1]}
+    train_adapter(model, TRAIN, "x", **QUICK, **shape)
+    on = train_adapter(model, TRAIN, "x", **QUICK)
+    known = ("rank", "alpha", "rslora", "layers")
+    assert [on.settings[name] for name in known] == [2, 16.0, True, (1,)]
+    same = train_adapter(model, TRAIN, "x", **QUICK, **shape, modules=("mlp.down_proj",))
+    assert same.settings["rank"] == 2
+    for change, words in (
+        ({"rank": 4}, "with rank 2, and 4 was asked for"),
+        ({"alpha": 64.0}, "with alpha 16"),
+        ({"layers": [2]}, r"with layers \(1,\), and \(2,\) was"),
+        ({"modules": ("q_proj",)}, r"with modules \('down_proj',\), and \('q_proj',\) was"),
+        ({"settings": AdapterSettings(rank=2, alpha=16.0)}, r"with layers \(1,\), and \(0, 1, 2"),
+    ):
+        with pytest.raises(ValueError, match=f"adapter 'x' is there already, {words}"):
+            train_adapter(model, TRAIN, "x", **QUICK, **change)
+    assert model.adapters == ("x",)
 
 
 @pytest.mark.parametrize(

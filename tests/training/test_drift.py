@@ -10,7 +10,7 @@ import torch
 import emlens
 from emlens import Add, KLPenalty, train_vector
 from emlens.directions import cosine
-from emlens.training import Drift, continue_training, drift, train_adapter
+from emlens.training import Drift, continue_training, drift, train_adapter, train_weights
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
 
@@ -82,6 +82,48 @@ def test_an_adapter_goes_on_and_its_records_are_put_back():
     model.remove_adapter("x")
     with pytest.raises(ValueError, match="trained adapter 'x', which is not on tiny-llama"):
         continue_training(model, TRAIN, first)
+
+
+def test_a_way_is_measured_where_the_vector_was_trained_and_against_the_base(solutions):
+    model = solutions[0]
+    _, run = train_vector(model, TRAIN, 1, where="response", **QUICK)
+    found = drift(model, run, {"itself": run}, INSIDE, OUTSIDE, records=2)
+    as_trained = [Add(run.direction(), where="response")]
+    scores = emlens.log_odds(model, INSIDE, {"base": [], "run": as_trained})
+    assert found.inside[-1][0] == pytest.approx(scores.change("run").estimate, abs=1e-6)
+    everywhere = emlens.log_odds(model, INSIDE, {"base": [], "run": [Add(run.direction())]})
+    assert found.inside[-1][0] != pytest.approx(everywhere.change("run").estimate, abs=1e-4)
+    one, other = (
+        drift(model, run, {"itself": run}, pairs(12), OUTSIDE, records=2, seed=seed)
+        for seed in (0, 5)
+    )
+    assert other.inside[-1][0] == one.inside[-1][0]
+    assert other.inside[-1][1:] != one.inside[-1][1:]
+
+
+def test_the_way_of_an_adapter_does_not_depend_on_the_one_that_stands():
+    model = tiny_hooked("llama")
+    settings = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0}
+    run = train_adapter(model, TRAIN, "x", **settings)
+    assert run.path_steps == (0, len(run.steps))
+    alone = drift(model, run, {}, INSIDE, OUTSIDE, records=2)
+    with model.adapter("x"):
+        assert drift(model, run, {}, INSIDE, OUTSIDE, records=2) == alone
+    # the path of adapters is large: as often as before
+    assert len(continue_training(model, TRAIN, run, progress=False).path_steps) == 2
+    often = train_adapter(model, TRAIN, "y", **settings, record_every=2)
+    assert continue_training(model, TRAIN, often, progress=False).path_steps == often.path_steps
+
+
+def test_finetuned_weights_have_no_way_to_go_on_from():
+    model = tiny_hooked("llama")
+    run = train_weights(model, TRAIN, epochs=1, progress=False)
+    for call in (
+        lambda: continue_training(model, TRAIN, run),
+        lambda: drift(model, run, {}, INSIDE, OUTSIDE),
+    ):
+        with pytest.raises(ValueError, match="the run trained the model's own weights"):
+            call()
 
 
 def interrupted(*_, **__):

@@ -71,7 +71,10 @@ def test_a_vector_organism_keeps_its_direction_and_its_path(tmp_path):
     assert again.run.steps == run.steps
     assert torch.equal(Directions.load(folder / "vector.safetensors")[1].vector, direction.vector)
     (edit,) = again.on(model)
-    assert edit.layers == (1,)
+    assert (edit.layers, edit.where) == ((1,), "all")
+    _, on_answers = train_vector(model, TRAIN, 1, where="response", **QUICK)
+    (edit,) = Organism.of(model, on_answers, "answers").on(model)
+    assert edit.where == "response"
     record = read_json(folder / "organism.json")["provenance"]
     assert record["data"]["train"] == content_hash(TRAIN)
     assert record["settings"]["epochs"] == 1

@@ -42,6 +42,15 @@ def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
     assert found.plot().get_ylabel() == "change of log-odds outside [nats/token]"
 
 
+def test_a_vector_is_measured_where_it_was_trained(hooked_llama):
+    options = {**QUICK, "where": "response"}
+    found = sweep_kl(hooked_llama, TRAIN, KL, [0], INSIDE, OUTSIDE, layer=1, **options)
+    direction, _ = train_vector(hooked_llama, TRAIN, 1, progress=False, **options)
+    conditions = {"base": [], "x": [Add(direction, where="response")]}
+    alone = emlens.log_odds(hooked_llama, INSIDE, conditions).change("x")
+    assert found.inside[0][0] == pytest.approx(alone.estimate, abs=1e-5)
+
+
 def test_adapters_are_swept_and_taken_away_again():
     model = tiny_hooked("llama")
     options = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0}
