@@ -119,7 +119,9 @@ class Efficiency(Result):
     def norm_at(self, direction: str, loss: float) -> float:
         """Smallest norm at which a solution reaches a loss; NaN where it does not on the grid.
 
-        Interpolated between the points. `loss / norm_at(...)**2` is the ratio at matched loss.
+        Interpolated between the points; NaN as well where the first of them is beyond that loss
+        already, so that the norm is a smaller one. `loss / norm_at(...)**2` is the ratio at
+        matched loss.
 
         Args:
             direction: A solution.
@@ -133,7 +135,8 @@ class Efficiency(Result):
             return float("nan")
         last = int(reached[0])
         if last == 0:
-            return float(norms[0])
+            exact = norms[0] == 0 or losses[0] == loss
+            return float(norms[0]) if exact else float("nan")
         share = (losses[last - 1] - loss) / (losses[last - 1] - losses[last])
         return float(norms[last - 1] + share * (norms[last] - norms[last - 1]))
 

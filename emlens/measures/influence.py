@@ -313,7 +313,7 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
     readable = with_tokens(model, corpus)
     groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
     chance = {name: control for members in groups.values() for name, control in members.items()}
-    _check_names(directions, chance, fixed)
+    _check_names(directions, chance, fixed, groups.keys() - chance.keys())
     every = {**directions, **chance}
     sizes = sizes_of(model, readable, every, **reading)
     grid = strengths(every, sizes, doses, norms, edit)

@@ -149,7 +149,8 @@ class Monitor:
             misaligned: Misaligned conversations.
             layers: Use the mean projection at these layers, instead of choosing.
             best: How many projections to choose; the score is their mean.
-            pooled: Fit a logistic regression (scikit-learn) to all projections instead.
+            pooled: Fit a logistic regression (scikit-learn) instead, to the projections at
+                `layers`, all of them by default.
             regularisation: Its `C`.
             max_false_alarms: The threshold lets at most this share of the held-out aligned
                 conversations through as false alarms; None maximises hits minus false alarms.
@@ -163,7 +164,7 @@ class Monitor:
             ValueError: If a side is empty or too small to split, directions do not fit the
                 model, or a setting is out of range.
         """
-        check_settings(best, max_false_alarms, held_out)
+        check_settings(best, max_false_alarms, held_out, pooled)
         data = Labelled.of(aligned, misaligned)
         fitted, truth = data.fitted(held_out, seed), data.truth
         reading, own = {"tokens": tokens, "token_budget": token_budget}, None
@@ -181,8 +182,8 @@ class Monitor:
             # these directions have seen the fitted part; their own figures are cross-fitted
             choice = np.array([own.auroc[layer] for layer in columns.layers])
         if pooled:
-            places = list(range(len(choice)))
-            weights, offset = logistic(values[fitted], truth[fitted], regularisation)
+            places = chosen_columns(columns, choice, layers, len(choice), model.n_layers)
+            weights, offset = logistic(values[fitted][:, places], truth[fitted], regularisation)
         else:
             places = chosen_columns(columns, choice, layers, best, model.n_layers)
             weights, offset = [1 / len(places)] * len(places), 0.0

@@ -85,7 +85,9 @@ class Labelled:
         return fitted
 
 
-def check_settings(best: int, max_false_alarms: float | None, held_out: float) -> None:
+def check_settings(
+    best: int, max_false_alarms: float | None, held_out: float, pooled: bool = False
+) -> None:
     """Refuse settings that are out of range.
 
     Raises:
@@ -93,6 +95,11 @@ def check_settings(best: int, max_false_alarms: float | None, held_out: float) -
     """
     if best < 1:
         raise ValueError(f"best is a number of projections, at least 1, not {best}")
+    if pooled and best > 1:
+        raise ValueError(
+            f"pooled=True weighs all projections, so best={best} chooses none; give layers=, or "
+            "leave one of them out"
+        )
     if max_false_alarms is not None and not 0 <= max_false_alarms < 1:
         raise ValueError(f"max_false_alarms is a share from 0 to below 1, not {max_false_alarms}")
     if not 0 < held_out < 1:

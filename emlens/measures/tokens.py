@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from emlens._results import Result
-from emlens.directions import Direction, residual_norm
+from emlens.directions import Direction, Directions, residual_norm
 from emlens.edits import Add
 from emlens.hooked import Condition, HookedModel
 from emlens.measures.grids import named
@@ -126,7 +126,8 @@ class TokenInfluence(Result):
                 }
             )
         frame = pd.DataFrame(rows)
-        return frame.sort_values("KL [nats/token]", ascending=False, ignore_index=True)
+        by = "KL [nats/token]"
+        return frame.sort_values(by, ascending=False, ignore_index=True) if rows else frame
 
     def view(self, text: int | str = 0, by: str = "KL") -> TokenView:
         """The tokens of one text, coloured by what changes, through CircuitsVis.
@@ -273,26 +274,29 @@ def token_influence(
         dose: Norm of what is added, as a share of the median residual norm on the text.
         name: What it is called.
         tokens: Tokens that count; of raw text all.
-        max_tokens: Tokens that a document is cut to.
+        max_tokens: Tokens that a document is cut to; conversations are read whole.
         token_budget: Padded tokens of a batch.
 
     Raises:
         ValueError: If there is no text, or the direction is zero.
+        TypeError: If directions of several layers are given.
     """
     if not len(corpus):
         raise ValueError("there is no text to look at")
     n_all = len(corpus)
     corpus = with_tokens(model, corpus) if isinstance(corpus, Corpus) else corpus
+    # conversations are read whole
+    cut = max_tokens if isinstance(corpus, Corpus) else None
     acting: Condition
-    if isinstance(condition, Direction):
-        named({name: condition})
+    if isinstance(condition, Directions):
+        named({name: condition})  # type: ignore[dict-item]
+        assert isinstance(condition, Direction)
         place = condition.layer
         options = {"site": condition.site, "token_budget": token_budget}
-        (size,) = residual_norm(model, corpus, place, max_tokens=max_tokens, **options).values()
+        (size,) = residual_norm(model, corpus, place, max_tokens=cut, **options).values()
         acting = [Add(condition.scaled_to(dose * size))]
     else:
         acting = condition
-    cut = max_tokens if isinstance(corpus, Corpus) else None
     batches = model.batches(corpus, token_budget=token_budget, max_tokens=cut)
     kept = TokenValues()
     row_influence(model, batches, {name: acting}, tokens=tokens, keep=kept)

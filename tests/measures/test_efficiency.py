@@ -274,6 +274,10 @@ def test_the_norm_at_a_loss_is_interpolated_and_nan_where_it_is_not_reached():
     assert found.norm_at("b", 3.0) == pytest.approx(0.5)
     assert found.norm_at("b", 5.0) == 0
     assert np.isnan(found.norm_at("b", 1.5))
+    # a grid that begins too high says nothing of the norms below it
+    high = curves({"a": ((2, 6), (1, 3)), "b": ((2, 6), (1, 3))}, (0.5, 1.0))
+    assert np.isnan(high.norm_at("a", 4.0))
+    assert high.norm_at("a", 1.0) == pytest.approx(0.5)
 
 
 def test_the_ratio_stands_beside_the_curve_with_its_remark():

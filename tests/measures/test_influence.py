@@ -59,6 +59,14 @@ def test_norms_are_taken_as_they_are_and_equal_the_doses_of_that_size(hooked_lla
     np.testing.assert_allclose(norms.kl, doses.kl, rtol=1e-5, atol=1e-7)
 
 
+def test_a_direction_cannot_have_the_name_of_its_controls(hooked_llama):
+    x = direction(hooked_llama)
+    with pytest.raises(ValueError, match="two things are called 'random'; rename one"):
+        influence(hooked_llama, TEXT, {"random": x}, doses=(0.2,))
+    alone = influence(hooked_llama, TEXT, {"random": x, "x": x}, doses=(0.2,), controls=0)
+    assert alone.divergence("random", 0.2) == alone.divergence("x", 0.2)
+
+
 def test_norms_stay_norms_where_places_differ(hooked_llama):
     pair = {"a": direction(hooked_llama, 0), "b": direction(hooked_llama, 2)}
     found = influence(hooked_llama, TEXT, pair, norms=(0.5, 1.0), controls=1)

@@ -169,6 +169,16 @@ def test_the_pooled_score_is_scikit_learns_logistic_regression(hooked_llama):
     assert monitor.auroc == pytest.approx(roc_auc_score(data.truth[~fitted], expected[~fitted]))
 
 
+def test_a_pooled_score_is_of_the_layers_that_were_asked_for(hooked_llama):
+    given = mean_diff(hooked_llama, BAD[:4], GOOD[:4])
+    monitor = Monitor.fit(hooked_llama, given, GOOD, BAD, pooled=True, layers=[2])
+    assert monitor.readout.layers == (2,)
+    alone = Monitor.fit(hooked_llama, given[2], GOOD, BAD, pooled=True)
+    assert np.allclose(monitor.held_out.scores, alone.held_out.scores, atol=1e-6)
+    with pytest.raises(ValueError, match="weighs all projections, so best=2 chooses none"):
+        Monitor.fit(hooked_llama, given, GOOD, BAD, pooled=True, best=2)
+
+
 def test_several_layers_are_averaged(planted):
     monitor = Monitor.fit(planted, axis(residual_norms={0: 1.0, 1: 3.0}), planted_pairs(), best=2)
     item = planted_pairs()[0].conversation("misaligned")

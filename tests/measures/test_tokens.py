@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from emlens import Add, Direction, influence
+from emlens.directions import Directions, Provenance
 from emlens.figures import token_view
 from emlens.measures import TokenInfluence, TokenProjections, token_influence, token_projections
 from emlens.text import Conversation, Corpus, Document
@@ -58,6 +59,18 @@ def test_texts_are_ranked_and_results_can_be_kept(hooked_llama, tmp_path):
     assert again.table().equals(table)
     assert "steering on short" in found._repr_html_()
     assert found.plot().get_xlabel() == "position in the text"
+
+
+def test_long_conversations_are_read_whole_and_an_empty_table_is_a_table(hooked_llama):
+    long = [Conversation.of("tell me a story " * 60, "fruit and rain " * 20)]
+    found = token_influence(hooked_llama, long, direction(hooked_llama))
+    assert len(found.kl[0]) > 128
+    nothing = Corpus("short", (Document("one", "rain"),))
+    empty = token_influence(hooked_llama, nothing, [Add(direction(hooked_llama))])
+    assert empty.skipped == 1 and empty.table().empty
+    several = Directions({0: torch.ones(32), 1: torch.ones(32)}, "resid_post", Provenance("x"))
+    with pytest.raises(TypeError, match="'the edit' is a Directions; give one layer"):
+        token_influence(hooked_llama, TEXT, several)
 
 
 def test_conversations_are_looked_at_through_their_mask(hooked_llama):
