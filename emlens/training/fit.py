@@ -54,6 +54,7 @@ def fit(
     made = provenance_of(model, parts, train, settings, kl, penalties, construction, validation)
     watched = None
     if validation:
-        watched = Rows.of(model, validation, parts.below, settings, budget=budgets[0])
+        left = max(0, budgets[0] - objective.prefix_bytes)
+        watched = Rows.of(model, validation, parts.below, settings, budget=left)
     loop = Loop(parts, objective, settings, recording, None, norms, made, watched, progress)
     return loop.run()

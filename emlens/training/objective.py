@@ -156,6 +156,11 @@ class Objective:
                 "take a smaller KL set"
             )
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes that the prefixes of both sets take."""
+        return sum(rows.cache.bytes for rows in (self.train, self.elsewhere) if rows)
+
     def computing(self) -> AbstractContextManager:
         """Context in which gradients are taken.
 

@@ -128,7 +128,8 @@ def train_vector(
         )
         watched = None
         if validation:
-            watched = Rows.of(model, validation, below, chosen, budget=prefix_budget)
+            left = max(0, prefix_budget - objective.prefix_bytes)
+            watched = Rows.of(model, validation, below, chosen, budget=left)
         run = Loop(parts, objective, chosen, recording, at, norms, made, watched, progress).run()
     return run.directions(), run
 

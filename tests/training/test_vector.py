@@ -131,6 +131,21 @@ def test_a_seed_repeats_bit_for_bit_and_another_differs(hooked_llama):
     assert not torch.equal(first.path, other.path)
 
 
+def test_all_prefixes_together_stay_within_the_budget(hooked_llama, monkeypatch):
+    from emlens.training import objective
+
+    made = []
+    plain = objective.PrefixCache
+    monkeypatch.setattr(
+        objective, "PrefixCache", lambda *a, **k: made.append(plain(*a, **k)) or made[-1]
+    )
+    kl, budget = KLPenalty(ELSEWHERE, weight=1.0), 12_000
+    options = {"kl": kl, "validation": TRAIN, "prefix_budget": budget, **QUICK}
+    train_vector(hooked_llama, TRAIN, 2, **options)
+    assert len(made) == 3
+    assert 0 < made[0].bytes <= sum(cache.bytes for cache in made) <= budget
+
+
 @pytest.mark.parametrize("budget", [0, 5_000])
 def test_prefixes_and_log_probabilities_beyond_the_budget_change_nothing(hooked_llama, budget):
     kl = KLPenalty(ELSEWHERE, weight=1.0)
