@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -172,7 +172,13 @@ def items(
     return found
 
 
-def accuracy(model: HookedModel, corpus: Corpus, layers: tuple[int, ...], draws: int) -> None:
+def accuracy(
+    model: HookedModel,
+    corpus: Corpus,
+    layers: tuple[int, ...],
+    draws: int,
+    doses: Sequence[float],
+) -> None:
     from scipy.stats import spearmanr
 
     profile = InfluenceProfile.fit(
@@ -181,7 +187,7 @@ def accuracy(model: HookedModel, corpus: Corpus, layers: tuple[int, ...], draws:
     found = items(model, profile, layers)
     batches = model.batches(corpus, token_budget=BUDGET, max_tokens=LENGTH)
     sizes = profile.residual_norms
-    for dose in DOSES:
+    for dose in doses:
         rows = []
         scores = profile.score(found, dose=dose).table().set_index("direction")
         for layer in layers:
@@ -244,6 +250,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="fewer doses and layers")
     parser.add_argument("--checked", type=int, default=32, help="documents of (c)")
+    parser.add_argument("--doses", nargs="+", type=float, default=DOSES, help="doses of (c)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     model = emlens.load("smollm2-135m-instruct")
@@ -254,7 +261,7 @@ def main() -> None:
         cost(model, corpus, arguments.draws)
     if "c" in arguments.parts:
         layers = (6, 15, 24) if arguments.quick else (3, 9, 15, 21, 28)
-        accuracy(model, text(arguments.checked), layers, arguments.draws)
+        accuracy(model, text(arguments.checked), layers, arguments.draws, arguments.doses)
     if "d" in arguments.parts:
         coverage(model, corpus, 100 if arguments.quick else 1000)
 
