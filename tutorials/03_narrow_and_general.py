@@ -151,7 +151,7 @@ swept.table()
 # The new run changes the adapter where it is, and starts where the other ended.
 
 # %%
-free = training.continue_training(model, bad, runs["narrow"], progress=False)
+free = training.continue_training(model, bad, runs["narrow"], record_every=1, progress=False)
 references = {name: runs[name] for name in ("general", "narrow")}
 drifted = training.drift(model, free, references, inside, outside, records=2 if SHORT else 4)
 drifted.plot()

@@ -172,6 +172,7 @@ def _continue(
                 data.conversations("misaligned"),
                 finished[start],
                 kl=kl if start == "general" else None,
+                record_every=1,
                 progress=trial.progress,
             ).save(path)
         found = drift(

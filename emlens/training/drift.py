@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from emlens.training.vector import train_vector
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+RECORDS = 10
+"""Records of the path of an adapter that goes on, where the run before kept none."""
 
 _KEPT = ("epochs", "lr", "batch_size", "accumulate", "warmup", "schedule", "weight_decay", "clip")
 
@@ -52,8 +56,9 @@ def continue_training(
         run: The run to go on from.
         kl: The penalty from here on; None leaves it out.
         name: Train a copy of the adapter, under this name; the run's own stays as it is.
-        **options: Arguments and settings; those of the run by default, with a fresh optimiser. An
-            adapter's path is recorded as often as the run's was, a vector's at every update.
+        **options: Arguments and settings; those of the run by default, with a fresh optimiser. A
+            vector's path is recorded at every update, an adapter's as often as the run's was, or
+            else ten times.
 
     Returns:
         The record of the new run; its path starts where the other ended.
@@ -76,7 +81,8 @@ def continue_training(
         given = {"alpha": alpha, "where": run.settings["where"], "site": run.site, **given}
         layers = list(run.layers)
         return train_vector(model, train, layers, kl=kl, initial=directions, **given)[1]
-    given = {"record_every": _record_every(run), **kept, **options}
+    given = {**kept, **options}
+    given = {"record_every": _record_every(run, len(train), given), **given}
     own = run.settings["name"]
     if own not in model.adapters:
         raise ValueError(
@@ -101,10 +107,13 @@ def _check_parts(run: TrainingRun) -> None:
         )
 
 
-def _record_every(run: TrainingRun) -> int | None:
-    """Updates between two records of a run's path; None where only its ends were kept."""
+def _record_every(run: TrainingRun, n: int, settings: Mapping[str, Any]) -> int:
+    """Updates between two records of an adapter's path, which may be large."""
     steps = run.path_steps
-    return steps[1] - steps[0] if len(steps) > 2 else None
+    if len(steps) > 2:
+        return steps[1] - steps[0]
+    total = settings["epochs"] * ceil(n / (settings["batch_size"] * settings["accumulate"]))
+    return max(1, ceil(total / RECORDS))
 
 
 def _copy_adapter(model: HookedModel, own: str, name: str) -> None:
