@@ -36,7 +36,12 @@ def _sources() -> list[Path]:
 
 
 def _room(parts: tuple[str, ...]) -> str | None:
-    """The room of a dotted path below `emlens`; None for the top and the private floor."""
+    """The room of a dotted path below `emlens`; None for the top and the private floor.
+
+    `python -m emlens` is the command line.
+    """
+    if parts == ("__main__",):
+        return "cli"
     if not parts or parts[0].startswith("_"):
         return None
     return emlens._HOMES.get(parts[0], parts[0])

@@ -35,6 +35,13 @@ def examples(command) -> list[str]:
 ALL = [(words, line) for words, command in VERBS.items() for line in examples(command)]
 
 
+def test_python_m_emlens_is_the_command_line():
+    command = [sys.executable, "-m", "emlens", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "monitor" in shown.stdout
+    assert "Usage: emlens " in shown.stdout
+
+
 def test_help_names_every_verb_and_the_exit_codes(run):
     overview = run("--help")
     for verb in [

@@ -1,0 +1,5 @@
+"""`python -m emlens` is the command line."""
+
+from emlens.cli import main
+
+main()
