@@ -165,10 +165,12 @@ def test_a_broken_command_line_ends_a_process_with_two_and_no_traceback(tmp_path
 def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_folder, tmp_path):
     program = textwrap.dedent(
         """
-        import sys, time
+        import signal, sys, time
         from emlens.evals import responses
         from emlens.cli import main
 
+        # a suite that a shell started in the background ignores interrupts, and so would this
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         add = responses.JsonLines.add
 
         def slow(self, record):
