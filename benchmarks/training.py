@@ -116,7 +116,10 @@ def plain_way(bench: Bench, pad_to: int | None = None, kl: bool = False) -> torc
     vector = torch.zeros(model.d_model, requires_grad=True)
     alpha = norm / model.d_model**0.5
     block = module.model.layers[bench.layer]
-    edit = lambda _m, _i, out: out + alpha * vector  # noqa: E731
+
+    def edit(_module, _inputs, out):
+        return out + alpha * vector
+
     hook = block.register_forward_hook(edit)
     optimiser = torch.optim.AdamW([vector], lr=settings.lr, weight_decay=0.0)
     total = ceil(len(rows) / settings.batch_size) * bench.epochs

@@ -53,7 +53,7 @@ class Effect(Result):
     @property
     def title(self) -> str | None:
         """What a figure says above itself: who judged."""
-        return f"judged by {self.judged_by}" if self.judged_by else None
+        return judge_title(self.judged_by)
 
     def of(self, condition: str) -> np.ndarray:
         """Values of one condition, `[n]`.
@@ -126,6 +126,11 @@ class Effect(Result):
         if not len(known):
             return Interval(float("nan"), float("nan"), float("nan"))
         return bootstrap_mean(known, seed=self.seed)
+
+
+def judge_title(judged_by: str) -> str | None:
+    """Title of a figure of judged answers; None where there was no judge."""
+    return f"judged by {judged_by}" if judged_by else None
 
 
 def answer_columns(coherent: float, judged_by: str) -> dict[str, object]:

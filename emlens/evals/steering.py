@@ -12,7 +12,7 @@ import numpy as np
 from emlens._results import Result
 from emlens.directions import Directions, random_direction
 from emlens.edits import Add
-from emlens.evals.behaviour import LABEL, Behaviour
+from emlens.evals.behaviour import LABEL, Behaviour, judge_title
 from emlens.evals.parts import BASE
 from emlens.hooked import Condition, HookedModel
 
@@ -76,7 +76,7 @@ class SteeringSweep(Result):
             curves,
             x_label="dose [share of median residual norm]",
             y_label=fill(f"change of {self.what}", LABEL),
-            title=f"judged by {self.judged_by}" if self.judged_by else None,
+            title=judge_title(self.judged_by),
             reference=0.0,
             ax=ax,
         )

@@ -195,10 +195,11 @@ def scan(
         progress=progress,
     )
     known = corpus.hash in {digest for _, digest in profile.corpora}
+    halves = _halves(model, corpus) if known else []
     checked: list[dict] = []
     for key, i in picked.items():
         held_out = bool(scores[i]["held out"]) and known
-        on = exact.among(_other_half(model, corpus, _at(named, scores[i]))) if held_out else exact
+        on = exact.among(_other_half(halves, _at(named, scores[i]))) if held_out else exact
         checked += _compared(on, key, scores[i], chosen[i], held_out, dose)
     return InfluenceScan(tuple(scores), tuple(checked), dose, corpus.name)  # type: ignore[arg-type]
 
@@ -227,11 +228,15 @@ def _at(named: Mapping[str, Directions], score: Mapping) -> Direction:
     return found if isinstance(found, Direction) else found[int(score["layer"])]
 
 
-def _other_half(model: HookedModel, corpus: Corpus, direction: Direction) -> list[int]:
+def _halves(model: HookedModel, corpus: Corpus) -> list[int]:
+    """Which half of a profile each document of an influence belongs to."""
+    kept = {id(document) for document in with_tokens(model, corpus).documents}
+    return [place % 2 for place, one in enumerate(corpus.documents) if id(one) in kept]
+
+
+def _other_half(halves: Sequence[int], direction: Direction) -> list[int]:
     """Places, in an influence, of the documents that a direction was not found on."""
     found: Any = direction.provenance.settings[HELD_OUT]
-    kept = {id(document) for document in with_tokens(model, corpus).documents}
-    halves = [place % 2 for place, one in enumerate(corpus.documents) if id(one) in kept]
     return [place for place, half in enumerate(halves) if half != int(found["half"])]
 
 
