@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,8 +88,8 @@ class Adapters:
         return tuple(dict.fromkeys(name for _, layer in self.parts() for name in available(layer)))
 
     @property
-    def active(self) -> str | None:
-        """The adapter in force (several joined by `+`), or None for the base."""
+    def acting(self) -> tuple[str, ...]:
+        """Names of the adapters in force; none for the base."""
         acting = dict.fromkeys(
             name
             for _, layer in self.parts()
@@ -97,29 +97,45 @@ class Adapters:
             for name in layer.active_adapters
             if name in available(layer)
         )
-        return "+".join(acting) or None
+        return tuple(acting)
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Let one adapter act inside of the block, or none; afterwards all is as it was.
+    def using(self, names: Sequence[str]) -> Iterator[None]:
+        """Let some adapters act inside of the block, or none; afterwards all is as it was.
 
         Raises:
             ValueError: If there is no such adapter.
         """
-        if name is not None:
+        for name in names:
             self.check(name)
         layers = [layer for _, layer in self.parts()]
         before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
         try:
             with kept_gradients(self._module):
                 for layer in layers:
-                    switch(layer, name)
+                    switch(layer, names)
             yield
         finally:
             with kept_gradients(self._module):
                 for layer, active, disabled in before:
                     layer.set_adapter(active)
                     layer.enable_adapters(not disabled)
+
+    def tensors(self) -> Iterator[nn.Parameter]:
+        """Every parameter that belongs to an adapter and not to the base."""
+        for path, weight in self._module.named_parameters():
+            if any(part.startswith(("lora_", "modules_to_save")) for part in path.split(".")):
+                yield weight
+
+    def parameters(self, name: str) -> dict[str, Any]:
+        return {
+            ".".join(part for part in path.split(".") if part != name): weight
+            for path, weight in self._module.named_parameters()
+            if name in path.split(".")
+        }
+
+    def scalings(self, name: str) -> dict[str, float]:
+        return {path: layer.scaling[name] for path, layer in self.lora_layers(name).items()}
 
     def check(self, name: str) -> None:
         """Refuse the name of an adapter that there is not.
@@ -146,13 +162,14 @@ def available(layer: Any) -> list[str]:
     return list(dict.fromkeys(name for group in kept for name in _keys(group)))
 
 
-def switch(layer: Any, name: str | None) -> None:
-    """Let one adapter act in a layer; where it has no weights, or for None, the base does."""
-    if name is None or name not in available(layer):
+def switch(layer: Any, names: Sequence[str]) -> None:
+    """Let adapters act in a layer; where none has weights, the base does."""
+    here = [name for name in names if name in available(layer)]
+    if not here:
         layer.enable_adapters(False)
         return
     layer.enable_adapters(True)
-    layer.set_adapter([name])
+    layer.set_adapter(here)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
         )
     check_weights(_products(module, name), name)
     for _, layer in Adapters(module).parts():
-        switch(layer, None)
+        switch(layer, ())
 
 
 @contextmanager

@@ -328,6 +328,8 @@ class InfluenceProfile:
             model=self.settings.model,
             revision=self.settings.revision,
             adapter=self.settings.adapter,
+            identity=self.settings.identity,
+            condition=self.settings.condition,
             data=dict(self.corpora),
             seed=self.settings.seed,
             settings={HELD_OUT: {"profile": self.id, "half": 0}, "rank": rank},

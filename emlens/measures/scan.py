@@ -12,8 +12,8 @@ import numpy as np
 from emlens._results import Result
 from emlens.directions import Direction, Directions
 from emlens.hooked import HookedModel
+from emlens.measures.exact import DOSES, Influence, exact_influence
 from emlens.measures.fisher_pass import PassSettings
-from emlens.measures.influence import DOSES, Influence, influence
 from emlens.measures.profile import DOSE, InfluenceProfile
 from emlens.measures.profile_inputs import HELD_OUT
 from emlens.measures.scoring import with_tokens
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TRUSTED = 0.25
 """Median relative error up to which the quadratic counts as holding."""
 
-OF_THE_MODEL = ("model", "revision", "adapter", "edits", "d_model")
+OF_THE_MODEL = ("model", "revision", "adapter", "edits", "d_model", "identity", "condition")
 """Settings that a profile must share with the model that it is checked on."""
 
 
@@ -184,7 +184,7 @@ def scan(
     drawn = np.random.default_rng(seed).permutation(len(rest))[:check]
     chosen = dict.fromkeys(leaders, "leader") | {rest[j]: "sample" for j in sorted(drawn.tolist())}
     picked = {f"{scores[i]['direction']}, layer {scores[i]['layer']}": i for i in chosen}
-    exact = influence(
+    exact = exact_influence(
         model,
         corpus,
         {key: _at(named, scores[i]) for key, i in picked.items()},

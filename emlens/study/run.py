@@ -106,7 +106,10 @@ def run_study(
     store = StudyStore(Path(out), chosen, restart=restart)
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(model or load(chosen.model), chosen, StudyData.of(chosen), store, progress)
-    return _told(store, _run_stages(study))
+    # the base of the study is the model as it was brought
+    with study.model.adapter(*study.model.acting):
+        records = _run_stages(study)
+    return _told(store, records)
 
 
 def rebuild_report(folder: str | Path) -> StudyResult:

@@ -13,7 +13,7 @@ import numpy as np
 from emlens._files import read_json, write_json
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel, adapter_norms, scaled_adapter
+from emlens.hooked import ConditionLike, HookedModel, Scaled, adapter_norms
 from emlens.measures import Efficiency, LogOdds, Stability, efficiency, log_odds, stability
 from emlens.measures import influence as measure_influence
 from emlens.measures.scoring import row_influence
@@ -238,7 +238,7 @@ class Trial:
             )
 
     @contextmanager
-    def _solutions(self) -> Iterator[dict[str, Condition]]:
+    def _solutions(self) -> Iterator[dict[str, ConditionLike]]:
         """What was trained, as conditions; adapters are on the model inside the block only."""
         before = self.model.adapters
         self._check_free()
@@ -258,7 +258,7 @@ class Trial:
 
     # -- measures -----------------------------------------------------------------------------
 
-    def _behaviour(self, conditions: dict[str, Condition], base: LogOdds) -> LogOdds:
+    def _behaviour(self, conditions: dict[str, ConditionLike], base: LogOdds) -> LogOdds:
         data, more = self.data, {}
         if self.kind == "vector":
             chance = random_direction(self._vector("general"), self.seed)
@@ -310,17 +310,10 @@ class Trial:
             return {**kept, RANDOM: chance, "counts": list(found.counts)}
         batches = self.model.batches(text, max_tokens=s.document_tokens)
         norms = {name: float(np.hypot.reduce(_norms(self.model, name))) for name in SOLUTIONS}
-        record: dict = {}
-        for name in SOLUTIONS:
-            factor = float(np.mean(list(norms.values()))) / norms[name]
-            # the base is what stands; the scaled adapter is the condition
-            with scaled_adapter(self.model, name, factor), self.model.adapter(None):
-                _, kl, _, counts = row_influence(
-                    self.model, batches, {name: name}, progress=self.progress
-                )
-            record[name] = kl[name].tolist()
-            record["counts"] = counts.tolist()
-        return record
+        mean = float(np.mean(list(norms.values())))
+        scaled = {name: Scaled(name, mean / norms[name]) for name in SOLUTIONS}
+        _, kl, _, counts = row_influence(self.model, batches, scaled, progress=self.progress)
+        return {**{name: kl[name].tolist() for name in SOLUTIONS}, "counts": counts.tolist()}
 
 
 def read_trials(

@@ -13,7 +13,7 @@ from torch import Tensor
 from emlens._files import atomic_write, read_json, write_json
 from emlens.directions import Directions
 from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import ConditionLike, HookedModel
 from emlens.training.run import TrainingRun
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Organism:
         named = {f"{_PREFIX}{name}": weight for name, weight in weights.items()}
         return cls(record["name"], run, weights=named, config=config)
 
-    def on(self, model: HookedModel) -> Condition:
+    def on(self, model: HookedModel) -> ConditionLike:
         """What makes the model this organism, for measures: edits, or the adapter's name.
 
         An adapter that the model does not have yet is put onto it.
