@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from emlens.training import Organism, TrainingPath, TrainingRun, train_adapter, 
 from emlens.training.checkpoint import KIND as CHECKPOINT
 from emlens.training.checkpoint import load_checkpoint
 from tests.goldens.golden import KEPT, plain
-from tests.goldens.of_evals import ANSWERS, QUESTIONS, QUICK, Wordy, said
+from tests.goldens.of_evals import QUESTIONS, QUICK, Wordy, said
 from tests.goldens.of_measures import examples, fitted_monitor, planted
 from tests.goldens.of_study import asymmetries_in, study_in
 from tests.goldens.of_training import (
@@ -229,11 +229,9 @@ def results_in(value: Any) -> Iterator[Result]:
     """Every result inside of what goldens gave."""
     if isinstance(value, Result):
         yield value
-    inner = value.values() if isinstance(value, Mapping) else value
-    if isinstance(inner, Iterable) and not isinstance(inner, (str, torch.Tensor)):
-        if isinstance(value, (Mapping, list, tuple)):
-            for one in inner:
-                yield from results_in(one)
+    elif isinstance(value, (Mapping, list, tuple)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from results_in(one)
 
 
 def make_files(computed: Mapping[str, Any]) -> dict[str, Any]:

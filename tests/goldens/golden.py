@@ -23,6 +23,11 @@ from tests.support.solutions import direction, several, with_adapters
 KEPT = Path(__file__).parent / "kept"
 NUMBERS = KEPT / "numbers"
 
+RTOL, ATOL = 1e-4, 2e-5
+"""How far fp32 may be off on another processor: with PyTorch's and MKL's kernels for processors
+without AVX (`ATEN_CPU_CAPABILITY=default`) most goldens are within 1e-5 and 1e-6, and all of the
+measures within 1e-4 and 1e-5."""
+
 
 class World:
     """A tiny model with three LoRA adapters, none of which acts, and directions for it."""
@@ -52,7 +57,7 @@ class Golden:
         compute: Gives what is kept; it leaves the world's model as it was.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
-        both_engines: It gives the same on either engine, within ten times the tolerance.
+        both_engines: It gives the same on either engine, within twice the tolerance.
     """
 
     name: str
@@ -66,7 +71,7 @@ GOLDENS: dict[str, Golden] = {}
 
 
 def golden(
-    name: str, rtol: float = 1e-5, atol: float = 1e-6, both_engines: bool = False
+    name: str, rtol: float = RTOL, atol: float = ATOL, both_engines: bool = False
 ) -> Callable[[Callable[[World], Any]], Callable[[World], Any]]:
     """Keep what a function gives."""
 

@@ -17,7 +17,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch  # noqa: E402
 
-from tests.goldens import all_goldens  # noqa: E402
+import emlens  # noqa: E402
+from tests.goldens import all_goldens, of_real  # noqa: E402
 from tests.goldens.files import make_files  # noqa: E402
 from tests.goldens.golden import (  # noqa: E402
     GOLDENS,
@@ -45,6 +46,11 @@ def main() -> int:
         else:
             write_numbers(group, of_group)
             print(f"{group}: {len(of_group)} goldens")
+    real = {"real": plain(of_real.numbers(emlens.load("smollm2-135m-instruct")))}
+    if asked.bits:
+        lines += differences(read_numbers("real"), real, 0.0, 0.0)
+    else:
+        write_numbers("real", real)
     print(*lines, sep="\n", end="\n" if lines else "")
     if not asked.bits:
         numbers = make_files(computed)

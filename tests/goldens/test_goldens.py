@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.goldens import of_real
 from tests.goldens.all_goldens import GROUPS
 from tests.goldens.golden import GOLDENS, World, differences, plain, read_numbers
 
@@ -36,7 +37,13 @@ def test_the_numbers_are_the_kept_ones(name, world):
 
 @pytest.mark.parametrize("name", OTHER_ENGINE)
 def test_the_other_engine_gives_the_kept_numbers(name, other_world):
-    lines = unlike(name, other_world, looser=10.0)
+    lines = unlike(name, other_world, looser=2.0)
+    assert not lines, "\n".join(lines[:20])
+
+
+def test_the_numbers_of_the_real_model_are_the_kept_ones(smollm):
+    found = {"real": plain(of_real.numbers(smollm))}
+    lines = differences(read_numbers("real"), found, 1e-4, 1e-4)
     assert not lines, "\n".join(lines[:20])
 
 
