@@ -131,7 +131,7 @@ def test_another_study_in_the_same_folder_is_refused_unless_restarted(finished, 
     store.stage("data", lambda: {"n": 1})
     other = QUICK.with_options(lr=0.5)
     with pytest.raises(
-        ValueError, match=r"holds a study with other settings \(lr: 0.05 there, 0.5"
+        ValueError, match=r"was made with other settings \(lr: 0.05 there, 0.5 now\); choose"
     ):
         StudyStore(tmp_path, other)
     assert StudyStore(tmp_path, QUICK).finished("data")
