@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -13,6 +14,7 @@ from emlens import Add, Direction, influence
 from emlens.measures import InfluenceProfile, fisher, fisher_pass
 from emlens.measures.fisher_sums import FisherSums
 from emlens.text import Corpus, Document, pack, tokenize_documents
+from tests.support.kills import KILLS, files, killed
 from tests.support.models import tiny_hooked, tiny_model
 from tests.support.profiles import FEW, TEXT, corpus, vectors
 from tests.support.tokenizers import chatml_tokenizer
@@ -231,6 +233,27 @@ def test_a_killed_fit_goes_on_to_the_same_bits(hooked_llama, tmp_path, kept, req
     assert after == 3 + n_batches - 2 > 4
     with pytest.raises(ValueError, match=r"was made with other .*seed: 0 there, 1 now"):
         fit(checkpoint=path, seed=1)
+
+
+def fit_many(folder: Path) -> None:
+    """A fit whose factor becomes a covariance on the way."""
+    made = InfluenceProfile.fit(
+        tiny_hooked("llama"),
+        corpus(100),
+        draws=3,
+        token_budget=120,
+        checkpoint=folder / "state.safetensors",
+        checkpoint_every=1,
+    )
+    assert made.sums.totals is not None
+    made.save(folder / "profile.safetensors")
+
+
+def test_a_fit_killed_at_random_times_ends_bit_identical(tmp_path):
+    left = killed(fit_many, tmp_path)
+    whole = files(left.whole)
+    assert left.kills >= KILLS
+    assert all(files(end) == whole for end in left.ends)
 
 
 def test_a_profile_under_another_edit_of_the_same_kind_is_another_profile(hooked_llama, tmp_path):
