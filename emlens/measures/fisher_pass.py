@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads, shared, world
+from emlens._runs import START_ANEW, check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens.hooked import Condition, HookedModel
 from emlens.measures.fisher import Stream, Window, batch_gradients, windows
@@ -91,21 +91,6 @@ class PassSettings:
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, (list, tuple))}
         return cls(**{**values, **lists})
 
-    def differences(self, other: PassSettings, among: Collection[str] = ()) -> list[str]:
-        """What differs from other settings, in words; `among` some of them, or all.
-
-        Names are labels where both know what the model and the condition are.
-        """
-        labels = {"identity": ("model", "revision"), "condition": ("adapter", "edits")}
-        known = {
-            n for n in labels if getattr(self, n) is not None and getattr(other, n) is not None
-        }
-        unused = {*(labels.keys() - known), *(name for n in known for name in labels[n])}
-        names = [item.name for item in fields(self) if not among or item.name in among]
-        names = [name for name in names if name not in unused]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name} {one} and {two}" for name, one, two in pairs if one != two]
-
 
 def gather(
     model: HookedModel,
@@ -174,13 +159,7 @@ def _restored(path: Path | None, run: Mapping, settings: PassSettings) -> tuple[
     if path is None or not path.exists():
         return FisherSums.empty(n_layers, settings.d_model), 0
     tensors, record = read_tensors(path, KIND)
-    mine, found = json.loads(json.dumps(run)), record.get("run", {})
-    differ = [name for name, value in mine.items() if found.get(name) != value]
-    if differ:
-        raise ValueError(
-            f"the checkpoint {path} is of another run: {', '.join(differ)} differ(s); remove the "
-            "file to start anew, or give the settings that it was made with"
-        )
+    check_same(record.get("run", {}), run, f"the checkpoint {path}", START_ANEW)
     try:
         sums = FisherSums.from_tensors(tensors)
         done = int(record["done"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from emlens._files import read_json, write_json
+from emlens._files import read_json
+from emlens._runs import Parts
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel, Scaled, adapter_norms
@@ -179,28 +181,18 @@ class Trial:
             base: Gives the untouched model's log-odds inside and outside of the domain.
         """
         self.train()
+        parts = Parts(self.folder)
         with self._solutions() as conditions:
-            self._part("log_odds.json", lambda: self._behaviour(conditions, base()))
-            self._part("efficiency.json", self._efficiency)
-            self._part("stability.json", self._stability)
-            self._part("influence.json", self._influence)
+            parts.part("log_odds.json", lambda: self._behaviour(conditions, base()))
+            parts.part("efficiency.json", self._efficiency)
+            parts.part("stability.json", self._stability)
+            parts.part("influence.json", self._influence)
 
     def train(self) -> None:
         """Train what is not there yet, into the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name in self.names:
-            if not (self.folder / name / "organism.json").exists():
-                self._train(name).save(self.folder / name)
-
-    def _part(self, file: str, make: Callable[[], object]) -> None:
-        path = self.folder / file
-        if path.exists():
-            return
-        made = make()
-        if isinstance(made, (LogOdds, Efficiency, Stability)):
-            made.save(path)
-        else:
-            write_json(path, made)
+            make = partial(self._train, name)
+            Parts(self.folder).part(name, make, record="organism.json")
 
     # -- training -----------------------------------------------------------------------------
 

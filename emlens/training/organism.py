@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import atomic_write, read_json, write_json
+from emlens._files import atomic_folder, atomic_write, read_json, write_json
 from emlens.directions import Directions
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
@@ -75,11 +75,14 @@ class Organism:
     def save(self, folder: str | Path) -> Path:
         """Write the folder; an adapter's loads in plain PEFT and in `emlens.load(adapters=)`.
 
-        The record comes last: a folder without it is not whole.
+        A folder without its record is not whole; an organism that is there stays if this fails.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _RECORD).unlink(missing_ok=True)
+        with atomic_folder(folder, _RECORD) as draft:
+            self._write(draft)
+        return folder
+
+    def _write(self, folder: Path) -> None:
         self.run.save(folder / _RUN)
         if self.directions is not None:
             self.directions.save(folder / _VECTOR)
@@ -95,7 +98,6 @@ class Organism:
             "updates": len(self.run.steps),
         }
         write_json(folder / _RECORD, record)
-        return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Organism:
