@@ -99,6 +99,12 @@ class Parts:
         )
         check_same(found, wanted, what, way_out)
 
+    @property
+    def settings(self) -> dict:
+        """The settings that were kept, without the identities beside them."""
+        found = read_json(self.folder / SETTINGS)
+        return {name: value for name, value in found.items() if name not in _LABELS}
+
     def finished(self, name: str, record: str = "") -> bool:
         """Whether a part is there."""
         return (self.folder / name / record).exists()

@@ -14,7 +14,7 @@ from emlens.hooked.condition import (
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
 from emlens.hooked.generation import Answer, Sampling, answer
 from emlens.hooked.head import Head
-from emlens.hooked.identity import digest_of
+from emlens.hooked.identity import digest_of, identities
 from emlens.hooked.load import ENGINES, load, wrap
 from emlens.hooked.losses import (
     BaseLogProbs,
@@ -66,6 +66,7 @@ __all__ = [
     "deepest_prefix",
     "digest_of",
     "gradient_checkpointing",
+    "identities",
     "hook_name",
     "kl_sum",
     "load",

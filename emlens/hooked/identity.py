@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -43,6 +43,18 @@ def model_identity(model: Hooked) -> str:
         # weights that are elsewhere are known by name alone
         digest.update(f"{model.name} {model.revision}".encode() if values is None else values)
     return digest.hexdigest()[:16]
+
+
+class Identities(TypedDict):
+    """`model.identity`, and `Condition.identity` of what is in force."""
+
+    identity: str
+    condition: str
+
+
+def identities(model: Hooked) -> Identities:
+    """What a model is and what it runs under now: what everything that is kept depends on."""
+    return {"identity": model.identity, "condition": Condition(model.acting).identity(model)}
 
 
 def versions_of(model: Hooked) -> tuple[int, ...]:

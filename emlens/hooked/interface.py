@@ -22,6 +22,9 @@ class Hooked(Protocol):
     revision: str | None
 
     @property
+    def identity(self) -> str: ...
+
+    @property
     def n_vocab(self) -> int: ...
 
     @property

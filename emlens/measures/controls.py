@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emlens.directions import Direction, Provenance, random_direction
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import HookedModel, identities
 from emlens.text import Corpus
 
 ControlKind = Literal["random", "activation differences", "shuffled labels"]
@@ -114,8 +114,7 @@ def _differences(
         model=model.name,
         adapter=model.active_adapter,
         seed=seed,
-        identity=model.identity,
-        condition=Condition(model.acting).identity(model),
+        **identities(model),
     )
     return [_at(like, pool_of[a] - pool_of[b], made) for a, b in chosen.tolist()]
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads, shared, world
 from emlens._runs import START_ANEW, check_same
 from emlens._tensors import read_tensors, write_tensors
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import HookedModel, identities
 from emlens.measures.fisher import Stream, Window, batch_gradients, windows
 from emlens.measures.fisher_sums import FisherSums
 from emlens.text import Corpus
@@ -73,8 +73,7 @@ class PassSettings:
             draws=draws,
             max_tokens=max_tokens,
             seed=seed,
-            identity=model.identity,
-            condition=Condition(model.acting).identity(model),
+            **identities(model),
         )
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 
 from emlens._files import sha256_of
 from emlens.directions import Directions
-from emlens.hooked import Condition, HookedModel, Layers
+from emlens.hooked import HookedModel, Layers, identities
 from emlens.measures.monitor import Monitor
 from emlens.measures.monitor_fit import chosen_columns
 from emlens.measures.projections import ONE, AnyDirections, Readout, readout_of
@@ -80,8 +80,7 @@ class Scorer:
             vectors = [named[name].vectors[layer] for name, layer in places]
         own = self.references is None
         return {
-            "model": self.model.identity,
-            "condition": Condition(self.model.acting).identity(self.model),
+            **identities(self.model),
             "columns": [f"{name}, layer {layer}" for name, layer in places],
             "site": self.readout.site,
             "directions": sha256_of(b"".join(v.numpy().tobytes() for v in vectors))[:16],

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emlens._files import read_json
 from emlens._results import Result
 from emlens._runs import SETTINGS, Parts
 from emlens._stats import Interval, bootstrap_trainings, mean_over_seeds
-from emlens.hooked import HookedModel, load
+from emlens.hooked import HookedModel, identities, load
 from emlens.measures import Efficiency, LogOdds, Stability, log_odds
 from emlens.study.folder import ASYMMETRIES
 from emlens.study.trials import (
@@ -150,9 +149,9 @@ def run_asymmetries(
     chosen = replace(settings or AsymmetrySettings(), **overrides)
     if model is not None:
         chosen = replace(chosen, model=model.name)
-    keep_settings(out, chosen)
-    ASYMMETRIES.write(out, chosen.to_dict(), made_by)
     hooked = model or load(chosen.model)
+    keep_settings(out, chosen, hooked)
+    ASYMMETRIES.write(out, chosen.to_dict(), made_by)
     for seed in chosen.seeds:
         for domain in chosen.domains:
             for kind in chosen.kinds:
@@ -175,7 +174,7 @@ def read_asymmetries(out: str | Path) -> Asymmetries:
     out = Path(out)
     if not (out / SETTINGS).is_file():
         raise FileNotFoundError(f"{out} holds no asymmetries; run them into it first")
-    settings = AsymmetrySettings.from_dict(read_json(out / SETTINGS))
+    settings = AsymmetrySettings.from_dict(Parts(out).settings)
     rows: list[dict] = []
     everything = AsymmetrySettings()
     for kind in everything.kinds:
@@ -284,14 +283,14 @@ def _base(
     return LogOdds.load(Parts(out / "base").part(f"{domain}.json", measured))
 
 
-def keep_settings(out: Path, settings: AsymmetrySettings) -> None:
+def keep_settings(out: Path, settings: AsymmetrySettings, model: HookedModel) -> None:
     """Trials of one folder share all but which of them are run.
 
     Raises:
         ValueError: If they do not; the settings that differ are named.
     """
     Parts(out).keep_settings(
-        settings.to_dict(),
+        {**settings.to_dict(), **identities(model)},
         f"the run in {out}",
         "choose another folder, or give the settings that it was made with",
         free=("domains", "kinds", "seeds"),

@@ -77,8 +77,8 @@ def run_paths(
     out, chosen = Path(out), settings or AsymmetrySettings()
     if model is not None:
         chosen = replace(chosen, model=model.name)
-    keep_settings(out, chosen)
     hooked = model or load(chosen.model)
+    keep_settings(out, chosen, hooked)
     seed = chosen.seeds[0]
     at = trial_folder(out, domain, "adapter", seed)
     trial = Trial(hooked, chosen, domain, "adapter", seed, at, progress)

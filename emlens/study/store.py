@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from emlens._files import read_json
@@ -21,13 +21,21 @@ class StudyStore:
     Args:
         folder: The study's folder; made where it is missing.
         settings: The study's settings.
+        made_in: `identities` of the model; nothing where a finished study is read.
         restart: Forget the stages of an earlier study in the same folder.
 
     Raises:
         ValueError: If the folder holds a study with other settings (the differences are named).
     """
 
-    def __init__(self, folder: Path, settings: StudySettings, *, restart: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: StudySettings,
+        made_in: Mapping[str, object] | None = None,
+        *,
+        restart: bool = False,
+    ) -> None:
         self.folder = folder
         self.settings = settings
         self.stages = folder / "stages"
@@ -36,7 +44,7 @@ class StudyStore:
             for record in (*self.stages.glob("*.json"), folder / SETTINGS):
                 record.unlink(missing_ok=True)
         Parts(folder).keep_settings(
-            settings.to_dict(),
+            {**settings.to_dict(), **(made_in or {})},
             f"the study in {folder}",
             "choose another folder, or restart it",
         )

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from emlens._files import sha256_of
 from emlens.directions import Provenance
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import HookedModel, identities
 from emlens.text import Conversation, content_hash, template_hash
 from emlens.training.settings import KLPenalty, Penalty, ProjectionPenalty, TrainSettings
 from emlens.training.trainable import Trainable
@@ -52,8 +52,7 @@ def provenance_of(
         n=n,
         seed=settings.seed,
         settings=record,
-        identity=model.identity,
-        condition=Condition(model.acting).identity(model),
+        **identities(model),
     )
 
 
