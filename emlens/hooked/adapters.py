@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from emlens.hooked.architecture import Architecture
 
@@ -30,21 +31,29 @@ class Adapters:
         self._module = module
         self._paths = dict(paths or {})
         for path, layer in self.parts():
-            if getattr(layer, "merged", False):
+            if getattr(getattr(layer, "token_adapter", layer), "merged", False):
                 raise ValueError(
                     f"an adapter is merged into the weights of {path}, so there is no base model "
                     "left; call unmerge_adapter() on the PEFT model first"
                 )
 
     def parts(self) -> Iterator[tuple[str, Any]]:
-        """Every layer that PEFT has put into the model, with its path."""
+        """Every layer or wrapper that PEFT has put into the model, with its path.
+
+        The layer inside of a wrapper for single tokens, which switches with it, is left out.
+        """
         if "peft" not in sys.modules:
             return  # importing it takes seconds, and there can be no such layer
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
+        from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
+        inner = set()
         for path, part in self._module.named_modules():
-            if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper)):
+            if isinstance(part, TrainableTokensWrapper):
+                inner.add(id(part.token_adapter))
+            if isinstance(part, AuxiliaryTrainingWrapper) or (
+                isinstance(part, BaseTunerLayer) and id(part) not in inner
+            ):
                 yield self._paths.get(id(part), path), part
 
     def lora_layers(self, name: str) -> dict[str, Any]:
@@ -83,43 +92,107 @@ class Adapters:
             lowest = block if lowest is None else min(lowest, block)
         return lowest or 0
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for _, layer in self.parts() for name in available(layer)))
+    def parameters(self, name: str) -> dict[str, Tensor]:
+        """Every tensor that an adapter owns, by the key that PEFT saves it under.
 
-    @property
-    def active(self) -> str | None:
-        """The adapter in force (several joined by `+`), or None for the base."""
-        acting = dict.fromkeys(
-            name
-            for _, layer in self.parts()
-            if not layer.disable_adapters
-            for name in layer.active_adapters
-            if name in available(layer)
-        )
-        return "+".join(acting) or None
-
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Let one adapter act inside of the block, or none; afterwards all is as it was.
+        `A`, `B`, magnitudes, biases, saved modules and single tokens. The tensors are the model's
+        own, without their graph; the keys do not have the adapter's name in them.
 
         Raises:
             ValueError: If there is no such adapter.
         """
-        if name is not None:
-            self.check(name)
+        self.check(name)
+        from peft import get_peft_model_state_dict
+
+        found = get_peft_model_state_dict(
+            self._module, adapter_name=name, save_embedding_layers=False
+        )
+        if not self._paths:
+            return found
+        moved = {
+            f"{path}.": f"{self._paths[id(part)]}."
+            for path, part in self._module.named_modules()
+            if id(part) in self._paths and path
+        }
+        return {_under(key, moved): tensor for key, tensor in found.items()}
+
+    def scalings(self, name: str) -> dict[str, float]:
+        """What each LoRA layer of an adapter multiplies `B A` with at present, by its path.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        return {path: float(part.scaling[name]) for path, part in self.lora_layers(name).items()}
+
+    def reaches_head(self, name: str, module: Any) -> bool:
+        """Whether an adapter changes the output embedding, tied weights included.
+
+        Args:
+            name: The adapter.
+            module: The `...ForCausalLM` module.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        self.check(name)
+        head = {id(part) for part in module.get_output_embeddings().modules()}
+        return any(id(part) in head and name in available(part) for _, part in self.parts())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        found = dict.fromkeys(name for _, layer in self.parts() for name in available(layer))
+        order = [name for name in getattr(self._module, "peft_config", {}) if name in found]
+        return tuple(dict.fromkeys([*order, *found]))
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """The adapters in force, in order; none for the base."""
+        layers = [layer for _, layer in self.parts() if not layer.disable_adapters]
+        real = {n for layer in layers for n in layer.active_adapters if n in available(layer)}
+        # a layer of LoRA knows the order of all, a wrapper only its own
+        known = sorted((list(layer.active_adapters) for layer in layers), key=len, reverse=True)
+        return tuple(dict.fromkeys(name for names in known for name in names if name in real))
+
+    @property
+    def active(self) -> str | None:
+        """The adapters in force (several joined by `+`), or None for the base."""
+        return "+".join(self.acting) or None
+
+    @contextmanager
+    def using(self, names: str | Sequence[str] | None) -> Iterator[None]:
+        """Let adapters act together inside of the block, or none; afterwards all is as it was.
+
+        Args:
+            names: One adapter, several, or None for the base.
+
+        Raises:
+            ValueError: If there is no such adapter, or two of them replace the same module.
+        """
+        chosen = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
         layers = [layer for _, layer in self.parts()]
+        self._check_together(chosen)
         before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
         try:
             with kept_gradients(self._module):
                 for layer in layers:
-                    switch(layer, name)
+                    switch(layer, chosen)
             yield
         finally:
             with kept_gradients(self._module):
                 for layer, active, disabled in before:
                     layer.set_adapter(active)
                     layer.enable_adapters(not disabled)
+
+    def _check_together(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.check(name)
+        for path, layer in self.parts() if len(names) > 1 else ():
+            both = [name for name in names if name in available(layer)]
+            if len(both) > 1 and not hasattr(layer, "lora_A"):
+                raise ValueError(
+                    f"adapters {both[0]!r} and {both[1]!r} both replace {path}; only one of them "
+                    "can act at a time"
+                )
 
     def check(self, name: str) -> None:
         """Refuse the name of an adapter that there is not.
@@ -139,20 +212,28 @@ class Adapters:
 
 
 def available(layer: Any) -> list[str]:
-    """The adapters that have weights in a layer of PEFT."""
-    if hasattr(layer, "modules_to_save"):
-        return list(layer.modules_to_save)
-    kept = (getattr(layer, name) for name in layer.adapter_layer_names)
+    """The adapters that have weights in a layer or wrapper of PEFT."""
+    kept = (reduce(getattr, name.split("."), layer) for name in layer.adapter_layer_names)
     return list(dict.fromkeys(name for group in kept for name in _keys(group)))
 
 
-def switch(layer: Any, name: str | None) -> None:
-    """Let one adapter act in a layer; where it has no weights, or for None, the base does."""
-    if name is None or name not in available(layer):
-        layer.enable_adapters(False)
-        return
-    layer.enable_adapters(True)
-    layer.set_adapter([name])
+def switch(layer: Any, names: Sequence[str]) -> None:
+    """Let adapters act in a layer; where none of them has weights, the base does."""
+    own = [name for name in names if name in available(layer)]
+    layer.enable_adapters(bool(own))
+    if own:
+        # PEFT tells a layer of LoRA of them all, and a wrapper of its own
+        layer.set_adapter(list(names) if hasattr(layer, "lora_A") else own)
+
+
+def delete_from(layer: Any, name: str) -> None:
+    """Take one adapter out of a layer; of the others, those act that did."""
+    acting = [] if layer.disable_adapters else [n for n in layer.active_adapters if n != name]
+    if hasattr(layer, "lora_A"):
+        layer.delete_adapter(name)
+    else:
+        layer.delete_adapter(name, new_active_adapters=acting)
+    switch(layer, acting)
 
 
 @contextmanager
@@ -164,6 +245,12 @@ def kept_gradients(module: nn.Module) -> Iterator[None]:
     finally:
         for weight, flag in flags:
             weight.requires_grad_(flag)
+
+
+def _under(key: str, moved: Mapping[str, str]) -> str:
+    """A key with the longest of its prefixes renamed."""
+    prefix = max((old for old in moved if key.startswith(old)), key=len, default="")
+    return moved.get(prefix, "") + key.removeprefix(prefix)
 
 
 def _keys(group: Any) -> Iterable[str]:

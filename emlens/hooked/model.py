@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, cast
@@ -258,8 +258,10 @@ class HookedModel(ABC):
         """PEFT's layers of one adapter, by their path in the module."""
         return self._adapters.lora_layers(name)
 
-    def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Put a new LoRA adapter onto this copy of the base, to be trained; it does not act yet.
+    def add_adapter(
+        self, name: str, config: LoraConfig, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Put a LoRA adapter onto this copy of the base; it does not act yet.
 
         The model's own modules are those of emlens' second tree, so an object that was wrapped
         stays as it is.
@@ -267,14 +269,17 @@ class HookedModel(ABC):
         Args:
             name: What it is called; `adapter(name)` lets it act.
             config: PEFT's configuration.
+            weights: Its weights, by the keys that PEFT saves them under; None for a new adapter,
+                to be trained.
 
         Raises:
-            ValueError: If the name is taken, or the configuration does not fit the model.
+            ValueError: If the name is taken, or the configuration or a weight does not fit the
+                model, or would change the base.
             NotImplementedError: If the engine has replaced the modules that it would go into.
         """
         from emlens.hooked.attach import inject
 
-        inject(self.module, name, config, self.name)
+        inject(self.module, name, config, self.name, weights)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away.

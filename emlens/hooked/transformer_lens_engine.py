@@ -48,7 +48,9 @@ class TransformerLensModel(HookedModel):
         self._adapters = Adapters(module, paths)
         self.bridge = bridge
 
-    def add_adapter(self, name: str, config: LoraConfig) -> NoReturn:
+    def add_adapter(
+        self, name: str, config: LoraConfig, weights: Mapping[str, Tensor] | None = None
+    ) -> NoReturn:
         """Refuse: the bridge has put modules of its own where the adapter would go.
 
         Raises:
