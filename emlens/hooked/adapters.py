@@ -107,14 +107,14 @@ class Adapters:
         found = get_peft_model_state_dict(
             self._module, adapter_name=name, save_embedding_layers=False
         )
-        if not self._paths:
-            return found
-        moved = {
-            f"{path}.": f"{self._paths[id(part)]}."
-            for path, part in self._module.named_modules()
-            if id(part) in self._paths and path
+        live = {id(part): path for path, part in self._module.named_modules()}
+        places = {f"{live[id(part)]}.": f"{path}." for path, part in self.parts()}
+        return {
+            places[place] + key.removeprefix(place): tensor
+            for key, tensor in found.items()
+            # others are biases of the base
+            if (place := max((p for p in places if key.startswith(p)), key=len, default=""))
         }
-        return {_under(key, moved): tensor for key, tensor in found.items()}
 
     def scalings(self, name: str) -> dict[str, float]:
         """What each LoRA layer of an adapter multiplies `B A` with at present, by its path.
@@ -245,12 +245,6 @@ def kept_gradients(module: nn.Module) -> Iterator[None]:
     finally:
         for weight, flag in flags:
             weight.requires_grad_(flag)
-
-
-def _under(key: str, moved: Mapping[str, str]) -> str:
-    """A key with the longest of its prefixes renamed."""
-    prefix = max((old for old in moved if key.startswith(old)), key=len, default="")
-    return moved.get(prefix, "") + key.removeprefix(prefix)
 
 
 def _keys(group: Any) -> Iterable[str]:

@@ -147,7 +147,7 @@ def _check_adapters(model: HookedModel) -> None:
         if never:
             raise RuntimeError(
                 f"{model.name}: the {model.engine} engine never runs adapter {name!r} at "
-                f"{never[0]}, since it works on copies of fused projections; use engine='nnsight'"
+                f"{never[0]}, since it has modules of its own there; use engine='nnsight'"
             )
         if all(torch.equal(before, after) for before, after in zip(base, moved, strict=True)):
             raise RuntimeError(f"{model.name}: adapter {name!r} changes nothing")
@@ -173,7 +173,7 @@ def _passed_by(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """The paths of the modules that no forward pass inside of the block has run."""
     missed = set(layers)
     hooks = [
-        layer.register_forward_hook(lambda *_, path=path: missed.discard(path))
+        layer.register_forward_pre_hook(lambda *_, path=path: missed.discard(path))
         for path, layer in layers.items()
     ]
     try:
