@@ -79,20 +79,22 @@ def check_config(module: nn.Module, name: str, config: LoraConfig) -> None:
         ValueError: If it is no LoRA, rewrites weights of the base or shares them, is a variant
             that emlens does not run, or has a rank or `lora_alpha` that makes no sense.
     """
-    check_kind(module, name, config)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
+    check_lora(module, name, config)
     _check_alpha(name, config)
     _check_rank(module, name, config)
 
 
-def check_kind(module: nn.Module, name: str, config: Any) -> None:
+def check_lora(module: nn.Module, name: str, config: Any) -> None:
     """The part of `check_config` that holds for an adapter that is in a model already.
 
     Raises:
-        ValueError: As `check_config`, but for rank and `lora_alpha`.
+        ValueError: If it has changed the base, or is a variant that emlens does not run.
     """
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
+    if not isinstance(config, LoraConfig):
+        return
     for option, (reason, instead) in _REFUSED.items():
         if getattr(config, option, None):
             raise ValueError(

@@ -100,7 +100,7 @@ def remove(module: nn.Module, name: str) -> None:
         parent, _, child = path.rpartition(".")
         owner = module.get_submodule(parent)
         # of layers around layers the outermost stands for all
-        if not available(part) and getattr(owner, child) is part:
+        if not available(part) and getattr(owner, child, None) is part:
             lora = hasattr(part, "get_base_layer")
             setattr(owner, child, part.get_base_layer() if lora else part.original_module)
     configs: Any = getattr(module, "peft_config", {})
@@ -117,6 +117,7 @@ def _put(
     model_name: str,
 ) -> None:
     check_config(module, name, config)
+    known = {id(part) for part in module.modules()}
     before = {
         id(layer): [] if layer.disable_adapters else list(layer.active_adapters)
         for _, layer in Adapters(module).parts()
@@ -129,6 +130,9 @@ def _put(
             switch(layer, before.get(id(layer), []))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
+    for part in module.modules():
+        if id(part) not in known:
+            part.training = module.training
     _check_places(module, name)
     if weights is not None:
         _fill(module, name, weights, model_name)

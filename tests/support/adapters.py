@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from emlens.text import TokenBatch, TokenRow, pack
 
 
 def peft_model(module: PreTrainedModel, seed: int = 0, **settings) -> PeftModel:
@@ -26,3 +30,28 @@ def saved(folder: Path, module: PreTrainedModel, seed: int = 0, **settings) -> P
     """The folder that PEFT has written such an adapter into."""
     peft_model(module, seed, **settings).save_pretrained(str(folder))
     return folder
+
+
+def batch_of(tokens: Sequence[int]) -> TokenBatch:
+    """Two rows of different lengths, padded on the left, that hold these tokens."""
+    rows = []
+    for length in (9, 6):
+        ids = [*tokens, *range(10, 10 + length - len(tokens))]
+        rows.append(TokenRow(tuple(ids), (False,) * length, (False,) * length, f"row {length}"))
+    (batch,) = pack(rows, padding_side="left")
+    return batch
+
+
+@torch.no_grad()
+def logits_of(module: nn.Module, batch: TokenBatch) -> Tensor:
+    """The logits of a plain `transformers` or PEFT model."""
+    return module(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+    ).logits
+
+
+def peft_logits(module: PreTrainedModel, folder: Path, batch: TokenBatch) -> Tensor:
+    """The logits under a saved adapter, by PEFT alone."""
+    return logits_of(PeftModel.from_pretrained(module, str(folder)).eval(), batch)
