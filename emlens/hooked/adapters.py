@@ -179,8 +179,10 @@ class Adapters:
             yield
         finally:
             with kept_gradients(self._module):
+                left = set(self.names)  # one may have been taken away inside of the block
                 for layer, active, disabled in before:
-                    layer.set_adapter(active)
+                    own = left if hasattr(layer, "lora_A") else left & set(available(layer))
+                    layer.set_adapter([name for name in active if name in own])
                     layer.enable_adapters(not disabled)
 
     def _check_together(self, names: Sequence[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +32,19 @@ def saved(folder: Path, module: PreTrainedModel, seed: int = 0, **settings) -> P
     """The folder that PEFT has written such an adapter into."""
     peft_model(module, seed, **settings).save_pretrained(str(folder))
     return folder
+
+
+def rewrite(
+    folder: Path,
+    weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    **config,
+) -> None:
+    """Change what an adapter's folder says."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if weights is not None:
+        kept = load_file(folder / "adapter_model.safetensors")
+        save_file(weights(kept), folder / "adapter_model.safetensors")
 
 
 def batch_of(tokens: Sequence[int]) -> TokenBatch:
