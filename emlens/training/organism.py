@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _RECORD, _VECTOR, _RUN = "organism.json", "vector.safetensors", "run.safetensors"
 _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."
+_SCALE = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 _OWN = (_RECORD, _VECTOR, _RUN, _WEIGHTS, "adapter_config.json")
 
 
@@ -145,7 +146,10 @@ class Organism:
         return self.name
 
     def _is_on(self, model: HookedModel) -> bool:
-        """Whether the model's adapter of this name has these weights."""
+        """Whether the model's adapter of this name has these weights, with this scale."""
+        config: Any = getattr(model.module, "peft_config", {}).get(self.name)
+        if any(getattr(config, field) != getattr(self.config, field) for field in _SCALE):
+            return False
         there = model._adapters.parameters(self.name)
         ours = {key.removeprefix(_PREFIX): weight for key, weight in (self.weights or {}).items()}
         return there.keys() <= ours.keys() and all(

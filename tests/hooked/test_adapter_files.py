@@ -206,7 +206,7 @@ def resized(module):
         (trained, r"brings its own model.embed_tokens.weight \(save_embedding_layers\), which dif"),
         (
             resized,
-            r"brings its own (lm_head|model.embed_tokens).weight of \[302, 32\], and the base has \[299",
+            r"brings its own \S+\.weight of \[302, 32\], and the base has \[299, 32\]",
         ),
     ],
 )

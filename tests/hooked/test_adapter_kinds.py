@@ -10,59 +10,10 @@ import emlens
 from emlens.hooked import ENGINES
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach, inject, remove
-from tests.support.adapters import batch_of, logits_of, peft_logits, saved
+from tests.support.adapters import CASES, TOKENS, batch_of, logits_of, peft_logits, saved
 from tests.support.models import tiny_model
 from tests.support.tokenizers import chatml_tokenizer
 
-TOKENS = [3, 40, 77]
-PLAIN = {
-    "DoRA": {"use_dora": True, "r": 2},
-    "DoRA on embedding and head": {
-        "use_dora": True,
-        "target_modules": ["embed_tokens", "q_proj", "lm_head"],
-    },
-    "rsLoRA": {"use_rslora": True, "r": 4},
-    "a bias at B": {"lora_bias": True},
-    "bias of a base without biases": {"bias": "all"},
-    "patterns": {
-        "r": 2,
-        "rank_pattern": {"layers.1.mlp.down_proj": 5},
-        "alpha_pattern": {"layers.0.mlp.down_proj": 64},
-    },
-    "one layer": {"layers_to_transform": [1], "lora_dropout": 0.5},
-    "excluded modules": {
-        "target_modules": ["q_proj", "v_proj"],
-        "exclude_modules": ["layers.0.self_attn.q_proj"],
-    },
-    "a pattern of names": {"target_modules": r".*\.(q|v)_proj"},
-    "all that is linear": {"target_modules": "all-linear", "r": 2},
-    "a start from the data": {"init_lora_weights": "eva"},
-    "an orthogonal start": {"init_lora_weights": "orthogonal", "r": 2},
-    "MiCA": {"init_lora_weights": "mica", "r": 2},
-    "a norm of its own": {"modules_to_save": ["model.norm"]},
-    "MLPs of its own": {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
-}
-EMBEDDINGS = {
-    "LoRA on the embedding": {"target_modules": ["embed_tokens"]},
-    "LoRA on the head": {"target_modules": ["lm_head"]},
-    "LoRA on both": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 2},
-    "LoRA on both, tied": {
-        "target_modules": ["embed_tokens", "q_proj"],
-        "ensure_weight_tying": True,
-    },
-    "a head of its own": {"modules_to_save": ["lm_head"]},
-    "an embedding of its own": {"modules_to_save": ["embed_tokens"]},
-    "both of its own": {"modules_to_save": ["embed_tokens", "lm_head"]},
-    "both of its own, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "single tokens": {"trainable_token_indices": TOKENS},
-    "single tokens of both": {
-        "trainable_token_indices": {"embed_tokens": TOKENS[:2], "lm_head": TOKENS[1:]}
-    },
-}
-CASES = [
-    *((kind, settings, False) for kind, settings in (PLAIN | EMBEDDINGS).items()),
-    *((kind, settings, True) for kind, settings in EMBEDDINGS.items()),
-]
 AT_THE_HEAD = {
     "DoRA on embedding and head",
     "LoRA on the head",
@@ -72,6 +23,11 @@ AT_THE_HEAD = {
     "single tokens of both",
 }
 AT_THE_HEAD_WHERE_TIED = {"LoRA on both, tied", "both of its own, tied", "single tokens"}
+
+
+EACH = pytest.mark.parametrize(
+    ("kind", "settings", "tied"), CASES, ids=[f"{kind}-{tied}" for kind, _, tied in CASES]
+)
 
 
 def small(tied=False):
@@ -97,7 +53,7 @@ def same(before, after):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("kind", "settings", "tied"), CASES, ids=[f"{k}-{t}" for k, _, t in CASES])
+@EACH
 def test_an_adapter_of_each_kind_gives_the_logits_of_plain_peft(
     engine, kind, settings, tied, tmp_path
 ):
@@ -124,7 +80,7 @@ def test_an_adapter_of_each_kind_gives_the_logits_of_plain_peft(
         assert torch.equal(own[key.removeprefix("base_model.model.")], tensor)
 
 
-@pytest.mark.parametrize(("kind", "settings", "tied"), CASES, ids=[f"{k}-{t}" for k, _, t in CASES])
+@EACH
 def test_a_removed_adapter_leaves_the_base_as_it_was(kind, settings, tied, tmp_path):
     folder = saved(tmp_path / "a", small(tied), **settings)
     module = small(tied)

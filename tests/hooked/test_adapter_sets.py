@@ -14,11 +14,10 @@ from emlens.hooked import ENGINES
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach, inject, remove
 from emlens.hooked.untouched import checksum
-from tests.support.adapters import batch_of, logits_of, peft_model, saved
+from tests.support.adapters import TOKENS, batch_of, logits_of, peft_model, saved
 from tests.support.models import tiny_model
 from tests.support.tokenizers import chatml_tokenizer
 
-TOKENS = [3, 40, 77]
 PAIRS = {
     "two of LoRA": ({"r": 4}, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
     "other layers": ({"layers_to_transform": [1]}, {"layers_to_transform": [0]}),

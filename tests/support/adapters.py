@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +15,57 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emlens.text import TokenBatch, TokenRow, pack
+
+TOKENS = [3, 40, 77]
+PLAIN: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True, "r": 2},
+    "DoRA on embedding and head": {
+        "use_dora": True,
+        "target_modules": ["embed_tokens", "q_proj", "lm_head"],
+    },
+    "rsLoRA": {"use_rslora": True, "r": 4},
+    "a bias at B": {"lora_bias": True},
+    "bias of a base without biases": {"bias": "all"},
+    "patterns": {
+        "r": 2,
+        "rank_pattern": {"layers.1.mlp.down_proj": 5},
+        "alpha_pattern": {"layers.0.mlp.down_proj": 64},
+    },
+    "one layer": {"layers_to_transform": [1], "lora_dropout": 0.5},
+    "excluded modules": {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+    },
+    "a pattern of names": {"target_modules": r".*\.(q|v)_proj"},
+    "all that is linear": {"target_modules": "all-linear", "r": 2},
+    "a start from the data": {"init_lora_weights": "eva"},
+    "an orthogonal start": {"init_lora_weights": "orthogonal", "r": 2},
+    "MiCA": {"init_lora_weights": "mica", "r": 2},
+    "a norm of its own": {"modules_to_save": ["model.norm"]},
+    "MLPs of its own": {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
+}
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "LoRA on the embedding": {"target_modules": ["embed_tokens"]},
+    "LoRA on the head": {"target_modules": ["lm_head"]},
+    "LoRA on both": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 2},
+    "LoRA on both, tied": {
+        "target_modules": ["embed_tokens", "q_proj"],
+        "ensure_weight_tying": True,
+    },
+    "a head of its own": {"modules_to_save": ["lm_head"]},
+    "an embedding of its own": {"modules_to_save": ["embed_tokens"]},
+    "both of its own": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "both of its own, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "single tokens": {"trainable_token_indices": TOKENS},
+    "single tokens of both": {
+        "trainable_token_indices": {"embed_tokens": TOKENS[:2], "lm_head": TOKENS[1:]}
+    },
+}
+CASES: list[tuple[str, dict[str, Any], bool]] = [
+    *((kind, settings, False) for kind, settings in (PLAIN | EMBEDDINGS).items()),
+    *((kind, settings, True) for kind, settings in EMBEDDINGS.items()),
+]
+"""Each kind of adapter that emlens runs: its name, PEFT's settings, whether weights are tied."""
 
 
 def peft_model(module: PreTrainedModel, seed: int = 0, **settings) -> PeftModel:
