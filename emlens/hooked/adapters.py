@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from emlens.hooked.architecture import Architecture
 
+Weights = Mapping[str, Tensor]
+"""An adapter's weights, by the keys that PEFT saves them under."""
+
 
 class Adapters:
     """The adapters that PEFT has injected into a model.
@@ -169,32 +172,24 @@ class Adapters:
             ValueError: If there is no such adapter, or two of them replace the same module.
         """
         chosen = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
-        layers = [layer for _, layer in self.parts()]
-        self._check_together(chosen)
+        parts = list(self.parts())
+        layers = [layer for _, layer in parts]
+        _check_together(chosen, parts)
+        for name in chosen:
+            self.check(name)
         before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
         try:
-            with kept_gradients(self._module):
+            with kept_gradients(*layers):
                 for layer in layers:
                     switch(layer, chosen)
             yield
         finally:
-            with kept_gradients(self._module):
-                left = set(self.names)  # one may have been taken away inside of the block
+            # one may have been taken away inside of the block
+            left = {name for layer in layers for name in available(layer)}
+            with kept_gradients(*layers):
                 for layer, active, disabled in before:
                     own = left if hasattr(layer, "lora_A") else left & set(available(layer))
-                    layer.set_adapter([name for name in active if name in own])
-                    layer.enable_adapters(not disabled)
-
-    def _check_together(self, names: Sequence[str]) -> None:
-        for name in names:
-            self.check(name)
-        for path, layer in self.parts() if len(names) > 1 else ():
-            both = [name for name in names if name in available(layer)]
-            if len(both) > 1 and not hasattr(layer, "lora_A"):
-                raise ValueError(
-                    f"adapters {both[0]!r} and {both[1]!r} both replace {path}; only one of them "
-                    "can act at a time"
-                )
+                    _set(layer, [name for name in active if name in own], disabled)
 
     def check(self, name: str) -> None:
         """Refuse the name of an adapter that there is not.
@@ -221,11 +216,28 @@ def available(layer: Any) -> list[str]:
 
 def switch(layer: Any, names: Sequence[str]) -> None:
     """Let adapters act in a layer; where none of them has weights, the base does."""
-    own = [name for name in names if name in available(layer)]
-    layer.enable_adapters(bool(own))
-    if own:
-        # PEFT tells a layer of LoRA of them all, and a wrapper of its own
-        layer.set_adapter(list(names) if hasattr(layer, "lora_A") else own)
+    held = available(layer)
+    own = [name for name in names if name in held]
+    # PEFT tells a layer of LoRA of them all, and a wrapper of its own
+    active = list(names) if hasattr(layer, "lora_A") else own
+    _set(layer, active if own else list(layer.active_adapters), not own)
+
+
+def _set(layer: Any, active: list[str], disabled: bool) -> None:
+    if list(layer.active_adapters) != active:
+        layer.set_adapter(active)
+    if layer.disable_adapters != disabled:
+        layer.enable_adapters(not disabled)
+
+
+def _check_together(names: Sequence[str], parts: Iterable[tuple[str, Any]]) -> None:
+    for path, layer in parts if len(names) > 1 else ():
+        both = [name for name in names if name in available(layer)]
+        if len(both) > 1 and not hasattr(layer, "lora_A"):
+            raise ValueError(
+                f"adapters {both[0]!r} and {both[1]!r} both replace {path}; only one of them can "
+                "act at a time"
+            )
 
 
 def delete_from(layer: Any, name: str) -> None:
@@ -239,14 +251,15 @@ def delete_from(layer: Any, name: str) -> None:
 
 
 @contextmanager
-def kept_gradients(module: nn.Module) -> Iterator[None]:
+def kept_gradients(*modules: nn.Module) -> Iterator[None]:
     """Put every weight's `requires_grad` back, which PEFT sets when it switches."""
-    flags = [(weight, weight.requires_grad) for weight in module.parameters()]
+    flags = [(weight, weight.requires_grad) for part in modules for weight in part.parameters()]
     try:
         yield
     finally:
         for weight, flag in flags:
-            weight.requires_grad_(flag)
+            if weight.requires_grad != flag:
+                weight.requires_grad_(flag)
 
 
 def _keys(group: Any) -> Iterable[str]:

@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.functional import cast_adapter_dtype
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from emlens._folders import recovered
+from emlens.hooked.adapter_files import compare_bases, read_adapter
 from emlens.hooked.adapter_kinds import MERGE, check_config, check_name, check_rank
-from emlens.hooked.adapters import Adapters, available, delete_from, kept_gradients, switch
+from emlens.hooked.adapters import Adapters, Weights, available, delete_from, kept_gradients, switch
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.untouched import untouched
 
-_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
@@ -44,11 +41,11 @@ def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: st
             that find no place, or changes nothing. The module is then as it was.
     """
     what = " or ".join(f"adapter {name!r}" for name in adapters)
-    with untouched(module, what), kept_gradients(module):
+    with kept_gradients(module), untouched(module, what):
         for name, source in adapters.items():
             check_name(module, name)
             config, weights = read_adapter(name, str(source))
-            _compare_bases(name, config.base_model_name_or_path, model_name)
+            compare_bases(name, config.base_model_name_or_path, model_name)
             _put(module, name, config, weights, model_name)
 
 
@@ -57,7 +54,7 @@ def inject(
     name: str,
     config: LoraConfig,
     model_name: str,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Put one LoRA adapter into a model, in place; it does not act, and its weights are fp32.
 
@@ -86,7 +83,7 @@ def inject(
             f"adapter {name!r} has init_lora_weights='eva', a start that is computed from data; "
             "make it with PEFT's initialize_lora_eva_weights and give the model to emlens.wrap"
         )
-    with untouched(module, f"adapter {name!r}"), kept_gradients(module):
+    with kept_gradients(module), untouched(module, f"adapter {name!r}"):
         _put(module, name, deepcopy(config), weights, model_name)
 
 
@@ -113,7 +110,7 @@ def _put(
     module: nn.Module,
     name: str,
     config: LoraConfig,
-    weights: Mapping[str, Tensor] | None,
+    weights: Weights | None,
     model_name: str,
 ) -> None:
     check_config(module, name, config)
@@ -163,7 +160,7 @@ def _check_places(module: nn.Module, name: str) -> None:
             )
 
 
-def _fill(module: nn.Module, name: str, weights: Mapping[str, Tensor], model_name: str) -> None:
+def _fill(module: nn.Module, name: str, weights: Weights, model_name: str) -> None:
     """Copy weights into an adapter; every one finds its place, and every place its weight."""
     own = Adapters(module).parameters(name)
     state = _without_base(module, name, weights, own)
@@ -200,7 +197,7 @@ def _fill(module: nn.Module, name: str, weights: Mapping[str, Tensor], model_nam
 
 
 def _without_base(
-    module: nn.Module, name: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    module: nn.Module, name: str, weights: Weights, own: Weights
 ) -> dict[str, Tensor]:
     """Leave copies of the base's tensors out, as PEFT saves beside LoRA on embeddings.
 
@@ -254,62 +251,6 @@ def _check_effect(module: nn.Module, name: str) -> None:
         check_weights(products, name)
     elif not all(bool(w.isfinite().all()) for parts in products.values() for w in parts.values()):
         raise ValueError(f"adapter {name!r} has weights that are not finite")
-
-
-def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read the config and the weights of a LoRA adapter, by their names in the base model.
-
-    Args:
-        name: What errors call it.
-        source: A folder or a hub name.
-
-    Raises:
-        FileNotFoundError: If there is no adapter.
-        ValueError: If it is not LoRA, or its weights are truncated.
-    """
-    local = recovered(Path(source).expanduser())
-    where: dict[str, Any] = {}
-    if local.exists():
-        source = str(local)
-        if not (local / _FILE).is_file():
-            inside = sorted(str(p.parent.relative_to(local)) for p in local.rglob(_FILE))
-            hint = f"; there are some inside: {', '.join(inside[:3])}" if inside else ""
-            raise FileNotFoundError(f"adapter {name!r}: {source} has no {_FILE}{hint}")
-    elif source.count("/") > 1 and not source.startswith(("/", ".", "~")):
-        owner, repository, where["subfolder"] = source.split("/", 2)
-        source = f"{owner}/{repository}"
-    try:
-        config = PeftConfig.from_pretrained(source, **where)
-        weights = load_peft_weights(source, device="cpu", **where)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"adapter {name!r}: found none at {source!r}, neither as a folder nor on the hub "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"adapter {name!r}: its weights in {source} are not readable ({error}); were they "
-            "fetched as a whole?"
-        ) from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if not isinstance(config, LoraConfig) or kind != "LORA":
-        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
-    return config, {key.removeprefix(_PREFIX): value for key, value in weights.items()}
-
-
-def _compare_bases(name: str, recorded: str | None, model_name: str) -> None:
-    if recorded and _plain(recorded) != _plain(model_name):
-        warnings.warn(
-            f"adapter {name!r} records {recorded!r} as its base, but this model is "
-            f"{model_name!r}; its effect is only that of its training on the same weights",
-            stacklevel=4,
-        )
-
-
-def _plain(name: str) -> str:
-    """A model's name without owner, case, and the marks of a quantised copy."""
-    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    return last.removesuffix("-bnb-4bit").removesuffix("-unsloth")
 
 
 def check_weights(products: Mapping[str, Mapping[str, Tensor]], name: str) -> None:

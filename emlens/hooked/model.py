@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emlens.hooked.adapters import Adapters
+from emlens.hooked.adapters import Adapters, Weights
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.edit import Edit, check_edits, deepest_prefix
 from emlens.hooked.generation import Sampling, answer
@@ -258,23 +258,18 @@ class HookedModel(ABC):
         """PEFT's layers of one adapter, by their path in the module."""
         return self._adapters.lora_layers(name)
 
-    def add_adapter(
-        self, name: str, config: LoraConfig, weights: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def add_adapter(self, name: str, config: LoraConfig, weights: Weights | None = None) -> None:
         """Put a LoRA adapter onto this copy of the base; it does not act yet.
 
-        The model's own modules are those of emlens' second tree, so an object that was wrapped
-        stays as it is.
+        An object that was wrapped stays as it is: emlens runs a second tree of its modules.
 
         Args:
             name: What it is called; `adapter(name)` lets it act.
             config: PEFT's configuration.
-            weights: Its weights, by the keys that PEFT saves them under; None for a new adapter,
-                to be trained.
+            weights: Its weights, by PEFT's keys; None for a new adapter, to be trained.
 
         Raises:
-            ValueError: If the name is taken, or the configuration or a weight does not fit the
-                model, or would change the base.
+            ValueError: If the name is taken, or the adapter does not fit or would change the base.
             NotImplementedError: If the engine has replaced the modules that it would go into.
         """
         from emlens.hooked.attach import inject

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ from nnsight import NNsight
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from emlens.hooked.adapters import Weights
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.visit import Visit
 from emlens.hooked.walk import envoy, walk, walk_steps
@@ -36,9 +36,7 @@ class NNsightModel(HookedModel):
         # the bare wrapper: batches come tokenised and padded, which the others would do again
         self._traced: Any = NNsight(module)
 
-    def add_adapter(
-        self, name: str, config: LoraConfig, weights: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def add_adapter(self, name: str, config: LoraConfig, weights: Weights | None = None) -> None:
         super().add_adapter(name, config, weights)
         self._traced = NNsight(self.module)  # a module that is traced may have been replaced
 

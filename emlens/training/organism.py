@@ -118,7 +118,7 @@ class Organism:
         record, run = read_json(folder / _RECORD), TrainingRun.load(folder / _RUN)
         if record["kind"] == "vector":
             return cls(record["name"], run, directions=Directions.load(folder / _VECTOR))
-        from emlens.hooked.attach import read_adapter
+        from emlens.hooked.adapter_files import read_adapter
 
         config, weights = read_adapter(record["name"], str(folder))
         named = {f"{_PREFIX}{name}": weight for name, weight in weights.items()}

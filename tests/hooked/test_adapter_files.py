@@ -188,7 +188,7 @@ def test_a_copy_of_the_bases_embeddings_in_the_file_is_left_out(tied, tmp_path):
         found = logits(model, batch)[real]
     expected = peft_logits(tiny_model("llama", tied=tied), folder, batch)[real]
     assert torch.allclose(found, expected, atol=1e-4)
-    half = tiny_model("llama", tied=tied).to(torch.bfloat16)
+    half = tiny_model("llama", tied=tied).bfloat16()
     attach(half, {"good": folder}, "tiny-llama")
 
 
@@ -226,8 +226,7 @@ def test_other_embeddings_than_the_bases_are_refused_before_they_overwrite_it(
 def test_lora_on_resized_embeddings_is_refused(tmp_path):
     wide = tiny_model("llama")
     resized(wide)
-    settings = {"target_modules": ["embed_tokens", "lm_head"]}
-    folder = saved(tmp_path / "a", wide, **settings)
+    folder = saved(tmp_path / "a", wide, target_modules=["embed_tokens", "lm_head"])
     with pytest.raises(
         ValueError, match=r"\[302, 32\], and the base has \[299, 32\], as after a re"
     ):

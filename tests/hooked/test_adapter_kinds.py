@@ -78,6 +78,10 @@ def test_an_adapter_of_each_kind_gives_the_logits_of_plain_peft(
     assert own.keys() == {key.removeprefix("base_model.model.") for key in reference}
     for key, tensor in reference.items():
         assert torch.equal(own[key.removeprefix("base_model.model.")], tensor)
+    model.remove_adapter("bad")
+    assert model.adapters == ()
+    with torch.no_grad():
+        assert torch.allclose(model.unembed(model.hidden(batch)[real]), plain, atol=2e-5)
 
 
 @EACH
@@ -216,15 +220,16 @@ def test_senseless_numbers_are_refused_before_anything_is_allocated(
             inject(module, "bad", LoraConfig(r=10**9, target_modules="all-linear"), "tiny-llama")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_experts_are_adapted_as_in_peft(family, tmp_path):
+def test_experts_are_adapted_as_in_peft(engine, family, tmp_path):
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     settings = {"target_modules": [], "target_parameters": targets, "r": 2}
     folder = saved(tmp_path / "a", tiny_model(family), **settings)
     module = tiny_model(family)
     before = content(module)
     attach(module, {"bad": folder}, "tiny")
-    model = emlens.wrap(module, chatml_tokenizer(), name="tiny")
+    model = emlens.wrap(module, chatml_tokenizer(), engine=engine, name="tiny")
     batch = batch_of(TOKENS)
     real = batch.mask("all")
     with model.adapter("bad"), torch.no_grad():

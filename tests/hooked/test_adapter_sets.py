@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_two_adapters_act_together_as_in_peft(engine, pair, tmp_path):
             found = model.unembed(model.hidden(batch)[real])
             assert adapters.acting == alone
         if alone:
-            theirs.base_model.set_adapter(list(alone))
+            tuner: Any = theirs.base_model
+            tuner.set_adapter(list(alone))
             expected = logits_of(theirs, batch)[real]
         else:
             expected = logits_of(small(), batch)[real]
@@ -237,3 +239,47 @@ def test_a_peft_model_whose_base_was_changed_is_not_wrapped(settings, message):
     brought = peft_model(copy.deepcopy(small()), **settings)
     with pytest.raises(ValueError, match=f"adapter 'default' {message}"):
         emlens.wrap(brought, chatml_tokenizer())
+
+
+def unchanged(model):
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.zero_()
+    head = model.get_output_embeddings()
+    head.modules_to_save["default"].weight.data.copy_(head.original_module.weight)
+
+
+def test_the_check_runs_to_the_logits(tmp_path):
+    brought = peft_model(small(), modules_to_save=["lm_head"])
+    unchanged(brought)
+    with pytest.raises(RuntimeError, match="adapter 'default' changes nothing"):
+        emlens.wrap(brought, chatml_tokenizer())
+    brought.get_output_embeddings().modules_to_save["default"].weight.data[5] += 1
+    model = emlens.wrap(brought, chatml_tokenizer())
+    batch = batch_of(TOKENS)
+    with model.adapter(None), torch.no_grad():
+        before = model.hidden(batch)
+    with model.adapter("default"), torch.no_grad():
+        assert torch.equal(model.hidden(batch), before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["lm_head", "norm"]},
+        {"trainable_token_indices": TOKENS},
+        {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
+    ],
+)
+def test_a_peft_model_that_is_brought_acts_with_all_that_it_has(engine, settings):
+    brought = peft_model(small(), **settings)
+    batch = batch_of(TOKENS)
+    real = batch.mask("all")
+    expected = logits_of(brought, batch)[real]
+    model = emlens.wrap(brought, chatml_tokenizer(), engine=engine, name="tiny-llama")
+    for name, logits in (("default", expected), (None, logits_of(small(), batch)[real])):
+        with model.adapter(name), torch.no_grad():
+            found = model.unembed(model.hidden(batch)[real])
+        assert torch.allclose(found, logits, atol=1e-4)
+    assert torch.equal(logits_of(brought, batch)[real], expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import emlens
 from emlens.hooked import ENGINES
 from emlens.hooked.attach import attach
+from emlens.hooked.load import Engine
 from emlens.training import Organism, train_adapter
 from tests.support.adapters import CASES, TOKENS, batch_of, logits_of, peft_logits, saved
 from tests.support.data import conversations
@@ -23,7 +25,7 @@ def small(tied):
     return tiny_model("llama", n_layers=2, tied=tied)
 
 
-def hooked(module, engine="nnsight"):
+def hooked(module, engine: Engine = "nnsight"):
     return emlens.wrap(module, chatml_tokenizer(), engine=engine, name="tiny-llama")
 
 
@@ -56,7 +58,8 @@ def test_it_is_saved_whole_and_loads_everywhere(kind, settings, tied, run, tmp_p
     again = small(tied)
     attach(again, {"other": folder}, "tiny-llama")
     on = hooked(small(tied))
-    for model, name in ((hooked(again), "other"), (on, Organism.load(folder).on(on))):
+    assert Organism.load(folder).on(on) == "bad"
+    for model, name in ((hooked(again), "other"), (on, "bad")):
         with model.adapter(name), torch.no_grad():
             found = model.unembed(model.hidden(batch)[real])
         assert torch.allclose(found, expected, atol=1e-4)
@@ -111,7 +114,8 @@ def test_what_the_model_does_later_does_not_change_it(run, tmp_path):
         found = model.unembed(model.hidden(batch)[batch.mask("all")])
     expected = peft_logits(small(False), theirs, batch)[batch.mask("all")]
     assert torch.allclose(found, expected, atol=1e-4)
-    model.module.peft_config["bad"].lora_alpha = 1
+    configs: Any = model.module.peft_config
+    configs["bad"].lora_alpha = 1
     with pytest.raises(ValueError, match=other):
         organism.on(model)
 
