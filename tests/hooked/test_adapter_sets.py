@@ -15,7 +15,7 @@ from emlens.hooked import ENGINES
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach, inject, remove
 from emlens.hooked.untouched import checksum
-from tests.support.adapters import TOKENS, batch_of, logits_of, peft_model, saved
+from tests.support.adapters import TOKENS, batch_of, logits_of, peft_model, rewrite, saved
 from tests.support.models import tiny_model
 from tests.support.tokenizers import chatml_tokenizer
 
@@ -126,6 +126,32 @@ def test_removing_one_of_two_lets_the_other_act_on_and_no_other_begin(tmp_path):
         remove(module, "a")
         assert adapters.acting == ()
         assert torch.equal(logits_of(module, batch), logits_of(small(), batch))
+
+
+def test_a_refused_adapter_leaves_those_beside_it_as_they_are(tmp_path):
+    several = {"modules_to_save": ["lm_head"], "trainable_token_indices": TOKENS}
+    good = saved(tmp_path / "good", small(), seed=1, **several)
+    bad = saved(tmp_path / "bad", small(), seed=2, **several)
+    rewrite(bad, r=3)
+    module, batch = small(), batch_of(TOKENS)
+    attach(module, {"good": good}, "tiny-llama")
+    adapters = Adapters(module)
+    with adapters.using("good"):
+        next(
+            module.get_submodule("model.layers.0.mlp.down_proj.lora_A").parameters()
+        ).requires_grad_()
+        expected = logits_of(module, batch)
+        flags = {path: weight.requires_grad for path, weight in module.named_parameters()}
+        with pytest.raises(ValueError, match="adapter 'bad' does not fit tiny-llama: lora_A at"):
+            attach(module, {"bad": bad}, "tiny-llama")
+        assert adapters.names == adapters.acting == ("good",)
+        assert torch.equal(logits_of(module, batch), expected)
+        assert flags == {path: weight.requires_grad for path, weight in module.named_parameters()}
+        rewrite(bad, r=1)
+        attach(module, {"bad": bad}, "tiny-llama")
+        assert adapters.names == ("good", "bad")
+        assert adapters.acting == ("good",)
+        assert torch.equal(logits_of(module, batch), expected)
 
 
 def test_what_an_adapter_owns_does_not_have_its_name_in_it(tmp_path):
