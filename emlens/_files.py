@@ -37,7 +37,7 @@ def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None)
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
+    temporary = temporary_beside(target)
     try:
         try:
             yield temporary
@@ -52,42 +52,7 @@ def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None)
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_folder(folder: str | Path, record: str) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`; its files take their places unless the block raises.
-
-    Files of `folder` that are not written again stay as they are.
-
-    Args:
-        folder: The folder.
-        record: The file that says that the folder is whole: taken away first and put back last.
-
-    Raises:
-        OSError: If a file cannot be written; it is named as in `folder`.
-    """
-    target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
-    temporary.mkdir()
-    try:
-        yield temporary
-        files = sorted(temporary.iterdir(), key=lambda path: path.name == record)
-        for path in files:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        with suppress(OSError):  # there is a folder already
-            os.replace(temporary, target)
-            return
-        (target / record).unlink(missing_ok=True)
-        for path in files:
-            os.replace(path, target / path.name)
-    except OSError as error:
-        _raise_about(error, temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary(target: Path) -> Path:
+def temporary_beside(target: Path) -> Path:
     """A path beside a file or folder, which names the process that writes it."""
     _remove_leftovers(target)
     mark = f"emlens-{_host()}-{os.getpid()}-{uuid4().hex[:8]}"

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.functional import cast_adapter_dtype
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from emlens.hooked.adapters import Adapters, available, kept_gradients, switch
+from emlens.hooked.adapter_files import compare_bases, read_adapter
+from emlens.hooked.adapter_kinds import MERGE, check_config, check_name, check_rank
+from emlens.hooked.adapters import Adapters, Weights, available, delete_from, kept_gradients, switch
+from emlens.hooked.architecture import Architecture
+from emlens.hooked.untouched import untouched
 
-_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
 def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: str) -> None:
-    """Inject saved LoRA adapters into a base model, in place; none of them acts afterwards.
+    """Put saved LoRA adapters into a base model, in place; none of them acts afterwards.
 
-    Adapter weights in half precision are kept in fp32, as PEFT does.
+    Adapter weights in half precision are kept in fp32, as PEFT does. All other weights stay where
+    and what they are, which is proved.
 
     Args:
         module: The `...ForCausalLM` module.
@@ -32,28 +37,155 @@ def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: st
 
     Raises:
         FileNotFoundError: If there is no adapter at a place.
-        ValueError: If an adapter is not LoRA, does not fit the base, has weights that find no
-            place, or changes nothing. The module is then as it was.
+        ValueError: If an adapter is not LoRA, would change the base, does not fit it, has weights
+            that find no place, or changes nothing. The module is then as it was.
     """
-    for name, source in adapters.items():
-        if not name or "." in name:
-            raise ValueError(f"{name!r} cannot name an adapter; leave dots out of it")
-        with _undone_if_it_fails(module, name), kept_gradients(module):
-            _attach(module, name, str(source), model_name)
+    what = " or ".join(f"adapter {name!r}" for name in adapters)
+    with kept_gradients(module), untouched(module, what):
+        for name, source in adapters.items():
+            check_name(module, name)
+            config, weights = read_adapter(name, str(source))
+            compare_bases(name, config.base_model_name_or_path, model_name)
+            _put(module, name, config, weights, model_name)
 
 
-def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
-    config, state = read_adapter(name, source)
-    _compare_bases(name, config.base_model_name_or_path, model_name)
+def inject(
+    module: nn.Module,
+    name: str,
+    config: LoraConfig,
+    model_name: str,
+    weights: Weights | None = None,
+) -> None:
+    """Put one LoRA adapter into a model, in place; it does not act, and its weights are fp32.
+
+    What acts beside it goes on acting.
+
+    Args:
+        module: The `...ForCausalLM` module.
+        name: What it is called.
+        config: PEFT's configuration.
+        model_name: What errors call the model.
+        weights: Its weights by the keys that PEFT saves them under; None for a new adapter.
+
+    Raises:
+        ValueError: If the name cannot be used, no module fits, the adapter would change the base,
+            its rank is larger than a module allows, or, of a new one, dropout is asked for or a
+            start that is computed from data. The module is then as it was.
+    """
+    check_name(module, name)
+    if weights is None and config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout is {config.lora_dropout}; emlens runs models without dropout, so that "
+            "a training can be repeated"
+        )
+    if weights is None and config.init_lora_weights == "eva":
+        raise ValueError(
+            f"adapter {name!r} has init_lora_weights='eva', a start that is computed from data; "
+            "make it with PEFT's initialize_lora_eva_weights and give the model to emlens.wrap"
+        )
+    with kept_gradients(module), untouched(module, f"adapter {name!r}"):
+        _put(module, name, deepcopy(config), weights, model_name)
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take an adapter out of a model; where none is left, the base's own module is back."""
+    held = [(path, part) for path, part in Adapters(module).parts() if name in available(part)]
+    with kept_gradients(module), _quiet():
+        for _, part in held:
+            delete_from(part, name)
+    for path, part in held:
+        parent, _, child = path.rpartition(".")
+        owner = module.get_submodule(parent)
+        # of layers around layers the outermost stands for all
+        if not available(part) and getattr(owner, child, None) is part:
+            lora = hasattr(part, "get_base_layer")
+            setattr(owner, child, part.get_base_layer() if lora else part.original_module)
+    configs: Any = getattr(module, "peft_config", {})
+    configs.pop(name, None)
+    if not configs and "peft_config" in module.__dict__:
+        del module.__dict__["peft_config"]
+
+
+def _put(
+    module: nn.Module,
+    name: str,
+    config: LoraConfig,
+    weights: Weights | None,
+    model_name: str,
+) -> None:
+    check_config(module, name, config)
+    known = {id(part) for part in module.modules()}
+    before = {
+        id(layer): [] if layer.disable_adapters else list(layer.active_adapters)
+        for _, layer in Adapters(module).parts()
+    }
     try:
         with _quiet():
             inject_adapter_in_model(config, module, adapter_name=name)
-    except ValueError as error:
+        cast_adapter_dtype(module, name)
+        for _, layer in Adapters(module).parts():
+            switch(layer, before.get(id(layer), []))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
-    cast_adapter_dtype(module, name)
-    _check_shapes(module, name, state, model_name)
-    result = set_peft_model_state_dict(module, state, adapter_name=name)
-    missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
+    for part in module.modules():
+        if id(part) not in known:
+            part.training = module.training
+    _check_places(module, name)
+    if weights is not None:
+        _fill(module, name, weights, model_name)
+
+
+def _check_places(module: nn.Module, name: str) -> None:
+    """Refuse ranks that a module does not have, and wrappers around what has to stay visible."""
+    adapters = Adapters(module)
+    for path, layer in adapters.lora_layers(name).items():
+        if not hasattr(layer, "parameter_name"):
+            check_rank(name, path, layer.r[name], layer.in_features, layer.out_features)
+    blocks = Architecture.of(module).blocks
+    paths = [path for path, _ in adapters.parts()]
+    for path, part in adapters.parts():
+        if not hasattr(part, "original_module") or name not in available(part):
+            continue
+        inside = path.removeprefix(f"{blocks}.")
+        if f"{blocks}.".startswith(f"{path}.") or (inside != path and inside.isdigit()):
+            raise ValueError(
+                f"adapter {name!r} replaces {path} as a whole (modules_to_save), which holds "
+                "decoder blocks; emlens reads these from the base's own modules"
+            )
+        nested = [other for other in paths if other.startswith(f"{path}.")]
+        if nested:
+            raise ValueError(
+                f"adapter {name!r} replaces {path} as a whole (modules_to_save), and another "
+                f"adapter works inside of it, at {nested[0]}; load them on two models"
+            )
+
+
+def _fill(module: nn.Module, name: str, weights: Weights, model_name: str) -> None:
+    """Copy weights into an adapter; every one finds its place, and every place its weight."""
+    own = Adapters(module).parameters(name)
+    state = _without_base(module, name, weights, own)
+    for key, place in own.items():
+        if key in state and state[key].shape != place.shape:
+            path, _, part = key.removesuffix(".weight").rpartition(".")
+            raise ValueError(
+                f"adapter {name!r} does not fit {model_name}: {part} at {path} is "
+                f"{list(state[key].shape)}, this model and the adapter's rank need "
+                f"{list(place.shape)}"
+            )
+    try:
+        result = set_peft_model_state_dict(module, state, adapter_name=name)
+    except KeyError as error:
+        raise ValueError(
+            f"adapter {name!r} does not fit {model_name}: it has no weights for {error.args[0]}"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
+    tied = tuple(
+        f"{path}."
+        for path, part in Adapters(module).parts()
+        if getattr(getattr(part, "token_adapter", None), "tied_adapter", None) is not None
+    )
+    missing = [k for k in result.missing_keys if f".{name}." in f"{k}." and not k.startswith(tied)]
     if missing or result.unexpected_keys:
         what = f"no weights for {missing[0]}" if missing else ""
         left = f"no place for {result.unexpected_keys[0]}" if result.unexpected_keys else ""
@@ -61,141 +193,64 @@ def _attach(module: nn.Module, name: str, source: str, model_name: str) -> None:
             f"adapter {name!r} does not fit {model_name}: it has "
             f"{' and '.join(part for part in (what, left) if part)}"
         )
-    check_weights(_products(module, name), name)
-    for _, layer in Adapters(module).parts():
-        switch(layer, ())
+    _check_effect(module, name)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Several adapters on one model, come and go, are what is wanted; PEFT warns of both."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-        yield
-
-
-def inject(module: nn.Module, name: str, config: LoraConfig, model_name: str) -> None:
-    """Inject a new LoRA adapter, in place; it does not act, and its weights are fp32.
-
-    What acts beside it goes on acting.
+def _without_base(
+    module: nn.Module, name: str, weights: Weights, own: Weights
+) -> dict[str, Tensor]:
+    """Leave copies of the base's tensors out, as PEFT saves beside LoRA on embeddings.
 
     Raises:
-        ValueError: If the name is taken or has dots, no module fits, the rank is larger than a
-            module allows, or dropout is asked for. The module is then as it was.
+        ValueError: If one of them is not what the base has.
     """
-    if not name or "." in name:
-        raise ValueError(f"{name!r} cannot name an adapter; leave dots out of it")
-    if name in Adapters(module).names:
-        raise ValueError(f"there is an adapter {name!r} already; choose another name")
-    if config.lora_dropout:
-        raise ValueError(
-            f"lora_dropout is {config.lora_dropout}; emlens runs models without dropout, so that "
-            "a training can be repeated"
+    base = {
+        re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", path): tensor
+        for path, tensor in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(),
         )
-    before = {
-        id(layer): (list(layer.active_adapters), layer.disable_adapters)
-        for _, layer in Adapters(module).parts()
+        if not re.search(rf"\.{re.escape(name)}(\.|$)", path)
     }
-    with _undone_if_it_fails(module, name), kept_gradients(module):
-        try:
-            with _quiet():
-                inject_adapter_in_model(config, module, adapter_name=name)
-        except ValueError as error:
-            raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
-        cast_adapter_dtype(module, name)
-        for _, layer in Adapters(module).parts():
-            active, disabled = before.get(id(layer), ([name], True))
-            layer.set_adapter(active)
-            layer.enable_adapters(not disabled)
-        for path, weights in _products(module, name).items():
-            a, b = (weights[part].shape for part in weights)
-            if a[0] > min(a[1], b[0]):
-                raise ValueError(
-                    f"adapter {name!r} has rank {a[0]} at {path}, which maps {a[1]} dimensions to "
-                    f"{b[0]}; the rank cannot be larger than either"
-                )
+    kept: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        key = key.removeprefix(_PREFIX)
+        there = None if key in own else base.get(key.replace(".base_layer.", "."))
+        if there is None:
+            kept[key] = value
+        elif value.shape != there.shape:
+            raise ValueError(
+                f"adapter {name!r} brings its own {key} of {list(value.shape)}, and the base has "
+                f"{list(there.shape)}, as after a resized vocabulary; {MERGE}"
+            )
+        elif not _same(value, there):
+            raise ValueError(
+                f"adapter {name!r} brings its own {key} (save_embedding_layers), which differs "
+                f"from the one that all conditions share; {MERGE}"
+            )
+    return kept
 
 
-def remove(module: nn.Module, name: str) -> None:
-    """Take an adapter out of a model; where none is left, the base's own module is back."""
-    for path, layer in list(Adapters(module).parts()):
-        if name not in getattr(layer, "lora_A", {}):
+def _same(value: Tensor, there: Tensor) -> bool:
+    """Whether two tensors agree, in the coarser of their types."""
+    dtype = min(value.dtype, there.dtype, key=lambda kind: kind.itemsize)
+    return torch.equal(value.to(there.device, dtype), there.to(dtype))
+
+
+def _check_effect(module: nn.Module, name: str) -> None:
+    """Refuse weights that are not finite, and plain LoRA that adds nothing."""
+    others = False
+    for key, tensor in Adapters(module).parameters(name).items():
+        if re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", key):
             continue
-        with _quiet():
-            layer.delete_adapter(name)
-        if not available(layer):
-            parent, _, child = path.rpartition(".")
-            setattr(module.get_submodule(parent), child, layer.get_base_layer())
-    getattr(module, "peft_config", {}).pop(name, None)
-
-
-def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read the config and the weights of a LoRA adapter, by their names in the base model.
-
-    Args:
-        name: What errors call it.
-        source: A folder or a hub name.
-
-    Raises:
-        FileNotFoundError: If there is no adapter.
-        ValueError: If it is not LoRA, or its weights are truncated.
-    """
-    local = Path(source).expanduser()
-    where: dict[str, Any] = {}
-    if local.exists():
-        source = str(local)
-        if not (local / _FILE).is_file():
-            inside = sorted(str(p.parent.relative_to(local)) for p in local.rglob(_FILE))
-            hint = f"; there are some inside: {', '.join(inside[:3])}" if inside else ""
-            raise FileNotFoundError(f"adapter {name!r}: {source} has no {_FILE}{hint}")
-    elif source.count("/") > 1 and not source.startswith(("/", ".", "~")):
-        owner, repository, where["subfolder"] = source.split("/", 2)
-        source = f"{owner}/{repository}"
-    try:
-        config = PeftConfig.from_pretrained(source, **where)
-        weights = load_peft_weights(source, device="cpu", **where)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"adapter {name!r}: found none at {source!r}, neither as a folder nor on the hub "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"adapter {name!r}: its weights in {source} are not readable ({error}); were they "
-            "fetched as a whole?"
-        ) from error
-    if not isinstance(config, LoraConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
-    return config, {key.removeprefix(_PREFIX): value for key, value in weights.items()}
-
-
-def _compare_bases(name: str, recorded: str | None, model_name: str) -> None:
-    if recorded and _plain(recorded) != _plain(model_name):
-        warnings.warn(
-            f"adapter {name!r} records {recorded!r} as its base, but this model is "
-            f"{model_name!r}; its effect is only that of its training on the same weights",
-            stacklevel=4,
-        )
-
-
-def _plain(name: str) -> str:
-    """A model's name without owner, case, and the marks of a quantised copy."""
-    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    return last.removesuffix("-bnb-4bit").removesuffix("-unsloth")
-
-
-def _check_shapes(module: nn.Module, name: str, state: dict[str, Tensor], base: str) -> None:
-    for path, weights in _products(module, name).items():
-        for part, weight in weights.items():
-            kept = state.get(f"{path}.{part}.weight")
-            if kept is not None and kept.shape != weight.shape:
-                raise ValueError(
-                    f"adapter {name!r} does not fit {base}: {part} at {path} is "
-                    f"{list(kept.shape)}, this model and the adapter's rank need "
-                    f"{list(weight.shape)}"
-                )
+        others = True
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"adapter {name!r} has weights at {key} that are not finite")
+    products = _products(module, name)
+    if not others:
+        check_weights(products, name)
+    elif not all(bool(w.isfinite().all()) for parts in products.values() for w in parts.values()):
+        raise ValueError(f"adapter {name!r} has weights that are not finite")
 
 
 def check_weights(products: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
@@ -227,25 +282,14 @@ def _products(module: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 
 
 @contextmanager
-def _undone_if_it_fails(module: nn.Module, name: str) -> Iterator[None]:
-    """Take an adapter out again when it could not be attached."""
-    before = dict(module.named_modules())
-    config = getattr(module, "peft_config", None)
-    configs = None if config is None else dict(config)
-    try:
+def _quiet() -> Iterator[None]:
+    """Several adapters on one model, come and go, are what is wanted; PEFT warns of them."""
+    with warnings.catch_warnings():
+        for message in (
+            "Already found a `peft_config` attribute",
+            "Adapter .* was active which is now deleted",
+            "Model has `tie_word_embeddings=True` and a tied layer is part",
+            "`lora_bias=True` was passed but the targeted layer",
+        ):
+            warnings.filterwarnings("ignore", message=message)
         yield
-    except BaseException:
-        for _, layer in list(Adapters(module).parts()):
-            if name in getattr(layer, "lora_A", {}):
-                with _quiet():
-                    layer.delete_adapter(name)
-        for path, part in before.items():
-            if path and module.get_submodule(path) is not part:
-                parent, _, child = path.rpartition(".")
-                setattr(module.get_submodule(parent), child, part)
-        if configs is None:
-            if hasattr(module, "peft_config"):
-                delattr(module, "peft_config")
-        else:
-            module.peft_config = configs  # type: ignore[assignment]
-        raise

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from emlens.hooked.adapters import available
 from emlens.hooked.sites import Site
 from emlens.hooked.state import evaluating
 from emlens.text import TokenBatch, TokenRow, pack
@@ -53,14 +54,15 @@ def self_check(model: HookedModel) -> None:
         _check_unembed(model, batch, hidden)
         _check_sites(model, batch)
         _check_edit(model, batch, hidden)
-        _check_adapters(model, batch)
+        _check_adapters(model)
 
 
-def _probe(model: HookedModel) -> TokenBatch:
+def _probe(model: HookedModel, tokens: Sequence[int] = ()) -> TokenBatch:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for length in (8, 5):
         ids = torch.randint(0, model.n_vocab, (length,), generator=generator).tolist()
+        ids[: len(tokens)] = tokens[:length]
         nothing = (False,) * length
         rows.append(TokenRow(tuple(ids), nothing, nothing, f"probe of {length} tokens"))
     (batch,) = pack(rows, pad_id=model.pad_id)
@@ -127,21 +129,43 @@ def _check_edit(model: HookedModel, batch: TokenBatch, hidden: Tensor) -> None:
         )
 
 
-def _check_adapters(model: HookedModel, batch: TokenBatch) -> None:
-    for name in model.adapters:
+def _check_adapters(model: HookedModel) -> None:
+    """Compare each adapter with the base, from the embedding through the head."""
+    adapters = model._adapters
+    for name in adapters.names:
+        parts = {path: part for path, part in adapters.parts() if name in available(part)}
+        batch = _probe(model, _changed_tokens(parts.values(), name))
+        real = batch.mask("all")
         with model.adapter(None):
-            base = model.hidden(batch)
-        with model.adapter(name), _passed_by(model.lora_layers(name)) as missed:
-            moved = model.hidden(batch)
+            hidden = model.hidden(batch)
+            base = hidden, model.unembed(hidden[real.to(hidden.device)])
+        with model.adapter(name), _passed_by(parts) as missed:
+            hidden = model.hidden(batch)
+            moved = hidden, model.unembed(hidden[real.to(hidden.device)])
         # a token may be routed past an expert, and past its adapter with it
         never = sorted(path for path in missed if ".experts." not in path)
         if never:
             raise RuntimeError(
                 f"{model.name}: the {model.engine} engine never runs adapter {name!r} at "
-                f"{never[0]}, since it works on copies of fused projections; use engine='nnsight'"
+                f"{never[0]}, since it has modules of its own there; use engine='nnsight'"
             )
-        if torch.equal(base, moved):
+        if all(torch.equal(before, after) for before, after in zip(base, moved, strict=True)):
             raise RuntimeError(f"{model.name}: adapter {name!r} changes nothing")
+        with model.adapter(name):
+            _check_unembed(model, batch, hidden)
+
+
+def _changed_tokens(parts: Iterable[Any], name: str) -> list[int]:
+    """A few tokens that an adapter has rows of its own for, which a random text may not have."""
+    found: list[int] = []
+    for part in parts:
+        tokens = getattr(part, "token_adapter", None)
+        if tokens is not None:
+            found += list(tokens.token_indices[name])[:4]
+        elif isinstance(getattr(part, "original_module", None), nn.Embedding):
+            changed = part.modules_to_save[name].weight != part.original_module.weight
+            found += changed.any(1).nonzero()[:4, 0].tolist()
+    return found
 
 
 @contextmanager
@@ -149,7 +173,7 @@ def _passed_by(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """The paths of the modules that no forward pass inside of the block has run."""
     missed = set(layers)
     hooks = [
-        layer.register_forward_hook(lambda *_, path=path: missed.discard(path))
+        layer.register_forward_pre_hook(lambda *_, path=path: missed.discard(path))
         for path, layer in layers.items()
     ]
     try:

@@ -49,7 +49,8 @@ def load(
         revision: Revision on the hub.
         adapters: LoRA adapters to put on the one copy of the base: name to folder or hub name
             (`"org/name"`, or `"org/name/sub/folder"`). None acts until
-            `with model.adapter(name)`.
+            `with model.adapter(name)`. All that PEFT keeps of an adapter acts: DoRA, biases at
+            `B`, saved modules, single tokens. One that would change the base is refused.
         check: Run the self-check.
         remote: Run on a server instead of loading weights: True for NDIF (or the host in
             nnsight's configuration), a host's URL, or `"local"`, which runs here what would be

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emlens.hooked.adapters import Adapters
+from emlens.hooked.adapters import Adapters, Weights
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.condition import Acting, Altered, Condition, ConditionLike, condition_of
 from emlens.hooked.edit import Edit, check_edits, deepest_prefix
@@ -366,23 +366,23 @@ class HookedModel(ABC):
         """PEFT's layers of one adapter, by their path in the module."""
         return self._adapters.lora_layers(name)
 
-    def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Put a new LoRA adapter onto this copy of the base, to be trained; it does not act yet.
+    def add_adapter(self, name: str, config: LoraConfig, weights: Weights | None = None) -> None:
+        """Put a LoRA adapter onto this copy of the base; it does not act yet.
 
-        The model's own modules are those of emlens' second tree, so an object that was wrapped
-        stays as it is.
+        An object that was wrapped stays as it is: emlens runs a second tree of its modules.
 
         Args:
             name: What it is called; `adapter(name)` lets it act.
             config: PEFT's configuration.
+            weights: Its weights, by PEFT's keys; None for a new adapter, to be trained.
 
         Raises:
-            ValueError: If the name is taken, or the configuration does not fit the model.
+            ValueError: If the name is taken, or the adapter does not fit or would change the base.
             NotImplementedError: If the engine has replaced the modules that it would go into.
         """
         from emlens.hooked.attach import inject
 
-        inject(self.module, name, config, self.name)
+        inject(self.module, name, config, self.name, weights)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away.

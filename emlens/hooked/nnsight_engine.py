@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnsight import NNsight
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from emlens.hooked.adapters import Weights
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.visit import Visit
 from emlens.hooked.walk import envoy, walk, walk_steps
 from emlens.text import TokenBatch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class NNsightModel(HookedModel):
@@ -31,6 +35,14 @@ class NNsightModel(HookedModel):
         super().__init__(module, tokenizer, name, revision)
         # the bare wrapper: batches come tokenised and padded, which the others would do again
         self._traced: Any = NNsight(module)
+
+    def add_adapter(self, name: str, config: LoraConfig, weights: Weights | None = None) -> None:
+        super().add_adapter(name, config, weights)
+        self._traced = NNsight(self.module)  # a module that is traced may have been replaced
+
+    def remove_adapter(self, name: str) -> None:
+        super().remove_adapter(name)
+        self._traced = NNsight(self.module)
 
     def _run(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None

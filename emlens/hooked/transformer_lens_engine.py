@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emlens.hooked.adapters import Adapters
+from emlens.hooked.adapters import Adapters, Weights
 from emlens.hooked.architecture import hidden_of
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.sites import Site
@@ -48,7 +48,9 @@ class TransformerLensModel(HookedModel):
         self._adapters = Adapters(module, paths)
         self.bridge = bridge
 
-    def add_adapter(self, name: str, config: LoraConfig) -> NoReturn:
+    def add_adapter(
+        self, name: str, config: LoraConfig, weights: Weights | None = None
+    ) -> NoReturn:
         """Refuse: the bridge has put modules of its own where the adapter would go.
 
         Raises:

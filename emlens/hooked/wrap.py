@@ -105,7 +105,11 @@ def _bare(module: nn.Module) -> PreTrainedModel:
                     f"this PEFT model uses {kind}, which works on the input and not on the "
                     "modules; emlens runs LoRA adapters"
                 )
-        return wrapped.get_base_model()
+        module = wrapped.get_base_model()
+    for name, config in (getattr(module, "peft_config", None) or {}).items():
+        from emlens.hooked.adapter_kinds import check_lora
+
+        check_lora(module, name, config)
     return cast(PreTrainedModel, module)
 
 

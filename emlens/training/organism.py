@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import atomic_folder, atomic_write, read_json, write_json
+from emlens._files import read_json, write_json
+from emlens._folders import recovered, whole_folder
 from emlens.directions import Directions
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 _RECORD, _VECTOR, _RUN = "organism.json", "vector.safetensors", "run.safetensors"
 _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."
+_SCALE = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
+_OWN = (_RECORD, _VECTOR, _RUN, _WEIGHTS, "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Organism:
         name: What it is called.
         run: The record of its training: settings, data hashes, losses, path.
         directions: The vectors, where vectors were trained.
-        weights: `A` and `B` by PEFT's names, where an adapter was trained.
+        weights: Its weights by PEFT's names, where an adapter was trained.
         config: PEFT's configuration of that adapter.
 
     Example:
@@ -64,40 +69,37 @@ class Organism:
                 "this run finetuned the weights themselves; keep the whole model with "
                 "model.module.save_pretrained(folder) and load it with emlens.load(folder)"
             )
-        weights = {
-            f"{_PREFIX}{path}.{part}.weight": getattr(layer, part)[name].weight.detach().cpu()
-            for path, layer in model.lora_layers(name).items()
-            for part in ("lora_A", "lora_B")
-        }
-        configs = getattr(model.module, "peft_config", {})
-        return cls(name, run, weights=weights, config=configs[name])
+        own = model._adapters.parameters(name)
+        weights = {f"{_PREFIX}{k}": w.detach().to("cpu", copy=True) for k, w in own.items()}
+        configs: Any = getattr(model.module, "peft_config", {})
+        return cls(name, run, weights=weights, config=deepcopy(configs[name]))
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder; an adapter's loads in plain PEFT and in `emlens.load(adapters=)`.
 
-        A folder without its record is not whole; an organism that is there stays if this fails.
+        An organism that is there is replaced when the new one is complete; if that fails, it
+        stays.
         """
         folder = Path(folder)
-        with atomic_folder(folder, _RECORD) as draft:
-            self._write(draft)
+        with whole_folder(folder, _OWN) as new:
+            self.run.save(new / _RUN)
+            if self.directions is not None:
+                self.directions.save(new / _VECTOR)
+            if self.weights is not None and self.config is not None:
+                # tied weights are written twice, as safetensors has to have it
+                plain = {name: tensor.clone().contiguous() for name, tensor in self.weights.items()}
+                (new / _WEIGHTS).write_bytes(save(plain, metadata={"format": "pt"}))
+                config = deepcopy(self.config)
+                config.inference_mode = True
+                config.save_pretrained(str(new))
+            record = {
+                "name": self.name,
+                "kind": "vector" if self.directions is not None else "adapter",
+                "provenance": self.run.provenance.to_dict(),
+                "updates": len(self.run.steps),
+            }
+            write_json(new / _RECORD, record)
         return folder
-
-    def _write(self, folder: Path) -> None:
-        self.run.save(folder / _RUN)
-        if self.directions is not None:
-            self.directions.save(folder / _VECTOR)
-        if self.weights is not None and self.config is not None:
-            plain = {name: tensor.contiguous() for name, tensor in self.weights.items()}
-            atomic_write(folder / _WEIGHTS, save(plain, metadata={"format": "pt"}))
-            self.config.inference_mode = True
-            self.config.save_pretrained(str(folder))
-        record = {
-            "name": self.name,
-            "kind": "vector" if self.directions is not None else "adapter",
-            "provenance": self.run.provenance.to_dict(),
-            "updates": len(self.run.steps),
-        }
-        write_json(folder / _RECORD, record)
 
     @classmethod
     def load(cls, folder: str | Path) -> Organism:
@@ -107,7 +109,7 @@ class Organism:
             FileNotFoundError: If the folder holds no whole organism.
             ValueError: If a file in it is damaged.
         """
-        folder = Path(folder).expanduser()
+        folder = recovered(Path(folder).expanduser())
         if not (folder / _RECORD).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no organism (no {_RECORD}); a LoRA adapter of others is loaded "
@@ -116,7 +118,7 @@ class Organism:
         record, run = read_json(folder / _RECORD), TrainingRun.load(folder / _RUN)
         if record["kind"] == "vector":
             return cls(record["name"], run, directions=Directions.load(folder / _VECTOR))
-        from emlens.hooked.attach import read_adapter
+        from emlens.hooked.adapter_files import read_adapter
 
         config, weights = read_adapter(record["name"], str(folder))
         named = {f"{_PREFIX}{name}": weight for name, weight in weights.items()}
@@ -128,22 +130,28 @@ class Organism:
         An adapter that the model does not have yet is put onto it.
 
         Raises:
-            ValueError: If it does not fit the model.
+            ValueError: If it does not fit the model, or the model has another of that name.
         """
         if self.directions is not None:
             return [Add(self.directions, where=self.run.settings.get("where", "all"))]
-        if self.name not in model.adapters:
-            self._attach(model)
-        return self.name
-
-    def _attach(self, model: HookedModel) -> None:
-        import torch
-
         if self.config is None or self.weights is None:
             raise ValueError(f"organism {self.name!r} has neither a vector nor an adapter")
-        model.add_adapter(self.name, self.config)
-        with torch.no_grad():
-            for path, layer in model.lora_layers(self.name).items():
-                for part in ("lora_A", "lora_B"):
-                    weight = self.weights[f"{_PREFIX}{path}.{part}.weight"]
-                    getattr(layer, part)[self.name].weight.copy_(weight)
+        if self.name not in model.adapters:
+            model.add_adapter(self.name, self.config, self.weights)
+        elif not self._is_on(model):
+            raise ValueError(
+                f"the model has another adapter called {self.name!r}; take it away with "
+                "model.remove_adapter, or save the organism under another name"
+            )
+        return self.name
+
+    def _is_on(self, model: HookedModel) -> bool:
+        """Whether the model's adapter of this name has these weights, with this scale."""
+        config: Any = getattr(model.module, "peft_config", {}).get(self.name)
+        if any(getattr(config, field) != getattr(self.config, field) for field in _SCALE):
+            return False
+        there = model._adapters.parameters(self.name)
+        ours = {key.removeprefix(_PREFIX): weight for key, weight in (self.weights or {}).items()}
+        return there.keys() <= ours.keys() and all(
+            torch.equal(weight, ours[key].to(weight)) for key, weight in there.items()
+        )

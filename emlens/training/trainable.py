@@ -154,6 +154,13 @@ class AdapterParts:
                     "trains adapters inside of them"
                 )
             self._blocks[path] = block
+        plain = {f"{path}.lora_{part}.weight" for path in self._layers for part in "AB"}
+        more = sorted(model._adapters.parameters(name).keys() - plain)
+        if more:
+            raise ValueError(
+                f"adapter {name!r} has {more[0]} beside A and B; emlens trains plain LoRA, so "
+                "train this one with PEFT"
+            )
         self.below = below_weights(model, min(self._blocks.values()))
         written = [w for n, w in self.parameters.items() if n.endswith(".B")]
         # a new adapter does nothing yet; its A is drawn from the seed

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig
+from safetensors.torch import load_file
 
 import emlens
 from emlens.hooked import ENGINES
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach
 from emlens.text import pack, tokenize
-from tests.support.adapters import peft_model, saved
+from tests.support.adapters import logits_of, peft_model, rewrite, saved
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_model
 from tests.support.tokenizers import chatml_tokenizer
@@ -51,15 +50,6 @@ def base(tmp_path, tiny_tokenizer):
 def batch_of(tokenizer):
     (batch,) = pack(tokenize(conversations("good", 4), tokenizer), padding_side="left")
     return batch
-
-
-def logits_of(module, batch):
-    with torch.no_grad():
-        return module(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-        ).logits
 
 
 def logits(model, batch):
@@ -188,145 +178,6 @@ def test_gpt2_and_modules_to_save_work_as_in_peft(tmp_path, tiny_tokenizer):
     assert torch.allclose(found, logits_of(reference, batch)[real], atol=1e-4)
     with pytest.raises(RuntimeError, match=r"never runs adapter 'bad' at transformer\.h\.0\.attn"):
         emlens.load(folder, engine="transformer_lens", adapters={"bad": adapter})
-
-
-def rewrite(folder, weights=None, **config):
-    """Change what an adapter's folder says."""
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    if weights is not None:
-        kept = load_file(folder / "adapter_model.safetensors")
-        save_file(weights(kept), folder / "adapter_model.safetensors")
-
-
-def half_gone(weights):
-    return dict(sorted(weights.items())[1:])
-
-
-def each(change):
-    return lambda folder: rewrite(folder, lambda w: {k: change(k, v) for k, v in w.items()})
-
-
-def renamed(folder):
-    rewrite(folder, lambda w: {k.replace("down_proj", "up"): v for k, v in w.items()})
-
-
-BROKEN = {
-    "wider": (
-        each(lambda _, weight: torch.cat([weight, weight], -1)),
-        ValueError,
-        r"lora_A at model\.layers\.0\.mlp\.down_proj is \[1, 128\], this model and the adapter's "
-        r"rank need \[1, 64\]",
-    ),
-    "other rank": (
-        lambda folder: rewrite(folder, r=3),
-        ValueError,
-        r"is \[1, 64\], this model .* \[3, 64\]",
-    ),
-    "missing": (
-        lambda folder: rewrite(folder, half_gone),
-        ValueError,
-        "it has no weights for model.layers.0",
-    ),
-    "elsewhere": (renamed, ValueError, "it has no weights for .* and no place for"),
-    "no such module": (
-        lambda folder: rewrite(folder, target_modules=["nothing"]),
-        ValueError,
-        "adapter 'bad' does not fit tiny-llama: .*nothing",
-    ),
-    "zero": (
-        each(lambda key, weight: weight * ("lora_A" in key)),
-        ValueError,
-        "changes nothing: A or B is zero in each of its 4 modules",
-    ),
-    "not finite": (
-        each(lambda _, weight: weight * torch.nan),
-        ValueError,
-        "weights at model.layers.0.mlp.down_proj that are not finite",
-    ),
-    "no config": (
-        lambda folder: (folder / "adapter_config.json").rename(folder / "other.json"),
-        FileNotFoundError,
-        "has no adapter_config.json",
-    ),
-    "no weights": (
-        lambda folder: (folder / "adapter_model.safetensors").unlink(),
-        FileNotFoundError,
-        "adapter 'bad': found none at",
-    ),
-}
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left_of_it(how, base, tmp_path):
-    from emlens.hooked.attach import attach
-
-    good = saved(tmp_path / "good", tiny_model("llama"), seed=1)
-    bad = saved(tmp_path / "bad", tiny_model("llama"))
-    breaks, error, message = BROKEN[how]
-    breaks(bad)
-    module = copy.deepcopy(tiny_model("llama"))
-    shape = {name: id(part) for name, part in module.named_modules()}
-    with warnings.catch_warnings(), pytest.raises(error, match=message):
-        warnings.simplefilter("ignore")
-        attach(module, {"bad": bad}, "tiny-llama")
-    assert shape == {name: id(part) for name, part in module.named_modules()}
-    assert not hasattr(module, "peft_config")
-    attach(module, {"good": good}, "tiny-llama")
-    with warnings.catch_warnings(), pytest.raises(error):
-        warnings.simplefilter("ignore")
-        attach(module, {"bad": bad}, "tiny-llama")
-    model = emlens.wrap(module, chatml_tokenizer())
-    assert model.adapters == ("good",)
-    with model.adapter("good"):
-        batch = batch_of(model.tokenizer)
-        real = batch.mask("all")
-        reference = peft_model(tiny_model("llama"), seed=1)
-        expected = logits_of(reference, batch)[real]
-        assert torch.allclose(logits(model, batch)[real], expected, atol=1e-4)
-
-
-def test_other_names_and_other_kinds_get_one_clear_error(base, tmp_path, tiny_tokenizer):
-    adapter = saved(tmp_path / "bad", tiny_model("llama"))
-    model = emlens.load(
-        base, adapters={"bad": adapter, "worse": saved(tmp_path / "w", tiny_model("llama"), 3)}
-    )
-    with (
-        pytest.raises(ValueError, match="no adapter 'good'; the adapters are bad, worse"),
-        model.adapter("good"),
-    ):
-        pass
-    plain = emlens.load(base)
-    with plain.adapter(None):
-        assert plain.active_adapter is None
-    with (
-        pytest.raises(ValueError, match="no adapter 'x': this model has none; load them with"),
-        plain.adapter("x"),
-    ):
-        pass
-    with pytest.raises(ValueError, match="'a.b' cannot name an adapter; leave dots out"):
-        emlens.load(base, adapters={"a.b": adapter})
-    with pytest.raises(FileNotFoundError, match=r"adapter 'x': found none at 'no/where'"):
-        emlens.load(base, adapters={"x": "no/where"})
-    (tmp_path / "repository" / "checkpoints").mkdir(parents=True)
-    saved(tmp_path / "repository" / "checkpoints" / "checkpoint-5", tiny_model("llama"))
-    with pytest.raises(FileNotFoundError, match="there are some inside: checkpoints/checkpoint-5"):
-        emlens.load(base, adapters={"x": tmp_path / "repository"})
-    step = tmp_path / "repository" / "checkpoints" / "checkpoint-5"
-    assert emlens.load(base, adapters={"x": step}).adapters == ("x",)
-    prompts = get_peft_model(
-        copy.deepcopy(tiny_model("llama")),
-        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
-    )
-    prompts.save_pretrained(str(tmp_path / "prompts"))
-    with pytest.raises(ValueError, match="is of the kind PROMPT_TUNING; emlens runs LoRA adapters"):
-        emlens.load(base, adapters={"x": tmp_path / "prompts"})
-    with pytest.raises(ValueError, match="adapters need the base model's weights here"):
-        emlens.load(base, adapters={"bad": adapter}, remote="local")
-    merged = peft_model(tiny_model("llama"))
-    merged.merge_adapter()
-    with pytest.raises(ValueError, match="an adapter is merged into the weights of model.layers.0"):
-        emlens.wrap(merged, tiny_tokenizer)
 
 
 def test_an_adapter_of_another_base_is_warned_of_and_of_its_own_is_not(base, tmp_path):

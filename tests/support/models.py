@@ -40,9 +40,16 @@ SEQUENTIAL = tuple(family for family in FAMILIES if family != "gpt_neox")
 D_MODEL = 32
 
 
-def tiny_model(family: str, n_layers: int = 4, seed: int = 0) -> PreTrainedModel:
-    """A random transformers model over the vocabulary of the ChatML tokenizer."""
+def tiny_model(
+    family: str, n_layers: int = 4, seed: int = 0, tied: bool | None = None
+) -> PreTrainedModel:
+    """A random transformers model over the vocabulary of the ChatML tokenizer.
+
+    Its embeddings are tied as the family's are, unless `tied` says otherwise.
+    """
     config = _config(family, n_layers)
+    if tied is not None:
+        config.tie_word_embeddings = tied
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

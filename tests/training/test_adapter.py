@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import emlens
 from emlens import KLPenalty
 from emlens.directions import adapter_vectors, cosine
+from emlens.hooked.attach import attach
 from emlens.text import pack, tokenize
 from emlens.training import (
     AdapterSettings,
@@ -345,3 +346,21 @@ def test_an_adapter_beside_another_is_trained_against_the_base():
         assert model.active_adapter == "default"
     first = train_adapter(alone, TRAIN, "x", **settings)
     assert [s.loss for s in beside.steps] == pytest.approx([s.loss for s in first.steps], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"use_dora": True, "r": 2}, r"model\.layers\.0\.mlp\.down_proj\.lora_magnitude_vector"),
+        ({"lora_bias": True}, r"model\.layers\.0\.mlp\.down_proj\.lora_B\.bias"),
+        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight"),
+        ({"trainable_token_indices": [3]}, r"model\.embed_tokens\.token_adapter\."),
+    ],
+)
+def test_an_adapter_that_would_be_trained_in_part_is_refused(settings, part, tmp_path):
+    folder = saved(tmp_path / "a", tiny_model("llama"), **settings)
+    module = tiny_model("llama")
+    attach(module, {"bad": folder}, "tiny-llama")
+    model = emlens.wrap(module, chatml_tokenizer(), name="tiny-llama")
+    with pytest.raises(ValueError, match=f"adapter 'bad' has {part}.* beside A and B; emlens trai"):
+        train_adapter(model, TRAIN, "bad", epochs=1, progress=False)

@@ -144,7 +144,8 @@ class _Saved:
 
 def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     # importing PEFT takes seconds
-    from emlens.hooked.attach import check_weights, read_adapter
+    from emlens.hooked.adapter_files import read_adapter
+    from emlens.hooked.attach import check_weights
 
     name = name or Path(folder).expanduser().resolve().name
     config, state = read_adapter(name, str(folder))
