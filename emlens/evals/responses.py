@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from emlens._store import Store, read
 from emlens.evals.questions import Question, check_names
-from emlens.evals.store import JsonLines
 from emlens.hooked import Condition, Conditions, HookedModel, under
 from emlens.hooked.sweep import parts_of
 
@@ -130,17 +130,13 @@ class Responses:
 
     @classmethod
     def load(cls, path: str | Path) -> Responses:
-        """Read a store; a last line that was not written whole is cut off.
+        """Read a store, or one in JSON Lines of an earlier version; nothing is written.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If a line is damaged (it is named).
+            ValueError: If it is no store of responses, or damaged (the line is named).
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        kept = JsonLines(path, "key")
-        return cls(tuple(Response.from_dict(record) for record in kept), path)
+        return cls(tuple(map(Response.from_dict, read(path, "responses"))), Path(path))
 
 
 def respond(
@@ -168,7 +164,7 @@ def respond(
         conditions: Named edits, adapters, or both, as in `emlens.log_odds`; the untouched model
             by default.
         n: Answers per question; a question's own number, or 1, by default.
-        store: A JSON Lines file. Answers are added as they come; an interrupted call goes on.
+        store: An SQLite file. Answers are added as they come; an interrupted call goes on.
         temperature: 0 is greedy. The papers use 1.
         top_p: Nucleus to sample from. The papers use 1.
         max_new_tokens: Longest answer, in tokens. The papers use 600.
@@ -180,7 +176,8 @@ def respond(
         The answers that were asked for, by condition and question.
 
     Raises:
-        ValueError: If there are no questions, two share a name, or a setting is out of range.
+        ValueError: If there are no questions, two share a name, a setting is out of range, or the
+            store is another file.
 
     Example:
         >>> answers = respond(model, load_questions("general"), {"base": [], "finance": "finance"})
@@ -193,7 +190,8 @@ def respond(
     check_names(questions)
     conditions = {"base": ()} if conditions is None else conditions
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    kept = None if store is None else JsonLines(store, "key")
+    kept = None if store is None else Store(store, "responses")
+    known = {record["key"]: record for record in kept or ()}
     found: dict[str, Response] = {}
     wanted: list[tuple[Response, Question, Condition]] = []
     order: list[str] = []
@@ -204,8 +202,8 @@ def respond(
                 made_by = model.name, model.revision
                 row = unanswered(made_by, question, name, acts, sample, sampling, seed)
                 order.append(row.key)
-                if kept is not None and row.key in kept:
-                    found[row.key] = Response.from_dict(kept[row.key])
+                if row.key in known:
+                    found[row.key] = Response.from_dict(known[row.key])
                 else:
                     wanted.append((row, question, condition))
     bar = tqdm(
@@ -223,11 +221,10 @@ def respond(
                     seed=[row.seed for row, _, _ in block],
                     batch_tokens=batch_tokens,
                 )
-            for (row, _, _), text in zip(block, texts, strict=True):
-                done = replace(row, text=text)
-                if kept is not None:
-                    kept.add(asdict(done))
-                found[done.key] = done
+            done = [replace(row, text=text) for (row, _, _), text in zip(block, texts, strict=True)]
+            if kept is not None:
+                done = map(Response.from_dict, kept.add(map(asdict, done)))
+            found |= {row.key: row for row in done}
             bar.update(len(block))
     return Responses(tuple(found[key] for key in order), None if kept is None else kept.path)
 
