@@ -73,17 +73,17 @@ def test_answers_of_an_earlier_version_are_judged_and_left_as_they_are(
     for name in ("responses", "scores"):
         run("export", made / f"{name}.sqlite", old / f"{name}.jsonl")
     before = {path: path.read_bytes() for path in old.iterdir()}
-    own = ("--judge", "local", "--model", "tiny-llama", "--quiet")
+    other = ("--judge", "openai-api/local/other", *at.judge[2:], "--quiet")
     for source in (old, old / "responses.jsonl"):
-        done = call("judge", source, *own, "--json")
+        done = call("judge", source, *other, "--json")
         assert done.code == 0, done.err
         assert done.json["report"] == str(old / "report.html")
     assert {path: path.read_bytes() for path in before} == before
     found = list(read(old / "scores.sqlite", "scores"))
-    assert len(found) == 6 and {row["judge"] for row in found} == {"local/tiny-llama"}
+    assert len(found) == 6 and {row["judge"] for row in found} == {"inspect/openai-api/local/other"}
     # the old scores stand beside the new ones
     (row,) = done.json["agreement"]
-    assert row["against"] == "openai-api/local/tiny"
+    assert row["against"] == "inspect/openai-api/local/tiny"
     assert "written: " in run("export", old / "responses.jsonl", tmp_path / "copy.jsonl")
     assert (tmp_path / "copy.jsonl").read_bytes() == before[old / "responses.jsonl"]
 
