@@ -133,7 +133,7 @@ def export(path: str | Path, out: str | Path) -> int:
     if out.exists():
         itself = "the store itself" if out.samefile(path) else "there already"
         raise FileExistsError(f"{out} is {itself}; give the path of a new file")
-    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
             file.write(f"{text_of(record)}\n")
             written += 1
