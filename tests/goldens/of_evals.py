@@ -28,7 +28,7 @@ from emlens.evals import (
     topics,
     transfer_table,
 )
-from emlens.hooked import scaled_adapter
+from emlens.hooked import Scaled
 from emlens.text import Conversation, Pair
 from tests.goldens.golden import World, golden
 from tests.support.data import conversations, pairs
@@ -143,7 +143,7 @@ def _generate(world: World):
     }
     with model.adapter("many"):
         found["adapter"] = model.generate(asked, [Add(world.several)], **options)
-    with scaled_adapter(model, "one", 2.0), model.adapter("one"):
+    with model.under(Scaled("one", 2.0)):
         found["scaled"] = model.generate(asked, **options)
     return found
 
