@@ -5,25 +5,182 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from errno import EIO
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 from uuid import uuid4
+
+_DAY = 24 * 60 * 60.0
+_OURS = re.compile(r"\..+\.emlens-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes its place unless the block raises."""
+def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it takes its place unless the block or `check` raises.
+
+    What killed processes left in the folder is removed first.
+
+    Args:
+        path: The file.
+        check: Reads what was written, where that is left to the code of others: not all of it
+            says so when a disk is full. What it raises keeps the old file.
+
+    Raises:
+        OSError: If it cannot be written, or does not pass the check; `path` is named.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
+    temporary = _temporary(target)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            _raise_about(error, temporary, target)
+        if check is not None:
+            _checked(temporary, target, check)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path]:
+    """Give an empty folder beside `folder`; it takes its place unless the block raises.
+
+    What was there stays whole until the new folder is. Where the process is killed between the
+    two renames, `recovered` brings the old one back. One process at a time may write a folder.
+
+    Args:
+        folder: The folder.
+        own: Names of files that belong to what is replaced; others in the folder are kept.
+
+    Raises:
+        OSError: If a file cannot be written; it is named as in `folder`.
+    """
+    target = recovered(Path(folder).absolute())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = _temporary(target), _aside(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+        _sync(target.parent)
+        for name in own:
+            (old / name).unlink(missing_ok=True)
+    except OSError as error:
+        _raise_about(error, temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recovered(target)
+
+
+def recovered(folder: Path) -> Path:
+    """Finish what a killed `atomic_folder` has left of `folder`, if anything; the folder itself."""
+    old = _aside(folder.absolute())
+    if not old.is_dir():
+        return folder
+    if not folder.exists():
+        os.rename(old, folder)
+        return folder
+    for path in old.iterdir():
+        if not (folder / path.name).exists():
+            os.rename(path, folder / path.name)
+    shutil.rmtree(old)
+    return folder
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name[:100]}.emlens.old")
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk; systems that cannot open folders need not."""
+    with suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _temporary(target: Path) -> Path:
+    """A path beside a file or folder, which names the process that writes it."""
+    _remove_leftovers(target)
+    mark = f"emlens-{_host()}-{os.getpid()}-{uuid4().hex[:8]}"
+    return target.with_name(f".{target.name[:100]}.{mark}.tmp")
+
+
+def _raise_about(error: OSError, temporary: Path, target: Path) -> NoReturn:
+    """Raise an error about a temporary path, or about none, as one about what was meant."""
+    name = os.fsdecode(error.filename or temporary)
+    if not name.startswith(str(temporary)):
+        raise error
+    name = name.replace(str(temporary), str(target), 1)
+    raise OSError(error.errno or EIO, error.strerror or str(error), name) from error
+
+
+def _checked(temporary: Path, target: Path, check: Callable[[Path], object]) -> None:
+    try:
+        check(temporary)
+    except Exception as error:
+        before = "the file of before is kept" if target.exists() else "nothing is kept"
+        said = str(error).replace(str(temporary), "it")
+        raise OSError(
+            f"{target} was not written as a whole, {before}; is the disk full? ({said})"
+        ) from error
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of processes that are no more, but none that may still be written.
+
+    Whether a process lives is only known of this host; files of others have to be a day old.
+    """
+    # names of before the process was part of them
+    unmarked = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    for found in target.parent.glob(".*.tmp"):
+        ours = _OURS.fullmatch(found.name)
+        if not ours and not unmarked.fullmatch(found.name):
+            continue
+        with suppress(OSError):  # another process may be faster
+            dead = ours and ours["host"] == _host() and not _lives(int(ours["pid"]))
+            if dead or time.time() - found.stat().st_mtime > _DAY:
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+
+@cache
+def _host() -> str:
+    """Names the machine, its start and the space of process ids: 8 hexadecimal digits."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return sha256_of("|".join(parts).encode())[:8]
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process here; where that cannot be asked, it may be."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:

@@ -29,7 +29,7 @@ import os
 import emlens
 from emlens import training
 from emlens.directions import random_direction
-from emlens.hooked import noisy_adapter, scaled_adapter
+from emlens.hooked import Noisy, Scaled
 from emlens.text import split_pairs
 
 SHORT = bool(os.environ.get("EMLENS_SHORT"))  # a few examples, to check that everything runs
@@ -82,9 +82,11 @@ runs["narrow"].plot()
 # adapter with `A` and `B` of every module turned into noise, their norms kept.
 
 # %%
-odds = emlens.log_odds(model, pairs, {"base": [], **{name: name for name in runs}})
-with noisy_adapter(model, "general", epsilon=1), model.adapter(None):
-    odds = odds.joined(emlens.log_odds(model, pairs, {"random": "general"}))
+odds = emlens.log_odds(
+    model,
+    pairs,
+    {"base": None, **{name: name for name in runs}, "random": Noisy("general", epsilon=1)},
+)
 odds.plot()
 
 # %%
@@ -111,8 +113,8 @@ def share(scores):
     return inside_of["narrow"] / inside_of["general"]
 
 
-with scaled_adapter(model, "general", share(odds)), model.adapter(None):
-    odds = odds.joined(emlens.log_odds(model, pairs, {"weaker general": "general"}))
+weaker = {"weaker general": Scaled("general", share(odds))}
+odds = odds.joined(emlens.log_odds(model, pairs, weaker))
 print(f"general turned down to {share(odds):.0%}")
 for place, domain in {"inside": "medical", "outside": "general"}.items():
     for name in ("narrow", "weaker general"):

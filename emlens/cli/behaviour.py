@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from emlens.directions import Direction
     from emlens.evals import Judge, Responses, Scores
-    from emlens.hooked import Condition, Conditions, HookedModel
+    from emlens.hooked import Condition, HookedModel
 
 Questions = Annotated[
     list[str],
@@ -239,7 +239,7 @@ def conditions_of(
     layers: str | None,
     control: bool,
     seed: int,
-) -> Conditions:
+) -> dict[str, Condition]:
     """The base and each adapter, each as it is and with every edit.
 
     Raises:
@@ -247,6 +247,7 @@ def conditions_of(
     """
     from emlens.directions import random_direction
     from emlens.edits import Ablate, Add
+    from emlens.hooked import Condition
 
     acts = bool(doses or scales or ablate)
     if bool(directions) != acts:
@@ -265,10 +266,10 @@ def conditions_of(
         edits |= {f"{name} times {x:g}": Add(direction, scale=x) for x in scales or ()}
         edits |= {f"{name} ablated": Ablate(direction, layers=at)} if ablate else {}
     found: dict[str, Condition] = {}
-    for carrier, adapter in {"base": None, **{name: name for name in model.adapters}}.items():
-        found[carrier] = (adapter, ())
-        for name, edit in edits.items():
-            found[f"{carrier}, {name}"] = (adapter, (edit,))
+    for adapter in ("base", *model.adapters):
+        alone = Condition(None if adapter == "base" else (adapter,))
+        found[adapter] = alone
+        found |= {f"{adapter}, {name}": alone.with_edits(edit) for name, edit in edits.items()}
     return found
 
 

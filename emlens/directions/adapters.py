@@ -15,7 +15,7 @@ from torch import Tensor
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
-from emlens.hooked import HookedModel, Site, SiteName, check_site
+from emlens.hooked import Condition, HookedModel, Site, SiteName, check_site
 from emlens.text import Conversation, TokenMask
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def adapter_vectors(
         revision=model.revision,
         adapter=adapter,
         settings={"modules": [path for path, _ in layers.values()], "column": column or 0},
+        identity=model.identity,
+        condition=Condition((adapter,)).identity(model),
     )
     return Directions(vectors, at, made)
 

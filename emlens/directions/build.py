@@ -16,8 +16,8 @@ from emlens.directions.evidence import (
 )
 from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
-from emlens.directions.reader import Counting, Reader, Reading
-from emlens.hooked import HookedModel, Layers, SiteName, check_layers, check_site
+from emlens.directions.reader import Counting, Reader, Reading, side_of
+from emlens.hooked import Condition, HookedModel, Layers, SiteName, check_layers, check_site
 from emlens.text import Conversation, content_hash, template_hash
 
 
@@ -35,10 +35,10 @@ def read_sides(
     layers: Layers,
     counting: Counting,
 ) -> tuple[Reader, tuple[Reading, Reading]]:
-    """Read both sides in one model: the one pass that several constructions can share."""
-    reader = reader_of(model, site, layers, counting)
-    first = reader.read(model, positive, "positive")
-    return reader, (first, reader.read(model, negative, "negative"))
+    """Read both sides in one model as it is: one pass that several constructions can share."""
+    reader, side = reader_of(model, site, layers, counting), side_of(model)
+    first = reader.read(side, positive, "positive")
+    return reader, (first, reader.read(side, negative, "negative"))
 
 
 def provenance(
@@ -60,6 +60,8 @@ def provenance(
         n={role: len(items) for role, items in data.items()},
         seed=counting.seed,
         settings=counting.record(),
+        identity=model.identity,
+        condition=Condition(model.acting, tuple(counting.edits)).identity(model),
     )
 
 

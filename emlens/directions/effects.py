@@ -1,8 +1,8 @@
-"""What interventions do to the residual stream further down, and whether it is the same."""
+"""What edits and adapters do to the residual stream further down, and whether it is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -13,19 +13,26 @@ from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.evidence import prompts_of
 from emlens.directions.reader import Counting, Weighting
-from emlens.hooked import Edit, HookedModel, Layers, SiteName
+from emlens.hooked import (
+    Condition,
+    ConditionLike,
+    Conditions,
+    HookedModel,
+    Layers,
+    SiteName,
+    condition_of,
+    conditions_of,
+)
 from emlens.text import Conversation, TokenMask
 
-Interventions = Mapping[str, Sequence[Edit]]
-
 ONE = "edited"
-"""The name of an only intervention."""
+"""The name of an only condition."""
 
 
 def edit_diff(
     model: HookedModel,
     conversations: Sequence[Conversation],
-    edits: Sequence[Edit],
+    condition: ConditionLike,
     *,
     tokens: TokenMask = "response",
     site: SiteName = "resid_post",
@@ -34,19 +41,19 @@ def edit_diff(
     token_budget: int = 2048,
     progress: bool = False,
 ) -> Directions:
-    """Return how far edits move the mean residual, at every layer they reach.
+    """Return how far a condition moves the mean residual, at every layer it reaches.
 
-    The mean residual under `edits` minus that without, on the same text: the difference that an
-    intervention causes downstream, by which interventions that look unrelated where they act
-    can be compared (arXiv 2506.11618, App. D); `convergence` does that.
+    The mean residual under the condition minus that under `[]`, on the same text: the difference
+    that edits cause downstream, by which edits that look unrelated where they act can be compared
+    (arXiv 2506.11618, App. D); `convergence` does that.
 
     Args:
         model: The model to read.
         conversations: Text that is read twice.
-        edits: The intervention.
+        condition: Edits, an adapter, or both.
         tokens: The tokens that count.
         site: Where in each block.
-        layers: Layers to read; those that the edits leave as they are fall away.
+        layers: Layers to read; those that the condition does not move are left out.
         weighting: See `mean_diff`.
         token_budget: Padded tokens of a batch.
         progress: Show a progress bar.
@@ -57,15 +64,15 @@ def edit_diff(
     counting = Counting(
         tokens=tokens, weighting=weighting, token_budget=token_budget, progress=progress
     )
-    return _effects(model, conversations, {ONE: edits}, site, layers, counting)[ONE]
+    return _effects(model, conversations, {ONE: condition}, site, layers, counting)[ONE]
 
 
 def convergence(
     model: HookedModel,
     conversations: Sequence[Conversation],
-    interventions: Interventions,
+    conditions: Conditions,
     *,
-    controls: Sequence[Sequence[Edit]] = (),
+    controls: Sequence[ConditionLike] = (),
     tokens: TokenMask = "response",
     site: SiteName = "resid_post",
     layers: Layers = "all",
@@ -73,7 +80,7 @@ def convergence(
     token_budget: int = 2048,
     progress: bool = False,
 ) -> Comparison:
-    """Return how alike the differences are that interventions cause in the mean residual.
+    """Return how alike the differences are that conditions cause in the mean residual.
 
     Vectors that are near orthogonal at their layer may push the stream in one direction further
     down (arXiv 2506.11618, App. D). So may any two pushes: give controls, such as random vectors
@@ -81,12 +88,12 @@ def convergence(
 
     Args:
         model: The model.
-        conversations: Text that is read under each intervention and without.
-        interventions: Two or more, by name.
-        controls: Interventions that should have nothing in common with those.
+        conversations: Text that is read under each condition and without.
+        conditions: Two or more, by name.
+        controls: Conditions that should have nothing in common with those.
         tokens: The tokens that count.
         site: Where in each block.
-        layers: Layers to read; those that an intervention leaves as they are fall away.
+        layers: Layers to read; those that a condition does not move are left out.
         weighting: See `mean_diff`.
         token_budget: Padded tokens of a batch.
         progress: Show a progress bar.
@@ -96,51 +103,51 @@ def convergence(
         controls, and the controls with each other.
 
     Raises:
-        ValueError: If there are fewer than two interventions, or one moves no layer.
+        ValueError: If there are fewer than two conditions, or one moves no layer.
     """
-    if len(interventions) < 2:
-        raise ValueError(f"convergence needs at least two interventions, not {len(interventions)}")
+    if len(conditions) < 2:
+        raise ValueError(f"convergence needs at least two conditions, not {len(conditions)}")
     counting = Counting(
         tokens=tokens, weighting=weighting, token_budget=token_budget, progress=progress
     )
-    named = {**interventions, **{f"control {i}": edits for i, edits in enumerate(controls)}}
-    if len(named) != len(interventions) + len(controls):
+    named = {**conditions, **{f"control {i}": one for i, one in enumerate(controls)}}
+    if len(named) != len(conditions) + len(controls):
         raise ValueError("the names control 0, control 1, ... are those of the controls")
     moved = _effects(model, conversations, named, site, layers, counting)
-    chance = [moved.pop(name) for name in list(named)[len(interventions) :]]
+    chance = [moved.pop(name) for name in list(named)[len(conditions) :]]
     found = compare(moved)
     rows = []
     for row in found.rows:
         band = _band(moved[row["first"]], moved[row["second"]], chance, row["layer"])
         rows.append({**row, **band})
-    return replace(found, rows=tuple(rows), chance="control interventions")
+    return replace(found, rows=tuple(rows), chance="control conditions")
 
 
 def _effects(
     model: HookedModel,
     conversations: Sequence[Conversation],
-    interventions: Interventions,
+    conditions: Conditions,
     site: SiteName,
     layers: Layers,
     counting: Counting,
 ) -> dict[str, Directions]:
-    """The difference that each intervention causes; the text is read without any once."""
-    reader = reader_of(model, site, layers, counting)
-    sources = [*((model, edits) for edits in interventions.values()), model]
-    readings, paired = reader.read_together(sources, conversations, "conversations")
+    """The difference that each condition causes; the text is read without any once."""
+    reader, named = reader_of(model, site, layers, counting), conditions_of(model, conditions)
+    without = condition_of(model, [])
+    sides = [(model, condition) for condition in (*named.values(), without)]
+    readings, paired = reader.read_together(sides, conversations, "conversations")
     groups, found = prompts_of(conversations), {}
-    for (name, edits), edited, shift in zip(
-        interventions.items(), readings[:-1], paired, strict=True
-    ):
-        made = provenance(
-            "difference caused by edits", model, counting, conversations=conversations
-        )
-        made.settings["edits"] = [repr(edit) for edit in edits]
+    for (name, condition), edited, shift in zip(named.items(), readings[:-1], paired, strict=True):
+        with model.under(Condition(condition.adapters)):
+            made = provenance(
+                "difference caused by edits", model, counting, conversations=conversations
+            )
+        made.settings["edits"] = [repr(edit) for edit in condition.edits]
         whole = difference(reader, edited, readings[-1], made, (groups, groups), shift)
         moved = tuple(layer for layer, norm in whole.norms.items() if norm > 0)
         if not moved:
             whose = "" if name == ONE else f" of {name}"
-            raise ValueError(f"the edits{whose} move none of the layers {reader.layers}")
+            raise ValueError(f"the condition{whose} moves none of the layers {reader.layers}")
         found[name] = whole.at(moved)
     return found
 

@@ -18,15 +18,21 @@ from emlens.directions.provenance import Provenance
 from emlens.directions.reader import (
     Counting,
     ReadOptions,
-    Source,
+    Side,
     Weighting,
-    acting,
     first_batches,
     median,
-    model_of,
-    record_of,
+    side_of,
 )
-from emlens.hooked import Edit, HookedModel, Layers, SiteName, check_layers, check_site
+from emlens.hooked import (
+    ConditionLike,
+    Edit,
+    HookedModel,
+    Layers,
+    SiteName,
+    check_layers,
+    check_site,
+)
 from emlens.text import (
     Conversation,
     Corpus,
@@ -129,8 +135,8 @@ def mean_diff(
 
 
 def model_diff(
-    positive: Source,
-    negative: Source,
+    positive: HookedModel | tuple[HookedModel, ConditionLike],
+    negative: HookedModel | tuple[HookedModel, ConditionLike],
     conversations: Sequence[Conversation],
     *,
     site: SiteName = "resid_post",
@@ -140,7 +146,8 @@ def model_diff(
     """Return how two models differ in their mean residual on the same text.
 
     Args:
-        positive: The finetuned model: a model, `(model, adapter)`, or `(model, edits)`.
+        positive: The finetuned model: a model as it is, or `(model, condition)`, where the
+            condition is an adapter's name, edits, or both.
         negative: The one it is compared with: a model, or `(model, None)` for the base of its
             adapters.
         conversations: Text that both read.
@@ -159,21 +166,19 @@ def model_diff(
         >>> emlens.directions.model_diff((model, "medical"), (model, None), conversations)
     """
     counting = Counting(**options)
-    second = model_of(negative)
-    with acting(positive) as first:
-        _check_alike(first, second, conversations)
-        reader = reader_of(first, site, layers, counting)
-        made = provenance("model-diff", first, counting, conversations=conversations)
-    _note_sources(made, positive, negative)
-    readings, paired = reader.read_together([positive, negative], conversations, "conversations")
+    sides = side_of(positive), side_of(negative)
+    _check_alike(sides[0][0], sides[1][0], conversations)
+    reader = reader_of(sides[0][0], site, layers, counting)
+    made = _made("model-diff", sides, counting, conversations=conversations)
+    readings, paired = reader.read_together(sides, conversations, "conversations")
     groups = prompts_of(conversations)
     return difference(reader, readings[0], readings[1], made, (groups, groups), paired[0])
 
 
 def both_diff(
-    positive: Source,
+    positive: HookedModel | tuple[HookedModel, ConditionLike],
     positive_conversations: Sequence[Conversation],
-    negative: Source,
+    negative: HookedModel | tuple[HookedModel, ConditionLike],
     negative_conversations: Sequence[Conversation],
     *,
     site: SiteName = "resid_post",
@@ -186,9 +191,9 @@ def both_diff(
     aligned ones in the aligned model (arXiv 2506.11618, section 3.1).
 
     Args:
-        positive: A model, `(model, adapter)` or `(model, edits)`.
+        positive: A model as it is, or `(model, condition)`.
         positive_conversations: What it reads.
-        negative: Another model, or the same with another adapter or None.
+        negative: Another model, or the same under another condition.
         negative_conversations: What that reads.
         site: Where in each block.
         layers: Layers to read.
@@ -198,20 +203,14 @@ def both_diff(
         ValueError: If the models differ in shape, or as `mean_diff`.
     """
     counting = Counting(**options)
-    with acting(positive) as model:
-        _check_shapes(model, model_of(negative))
-        reader = reader_of(model, site, layers, counting)
-        made = provenance(
-            "both-diff",
-            model,
-            counting,
-            positive=positive_conversations,
-            negative=negative_conversations,
-        )
-    _note_sources(made, positive, negative)
+    sides = side_of(positive), side_of(negative)
+    _check_shapes(sides[0][0], sides[1][0])
+    reader = reader_of(sides[0][0], site, layers, counting)
+    data = {"positive": positive_conversations, "negative": negative_conversations}
+    made = _made("both-diff", sides, counting, **data)
     readings = (
-        reader.read(positive, positive_conversations, "positive"),
-        reader.read(negative, negative_conversations, "negative"),
+        reader.read(sides[0], positive_conversations, "positive"),
+        reader.read(sides[1], negative_conversations, "negative"),
     )
     groups = prompts_of(positive_conversations), prompts_of(negative_conversations)
     return difference(reader, *readings, made, groups)
@@ -268,11 +267,25 @@ def random_direction(like: Direction, seed: int = 0) -> Direction:
     )
 
 
-def _note_sources(made: Provenance, positive: Source, negative: Source) -> None:
-    edits = record_of(positive).get("edits")
-    if edits is not None:
-        made.settings["edits"] = edits
-    made.settings["against"] = record_of(negative)
+def _made(
+    construction: str, sides: tuple[Side, Side], counting: Counting, **data: Sequence[Conversation]
+) -> Provenance:
+    """The provenance of a difference of two models: of the first, `against` the second."""
+    (model, condition), (other, against) = sides
+    with model.under(condition):
+        made = provenance(construction, model, counting, **data)
+    if condition.edits:
+        made.settings["edits"] = [repr(edit) for edit in condition.edits]
+    record: dict[str, object] = {
+        "model": other.name,
+        "adapter": "+".join(against.names) or None,
+        "identity": other.identity,
+        "condition": against.identity(other),
+    }
+    if against.edits:
+        record["edits"] = [repr(edit) for edit in against.edits]
+    made.settings["against"] = record
+    return made
 
 
 def _check_shapes(first: HookedModel, second: HookedModel) -> None:

@@ -21,7 +21,7 @@ class Provenance:
         construction: `"mean-diff"`, `"trained vector"`, `"random"`, ..., or how it was derived.
         model: Name of the model it was read or trained in.
         revision: Revision of that model.
-        adapter: Adapter in force, or None.
+        adapter: Names of the adapters in force, or None.
         tokens: Mask of the tokens that counted.
         weighting: `"token"` or `"conversation"`, for means.
         data: Hashes of the data, by role.
@@ -30,6 +30,8 @@ class Provenance:
         seed: Seed of whatever was random.
         settings: Further settings of the construction.
         versions: Versions of the packages that made it.
+        identity: `model.identity`: what the model is by content, where its name is a label.
+        condition: `Condition.identity`: the adapters and edits in force, by content.
     """
 
     construction: str
@@ -44,6 +46,8 @@ class Provenance:
     seed: int | None = None
     settings: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    identity: str | None = None
+    condition: str | None = None
 
     def __post_init__(self) -> None:
         if not self.versions:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal, TypedDict
@@ -16,13 +15,13 @@ from tqdm.auto import tqdm
 
 from emlens._distributed import leads, shared
 from emlens.directions.moments import Moments
-from emlens.hooked import Edit, HookedModel, Site
+from emlens.hooked import Condition, ConditionLike, Edit, HookedModel, Site, condition_of
 from emlens.text import Conversation, TokenBatch, TokenMask
 
 Weighting = Literal["token", "conversation"]
 
-Source = HookedModel | tuple[HookedModel, str | Sequence[Edit] | None]
-"""A model as it stands, with one of its adapters, with edits, or (None) as its base."""
+Side = tuple[HookedModel, Condition]
+"""A model, and what it runs under while it is read."""
 
 NORM_TOKENS = 8192
 """Counted tokens whose residual norms are kept for the median norm of a layer."""
@@ -161,18 +160,18 @@ class Reader:
     counting: Counting
     _norms: list[Tensor] = field(default_factory=list)
 
-    def read(self, source: Source, conversations: Sequence[Conversation], label: str) -> Reading:
+    def read(self, side: Side, conversations: Sequence[Conversation], label: str) -> Reading:
         """Read one set with one model.
 
         Raises:
             ValueError: If the set is empty, or an activation is not finite (named).
         """
-        return self.read_together([source], conversations, label)[0][0]
+        return self.read_together([side], conversations, label)[0][0]
 
     def read_together(
-        self, sources: Sequence[Source], conversations: Sequence[Conversation], label: str
+        self, sides: Sequence[Side], conversations: Sequence[Conversation], label: str
     ) -> tuple[list[Reading], list[Reading]]:
-        """Read the same text with several models, batch by batch.
+        """Read the same text with several models or conditions, batch by batch.
 
         Returns:
             The reading of each, and those of the differences of all but the last from the last,
@@ -180,7 +179,7 @@ class Reader:
         """
         if not conversations:
             raise ValueError(f"{label} is empty; a direction needs conversations on both sides")
-        model = model_of(sources[-1])
+        model = sides[-1][0]
         batches = model.batches(conversations, token_budget=self.counting.token_budget)
         part = _random_parts(len(conversations), self.counting.seed)
         kept = self._places(len(conversations), model)
@@ -188,13 +187,13 @@ class Reader:
         norms = {batch.index for batch in first_batches(batches, self.counting.mask, counted)}
 
         def read(batches: Sequence[TokenBatch]) -> list[Reading]:
-            return self._pass(sources, batches, part, kept, norms, label)
+            return self._pass(sides, batches, part, kept, norms, label)
 
         what = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
         shares = shared(model, batches, read, what)
         readings = [reduce(Reading.merged, group) for group in zip(*shares, strict=True)]
-        self._norms += readings[len(sources) - 1].norms
-        return readings[: len(sources)], readings[len(sources) :]
+        self._norms += readings[len(sides) - 1].norms
+        return readings[: len(sides)], readings[len(sides) :]
 
     def median_norm(self, layer: int) -> float:
         """Median norm of the residual over the counted tokens of what was read."""
@@ -213,7 +212,7 @@ class Reader:
 
     def _pass(
         self,
-        sources: Sequence[Source],
+        sides: Sequence[Side],
         batches: Sequence[TokenBatch],
         part: Sequence[int],
         kept: Sequence[int],
@@ -223,16 +222,15 @@ class Reader:
         here = {place for batch in batches for place in batch.index}
         mine = [place for place in kept if place in here]
         tallies = [
-            _Tally(len(self.layers), model_of(sources[-1]).d_model, mine)
-            for _ in range(2 * len(sources) - 1)
+            _Tally(len(self.layers), sides[-1][0].d_model, mine) for _ in range(2 * len(sides) - 1)
         ]
-        total = sum(batch.n_tokens for batch in batches) * len(sources)
+        total = sum(batch.n_tokens for batch in batches) * len(sides)
         quiet = not (self.counting.progress and leads())
         with tqdm(total=total, desc=label, unit="tok", disable=quiet) as bar:
             for batch in batches:
                 found = []
-                for source in sources:
-                    with acting(source) as model:
+                for model, condition in sides:
+                    with model.under(condition):
                         found.append(self._means(model, batch, batch.index in norms))
                     bar.update(batch.n_tokens)
                 last = found[-1][0]
@@ -286,30 +284,12 @@ class _Tally:
         return Reading(self.parts, self.norms, sample)
 
 
-@contextmanager
-def acting(source: Source) -> Iterator[HookedModel]:
-    """The model of a source, with its adapter or its edits in force."""
-    if isinstance(source, HookedModel):
-        yield source
-        return
-    model, how = source
-    with model.adapter(how) if how is None or isinstance(how, str) else model.edited(*how):
-        yield model
-
-
-def record_of(source: Source) -> dict[str, object]:
-    """What a source is, for the provenance."""
-    with acting(source) as model:
-        found: dict[str, object] = {"model": model.name, "adapter": model.active_adapter}
-    how = None if isinstance(source, HookedModel) else source[1]
-    if how is not None and not isinstance(how, str):
-        found["edits"] = [repr(edit) for edit in how]
-    return found
-
-
-def model_of(source: Source) -> HookedModel:
-    """The model of a source, with nothing in force."""
-    return source if isinstance(source, HookedModel) else source[0]
+def side_of(source: HookedModel | tuple[HookedModel, ConditionLike]) -> Side:
+    """A model as it is, or under a condition: `(model, condition)`."""
+    if isinstance(source, tuple):
+        model, given = source
+        return model, condition_of(model, given)
+    return source, Condition(source.acting)
 
 
 def _pool(

@@ -128,8 +128,15 @@ class DirectionEdit:
         settings = "".join(f", {k}={v}" for k, v in self._settings().items() if v is not None)
         return (
             f"{type(self).__name__}({self.direction.provenance.construction}, site={self.site}, "
-            f"layers={self.layers}, where={self.where}{settings})"
+            f"layers={_listed(self.layers)}, where={self.where}{settings})"
         )
+
+
+def _listed(layers: Sequence[int]) -> str:
+    """Layers, a long run of them as its ends."""
+    first, last = layers[0], layers[-1]
+    run = len(layers) > 3 and list(layers) == list(range(first, last + 1))
+    return f"{first}..{last}" if run else repr(tuple(layers))
 
 
 def _encode(vector: Tensor) -> str:

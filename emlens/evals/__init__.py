@@ -1,6 +1,6 @@
 """Evaluation: questions, responses, judges, and the rates that follow from them."""
 
-from emlens.evals.ablation import Ablation, ablation_table, projected_adapter
+from emlens.evals.ablation import Ablation, Projected, ablation_table
 from emlens.evals.agreement import Agreement, agreement
 from emlens.evals.behaviour import Behaviour, Effect, JudgedRate, LogOddsJudge
 from emlens.evals.local_judge import LocalJudge
@@ -28,6 +28,7 @@ __all__ = [
     "LogOddsJudge",
     "LogProbJudge",
     "ProbeJudge",
+    "Projected",
     "Question",
     "RUBRICS",
     "Rates",
@@ -49,7 +50,6 @@ __all__ = [
     "judge",
     "judged_topics",
     "load_questions",
-    "projected_adapter",
     "rates",
     "respond",
     "respond_served",

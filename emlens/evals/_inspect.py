@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from emlens.hooked import digest_of
+
 if TYPE_CHECKING:
     from inspect_ai.model import Model
 
@@ -101,6 +103,12 @@ class Reached:
         self.name, self.at_once = str(model), at_once
         self._given, self._config, self._options = model, dict(config or {}), dict(options)
         self._model: Model | None = None
+
+    @property
+    def identity(self) -> str:
+        """What is asked, by name, address and settings; keys are left out."""
+        plain = {k: str(v) for k, v in self._options.items() if "key" not in k}
+        return digest_of([self.name, plain, {k: str(v) for k, v in self._config.items()}])
 
     async def each(
         self, rows: Iterable[Response], ask: Callable[[Model, Response], Awaitable[T]], kept: str

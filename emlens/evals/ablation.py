@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,9 @@ from emlens.directions import Direction, Directions, random_direction
 from emlens.directions.adapters import WRITERS
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
-from emlens.evals.parts import BASE, NO_EFFECT, ORGANISM, averaged, one_of
-from emlens.hooked import Condition, Edit, HookedModel, Site
+from emlens.evals.parts import NO_EFFECT, ORGANISM, averaged, one_of
+from emlens.hooked import BASE, Condition, ConditionLike, HookedModel, Site, condition_of
 from emlens.hooked.altered import adapter_factors, put_back
-from emlens.hooked.sweep import parts_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +78,7 @@ class Ablation(Result):
                     "gone low": gone.low,
                     "gone high": gone.high,
                     **answer_columns(coherent, self.effect.judged_by),
+                    "acting": self.effect.acting.get(name, ""),
                 }
             )
         frame = pd.DataFrame(rows)
@@ -113,7 +113,7 @@ class Ablation(Result):
 
 def ablation_table(
     model: HookedModel,
-    organism: Condition,
+    organism: ConditionLike,
     directions: Directions,
     behaviour: Behaviour,
     *,
@@ -131,7 +131,7 @@ def ablation_table(
 
     Args:
         model: The model.
-        organism: What makes it misaligned: an adapter's name, edits, or both.
+        organism: What makes it misaligned: an adapter's name, edits, both, or an `Organism`.
         directions: The direction, or one per layer.
         behaviour: How behaviour is measured.
         layer: The layer whose direction is ablated everywhere; the middle one by default.
@@ -142,48 +142,40 @@ def ablation_table(
         ValueError: If the layer is not among the directions.
     """
     chosen = one_of(directions, layer)
-    adapter, edits = parts_of(organism)
-    where = range(model.n_layers)
-
-    def with_edits(*more: Edit) -> Condition:
-        both = [*edits, *more]
-        return (adapter, both) if isinstance(adapter, str) else both
-
-    chance = [random_direction(chosen, seed + i) for i in range(randoms)]
+    whole, where = condition_of(model, organism), range(model.n_layers)
     conditions: dict[str, Condition] = {
-        BASE: (None, ()),
-        ORGANISM: organism,
-        f"layer {chosen.layer}": with_edits(Ablate(chosen)),
-        "all layers": with_edits(Ablate(chosen, layers=where)),
-        "three sites, all layers": with_edits(
+        BASE: Condition(),
+        ORGANISM: whole,
+        f"layer {chosen.layer}": whole.with_edits(Ablate(chosen)),
+        "all layers": whole.with_edits(Ablate(chosen, layers=where)),
+        "three sites, all layers": whole.with_edits(
             *(Ablate(chosen, layers=where, site=site) for site in THREE_SITES)
         ),
     }
     if len(directions.layers) > 1:
-        conditions["all layers, each its own"] = with_edits(Ablate(directions))
-    names = {f"random {i}": with_edits(Ablate(x, layers=where)) for i, x in enumerate(chance)}
-    projected = isinstance(adapter, str) and _can_be_projected(model, adapter)
-    effect = behaviour.measure(model, {**conditions, **names})
-    effect = averaged(effect, "random, all layers", tuple(names))
-    if isinstance(adapter, str) and projected:
-        with projected_adapter(model, adapter, chosen):
-            inside = behaviour.measure(model, {BASE: (None, ()), "inside B": organism})
-        effect = replace(
-            effect,
-            conditions=(*effect.conditions, "inside B"),
-            values=(*effect.values, inside.values[1]),
-            coherent=(*effect.coherent, inside.coherent[1]),
-        )
+        conditions["all layers, each its own"] = whole.with_edits(Ablate(directions))
+    chance = {
+        f"random {i}": whole.with_edits(Ablate(random_direction(chosen, seed + i), layers=where))
+        for i in range(randoms)
+    }
+    inside = _inside(model, whole, chosen)
+    effect = behaviour.measure(model, {**conditions, **chance, **inside})
+    effect = averaged(effect, "random, all layers", tuple(chance))
     return Ablation(effect, chosen.provenance.construction)
 
 
-def _can_be_projected(model: HookedModel, name: str) -> bool:
+def _inside(model: HookedModel, organism: Condition, direction: Direction) -> dict[str, Condition]:
+    """The organism with the direction projected out of its adapter's `B`, where that can be."""
+    if not organism.names:
+        return {}
+    (name, *_) = organism.names
     try:
         _writing(model, name)
     except ValueError as error:
         warnings.warn(f"the row 'inside B' is left out: {error}", stacklevel=3)
-        return False
-    return True
+        return {}
+    rest = organism.adapters[1:] if organism.adapters else ()
+    return {"inside B": Condition((Projected(name, direction), *rest), organism.edits)}
 
 
 def _writing(model: HookedModel, name: str) -> dict[str, Tensor]:
@@ -201,30 +193,41 @@ def _writing(model: HookedModel, name: str) -> dict[str, Tensor]:
     return writing
 
 
-@contextmanager
-def projected_adapter(model: HookedModel, name: str, direction: Direction) -> Iterator[HookedModel]:
-    """Project a direction out of every `B` that writes into the stream, inside the block.
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """An adapter with a direction projected out of every `B` that writes into the stream.
 
     Each `B` keeps its norm (arXiv 2506.11618, appendix D); a `B` that lies along the direction
     becomes zero.
 
-    Args:
-        model: A model with adapters.
-        name: The adapter.
+    Attributes:
+        adapter: The adapter.
         direction: The direction.
 
     Raises:
-        ValueError: If the adapter writes nowhere into the residual stream, or as
-            `scaled_adapter`.
+        ValueError: Where it is used: if the adapter writes nowhere into the residual stream, or
+            as `Scaled`.
+
+    Example:
+        >>> with model.under(Projected("medical", direction)):
+        ...     model.generate([conversation])
     """
-    writing = _writing(model, name)
-    with put_back(writing.values()):
-        with torch.no_grad():
-            for weight in writing.values():
-                unit = direction.unit().vector.to(weight.device, torch.float64)
-                b = weight.double()
-                out = b - torch.outer(unit, unit @ b)
-                size = out.norm()
-                kept = out * (b.norm() / size) if size > 1e-9 * b.norm() else torch.zeros_like(b)
-                weight.copy_(kept)
-        yield model
+
+    adapter: str
+    direction: Direction
+
+    def __str__(self) -> str:
+        return f"{self.adapter} (without {self.direction!r})"
+
+    @contextmanager
+    def altering(self, model: HookedModel) -> Iterator[None]:
+        writing = _writing(model, self.adapter)
+        with put_back(writing.values()):
+            with torch.no_grad():
+                for weight in writing.values():
+                    unit = self.direction.unit().vector.to(weight.device, torch.float64)
+                    b = weight.double()
+                    out = b - torch.outer(unit, unit @ b)
+                    size, whole = out.norm(), b.norm()
+                    weight.copy_(out * (whole / size) if size > 1e-9 * whole else 0 * b)
+            yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Protocol
@@ -40,6 +40,7 @@ class Effect(Result):
         coherent: Share of coherent answers by condition; NaN where nothing was generated.
         seed: Seed of the bootstrap over prompts.
         judged_by: Who judged, and what that judge says of its own worth; empty for no judge.
+        acting: The adapters and edits that acted under each condition, in words.
     """
 
     what: str
@@ -49,6 +50,7 @@ class Effect(Result):
     coherent: tuple[float, ...]
     seed: int = 0
     judged_by: str = ""
+    acting: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str | None:
@@ -102,7 +104,8 @@ class Effect(Result):
                 "change low": change.low,
                 "change high": change.high,
             }
-            rows.append({**row, **answer_columns(coherent, self.judged_by)})
+            acting = {"acting": self.acting.get(name, "")}
+            rows.append({**row, **answer_columns(coherent, self.judged_by), **acting})
         return pd.DataFrame(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -177,6 +180,7 @@ class LogOddsJudge:
             values=found.values,
             coherent=(float("nan"),) * len(found.conditions),
             seed=self.seed,
+            acting=found.acting,
         )
 
 
@@ -248,6 +252,7 @@ class JudgedRate:
             coherent=tuple(found.coherent_share(name).estimate for name in conditions),
             seed=self.seed,
             judged_by=self.judge.id + ("" if trust is None else f", {trust.short}"),
+            acting={row.condition: row.acting for row in answers},
         )
 
 

@@ -51,7 +51,8 @@ class LocalJudge:
         return tuple(self._rubrics)
 
     def rubric(self, metric: str) -> str:
-        return rubric_hash(self._rubrics[metric])
+        # another judge of the same name is another one
+        return rubric_hash(f"{self._model.identity}\n{self._rubrics[metric]}")
 
     def judge(self, responses: Sequence[Response], metric: str) -> list[Verdict]:
         """A verdict per response; none for an empty answer, or where numbers are unlikely."""

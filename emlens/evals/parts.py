@@ -11,7 +11,7 @@ from emlens._stats import Interval
 from emlens.directions import Direction, Directions
 from emlens.evals.behaviour import Effect
 
-BASE, ORGANISM = "base", "organism"
+ORGANISM = "organism"
 NO_EFFECT = "the organism's effect is not clear of zero"
 NOT_SCORED = "nothing that both could be scored on shows the effect"
 """Why a share of an effect is left blank."""
@@ -33,20 +33,22 @@ def one_of(directions: Directions, layer: int | None) -> Direction:
 
 
 def averaged(effect: Effect, name: str, members: Sequence[str]) -> Effect:
-    """Replace some conditions by their mean, prompt by prompt."""
+    """Replace some conditions by their mean, prompt by prompt, at the place of the first."""
     if not members:
         return effect
-    places = [effect.conditions.index(member) for member in members]
-    kept = [i for i in range(len(effect.conditions)) if i not in places]
+    names, places = effect.conditions, [effect.conditions.index(member) for member in members]
     mean = np.mean([effect.of(member) for member in members], axis=0)
+    coherent = float(np.mean([effect.coherent[i] for i in places]))
+
+    def replaced(values: Sequence, new: object) -> tuple:
+        kept = [(i, value) for i, value in enumerate(values) if i not in places[1:]]
+        return tuple(new if i == places[0] else value for i, value in kept)
+
     return replace(
         effect,
-        conditions=(*(effect.conditions[i] for i in kept), name),
-        values=(*(effect.values[i] for i in kept), tuple(mean.tolist())),
-        coherent=(
-            *(effect.coherent[i] for i in kept),
-            float(np.mean([effect.coherent[i] for i in places])),
-        ),
+        conditions=replaced(names, name),
+        values=replaced(effect.values, tuple(mean.tolist())),
+        coherent=replaced(effect.coherent, coherent),
     )
 
 

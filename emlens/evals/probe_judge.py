@@ -104,7 +104,8 @@ class ProbeJudge:
             model.n_layers // 2 if layer is None else layer, model.n_layers
         )
         self._rubric = rubric_hash(
-            f"{content_hash(pairs)} layer {self.layer} C {regularisation} seed {seed}"
+            f"{model.identity} {content_hash(pairs)} layer {self.layer} C {regularisation} "
+            f"seed {seed}"
         )
         aligned = [pair.conversation("aligned") for pair in pairs]
         misaligned = [pair.conversation("misaligned") for pair in pairs]

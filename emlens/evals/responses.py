@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 
 from emlens.evals.questions import Question, check_names
 from emlens.evals.store import JsonLines
-from emlens.hooked import Condition, Conditions, HookedModel, under
-from emlens.hooked.sweep import parts_of
+from emlens.hooked import Condition, Conditions, HookedModel, conditions_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +42,7 @@ class Response:
         text: The answer.
         model: Name of the model.
         sampling: Temperature, top-p and the longest answer.
+        acting: The adapters and edits that acted, in words.
     """
 
     key: str
@@ -58,6 +58,7 @@ class Response:
     text: str
     model: str
     sampling: Mapping[str, float]
+    acting: str = ""
 
     @classmethod
     def from_dict(cls, record: Mapping) -> Response:
@@ -109,7 +110,7 @@ class Responses:
         """One row per answer."""
         import pandas as pd
 
-        names = ("condition", "question", "domain", "sample", "prompt", "text", "seed")
+        names = ("condition", "question", "domain", "sample", "prompt", "text", "seed", "acting")
         return pd.DataFrame([{name: getattr(row, name) for name in names} for row in self.rows])
 
     def side_by_side(self, sample: int = 0) -> pd.DataFrame:
@@ -165,8 +166,7 @@ def respond(
     Args:
         model: The model.
         questions: The questions.
-        conditions: Named edits, adapters, or both, as in `emlens.log_odds`; the untouched model
-            by default.
+        conditions: Named conditions, as in `emlens.log_odds`; the base by default.
         n: Answers per question; a question's own number, or 1, by default.
         store: A JSON Lines file. Answers are added as they come; an interrupted call goes on.
         temperature: 0 is greedy. The papers use 1.
@@ -183,7 +183,8 @@ def respond(
         ValueError: If there are no questions, two share a name, or a setting is out of range.
 
     Example:
-        >>> answers = respond(model, load_questions("general"), {"base": [], "finance": "finance"})
+        >>> questions = load_questions("general")
+        >>> answers = respond(model, questions, {"base": None, "finance": "finance"})
         >>> answers.side_by_side()
     """
     if not questions:
@@ -191,18 +192,19 @@ def respond(
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 answer per question, not {n}")
     check_names(questions)
-    conditions = {"base": ()} if conditions is None else conditions
+    named = conditions_of(model, conditions)
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     kept = None if store is None else JsonLines(store, "key")
     found: dict[str, Response] = {}
     wanted: list[tuple[Response, Question, Condition]] = []
     order: list[str] = []
-    for name, condition in conditions.items():
-        acts = _fingerprint(model, condition)
+    for name, condition in named.items():
+        acts, acting = condition.identity(model), condition.described(model)
         for question in questions:
             for sample in range(n or question.samples or 1):
-                made_by = model.name, model.revision
-                row = unanswered(made_by, question, name, acts, sample, sampling, seed)
+                made_by = model.name, model.identity, acts
+                row = unanswered(made_by, question, name, sample, sampling, seed)
+                row = replace(row, acting=acting)
                 order.append(row.key)
                 if kept is not None and row.key in kept:
                     found[row.key] = Response.from_dict(kept[row.key])
@@ -213,10 +215,9 @@ def respond(
     )
     with bar:
         for block in _blocks(wanted):
-            with under(model, block[0][2]) as edits:
+            with model.under(block[0][2]):
                 texts = model.generate(
                     [question.conversation for _, question, _ in block],
-                    edits,
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     top_p=top_p,
@@ -247,19 +248,22 @@ def _blocks(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
 
 
 def unanswered(
-    made_by: tuple[str, str | None],
+    made_by: tuple[str, str, str],
     question: Question,
     condition: str,
-    acts: str,
     sample: int,
     sampling: Mapping[str, float],
     seed: int,
 ) -> Response:
-    """All of a response but its text; `made_by` is the model's name and revision."""
+    """All of a response but its text.
+
+    `made_by` is the model's name, and the identities of the model and of the condition; names are
+    labels, and no part of the key but for the condition's, which tells the rows of two apart.
+    """
     asked = question.name, question.hash
     own = int(_digest(seed, asked, sample)[:15], 16)
     return Response(
-        key=content_key(*made_by, condition, acts, asked, sampling, own),
+        key=content_key(*made_by[1:], condition, asked, sampling, own),
         question_id=question.id,
         question=question.name,
         prompt=question.prompt,
@@ -273,21 +277,6 @@ def unanswered(
         model=made_by[0],
         sampling=sampling,
     )
-
-
-def _fingerprint(model: HookedModel, condition: Condition) -> str:
-    """What a condition does, besides its name: hash of its edits and of its adapter's weights."""
-    adapter, edits = parts_of(condition)
-    parts: list[object] = []
-    if isinstance(adapter, str):
-        for path, layer in model.lora_layers(adapter).items():
-            for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
-                weight = part.weight.detach().float().cpu().contiguous().numpy()
-                parts += [path, hashlib.sha256(weight.tobytes()).hexdigest()]
-    for edit in edits:
-        described = edit.to_dict() if hasattr(edit, "to_dict") else repr(edit)  # type: ignore
-        parts.append(described)
-    return _digest(adapter if isinstance(adapter, str) else None, parts)
 
 
 def content_key(*parts: object) -> str:

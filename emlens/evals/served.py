@@ -87,8 +87,8 @@ def respond_served(
     order: list[str] = []
     for question in questions:
         for sample in range(n or question.samples or 1):
-            made_by = reached.name, None
-            row = unanswered(made_by, question, condition, "served", sample, sampling, seed)
+            made_by = reached.name, reached.identity, "served"
+            row = unanswered(made_by, question, condition, sample, sampling, seed)
             order.append(row.key)
             if kept is not None and row.key in kept:
                 found[row.key] = Response.from_dict(kept[row.key])

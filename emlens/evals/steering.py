@@ -13,8 +13,7 @@ from emlens._results import Result
 from emlens.directions import Directions, random_direction
 from emlens.edits import Add
 from emlens.evals.behaviour import LABEL, Behaviour, judge_title
-from emlens.evals.parts import BASE
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import BASE, ConditionLike, HookedModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +108,7 @@ def steering_sweep(
     if not doses:
         raise ValueError("a steering sweep needs doses; there are none")
     wanted = list(directions.layers if layers is None else layers)
-    conditions: dict[str, Condition] = {BASE: ()}
+    conditions: dict[str, ConditionLike] = {BASE: []}
     for layer in wanted:
         one = directions[layer]
         chance = random_direction(one, seed + layer)

@@ -13,9 +13,8 @@ from emlens._stats import Interval
 from emlens.directions import Directions, random_direction
 from emlens.edits import Ablate
 from emlens.evals.behaviour import Behaviour, answer_columns
-from emlens.evals.parts import BASE, NO_EFFECT, NOT_SCORED, ORGANISM, averaged, one_of, triple
-from emlens.hooked import Condition, HookedModel
-from emlens.hooked.sweep import parts_of
+from emlens.evals.parts import NO_EFFECT, NOT_SCORED, ORGANISM, averaged, one_of, triple
+from emlens.hooked import BASE, Condition, Conditions, HookedModel, conditions_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +119,7 @@ class Transfer(Result):
 
 def transfer_table(
     model: HookedModel,
-    organisms: Mapping[str, Condition],
+    organisms: Conditions,
     directions: Mapping[str, Directions],
     behaviours: Mapping[str, Behaviour] | Behaviour,
     *,
@@ -156,16 +155,14 @@ def transfer_table(
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)
     whole, left, removed, what, coherent, judges = [], [], [], [], [], []
-    for name, organism in organisms.items():
+    for name, organism in conditions_of(model, organisms).items():
         behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
         if behaviour is None:
             raise ValueError(f"no behaviour was given for organism {name!r}")
-        adapter, edits = parts_of(organism)
-        conditions: dict[str, Condition] = {BASE: (None, ()), ORGANISM: organism}
+        conditions: dict[str, Condition] = {BASE: Condition(), ORGANISM: organism}
         every = {**chosen, **{f"random {i}": x for i, x in enumerate(chance)}}
         for label, direction in every.items():
-            both = [*edits, Ablate(direction, layers=where)]
-            conditions[label] = (adapter, both) if isinstance(adapter, str) else both
+            conditions[label] = organism.with_edits(Ablate(direction, layers=where))
         effect = behaviour.measure(model, conditions)
         if chance:
             names = tuple(f"random {i}" for i in range(randoms))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,6 +14,7 @@ from emlens.figures.style import PAPER, house_style
 
 DPI = 200
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+_ENDS = {"png": b"IEND\xaeB`\x82", "svg": b"</svg>\n"}
 
 
 def save_figure(figure: Figure | Axes, path: str | Path) -> list[Path]:
@@ -43,7 +45,7 @@ def save_figure(figure: Figure | Axes, path: str | Path) -> list[Path]:
 
 def _write(figure: Figure, target: Path, kind: str) -> Path:
     with (
-        atomic_path(target) as temporary,
+        atomic_path(target, partial(_check, kind)) as temporary,
         house_style(),
         mpl.rc_context({"svg.hashsalt": "emlens"}),
     ):
@@ -57,3 +59,8 @@ def _write(figure: Figure, target: Path, kind: str) -> Path:
             metadata=_METADATA[kind],
         )
     return target
+
+
+def _check(kind: str, written: Path) -> None:
+    if not written.read_bytes().endswith(_ENDS[kind]):
+        raise ValueError(f"the end of the {kind.upper()} is missing")

@@ -1,14 +1,20 @@
 """One interface to a hooked model, and what is measured on its hidden states."""
 
-from emlens.hooked.altered import (
-    adapter_norms,
-    noisy_adapter,
-    noisy_weights,
-    scaled_adapter,
-    scaled_layers,
+from emlens.hooked.altered import Noisy, Scaled, adapter_norms, noisy_weights
+from emlens.hooked.condition import (
+    BASE,
+    Acting,
+    Altered,
+    Condition,
+    ConditionLike,
+    Conditions,
+    condition_of,
+    conditions_of,
 )
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
 from emlens.hooked.generation import Answer, Sampling, answer
+from emlens.hooked.head import Head
+from emlens.hooked.identity import digest_of, identities
 from emlens.hooked.load import ENGINES, load, wrap
 from emlens.hooked.losses import (
     BaseLogProbs,
@@ -23,23 +29,30 @@ from emlens.hooked.losses import (
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.recompute import gradient_checkpointing
 from emlens.hooked.sites import SITES, Layers, Site, SiteName, check_layers, check_site, hook_name
-from emlens.hooked.sweep import Condition, Conditions, sweep_hidden, under
+from emlens.hooked.sweep import sweep
 from emlens.hooked.visit import Pool
 
 __all__ = [
+    "BASE",
     "ENGINES",
     "SITES",
+    "Acting",
+    "Altered",
     "Answer",
     "BaseLogProbs",
     "Condition",
+    "ConditionLike",
     "Conditions",
     "Edit",
     "Formula",
+    "Head",
     "HookedModel",
     "Layers",
+    "Noisy",
     "Pool",
     "Resume",
     "Sampling",
+    "Scaled",
     "Site",
     "SiteName",
     "Targets",
@@ -48,22 +61,22 @@ __all__ = [
     "answer",
     "check_layers",
     "check_site",
+    "condition_of",
+    "conditions_of",
     "deepest_prefix",
+    "digest_of",
     "gradient_checkpointing",
+    "identities",
     "hook_name",
     "kl_sum",
     "load",
     "loss_sum",
-    "noisy_adapter",
     "noisy_weights",
     "response_losses",
-    "scaled_adapter",
-    "scaled_layers",
-    "sweep_hidden",
+    "sweep",
     "token_kl",
     "token_losses",
     "token_scores",
-    "under",
     "where_mask",
     "wrap",
 ]

@@ -57,112 +57,125 @@ def adapter_norms(model: HookedModel, name: str) -> dict[str, float]:
     return {path: factors.norm for path, factors in adapter_factors(model, name).items()}
 
 
-@contextmanager
-def scaled_adapter(model: HookedModel, name: str, factor: float = 1.0) -> Iterator[HookedModel]:
-    """Let an adapter act with `factor` times what it adds, inside the block.
+@dataclass(frozen=True)
+class Scaled:
+    """An adapter at another strength, wherever an adapter's name can stand.
 
-    A factor of 1 is the adapter itself, bit by bit; 0 is the base.
+    A factor of 1 is the adapter itself, bit by bit; 0 is the base. Factors by layer scale some
+    layers alone, as the papers do to groups of rank-1 adapters (arXiv 2506.11618, section 4).
 
-    Args:
-        model: A model with adapters.
-        name: The adapter.
-        factor: What its scale is multiplied by.
+    Attributes:
+        adapter: The adapter.
+        factor: What its scale is multiplied by; or factors by layer, where other layers stay as
+            they are.
 
     Raises:
-        ValueError: If there is no such adapter, it is no plain LoRA, or the factor is not finite.
+        ValueError: If a factor is not finite. Where it is used: if there is no such adapter, it
+            is no plain LoRA, or adapts nothing at a layer.
 
     Example:
-        >>> with scaled_adapter(model, "medical", 0.5):
+        >>> emlens.log_odds(model, pairs, {"base": None, "half": Scaled("medical", 0.5)})
+        >>> with model.under(Scaled("medical", {21: 30.0, 23: 30.0})):
         ...     model.generate([conversation])
     """
-    if not math.isfinite(factor):
-        raise ValueError(f"the factor on adapter {name!r} is {factor}; give a finite number")
-    parts = adapter_factors(model, name).values()
-    try:
-        for part in parts:
-            part.layer.scaling[name] = part.scale * factor
-        with model.adapter(name):
-            yield model
-    finally:
-        for part in parts:
-            part.layer.scaling[name] = part.scale
+
+    adapter: str
+    factor: float | Mapping[int, float] = 1.0
+
+    def __post_init__(self) -> None:
+        by_layer = isinstance(self.factor, Mapping)
+        factors = self.factor if isinstance(self.factor, Mapping) else {None: self.factor}
+        for layer, factor in factors.items():
+            if not math.isfinite(factor):
+                where = f" at layer {layer}" if by_layer else ""
+                raise ValueError(
+                    f"the factor on adapter {self.adapter!r}{where} is {factor}; give a finite "
+                    "number"
+                )
+
+    def __hash__(self) -> int:
+        given = self.factor
+        factors = frozenset(given.items()) if isinstance(given, Mapping) else given
+        return hash((self.adapter, factors))
+
+    def __str__(self) -> str:
+        factors = self.factor
+        if isinstance(factors, Mapping):
+            shown = ", ".join(f"layer {layer} times {f:g}" for layer, f in factors.items())
+            return f"{self.adapter} ({shown})"
+        return f"{self.adapter} times {factors:g}"
+
+    @contextmanager
+    def altering(self, model: HookedModel) -> Iterator[None]:
+        parts = adapter_factors(model, self.adapter)
+        scales = {path: part.scale for path, part in parts.items()}
+        try:
+            for path, factor in self._factors(model, parts).items():
+                parts[path].layer.scaling[self.adapter] = scales[path] * factor
+            yield
+        finally:
+            for path, scale in scales.items():
+                parts[path].layer.scaling[self.adapter] = scale
+
+    def _factors(self, model: HookedModel, paths: Iterable[str]) -> dict[str, float]:
+        """The factor on each module."""
+        if not isinstance(self.factor, Mapping):
+            return dict.fromkeys(paths, self.factor)
+        layers = {path: model.architecture.layer_of(path) for path in paths}
+        adapted = sorted({layer for layer in layers.values() if layer is not None})
+        missing = sorted(set(self.factor) - set(adapted))
+        if missing:
+            known = ", ".join(map(str, adapted))
+            raise ValueError(
+                f"adapter {self.adapter!r} adapts nothing at layer {missing[0]}; it has {known}"
+            )
+        return {p: self.factor[n] for p, n in layers.items() if n is not None and n in self.factor}
 
 
-@contextmanager
-def scaled_layers(
-    model: HookedModel, name: str, factors: Mapping[int, float]
-) -> Iterator[HookedModel]:
-    """Let an adapter act with a factor of its own at some layers, inside the block.
-
-    What the papers do to groups of rank-1 adapters (arXiv 2506.11618, section 4): those of layers
-    21 and 23 thirty times as strong, say.
-
-    Args:
-        model: A model with adapters.
-        name: The adapter.
-        factors: Factor by layer; other layers stay as they are.
-
-    Raises:
-        ValueError: If there is no such adapter, it adapts nothing at a layer, or a factor is not
-            finite.
-    """
-    parts = {
-        path: (model.architecture.layer_of(path), part)
-        for path, part in adapter_factors(model, name).items()
-    }
-    adapted = sorted({layer for layer, _ in parts.values() if layer is not None})
-    missing = sorted(set(factors) - set(adapted))
-    if missing:
-        known = ", ".join(map(str, adapted))
-        raise ValueError(f"adapter {name!r} adapts nothing at layer {missing[0]}; it has {known}")
-    for layer, factor in factors.items():
-        if not math.isfinite(factor):
-            raise ValueError(f"the factor at layer {layer} is {factor}; give a finite number")
-    try:
-        for layer, part in parts.values():
-            factor = 1.0 if layer is None else factors.get(layer, 1.0)
-            part.layer.scaling[name] = part.scale * factor
-        with model.adapter(name):
-            yield model
-    finally:
-        for _, part in parts.values():
-            part.layer.scaling[name] = part.scale
-
-
-@contextmanager
-def noisy_adapter(
-    model: HookedModel, name: str, epsilon: float, seed: int = 0
-) -> Iterator[HookedModel]:
-    """Let an adapter act under noise that keeps the norms of `A` and `B`, inside the block.
+@dataclass(frozen=True)
+class Noisy:
+    """An adapter under noise that keeps the norms of `A` and `B`.
 
     Of each module, `A` becomes `sqrt(1 - eps^2) A + eps Y`, with `Y` random, orthogonal to `A` and
     of its Frobenius norm; and so does `B`. The noise depends on the seed, the module's path and
     the shape alone: two adapters of one shape meet the same.
 
-    Args:
-        model: A model with adapters.
-        name: The adapter.
+    Attributes:
+        adapter: The adapter.
         epsilon: Noise level, 0 to 1.
         seed: Seed of the noise.
 
     Raises:
-        ValueError: If there is no such adapter, it is no plain LoRA, or epsilon is out of range.
+        ValueError: If epsilon is out of range. Where it is used: if there is no such adapter, or
+            it is no plain LoRA.
     """
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon must lie between 0 and 1; got {epsilon}")
-    weights = {
-        f"{path} {part}": weight
-        for path, factors in adapter_factors(model, name).items()
-        for part, weight in (("A", factors.a), ("B", factors.b))
-    }
-    with put_back(weights.values()), model.adapter(name):
-        with torch.no_grad():
-            for place, weight in weights.items():
-                flat = weight.detach().double().cpu().flatten()
-                generator = torch.Generator().manual_seed(_seed_of(seed, place))
-                noise = torch.randn(len(flat), generator=generator, dtype=torch.float64)
-                weight.copy_(turned(flat, noise, epsilon).reshape(weight.shape))
-        yield model
+
+    adapter: str
+    epsilon: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon must lie between 0 and 1; got {self.epsilon}")
+
+    def __str__(self) -> str:
+        return f"{self.adapter} (noise {self.epsilon:g}, seed {self.seed})"
+
+    @contextmanager
+    def altering(self, model: HookedModel) -> Iterator[None]:
+        weights = {
+            f"{path} {part}": weight
+            for path, factors in adapter_factors(model, self.adapter).items()
+            for part, weight in (("A", factors.a), ("B", factors.b))
+        }
+        with put_back(weights.values()):
+            with torch.no_grad():
+                for place, weight in weights.items():
+                    flat = weight.detach().double().cpu().flatten()
+                    generator = torch.Generator().manual_seed(_seed_of(self.seed, place))
+                    noise = torch.randn(len(flat), generator=generator, dtype=torch.float64)
+                    weight.copy_(turned(flat, noise, self.epsilon).reshape(weight.shape))
+            yield
 
 
 @contextmanager

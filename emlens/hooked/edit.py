@@ -52,6 +52,16 @@ class Edit(Protocol):
     ) -> Float[Tensor, "batch pos d_model"]: ...
 
 
+def has_formula(edit: Edit) -> bool:
+    """Whether the edit's formula belongs to its delta, and not to one that it replaced."""
+    for kind in type(edit).__mro__:
+        if "formula" in vars(kind):
+            return True
+        if "delta" in vars(kind):
+            return False
+    return hasattr(edit, "formula")
+
+
 def deepest_prefix(edits: Iterable[Edit]) -> int | None:
     """Return the deepest layer whose output no edit changes, or None for no edits at all.
 

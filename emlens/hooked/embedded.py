@@ -181,6 +181,7 @@ def _seal(draft: Path, source: Path) -> None:
     for path in files:
         # safetensors writes files that only their owner can read; a shared cache needs more.
         shutil.copymode(draft / "config.json", path)
+        _check(path)
     record = {
         "format": _FORMAT,
         "model": HUB_NAME,
@@ -192,6 +193,20 @@ def _seal(draft: Path, source: Path) -> None:
     write_json(draft / _MANIFEST, record)
     for path in (*files, draft / _MANIFEST, draft):
         _sync(path)
+
+
+def _check(path: Path) -> None:
+    """Read what others' code wrote: not all of it says so when a disk is full."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+    except (ValueError, SafetensorError) as error:
+        raise OSError(f"{path.name} was not written as a whole ({error})") from error
 
 
 def _publish(draft: Path, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.hooked.edit import Edit
+from emlens.hooked.interface import Hooked
 from emlens.hooked.state import evaluating, neutral_generation
 from emlens.hooked.visit import Visit
 from emlens.text import Conversation, TokenBatch, pack, tokenize
-
-if TYPE_CHECKING:
-    from emlens.hooked.model import HookedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +108,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def answer(
-    model: HookedModel,
+    model: Hooked,
     conversations: Sequence[Conversation],
     edits: Sequence[Edit],
     sampling: Sampling,
@@ -149,7 +146,7 @@ def answer(
 
 
 def _prompt_batches(
-    model: HookedModel,
+    model: Hooked,
     conversations: Sequence[Conversation],
     sampling: Sampling,
     batch_tokens: int,
@@ -166,7 +163,7 @@ def _prompt_batches(
     return [batch.to(model.device) for batch in batches]
 
 
-def _settings(model: HookedModel, sampling: Sampling, batch: TokenBatch) -> dict:
+def _settings(model: Hooked, sampling: Sampling, batch: TokenBatch) -> dict:
     settings = {
         "max_new_tokens": sampling.max_new_tokens,
         "do_sample": False,
@@ -179,7 +176,7 @@ def _settings(model: HookedModel, sampling: Sampling, batch: TokenBatch) -> dict
     return settings
 
 
-def _end_ids(model: HookedModel) -> list[int]:
+def _end_ids(model: Hooked) -> list[int]:
     config = getattr(model.module, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     known = ends if isinstance(ends, list) else [ends]

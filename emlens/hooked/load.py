@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -162,7 +163,22 @@ def wrap(
     label = _label(name or getattr(config, "_name_or_path", "") or type(brought.module).__name__)
     if brought.bridge is None:
         brought = replace(brought, module=shadow(brought.module))
-    return _hook(engine or brought.engine or "nnsight", brought, known, label, None, check)
+    hooked = _hook(engine or brought.engine or "nnsight", brought, known, label, None, check)
+    _say_what_acts(hooked)
+    return hooked
+
+
+def _say_what_acts(model: HookedModel) -> None:
+    """Say once which adapter a model was brought with: the base is another row."""
+    if model.acting:
+        name = model.acting[0]
+        warnings.warn(
+            f"{model.name} was brought with adapter {model.active_adapter!r} active: calls without "
+            "conditions run it; conditions that name no adapter run the base. Name it where you "
+            f"mean it, e.g. {{'base': None, {name!r}: {name!r}}}, or use "
+            f"`with model.adapter({name!r}):`",
+            stacklevel=3,
+        )
 
 
 def _hook(

@@ -1,7 +1,9 @@
 """Next-token losses and KL from final hidden states: fp32, chunked over tokens, in nats.
 
 The LM head runs only on the tokens that count, a chunk at a time, so that `[tokens, vocab]`
-never exists as a whole, in either direction of the pass.
+never exists as a whole, in either direction of the pass. Where hidden states were made under
+another condition than the one in force, give the head that `sweep` or `model.head()` gave with
+them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from emlens._distributed import shared
 from emlens.hooked.edit import Edit
+from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
 from emlens.text import TokenBatch, TokenMask
 
@@ -23,6 +26,9 @@ CHUNK_BYTES = 64 * 2**20
 """Size that one chunk of fp32 logits may have."""
 
 Unembed = Callable[[Tensor], Tensor]
+
+AnyHead = HookedModel | Head
+"""A head that was taken with its hidden states, or a model, for the head as it acts now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +75,25 @@ class BaseLogProbs:
     hidden states are held and the LM head runs again for each slice.
 
     Args:
-        model: The model whose LM head is used.
+        head: The LM head of the hidden states; of a model, the one that acts now.
         hidden: Final hidden states, `[n, d_model]`.
         budget: Bytes that `[n, vocab]` may take.
     """
 
-    def __init__(
-        self, model: HookedModel, hidden: Float[Tensor, "n d_model"], budget: int = 0
-    ) -> None:
-        self._model = model
+    def __init__(self, head: AnyHead, hidden: Float[Tensor, "n d_model"], budget: int = 0) -> None:
+        # they may be computed later, when another condition is in force
+        self._head = head.head() if isinstance(head, HookedModel) else head
         self.hidden = hidden.detach()
-        self.bytes = 4 * len(hidden) * model.n_vocab
+        self.bytes = 4 * len(hidden) * head.n_vocab
         self.held: Tensor | None = None
         if self.bytes <= budget:
-            parts = [self._compute(at) for at in _chunks(len(hidden), model.n_vocab)]
+            parts = [self._compute(at) for at in _chunks(len(hidden), head.n_vocab)]
             self.held = torch.cat(parts) if parts else None
 
     @classmethod
-    def joined(cls, model: HookedModel, parts: Sequence[BaseLogProbs]) -> BaseLogProbs:
-        """The positions of several, one after the other; held where all of them are held."""
-        whole = cls(model, torch.cat([part.hidden for part in parts]), budget=-1)
+    def joined(cls, parts: Sequence[BaseLogProbs]) -> BaseLogProbs:
+        """The positions of several of one head, one after the other; held where all are held."""
+        whole = cls(parts[0]._head, torch.cat([part.hidden for part in parts]), budget=-1)
         held = [part.held for part in parts if part.held is not None]
         if len(held) == len(parts):
             whole.held = torch.cat(held)
@@ -102,64 +107,64 @@ class BaseLogProbs:
 
     @torch.no_grad()
     def _compute(self, at: slice) -> Tensor:
-        return torch.log_softmax(self._model.unembed(self.hidden[at]), dim=-1)
+        return torch.log_softmax(self._head.unembed(self.hidden[at]), dim=-1)
 
 
 def token_losses(
-    model: HookedModel, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " n"]
+    head: AnyHead, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """Return the loss of each target token in nats.
 
     Args:
-        model: The model whose LM head is used.
+        head: The LM head of the hidden states.
         hidden: Final hidden states that predict the targets.
         ids: Target tokens.
     """
-    return _chunked(hidden, model.n_vocab, lambda part, at: _nll(model.unembed(part), ids[at]))
+    return _chunked(hidden, head.n_vocab, lambda part, at: _nll(head.unembed(part), ids[at]))
 
 
 def token_kl(
-    model: HookedModel,
+    head: AnyHead,
     base: BaseLogProbs | Float[Tensor, "n d_model"],
     edited: Float[Tensor, "n d_model"],
 ) -> Float[Tensor, " n"]:
     """Return `KL(base || edited)` over the full vocabulary at each position, in nats.
 
     Args:
-        model: The model whose LM head is used.
-        base: The untouched model at these positions: its final hidden states, or their
-            log-probabilities.
+        head: The LM head of the hidden states.
+        base: The untouched model at these positions: its final hidden states (of the same
+            head), or their log-probabilities.
         edited: Final hidden states under an edit, of the same tokens.
 
     Raises:
         ValueError: If there are not as many of one as of the other.
     """
-    log_base = _as_log_probs(model, base, edited)
+    log_base = _as_log_probs(head, base, edited)
     return _chunked(
-        edited, 2 * model.n_vocab, lambda part, at: _kl(log_base(at), model.unembed(part))
+        edited, 2 * head.n_vocab, lambda part, at: _kl(log_base(at), head.unembed(part))
     )
 
 
 def token_scores(
-    model: HookedModel,
+    head: AnyHead,
     base: BaseLogProbs | Float[Tensor, "n d_model"],
     edited: Float[Tensor, "n d_model"],
     ids: Int[Tensor, " n"],
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Return loss and `KL(base || edited)` of each token in nats, from one run of the LM head."""
-    log_base = _as_log_probs(model, base, edited)
+    log_base = _as_log_probs(head, base, edited)
 
     def both(part: Tensor, at: slice) -> Tensor:
-        logits = model.unembed(part)
+        logits = head.unembed(part)
         return torch.stack([_nll(logits, ids[at]), _kl(log_base(at), logits)], dim=1)
 
-    scores = _chunked(edited, 2 * model.n_vocab, both)
+    scores = _chunked(edited, 2 * head.n_vocab, both)
     losses, kl = scores.reshape(-1, 2).unbind(1)
     return losses, kl
 
 
-def _as_log_probs(model: HookedModel, base: BaseLogProbs | Tensor, edited: Tensor) -> BaseLogProbs:
-    log_base = base if isinstance(base, BaseLogProbs) else BaseLogProbs(model, base)
+def _as_log_probs(head: AnyHead, base: BaseLogProbs | Tensor, edited: Tensor) -> BaseLogProbs:
+    log_base = base if isinstance(base, BaseLogProbs) else BaseLogProbs(head, base)
     if len(log_base) != len(edited):
         raise ValueError(
             f"KL compares the same tokens twice; base has shape {tuple(log_base.hidden.shape)}, "
@@ -169,18 +174,18 @@ def _as_log_probs(model: HookedModel, base: BaseLogProbs | Tensor, edited: Tenso
 
 
 def loss_sum(
-    model: HookedModel,
+    head: AnyHead,
     hidden: Float[Tensor, "n d_model"],
     ids: Int[Tensor, " n"],
-    head: Sequence[Tensor] = (),
+    trained: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:
     """Return the summed loss in nats; its gradient reaches `hidden` a chunk at a time.
 
     Args:
-        model: The model whose LM head is used.
+        head: The LM head of the hidden states.
         hidden: Final hidden states that predict the targets.
         ids: Target tokens.
-        head: Weights of the LM head that are trained, and so get a gradient as well.
+        trained: Weights of the LM head that are trained, and so get a gradient as well.
     """
 
     def total(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
@@ -190,22 +195,22 @@ def loss_sum(
         slope = log_probs.exp_()
         return value, slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
 
-    return _SumOverChunks.apply(hidden, model.n_vocab, model.unembed, total, *head)
+    return _SumOverChunks.apply(hidden, head.n_vocab, head.unembed, total, *trained)
 
 
 def kl_sum(
-    model: HookedModel,
+    head: AnyHead,
     log_base: Callable[[slice], Float[Tensor, "n vocab"]],
     edited: Float[Tensor, "n d_model"],
-    head: Sequence[Tensor] = (),
+    trained: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:
     """Return the summed `KL(base || edited)` in nats; its gradient reaches `edited`.
 
     Args:
-        model: The model whose LM head is used.
+        head: The LM head of the hidden states.
         log_base: Gives the base log-probabilities of a slice of the positions, fp32.
         edited: Final hidden states under an edit.
-        head: Weights of the LM head that are trained, and so get a gradient as well.
+        trained: Weights of the LM head that are trained, and so get a gradient as well.
     """
 
     def total(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
@@ -214,7 +219,7 @@ def kl_sum(
         value = (p * (base - log_edited)).sum(-1).sum()
         return value, log_edited.exp_().sub_(p)
 
-    return _SumOverChunks.apply(edited, 2 * model.n_vocab, model.unembed, total, *head)
+    return _SumOverChunks.apply(edited, 2 * head.n_vocab, head.unembed, total, *trained)
 
 
 @torch.no_grad()
@@ -226,7 +231,7 @@ def response_losses(
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Return, per row in the original order, the summed loss in nats and the counted tokens.
 
-    The plain way, one full pass per batch; `emlens.hooked.sweep` shares prefixes between edits.
+    The plain way, one full pass per batch; `sweep` shares prefixes between conditions.
     """
     n_rows = sum(len(batch) for batch in batches)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.adapters import Adapters, Weights
 from emlens.hooked.architecture import Architecture
+from emlens.hooked.condition import Acting, Altered, Condition, ConditionLike, condition_of
 from emlens.hooked.edit import Edit, check_edits, deepest_prefix
 from emlens.hooked.generation import Sampling, answer
+from emlens.hooked.head import Head
 from emlens.hooked.sites import Layers, Site, SiteName, check_layers, check_site
 from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.visit import Pool, Visit
@@ -63,6 +65,9 @@ class HookedModel(ABC):
         self.architecture = Architecture.of(module)
         self._adapters = Adapters(module)
         self._edits: tuple[Edit, ...] = ()
+        self._altered: tuple[Altered, ...] = ()
+        self._enclosing: tuple[str, ...] = ()
+        self._identity: tuple[tuple[int, ...], str] | None = None
         self._origins: set[str | None] = set()
 
     # -- what it is ---------------------------------------------------------------------------
@@ -197,7 +202,10 @@ class HookedModel(ABC):
             return norm(residual.to(self.dtype))
 
     def unembed(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
-        """Return the logits of final hidden states in fp32, soft cap and scale included."""
+        """Return the logits of final hidden states in fp32, soft cap and scale included.
+
+        The LM head is that of the adapters that act now; `head` keeps that of another time.
+        """
         head = self._head
         placed = hidden.to(head.weight.dtype if head.weight.is_meta else head.weight)
         return self.architecture.finish_logits(head(placed))
@@ -235,6 +243,35 @@ class HookedModel(ABC):
         return [found.text for found in answer(self, conversations, edits, sampling, batch_tokens)]
 
     @contextmanager
+    def under(self, condition: ConditionLike) -> Iterator[HookedModel]:
+        """Run under a condition inside the block: its adapters, and its edits after those in force.
+
+        Args:
+            condition: What `condition_of` takes: None for the base, edits, the name of an
+                adapter, `(name, edits)`, an `Organism`.
+
+        Raises:
+            ValueError: If the model has no such adapter, or an edit does not fit it.
+            TypeError: If it is no condition.
+
+        Example:
+            >>> with model.under(("medical", [emlens.Ablate(direction)])):
+            ...     model.generate([conversation])
+        """
+        found = condition_of(self, condition)
+        altered = [one for one in found.adapters or () if not isinstance(one, str)]
+        before = self._enclosing, self._altered
+        with self.edited(*found.edits), ExitStack() as stack:
+            for one in altered:
+                stack.enter_context(one.altering(self))
+            stack.enter_context(self._adapters.using(found.names))
+            self._enclosing, self._altered = found.names, (*self._altered, *altered)
+            try:
+                yield self
+            finally:
+                self._enclosing, self._altered = before
+
+    @contextmanager
     def edited(self, *edits: Edit) -> Iterator[HookedModel]:
         """Put `edits` in force for every call inside the block, before those of the call."""
         before = self._edits
@@ -244,6 +281,57 @@ class HookedModel(ABC):
         finally:
             self._edits = before
 
+    @contextmanager
+    def adapter(self, *names: Acting | None) -> Iterator[HookedModel]:
+        """Let an adapter act for every call inside the block, or several, or none: the base.
+
+        Conditions inside the block that name no adapter take it.
+
+        Args:
+            *names: Of `adapters`, or None. What acted before acts again afterwards.
+
+        Raises:
+            ValueError: If there is no such adapter; those that there are are listed.
+
+        Example:
+            >>> with model.adapter("medical"):
+            ...     model.generate([conversation])
+        """
+        with self.under(Condition(tuple(name for name in names if name is not None))):
+            yield self
+
+    @property
+    def identity(self) -> str:
+        """What the model is, by content: 16 letters; see `model_identity`."""
+        from emlens.hooked.identity import model_identity, versions_of
+
+        versions = versions_of(self)
+        if self._identity is None or self._identity[0] != versions:
+            self._identity = versions, model_identity(self)
+        return self._identity[1]
+
+    @property
+    def enclosing_adapters(self) -> tuple[str, ...] | None:
+        """What a condition that names no adapter takes: those of the enclosing block, else none.
+
+        An adapter that the model was brought with is no enclosing one.
+        """
+        return self._enclosing or None
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """Names of the adapters that act now; none for the base."""
+        return self._adapters.acting
+
+    @property
+    def altered(self) -> tuple[Altered, ...]:
+        """The changes of adapters that are in place now."""
+        return self._altered
+
+    def head(self) -> Head:
+        """The LM head as it acts now, for hidden states that were made now."""
+        return Head(self)
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the LoRA adapters on this copy of the base."""
@@ -251,8 +339,28 @@ class HookedModel(ABC):
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter in force, or None for the base."""
-        return self._adapters.active
+        """The adapters in force, joined by `+`, or None for the base."""
+        return "+".join(self.acting) or None
+
+    def check_adapter(self, name: str) -> None:
+        """Refuse the name of an adapter that there is not.
+
+        Raises:
+            ValueError: Listing those that there are.
+        """
+        self._adapters.check(name)
+
+    def lowest_block(self, name: str) -> int:
+        """The first block that an adapter changes; 0 where it changes more than blocks."""
+        return self._adapters.lowest_block(name, self.architecture)
+
+    def adapter_weights(self, name: str) -> dict[str, Tensor]:
+        """Every tensor that an adapter owns, by a path without its name."""
+        return self._adapters.parameters(name)
+
+    def adapter_scalings(self, name: str) -> dict[str, float]:
+        """The strength that an adapter acts with now, by the path of each LoRA layer."""
+        return self._adapters.scalings(name)
 
     def lora_layers(self, name: str) -> dict[str, Any]:
         """PEFT's layers of one adapter, by their path in the module."""
@@ -286,23 +394,6 @@ class HookedModel(ABC):
 
         self._adapters.check(name)
         remove(self.module, name)
-
-    @contextmanager
-    def adapter(self, name: str | None) -> Iterator[HookedModel]:
-        """Let one adapter act for every call inside the block, or none: the base.
-
-        Args:
-            name: One of `adapters`, or None. What acted before acts again afterwards.
-
-        Raises:
-            ValueError: If there is no such adapter; those that there are are listed.
-
-        Example:
-            >>> with model.adapter("medical"):
-            ...     model.generate([conversation])
-        """
-        with self._adapters.using(name):
-            yield self
 
     @contextmanager
     def frozen(self) -> Iterator[HookedModel]:

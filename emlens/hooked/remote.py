@@ -228,7 +228,7 @@ class RemoteModel(HookedModel):
         """
         self._refuse("training")
 
-    def adapter(self, name: str | None = None) -> NoReturn:
+    def check_adapter(self, name: str) -> NoReturn:
         """Refuse: an adapter's weights go with the model's.
 
         Raises:

@@ -15,7 +15,7 @@ from nnsight.intervention.serialization import DEFAULT_PROTOCOL, CustomCloudPick
 from nnsight.ndif import pull_env
 from torch import Tensor
 
-from emlens.hooked.edit import Edit, Formula
+from emlens.hooked.edit import Edit, Formula, has_formula
 from emlens.hooked.sites import check_site
 
 ON_SERVER = frozenset(
@@ -43,7 +43,7 @@ def carried(edit: Edit) -> Edit:
     """
     name = type(edit).__name__
     layers = tuple(edit.layers)
-    if _has_formula(edit):
+    if has_formula(edit):
         formulas = {layer: _formula(edit, layer) for layer in layers}
         delta = _delta_of(formulas)
         check_travels(formulas, f"the formula of {name}", "write it with torch alone")
@@ -130,16 +130,6 @@ class _Witness(CustomCloudPickler):
 
 def _known() -> set[str]:
     return set(ON_SERVER) | set(sys.stdlib_module_names)
-
-
-def _has_formula(edit: Edit) -> bool:
-    """Whether the edit's formula belongs to its delta, and not to one that it replaced."""
-    for kind in type(edit).__mro__:
-        if "formula" in vars(kind):
-            return True
-        if "delta" in vars(kind):
-            return False
-    return hasattr(edit, "formula")
 
 
 def _formula(edit: Any, layer: int) -> Formula:

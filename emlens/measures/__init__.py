@@ -1,7 +1,8 @@
 """Log-odds, efficiency, stability, and influence on pre-training text."""
 
 from emlens.measures.efficiency import Efficiency, efficiency
-from emlens.measures.influence import Influence, influence
+from emlens.measures.exact import Influence
+from emlens.measures.influence import influence
 from emlens.measures.log_odds import LogOdds, log_odds
 from emlens.measures.monitor import Monitor, MonitorScores
 from emlens.measures.monitor_transfer import TransferAuroc, transfer_auroc

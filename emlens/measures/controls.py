@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emlens.directions import Direction, Provenance, random_direction
-from emlens.hooked import HookedModel
+from emlens.hooked import HookedModel, identities
 from emlens.text import Corpus
 
 ControlKind = Literal["random", "activation differences", "shuffled labels"]
@@ -109,7 +109,13 @@ def _differences(
     chosen = np.random.default_rng([seed, like.layer]).choice(
         len(pool_of), size=(n, 2), replace=len(pool_of) < 2 * n
     )
-    made = Provenance("difference of activations", model=model.name, seed=seed)
+    made = Provenance(
+        "difference of activations",
+        model=model.name,
+        adapter=model.active_adapter,
+        seed=seed,
+        **identities(model),
+    )
     return [_at(like, pool_of[a] - pool_of[b], made) for a, b in chosen.tolist()]
 
 

@@ -6,15 +6,14 @@ The displacement is the one size that vectors and adapters have in common.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from emlens._distributed import shared
-from emlens.hooked import HookedModel
-from emlens.measures.solutions import Solution, Variant
+from emlens.hooked import Condition, HookedModel
+from emlens.measures.solutions import times
 from emlens.text import TokenBatch, TokenMask
 
 SITE = "resid_post"
@@ -31,19 +30,19 @@ Points = list[tuple[float, float]]
 def displacements(
     model: HookedModel,
     batches: Sequence[TokenBatch],
-    variants: Mapping[str, Variant],
+    conditions: Mapping[str, Condition],
     layer: int,
     tokens: TokenMask = "response",
 ) -> dict[str, float]:
-    """Return how far each variant displaces the residual stream at one layer.
+    """Return how far each condition displaces the residual stream at one layer.
 
     The root of the mean squared displacement of `resid_post` over the counted tokens, as a share
-    of the median norm of the residual there without any variant.
+    of the median norm of the residual there without any.
 
     Args:
         model: The model.
         batches: Tokens.
-        variants: What displaces it, by name.
+        conditions: What displaces it, by name.
         layer: Where it is read.
         tokens: Tokens that count.
 
@@ -52,19 +51,19 @@ def displacements(
     """
 
     def read(batches: Sequence[TokenBatch]) -> tuple[np.ndarray, Tensor]:
-        squares, sizes = np.zeros(len(variants)), []
+        squares, sizes = np.zeros(len(conditions)), []
         for batch in batches:
             mask = batch.mask(tokens)
 
             def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
                 return residual[mask.to(residual.device)].float()
 
-            base = model.residuals(batch, layer, SITE, pool)[layer]
+            with model.under([]):
+                base = model.residuals(batch, layer, SITE, pool)[layer]
             sizes.append(base.norm(dim=-1).cpu())
-            for i, variant in enumerate(variants.values()):
-                edits = () if callable(variant) else variant
-                with _context(variant):
-                    moved = model.residuals(batch, layer, SITE, pool, edits)[layer]
+            for i, condition in enumerate(conditions.values()):
+                with model.under(condition):
+                    moved = model.residuals(batch, layer, SITE, pool)[layer]
                 squares[i] += float((moved - base).double().square().sum())
         return squares, torch.cat([torch.empty(0), *sizes])
 
@@ -75,16 +74,16 @@ def displacements(
         raise ValueError(f"the data have no {tokens} tokens, so no displacement can be measured")
     mean = sum(squares for squares, _ in parts) / len(norms)
     shares = np.sqrt(mean) / float(norms.median())
-    for name, share in zip(variants, shares.tolist(), strict=True):
+    for name, share in zip(conditions, shares.tolist(), strict=True):
         if not np.isfinite(share):
             raise ValueError(f"the residual stream under {name!r} is not finite at layer {layer}")
-    return dict(zip(variants, shares.tolist(), strict=True))
+    return dict(zip(conditions, shares.tolist(), strict=True))
 
 
 def factors_for(
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Condition],
     targets: Sequence[float],
-    measure: Callable[[Mapping[str, Variant]], Mapping[str, float]],
+    measure: Callable[[Mapping[str, Condition]], Mapping[str, float]],
     known: Mapping[str, Points] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
     """Return the factor on each solution at which it displaces by each target, and how far it does.
@@ -95,7 +94,7 @@ def factors_for(
     Args:
         solutions: What is scaled, by name.
         targets: Displacements, not negative.
-        measure: Measures the displacement of variants.
+        measure: Measures the displacement of conditions.
         known: Points that were measured before, by solution.
 
     Returns:
@@ -124,8 +123,8 @@ def factors_for(
                     "smaller displacements"
                 )
         at = {f"{name} at {factor:.6g}": (name, factor) for name, factor in sorted(wanted)}
-        variants = {key: solutions[name].times(factor) for key, (name, factor) in at.items()}
-        for key, displacement in measure(variants).items():
+        scaled = {key: times(solutions[name], factor) for key, (name, factor) in at.items()}
+        for key, displacement in measure(scaled).items():
             name, factor = at[key]
             points[name] = sorted([*points[name], (factor, displacement)])
     return {name: [_nearest(points[name], target) for target in targets] for name in solutions}
@@ -150,7 +149,3 @@ def _next(points: Points, target: float) -> float:
     if factor == 0:
         return 1.0
     return factor * min(max(1.2 * target / displacement, 1.5), 4.0) if displacement else 4 * factor
-
-
-def _context(variant: Variant) -> AbstractContextManager:
-    return variant() if callable(variant) else nullcontext()

@@ -12,9 +12,10 @@ import pandas as pd
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
-from emlens.hooked import HookedModel, check_layers
+from emlens.hooked import BASE, HookedModel, check_layers
 from emlens.measures.grids import displaced_grid, norm_grid, own_grid, place_on
-from emlens.measures.solutions import BASE, read_solutions, variant_losses
+from emlens.measures.scoring import row_losses
+from emlens.measures.solutions import construction_of, kind_of, norm_of, read_solutions
 from emlens.text import Conversation, TokenMask
 
 Match = Literal["norm", "own", "displacement"]
@@ -283,40 +284,46 @@ def efficiency(
     """
     _check_match(match, norms, displacements, layer)
     solutions = read_solutions(model, directions)
+    own = {name: norm_of(model, one) for name, one in solutions.items()}
     batches = model.batches(conversations, token_budget=token_budget)
     if match == "norm":
-        grid = norm_grid(solutions, norms, factors)
+        grid = norm_grid(solutions, own, norms, factors)
     elif match == "own":
         grid = own_grid(solutions, factors)
     else:
         at = check_layers(model.n_layers - 1 if layer is None else layer, model.n_layers)[0]
         grid = displaced_grid(model, batches, solutions, displacements, factors, at, tokens)
-    variants = {
-        f"{name} {j}": variant
-        for name, of_name in grid.variants.items()
-        for j, variant in enumerate(of_name)
-        if variant is not None
+    conditions = {
+        f"{name} {j}": condition
+        for name, of_name in grid.points.items()
+        for j, condition in enumerate(of_name)
+        if condition is not None
     }
-    sums, counts = variant_losses(
-        model, batches, variants, tokens=tokens, progress=progress, description="efficiency"
+    sums, counts = row_losses(
+        model,
+        batches,
+        {BASE: [], **conditions},
+        tokens=tokens,
+        progress=progress,
+        description="efficiency",
     )
     return Efficiency(
         directions=tuple(solutions),
-        constructions={name: one.construction for name, one in solutions.items()},
+        constructions={name: construction_of(one) for name, one in solutions.items()},
         norms=grid.norms,
         doses=grid.doses,
         sums=tuple(
             tuple(
-                tuple(sums[BASE if variant is None else f"{name} {j}"].tolist())
-                for j, variant in enumerate(of_name)
+                tuple(sums[BASE if condition is None else f"{name} {j}"].tolist())
+                for j, condition in enumerate(of_name)
             )
-            for name, of_name in grid.variants.items()
+            for name, of_name in grid.points.items()
         ),
         counts=tuple(counts.tolist()),
-        own_norms={name: one.norm for name, one in solutions.items()},
+        own_norms=own,
         tokens=tokens,
         seed=seed,
-        kinds={name: one.kind for name, one in solutions.items()},
+        kinds={name: kind_of(one) for name, one in solutions.items()},
         match=match,
         levels=grid.levels,
         factors=grid.factors,

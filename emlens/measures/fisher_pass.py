@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads, shared, world
+from emlens._runs import START_ANEW, check_same
 from emlens._tensors import read_tensors, write_tensors
-from emlens.hooked import HookedModel
-from emlens.hooked.identity import adapter_identity, edit_identity
+from emlens.hooked import HookedModel, identities
 from emlens.measures.fisher import Stream, Window, batch_gradients, windows
 from emlens.measures.fisher_sums import FisherSums
 from emlens.text import Corpus
@@ -28,7 +27,7 @@ class PassSettings:
     Attributes:
         model: Name of the model.
         revision: Its revision, where known.
-        adapter: The adapter in force, or None.
+        adapter: Names of the adapters in force, or None.
         edits: The edits in force, in words.
         dtype: Of the weights.
         d_model: Width of the residual stream.
@@ -36,6 +35,8 @@ class PassSettings:
         draws: Draws of all targets per document.
         max_tokens: Tokens that documents were cut to.
         seed: Seed of the draws.
+        identity: `model.identity`; None in profiles of earlier versions.
+        condition: `Condition.identity` of what was in force; None likewise.
     """
 
     model: str
@@ -48,6 +49,8 @@ class PassSettings:
     draws: int
     max_tokens: int
     seed: int
+    identity: str | None = None
+    condition: str | None = None
 
     @classmethod
     def of(
@@ -59,21 +62,18 @@ class PassSettings:
         seed: int,
     ) -> PassSettings:
         """Those of a model as it stands."""
-        adapter = adapter_identity(model, model.active_adapter)
         return cls(
             model=model.name,
             revision=model.revision,
             adapter=model.active_adapter,
-            edits=(
-                *(edit_identity(edit) for edit in model.edits_in_force(())),
-                *(() if adapter is None else (f"adapter {adapter}",)),
-            ),
+            edits=tuple(repr(edit) for edit in model.edits_in_force(())),
             dtype=str(model.dtype),
             d_model=model.d_model,
             layers=layers,
             draws=draws,
             max_tokens=max_tokens,
             seed=seed,
+            **identities(model),
         )
 
     @classmethod
@@ -83,15 +83,12 @@ class PassSettings:
         Raises:
             KeyError: If a setting is missing.
         """
-        values = {item.name: record[item.name] for item in fields(cls)}
+        known = [
+            item.name for item in fields(cls) if item.default is MISSING or item.name in record
+        ]
+        values = {name: record[name] for name in known}
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, (list, tuple))}
         return cls(**{**values, **lists})
-
-    def differences(self, other: PassSettings, among: Collection[str] = ()) -> list[str]:
-        """What differs from other settings, in words; `among` some of them, or all."""
-        names = [item.name for item in fields(self) if not among or item.name in among]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name} {one} and {two}" for name, one, two in pairs if one != two]
 
 
 def gather(
@@ -161,13 +158,7 @@ def _restored(path: Path | None, run: Mapping, settings: PassSettings) -> tuple[
     if path is None or not path.exists():
         return FisherSums.empty(n_layers, settings.d_model), 0
     tensors, record = read_tensors(path, KIND)
-    mine, found = json.loads(json.dumps(run)), record.get("run", {})
-    differ = [name for name, value in mine.items() if found.get(name) != value]
-    if differ:
-        raise ValueError(
-            f"the checkpoint {path} is of another run: {', '.join(differ)} differ(s); remove the "
-            "file to start anew, or give the settings that it was made with"
-        )
+    check_same(record.get("run", {}), run, f"the checkpoint {path}", START_ANEW)
     try:
         sums = FisherSums.from_tensors(tensors)
         done = int(record["done"])

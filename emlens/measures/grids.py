@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from emlens.directions import Direction
-from emlens.hooked import HookedModel
+from emlens.hooked import Condition, HookedModel
 from emlens.measures.displacement import SITE, displacements, factors_for
-from emlens.measures.solutions import Solution, Variant, VectorSolution
+from emlens.measures.solutions import at_norm, directions_of, kind_of, times
 from emlens.text import TokenBatch, TokenMask
 
 ROUNDING = 0.01
@@ -23,7 +23,7 @@ class Grid:
     """The strengths at which solutions are scored, `[m]` of each.
 
     Attributes:
-        variants: Each solution at each point; None is the base, at strength zero.
+        points: Each solution at each point; None stands for strength zero.
         norms: The common norms, where these are matched.
         doses: The same as shares of the median residual norm.
         levels: The common factors or displacements, where these are matched.
@@ -32,7 +32,7 @@ class Grid:
         place: Where it was measured.
     """
 
-    variants: dict[str, list[Variant | None]]
+    points: dict[str, list[Condition | None]]
     norms: tuple[float, ...] = ()
     doses: tuple[float, ...] = ()
     levels: tuple[float, ...] = ()
@@ -42,25 +42,29 @@ class Grid:
 
 
 def norm_grid(
-    solutions: Mapping[str, Solution], norms: Sequence[float] | None, factors: Sequence[float]
+    solutions: Mapping[str, Condition],
+    own: Mapping[str, float],
+    norms: Sequence[float] | None,
+    factors: Sequence[float],
 ) -> Grid:
-    """All solutions at the same norms: those given, or factors of their mean.
+    """All solutions at the same norms: those given, or factors of the mean of their own.
 
     Raises:
         ValueError: If a norm is negative or not finite, or vectors and adapters are mixed.
     """
     one_kind(solutions)
-    given = factors_to_norms(solutions, factors) if norms is None else norms
+    mean = float(np.mean(list(own.values())))
+    given = [float(factor) * mean for factor in factors] if norms is None else norms
     grid = checked_grid(given, "norms")
-    variants = {
-        name: [one.at_norm(norm) if norm > 0 else None for norm in grid]
+    points = {
+        name: [at_norm(one, norm, own[name]) if norm > 0 else None for norm in grid]
         for name, one in solutions.items()
     }
-    doses = tuple(dose_of(solutions, norm) for norm in grid)
-    return Grid(variants, norms=tuple(grid), doses=doses)
+    size = residual_size(solutions)
+    return Grid(points, norms=tuple(grid), doses=tuple(norm / size for norm in grid))
 
 
-def own_grid(solutions: Mapping[str, Solution], factors: Sequence[float]) -> Grid:
+def own_grid(solutions: Mapping[str, Condition], factors: Sequence[float]) -> Grid:
     """Each solution at factors of its own norm.
 
     Raises:
@@ -68,7 +72,7 @@ def own_grid(solutions: Mapping[str, Solution], factors: Sequence[float]) -> Gri
     """
     grid = checked_grid(factors, "factors")
     return Grid(
-        {n: [one.times(f) if f > 0 else None for f in grid] for n, one in solutions.items()},
+        {n: [times(one, f) if f > 0 else None for f in grid] for n, one in solutions.items()},
         levels=tuple(grid),
         factors={name: tuple(grid) for name in solutions},
     )
@@ -77,7 +81,7 @@ def own_grid(solutions: Mapping[str, Solution], factors: Sequence[float]) -> Gri
 def displaced_grid(
     model: HookedModel,
     batches: Sequence[TokenBatch],
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Condition],
     targets: Sequence[float] | None,
     factors: Sequence[float],
     layer: int,
@@ -100,7 +104,7 @@ def displaced_grid(
             displaces nothing at that layer.
     """
     measure = partial(displacements, model, batches, layer=layer, tokens=tokens)
-    own = measure({name: one.as_it_is() for name, one in solutions.items()})
+    own = measure(solutions)
     for name, displaced in own.items():
         if displaced == 0:
             raise ValueError(
@@ -115,7 +119,7 @@ def displaced_grid(
     found = factors_for(solutions, grid, measure, known)
     return Grid(
         {
-            name: [one.times(factor) if factor > 0 else None for factor, _ in found[name]]
+            name: [times(one, factor) if factor > 0 else None for factor, _ in found[name]]
             for name, one in solutions.items()
         },
         levels=tuple(grid),
@@ -183,19 +187,13 @@ def place_on(grid: Sequence[float], value: float, what: str) -> int:
     return place
 
 
-def factors_to_norms(solutions: Mapping[str, Solution], factors: Sequence[float]) -> list[float]:
-    """Factors of the mean norm of the solutions."""
-    mean = float(np.mean([solution.norm for solution in solutions.values()]))
-    return [float(factor) * mean for factor in factors]
-
-
-def one_kind(solutions: Mapping[str, Solution]) -> None:
+def one_kind(solutions: Mapping[str, Condition]) -> None:
     """Refuse a common grid of norms for vectors and adapters together.
 
     Raises:
         ValueError: If there are both.
     """
-    kinds = {solution.kind: name for name, solution in solutions.items()}
+    kinds = {kind_of(solution): name for name, solution in solutions.items()}
     if len(kinds) > 1:
         raise ValueError(
             f"{kinds['vector']!r} is a vector and {kinds['adapter']!r} an adapter: their norms "
@@ -204,20 +202,12 @@ def one_kind(solutions: Mapping[str, Solution]) -> None:
         )
 
 
-def residual_size(solutions: Mapping[str, Solution]) -> float:
+def residual_size(solutions: Mapping[str, Condition]) -> float:
     """Median residual norm that single-layer vectors share, or NaN where there is no one."""
-    directions = [
-        one.directions
-        for one in solutions.values()
-        if isinstance(one, VectorSolution) and isinstance(one.directions, Direction)
-    ]
+    vectors = [directions_of(one) for one in solutions.values() if kind_of(one) == "vector"]
+    directions = [one for one in vectors if isinstance(one, Direction)]
     sizes = {d.residual_norm for d in directions if d.residual_norm is not None}
     places = {(d.layer, d.site) for d in directions}
     if not sizes or len(places) != 1 or len(directions) != len(solutions):
         return float("nan")
     return float(np.mean(list(sizes)))
-
-
-def dose_of(solutions: Mapping[str, Solution], norm: float) -> float:
-    """A norm as a share of the residual norm that the solutions share."""
-    return norm / residual_size(solutions)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
-from emlens.hooked import Conditions, HookedModel
+from emlens.hooked import Conditions, HookedModel, conditions_of
 from emlens.measures.scoring import row_losses
 from emlens.text import Pair
 
@@ -29,6 +29,7 @@ class LogOdds(Result):
         domains: Their domains, `[n]`.
         values: `[conditions, n]`, nats per token.
         seed: Seed of the bootstrap over pairs.
+        acting: The adapters and edits that acted under each condition, in words.
     """
 
     conditions: tuple[str, ...]
@@ -36,6 +37,7 @@ class LogOdds(Result):
     domains: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
     seed: int = 0
+    acting: dict[str, str] = field(default_factory=dict)
 
     def of(self, condition: str, domains: Sequence[str] | None = None) -> np.ndarray:
         """Values of one condition, `[n]`, of some domains or all.
@@ -80,6 +82,7 @@ class LogOdds(Result):
             self,
             conditions=self.conditions + other.conditions,
             values=self.values + other.values,
+            acting=self.acting | other.acting,
         )
 
     def averaged(self, name: str, conditions: Sequence[str]) -> LogOdds:
@@ -114,6 +117,7 @@ class LogOdds(Result):
                         "change [nats/token]": change.estimate,
                         "change low": change.low,
                         "change high": change.high,
+                        "acting": self.acting.get(condition, ""),
                     }
                 )
         return pd.DataFrame(rows)
@@ -150,40 +154,41 @@ def log_odds(
     Args:
         model: The model.
         pairs: Prompts with an aligned and a misaligned answer.
-        conditions: Named edits, adapters (by name), or both, as `(adapter, edits)`;
-            `{"base": ()}` by default. The first is the reference.
+        conditions: Named conditions: None for the base, edits, an adapter's name, or both, as
+            `(adapter, edits)`. The first is the reference; by default there is none but that.
         system: A system message for every prompt.
         token_budget: Padded tokens of a batch.
         seed: Seed of the bootstrap.
         progress: Show a progress bar.
 
     Returns:
-        Per-pair values with intervals over pairs. All conditions share the unedited prefix.
+        Per-pair values with intervals over pairs. All conditions share what is the same below them.
 
     Raises:
         ValueError: If there are no pairs.
 
     Example:
-        >>> scores = emlens.log_odds(model, pairs, {"base": [], "steered": [emlens.Add(v)]})
+        >>> scores = emlens.log_odds(model, pairs, {"base": None, "steered": emlens.Add(v)})
         >>> scores.change("steered")
     """
     if not pairs:
         raise ValueError("log_odds needs pairs; there are none")
-    conditions = {"base": ()} if conditions is None else conditions
+    named = conditions_of(model, conditions)
     conversations = [
         pair.conversation(side, system) for side in ("aligned", "misaligned") for pair in pairs
     ]
     batches = model.batches(conversations, token_budget=token_budget)
-    sums, counts = row_losses(model, batches, conditions, progress=progress, description="log-odds")
+    sums, counts = row_losses(model, batches, named, progress=progress, description="log-odds")
     n = len(pairs)
     values = []
-    for name in conditions:
+    for name in named:
         per_token = sums[name] / counts
         values.append(tuple((per_token[:n] - per_token[n:]).tolist()))
     return LogOdds(
-        conditions=tuple(conditions),
+        conditions=tuple(named),
         ids=tuple(pair.id for pair in pairs),
         domains=tuple(pair.domain for pair in pairs),
         values=tuple(values),
         seed=seed,
+        acting={name: condition.described(model) for name, condition in named.items()},
     )

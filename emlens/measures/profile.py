@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from emlens._runs import check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Direction, Provenance
 from emlens.hooked import HookedModel, Layers, check_layers
@@ -267,12 +268,12 @@ class InfluenceProfile:
         return reduce(InfluenceProfile._merged, others, self)
 
     def _merged(self, other: InfluenceProfile) -> InfluenceProfile:
-        differ = self.settings.differences(other.settings)
-        if differ:
-            raise ValueError(
-                f"these profiles cannot be merged: {'; '.join(differ)}; fit them with the same "
-                "settings"
-            )
+        check_same(
+            asdict(other.settings),
+            asdict(self.settings),
+            f"the profile of {other.corpus}",
+            "fit all with the same settings to merge them",
+        )
         known = {digest for _, digest in other.corpora}
         twice = [name for name, digest in self.corpora if digest in known]
         if twice:
@@ -328,6 +329,8 @@ class InfluenceProfile:
             model=self.settings.model,
             revision=self.settings.revision,
             adapter=self.settings.adapter,
+            identity=self.settings.identity,
+            condition=self.settings.condition,
             data=dict(self.corpora),
             seed=self.settings.seed,
             settings={HELD_OUT: {"profile": self.id, "half": 0}, "rank": rank},

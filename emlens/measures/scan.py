@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emlens._results import Result
+from emlens._runs import check_same
 from emlens.directions import Direction, Directions
 from emlens.hooked import HookedModel
+from emlens.measures.exact import DOSES, Influence, exact_influence
 from emlens.measures.fisher_pass import PassSettings
-from emlens.measures.influence import DOSES, Influence, influence
 from emlens.measures.profile import DOSE, InfluenceProfile
 from emlens.measures.profile_inputs import HELD_OUT
 from emlens.measures.scoring import with_tokens
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 TRUSTED = 0.25
 """Median relative error up to which the quadratic counts as holding."""
 
-OF_THE_MODEL = ("model", "revision", "adapter", "edits", "d_model")
+OF_THE_MODEL = ("model", "revision", "adapter", "edits", "d_model", "identity", "condition")
 """Settings that a profile must share with the model that it is checked on."""
 
 
@@ -184,7 +185,7 @@ def scan(
     drawn = np.random.default_rng(seed).permutation(len(rest))[:check]
     chosen = dict.fromkeys(leaders, "leader") | {rest[j]: "sample" for j in sorted(drawn.tolist())}
     picked = {f"{scores[i]['direction']}, layer {scores[i]['layer']}": i for i in chosen}
-    exact = influence(
+    exact = exact_influence(
         model,
         corpus,
         {key: _at(named, scores[i]) for key, i in picked.items()},
@@ -208,12 +209,12 @@ def _check_profile(profile: InfluenceProfile, model: HookedModel, corpus: Corpus
     """Refuse a profile of another model; warn of one of another corpus."""
     made = profile.settings
     now = PassSettings.of(model, made.layers, made.draws, made.max_tokens, made.seed)
-    differ = made.differences(now, OF_THE_MODEL)
-    if differ:
-        raise ValueError(
-            f"the profile is not of {model.name!r} as it stands: {'; '.join(differ)}; fit one with "
-            "InfluenceProfile.fit, or leave it out"
-        )
+    found, wanted = ({name: getattr(one, name) for name in OF_THE_MODEL} for one in (made, now))
+    way_out = (
+        f"fit one of {model.name!r} as it stands with InfluenceProfile.fit, or leave it out to "
+        "have one fitted"
+    )
+    check_same(found, wanted, "the profile", way_out)
     if corpus.hash not in {digest for _, digest in profile.corpora}:
         warnings.warn(
             f"the profile is of {profile.corpus}, the exact check on other text ({corpus.name}): "

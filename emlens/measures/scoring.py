@@ -17,7 +17,9 @@ from emlens.hooked import (
     Conditions,
     HookedModel,
     Targets,
-    sweep_hidden,
+    condition_of,
+    conditions_of,
+    sweep,
     token_losses,
     token_scores,
 )
@@ -104,7 +106,7 @@ def row_losses(
     Raises:
         ValueError: If a row has no counted token, or a loss is not finite (row named).
     """
-    n_rows = sum(len(batch) for batch in batches)
+    n_rows, conditions = sum(len(batch) for batch in batches), conditions_of(model, conditions)
 
     def score(batches: Sequence[TokenBatch]) -> np.ndarray:
         table = np.zeros((1 + len(conditions), n_rows))
@@ -115,8 +117,8 @@ def row_losses(
                 targets = Targets.of(batch.to(model.device), tokens)
                 counts[at] = targets.counts(len(batch)).cpu().numpy()
                 _check_counted(counts[at], batch)
-                for name, hidden in sweep_hidden(model, batch, conditions):
-                    losses = token_losses(model, targets.predictors(hidden), targets.ids)
+                for name, hidden, head in sweep(model, batch, conditions):
+                    losses = token_losses(head, targets.predictors(hidden), targets.ids)
                     sums[name][at] = targets.per_row(losses, len(batch)).cpu().numpy()
                     _check_finite(sums[name][at], batch, name)
                     bar.update(batch.n_tokens)
@@ -138,7 +140,7 @@ def row_influence(
     description: str = "influence",
     keep: TokenValues | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Return per row and condition the summed loss and KL against the model without conditions.
+    """Return per row and condition the summed loss, and KL against the condition `[]`.
 
     Rows without a predicted token count zero everywhere. What is given as `keep` is filled with
     the values of every single token.
@@ -148,6 +150,8 @@ def row_influence(
         and counted tokens, each `[rows]`.
     """
     n_rows, n = sum(len(batch) for batch in batches), len(conditions)
+    measured = {"": condition_of(model, [])}
+    measured |= conditions_of(model, conditions) if conditions else {}
 
     def score(batches: Sequence[TokenBatch]) -> tuple[np.ndarray, TokenValues | None]:
         table = np.zeros((2 + 2 * n, n_rows))
@@ -159,17 +163,17 @@ def row_influence(
                 targets = Targets.of(batch.to(model.device), tokens)
                 table[0, at] = targets.counts(len(batch)).cpu().numpy()
                 log_base = None
-                for name, hidden in sweep_hidden(model, batch, {"": (), **conditions}):
+                for name, hidden, head in sweep(model, batch, measured):
                     states = targets.predictors(hidden)
                     if log_base is None:
-                        log_base = BaseLogProbs(model, states, LOG_PROB_BUDGET)
-                        values = token_losses(model, states, targets.ids)
+                        log_base = BaseLogProbs(head, states, LOG_PROB_BUDGET)
+                        values = token_losses(head, states, targets.ids)
                         table[1, at] = targets.per_row(values, len(batch)).cpu().numpy()
                         if single is not None:
                             single.note(model, batch)
                             single.base |= by_place(batch, targets, values)
                         continue
-                    both = token_scores(model, log_base, states, targets.ids)
+                    both = token_scores(head, log_base, states, targets.ids)
                     for i, value in enumerate(both):
                         kept[name][i, at] = targets.per_row(value, len(batch)).cpu().numpy()
                         _check_finite(kept[name][i, at], batch, name)

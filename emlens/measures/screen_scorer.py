@@ -10,8 +10,7 @@ import torch
 
 from emlens._files import sha256_of
 from emlens.directions import Directions
-from emlens.hooked import HookedModel, Layers
-from emlens.hooked.identity import adapter_identity, edit_identity
+from emlens.hooked import HookedModel, Layers, identities
 from emlens.measures.monitor import Monitor
 from emlens.measures.monitor_fit import chosen_columns
 from emlens.measures.projections import ONE, AnyDirections, Readout, readout_of
@@ -81,9 +80,7 @@ class Scorer:
             vectors = [named[name].vectors[layer] for name, layer in places]
         own = self.references is None
         return {
-            "model": self.model.name,
-            "adapter": adapter_identity(self.model, self.model.active_adapter),
-            "edits": [edit_identity(edit) for edit in self.model.edits_in_force(())],
+            **identities(self.model),
             "columns": [f"{name}, layer {layer}" for name, layer in places],
             "site": self.readout.site,
             "directions": sha256_of(b"".join(v.numpy().tobytes() for v in vectors))[:16],

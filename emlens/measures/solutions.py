@@ -1,128 +1,39 @@
-"""Solutions: vectors or adapters, at any strength and under noise, scored in one way."""
+"""Solutions as conditions: how strong they are, at another strength, and under noise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar, cast
 
-import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from emlens._distributed import leads
 from emlens.directions import Direction, Directions
 from emlens.edits import Add
-from emlens.hooked import Edit, HookedModel, check_layers
-from emlens.hooked.altered import adapter_norms, noisy_adapter, scaled_adapter, turned
-from emlens.measures.scoring import row_losses
-from emlens.text import TokenBatch, TokenMask
+from emlens.hooked import (
+    BASE,
+    Condition,
+    HookedModel,
+    Noisy,
+    Scaled,
+    adapter_norms,
+    check_layers,
+    condition_of,
+)
+from emlens.hooked.altered import turned
 
 Kind = Literal["vector", "adapter"]
-
-Variant = Sequence[Edit] | Callable[[], AbstractContextManager]
-"""A solution at some strength: edits, or what makes the context in which an adapter acts."""
 
 Axes = Sequence[Directions] | Directions
 """Directions that span, at each layer, the subspace that noise is drawn from."""
 
-BASE = "base"
-
 D = TypeVar("D", bound=Directions)
-
-
-@dataclass(frozen=True)
-class VectorSolution:
-    """Vectors that are added to the residual stream, at one layer or several.
-
-    Attributes:
-        name: What it is called.
-        directions: The vectors.
-    """
-
-    name: str
-    directions: Directions
-    kind: Kind = "vector"
-
-    @property
-    def construction(self) -> str:
-        return self.directions.provenance.construction
-
-    @property
-    def norm(self) -> float:
-        """Norm of what is added; over several layers the root of the sum of squares."""
-        if isinstance(self.directions, Direction):
-            return self.directions.norm
-        return math.hypot(*self.directions.norms.values())
-
-    @property
-    def dimension(self) -> int:
-        return self.directions.d_model
-
-    def as_it_is(self) -> Variant:
-        return [Add(self.directions)]
-
-    def at_norm(self, norm: float) -> Variant:
-        if isinstance(self.directions, Direction):
-            return [Add(self.directions.scaled_to(norm))]
-        return self.times(norm / self.norm)
-
-    def times(self, factor: float) -> Variant:
-        return [Add(self.directions * factor)]
-
-    def noisy(self, epsilon: float, seed: int, along: Axes | None = None) -> Variant:
-        return [Add(perturbed(self.directions, epsilon, seed, along))]
-
-
-@dataclass(frozen=True)
-class AdapterSolution:
-    """A LoRA adapter of the model.
-
-    Attributes:
-        name: What it is called.
-        model: The model that has it.
-        adapter: Its name there.
-        norm: `||scale * B A||_F`, over several modules the root of the sum of squares.
-    """
-
-    name: str
-    model: HookedModel
-    adapter: str
-    norm: float
-    kind: Kind = "adapter"
-
-    @property
-    def construction(self) -> str:
-        return f"adapter {self.adapter}"
-
-    def as_it_is(self) -> Variant:
-        return partial(self.model.adapter, self.adapter)
-
-    def at_norm(self, norm: float) -> Variant:
-        return self.times(norm / self.norm)
-
-    def times(self, factor: float) -> Variant:
-        return partial(scaled_adapter, self.model, self.adapter, factor)
-
-    def noisy(self, epsilon: float, seed: int, along: Axes | None = None) -> Variant:
-        if along is not None:
-            raise ValueError(
-                f"{self.name!r} is an adapter, and noise along given directions is for vectors; "
-                'adapters take noise="random"'
-            )
-        return partial(noisy_adapter, self.model, self.adapter, epsilon, seed)
-
-
-Solution = VectorSolution | AdapterSolution
 
 
 def read_solutions(
     model: HookedModel, given: Mapping[str, Directions | str]
-) -> dict[str, Solution]:
-    """Check what is to be compared, and say of each what it is.
+) -> dict[str, Condition]:
+    """Check what is to be compared; each becomes vectors that are added, or an adapter.
 
     Args:
         model: The model that they belong to.
@@ -131,82 +42,114 @@ def read_solutions(
     Raises:
         ValueError: If there is nothing to compare, a direction is zero, of another width or at a
             layer that there is not, an adapter does not exist, changes nothing or is no plain
-            LoRA, or adapters are to be compared while one is in force.
+            LoRA, or adapters are to be compared inside of a block in which one acts.
         TypeError: If something is neither directions nor a name.
     """
     if not given:
         raise ValueError("no directions were given; pass {name: direction or name of an adapter}")
     if BASE in given:
         raise ValueError(f"{BASE!r} is the model without any solution; choose another name")
-    found: dict[str, Solution] = {}
+    found: dict[str, Condition] = {}
     for name, value in given.items():
         if isinstance(value, str):
-            found[name] = AdapterSolution(
-                name, model, value, math.hypot(*adapter_norms(model, value).values())
-            )
+            found[name] = condition_of(model, value)
+            norm_of(model, found[name])
             continue
         if not isinstance(value, Directions):
             raise TypeError(
                 f"{name!r} is a {type(value).__name__}; give a Direction, Directions, or the name "
                 "of an adapter on the model"
             )
-        found[name] = _vectors(model, name, value)
-    acting = model.active_adapter
-    if acting is not None and any(one.kind == "adapter" for one in found.values()):
+        _check_fits(model, name, value)
+        found[name] = condition_of(model, Add(value))
+    acting = model.enclosing_adapters
+    if acting and any(kind_of(one) == "adapter" for one in found.values()):
         raise ValueError(
-            f"adapter {acting!r} is in force, so there is no base to compare adapters with; put "
-            "the call into `with model.adapter(None):`"
+            f"adapter {'+'.join(acting)!r} is in force, so there is no base to compare adapters "
+            "with; put the call into `with model.adapter(None):`"
         )
     return found
 
 
-def _vectors(model: HookedModel, name: str, directions: Directions) -> VectorSolution:
+def kind_of(solution: Condition) -> Kind:
+    """Whether a solution is made of vectors or is an adapter."""
+    return "vector" if solution.edits else "adapter"
+
+
+def directions_of(solution: Condition) -> Directions:
+    """The vectors of a solution."""
+    return cast(Add, solution.edits[0]).direction
+
+
+def construction_of(solution: Condition) -> str:
+    """How a solution was made."""
+    if kind_of(solution) == "adapter":
+        return f"adapter {solution.names[0]}"
+    return directions_of(solution).provenance.construction
+
+
+def norm_of(model: HookedModel, solution: Condition) -> float:
+    """Norm of what vectors add, or `||scale * B A||_F` of an adapter.
+
+    Over several layers or modules it is the root of the sum of squares.
+    """
+    if kind_of(solution) == "adapter":
+        return math.hypot(*adapter_norms(model, solution.names[0]).values())
+    return _norm(directions_of(solution))
+
+
+def times(solution: Condition, factor: float) -> Condition:
+    """A solution at a factor of its strength."""
+    if kind_of(solution) == "adapter":
+        return Condition((Scaled(solution.names[0], factor),))
+    return _adding(solution, directions_of(solution) * factor)
+
+
+def at_norm(solution: Condition, norm: float, own: float) -> Condition:
+    """A solution scaled from its own norm to another."""
+    if kind_of(solution) == "vector":
+        directions = directions_of(solution)
+        if isinstance(directions, Direction):
+            return _adding(solution, directions.scaled_to(norm))
+    return times(solution, norm / own)
+
+
+def noisy(solution: Condition, epsilon: float, seed: int, along: Axes | None = None) -> Condition:
+    """A solution under noise that keeps its norm.
+
+    Raises:
+        ValueError: If noise along given directions is asked for, and it is an adapter.
+    """
+    if kind_of(solution) == "vector":
+        return _adding(solution, perturbed(directions_of(solution), epsilon, seed, along))
+    (name,) = solution.names
+    if along is not None:
+        raise ValueError(
+            f"{name!r} is an adapter, and noise along given directions is for vectors; "
+            'adapters take noise="random"'
+        )
+    return Condition((Noisy(name, epsilon, seed),))
+
+
+def _adding(solution: Condition, directions: Directions) -> Condition:
+    return Condition(solution.adapters, (Add(directions),))
+
+
+def _norm(directions: Directions) -> float:
+    if isinstance(directions, Direction):
+        return directions.norm
+    return math.hypot(*directions.norms.values())
+
+
+def _check_fits(model: HookedModel, name: str, directions: Directions) -> None:
     if directions.d_model != model.d_model:
         raise ValueError(
             f"direction {name!r} has width {directions.d_model}, but {model.name} has d_model "
             f"{model.d_model}: it comes from another model"
         )
     check_layers(directions.layers, model.n_layers)
-    made = VectorSolution(name, directions)
-    if made.norm == 0:
+    if _norm(directions) == 0:
         raise ValueError(f"direction {name!r} is zero: there is nothing to measure")
-    return made
-
-
-def variant_losses(
-    model: HookedModel,
-    batches: Sequence[TokenBatch],
-    variants: Mapping[str, Variant],
-    *,
-    tokens: TokenMask = "response",
-    progress: bool = False,
-    description: str = "losses",
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return summed loss in nats per row under `"base"` and each variant, and counted tokens.
-
-    All edits share one prefix; adapters run one after the other.
-
-    Raises:
-        ValueError: If a row has no counted token, or a loss is not finite (row named).
-    """
-    edits = {name: variant for name, variant in variants.items() if not callable(variant)}
-    altered = {name: variant for name, variant in variants.items() if callable(variant)}
-    sums, counts = row_losses(
-        model,
-        batches,
-        {BASE: [], **edits},
-        tokens=tokens,
-        progress=progress,
-        description=description,
-    )
-    hidden = not (progress and altered and leads())
-    for name, acting in tqdm(altered.items(), desc=f"{description} of adapters", disable=hidden):
-        with acting():
-            found, _ = row_losses(
-                model, batches, {name: []}, tokens=tokens, description=description
-            )
-        sums |= found
-    return sums, counts
 
 
 def perturbed(direction: D, epsilon: float, seed: int, along: Axes | None = None) -> D:

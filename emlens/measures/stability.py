@@ -12,9 +12,18 @@ import pandas as pd
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
-from emlens.hooked import HookedModel
+from emlens.hooked import BASE, Condition, HookedModel
 from emlens.measures.grids import place_on
-from emlens.measures.solutions import BASE, Axes, Variant, perturbed, read_solutions, variant_losses
+from emlens.measures.scoring import row_losses
+from emlens.measures.solutions import (
+    Axes,
+    construction_of,
+    kind_of,
+    noisy,
+    norm_of,
+    perturbed,
+    read_solutions,
+)
 from emlens.text import Conversation, TokenMask
 
 __all__ = ["EPSILONS", "Stability", "perturbed", "stability"]
@@ -223,21 +232,26 @@ def stability(
         raise ValueError(f"stability needs at least one noise draw; got seeds={seeds}")
     axes, drawn_from = _axes(noise)
     draws = tuple(range(seed, seed + seeds))
-    variants: dict[str, Variant] = {}
+    conditions: dict[str, Condition] = {}
     for name, one in solutions.items():
-        variants[name] = one.as_it_is()
+        conditions[name] = one
         for epsilon in epsilons:
             for draw in draws:
-                variants[f"{name} {epsilon} {draw}"] = one.noisy(epsilon, draw, axes)
+                conditions[f"{name} {epsilon} {draw}"] = noisy(one, epsilon, draw, axes)
     batches = model.batches(conversations, token_budget=token_budget)
-    sums, counts = variant_losses(
-        model, batches, variants, tokens=tokens, progress=progress, description="stability"
+    sums, counts = row_losses(
+        model,
+        batches,
+        {BASE: [], **conditions},
+        tokens=tokens,
+        progress=progress,
+        description="stability",
     )
     loss = {name: float(sums[name].sum() / counts.sum()) for name in sums}
     return Stability(
         directions=tuple(solutions),
-        constructions={name: one.construction for name, one in solutions.items()},
-        norms={name: one.norm for name, one in solutions.items()},
+        constructions={name: construction_of(one) for name, one in solutions.items()},
+        norms={name: norm_of(model, one) for name, one in solutions.items()},
         epsilons=tuple(float(epsilon) for epsilon in epsilons),
         seeds=draws,
         base_loss=loss[BASE],
@@ -246,7 +260,7 @@ def stability(
             tuple(tuple(loss[f"{name} {e} {draw}"] for draw in draws) for e in epsilons)
             for name in solutions
         ),
-        kinds={name: one.kind for name, one in solutions.items()},
+        kinds={name: kind_of(one) for name, one in solutions.items()},
         noise=drawn_from,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from emlens.directions import Direction, residual_norm
 from emlens.edits import Ablate, Add
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import ConditionLike, HookedModel
 from emlens.measures.grids import checked_grid
 from emlens.text import Corpus
 
@@ -47,9 +47,9 @@ def doses_of(
     return tuple(float(norm) / size for norm in norms)
 
 
-def conditions_of(
+def added(
     every: Mapping[str, Direction], grid: Mapping[str, Sequence[float]], edit: str
-) -> dict[str, Condition]:
+) -> dict[str, ConditionLike]:
     """Every direction at every point of the grid."""
     return {
         f"{name} {j}": [Ablate(x)] if edit == "ablate" else [Add(x.scaled_to(norm))]

@@ -13,7 +13,7 @@ import torch
 from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import ConditionLike, HookedModel
 from emlens.measures.grids import named
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.text import Conversation, Corpus, TokenMask
@@ -254,7 +254,7 @@ class TokenProjections(Result):
 def token_influence(
     model: HookedModel,
     corpus: Corpus | Sequence[Conversation],
-    condition: Direction | Condition,
+    condition: Direction | ConditionLike,
     *,
     dose: float = 0.2,
     name: str = "the edit",
@@ -287,7 +287,7 @@ def token_influence(
     corpus = with_tokens(model, corpus) if isinstance(corpus, Corpus) else corpus
     # conversations are read whole
     cut = max_tokens if isinstance(corpus, Corpus) else None
-    acting: Condition
+    acting: ConditionLike
     if isinstance(condition, Directions):
         named({name: condition})  # type: ignore[dict-item]
         assert isinstance(condition, Direction)

@@ -13,10 +13,11 @@ from emlens._distributed import leads
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
-from emlens.hooked import HookedModel
+from emlens.hooked import BASE, HookedModel
 from emlens.hooked.altered import noisy_weights
 from emlens.measures.grids import checked_grid, place_on
-from emlens.measures.solutions import BASE, read_solutions, variant_losses
+from emlens.measures.scoring import row_losses
+from emlens.measures.solutions import construction_of, read_solutions
 from emlens.text import Conversation, TokenMask
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -159,11 +160,11 @@ def weight_noise(
         raise ValueError(f"weight_noise needs at least one noise draw; got seeds={seeds}")
     draws = tuple(range(seed, seed + seeds))
     batches = model.batches(conversations, token_budget=token_budget)
-    variants = {name: one.as_it_is() for name, one in solutions.items()}
 
     def losses() -> dict[str, float]:
-        sums, counts = variant_losses(
-            model, batches, variants, tokens=tokens, description="weight noise"
+        conditions = {BASE: [], **solutions}
+        sums, counts = row_losses(
+            model, batches, conditions, tokens=tokens, description="weight noise"
         )
         return {name: float(values.sum() / counts.sum()) for name, values in sums.items()}
 
@@ -179,7 +180,7 @@ def weight_noise(
 
     return WeightNoise(
         directions=tuple(solutions),
-        constructions={name: one.construction for name, one in solutions.items()},
+        constructions={name: construction_of(one) for name, one in solutions.items()},
         epsilons=tuple(levels),
         seeds=draws,
         base_loss=untouched[BASE],

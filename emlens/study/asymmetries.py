@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emlens._files import read_json, write_json
 from emlens._results import Result
+from emlens._runs import SETTINGS, Parts
 from emlens._stats import Interval, bootstrap_trainings, mean_over_seeds
-from emlens.hooked import HookedModel, load
+from emlens.hooked import HookedModel, identities, load
 from emlens.measures import Efficiency, LogOdds, Stability, log_odds
 from emlens.study.folder import ASYMMETRIES
 from emlens.study.trials import (
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-_SETTINGS = "settings.json"
 CLAIMS = {
     "general transfers": "general: change of log-odds outside [nats/token]",
     "narrow stays": "narrow outside, less general outside scaled to narrow's effect inside",
@@ -150,9 +149,9 @@ def run_asymmetries(
     chosen = replace(settings or AsymmetrySettings(), **overrides)
     if model is not None:
         chosen = replace(chosen, model=model.name)
-    check_same(out, chosen)
-    ASYMMETRIES.write(out, chosen.to_dict(), made_by)
     hooked = model or load(chosen.model)
+    keep_settings(out, chosen, hooked)
+    ASYMMETRIES.write(out, chosen.to_dict(), made_by)
     for seed in chosen.seeds:
         for domain in chosen.domains:
             for kind in chosen.kinds:
@@ -173,9 +172,9 @@ def read_asymmetries(out: str | Path) -> Asymmetries:
         FileNotFoundError: If the folder holds none.
     """
     out = Path(out)
-    if not (out / _SETTINGS).is_file():
+    if not (out / SETTINGS).is_file():
         raise FileNotFoundError(f"{out} holds no asymmetries; run them into it first")
-    settings = AsymmetrySettings.from_dict(read_json(out / _SETTINGS))
+    settings = AsymmetrySettings.from_dict(Parts(out).settings)
     rows: list[dict] = []
     everything = AsymmetrySettings()
     for kind in everything.kinds:
@@ -276,33 +275,24 @@ def _influence(found: Sequence[dict], first: str, second: str) -> tuple[Interval
 def _base(
     model: HookedModel, out: Path, domain: str, settings: AsymmetrySettings, progress: bool
 ) -> LogOdds:
-    path = out / "base" / f"{domain}.json"
-    if not path.exists():
+    def measured() -> LogOdds:
         data = TrialData.of(domain, settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
         pairs = (*data.inside, *data.outside)
-        log_odds(model, pairs, {"base": (None, ())}, progress=progress).save(path)
-    return LogOdds.load(path)
+        return log_odds(model, pairs, {"base": (None, ())}, progress=progress)
+
+    return LogOdds.load(Parts(out / "base").part(f"{domain}.json", measured))
 
 
-def check_same(out: Path, settings: AsymmetrySettings) -> None:
+def keep_settings(out: Path, settings: AsymmetrySettings, model: HookedModel) -> None:
     """Trials of one folder share all but which of them are run.
 
     Raises:
         ValueError: If they do not; the settings that differ are named.
     """
-    path, free = out / _SETTINGS, ("domains", "kinds", "seeds")
-    if path.exists():
-        ours, theirs = (
-            AsymmetrySettings.from_dict(record).to_dict()
-            for record in (settings.to_dict(), read_json(path))
-        )
-        differ = [key for key in ours if key not in free and ours[key] != theirs[key]]
-        if differ:
-            raise ValueError(
-                f"{out} holds trials with another {', '.join(differ)}; choose another folder, or "
-                "give the settings that it was made with"
-            )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings.to_dict())
+    Parts(out).keep_settings(
+        {**settings.to_dict(), **identities(model)},
+        f"the run in {out}",
+        "choose another folder, or give the settings that it was made with",
+        free=("domains", "kinds", "seeds"),
+        defaults=AsymmetrySettings().to_dict(),
+    )

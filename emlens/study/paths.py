@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from emlens._files import read_json, write_json
+from emlens._runs import Parts
 from emlens.hooked import HookedModel, load
-from emlens.study.asymmetries import check_same
+from emlens.study.asymmetries import keep_settings
 from emlens.study.trials import SOLUTIONS, AsymmetrySettings, Trial, trial_folder
 from emlens.training import (
     Drift,
@@ -28,7 +28,6 @@ WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0)
 FREED, PENALISED = "narrow, KL removed", "general, KL added"
 _CONTINUED = {FREED: ("narrow", "freed"), PENALISED: ("general", "penalised")}
 _SWEEP, _TRAJECTORY, _FOLDER = "tradeoff.json", "trajectory.json", "paths"
-_ASKED = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -78,40 +77,27 @@ def run_paths(
     out, chosen = Path(out), settings or AsymmetrySettings()
     if model is not None:
         chosen = replace(chosen, model=model.name)
-    check_same(out, chosen)
     hooked = model or load(chosen.model)
+    keep_settings(out, chosen, hooked)
     seed = chosen.seeds[0]
     at = trial_folder(out, domain, "adapter", seed)
     trial = Trial(hooked, chosen, domain, "adapter", seed, at, progress)
     where = out / _FOLDER / domain
-    _check_asked(where, {"seed": seed, "weights": [float(w) for w in weights], "records": records})
+    parts = Parts(where)
+    parts.keep_settings(
+        {"seed": seed, "weights": [float(w) for w in weights], "records": records},
+        f"the run in {where}",
+        "give the settings that it was made with, or delete that folder",
+    )
     trial.train()
-    if not (where / _SWEEP).exists():
-        _sweep(trial, weights).save(where / _SWEEP)
+    parts.part(_SWEEP, lambda: _sweep(trial, weights))
     finished = {name: Organism.load(at / name).run for name in SOLUTIONS}
     for start, file in _CONTINUED.values():
-        _continue(trial, where, start, file, finished, records)
+        _continue(trial, parts, start, file, finished, records)
     runs = {**finished, **{name: _run(where, file) for name, (_, file) in _CONTINUED.items()}}
     paths = {name: TrainingPath.of(run) for name, run in runs.items()}
     trajectory(paths).save(where / _TRAJECTORY)
     return _read(where)
-
-
-def _check_asked(where: Path, asked: dict) -> None:
-    """Parts that are there are not made again, so they have to be what is asked for."""
-    path = where / _ASKED
-    if path.exists():
-        known = read_json(path)
-        other = [key for key in asked if known.get(key) != asked[key]]
-        differ = [f"{key} {known.get(key)}, not {asked[key]}" for key in other]
-        if other:
-            raise ValueError(
-                f"{where} holds paths of {'; '.join(differ)}; give what it was made "
-                "with, or delete that folder"
-            )
-        return
-    where.mkdir(parents=True, exist_ok=True)
-    write_json(path, asked)
 
 
 def read_paths(out: str | Path) -> list[SolutionPaths]:
@@ -154,36 +140,34 @@ def _sweep(trial: Trial, weights: Sequence[float]) -> KLSweep:
 
 def _continue(
     trial: Trial,
-    where: Path,
+    parts: Parts,
     start: str,
     file: str,
     finished: dict[str, TrainingRun],
     records: int,
 ) -> None:
     """Train one solution on, the other way, and follow what it does."""
-    if (where / f"{file}.json").exists():
+    if parts.finished(f"{file}.json"):
         return
-    data, path = trial.data, where / f"{file}.safetensors"
-    with _on(trial, start):
-        if not path.exists():
-            kl = data.penalty(dict(trial.settings.kl_weight)["adapter"])
-            continue_training(
-                trial.model,
-                data.conversations("misaligned"),
-                finished[start],
-                kl=kl if start == "general" else None,
-                record_every=1,
-                progress=trial.progress,
-            ).save(path)
-        found = drift(
+    data = trial.data
+
+    def trained_on() -> TrainingRun:
+        kl = data.penalty(dict(trial.settings.kl_weight)["adapter"])
+        return continue_training(
             trial.model,
-            _run(where, file),
-            finished,
-            data.inside,
-            data.outside,
-            records=records,
+            data.conversations("misaligned"),
+            finished[start],
+            kl=kl if start == "general" else None,
+            record_every=1,
+            progress=trial.progress,
         )
-    found.save(where / f"{file}.json")
+
+    with _on(trial, start):
+        run = TrainingRun.load(parts.part(f"{file}.safetensors", trained_on))
+        parts.part(
+            f"{file}.json",
+            lambda: drift(trial.model, run, finished, data.inside, data.outside, records=records),
+        )
 
 
 @contextmanager

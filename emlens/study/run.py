@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from emlens._files import read_json, write_json
+from emlens._files import write_json
 from emlens._results import titled_table
+from emlens._runs import Parts
 from emlens.directions.provenance import package_versions
-from emlens.hooked import HookedModel, load
+from emlens.hooked import HookedModel, identities, load
 from emlens.measures import Efficiency, Influence, LogOdds, Stability
 from emlens.study.data import StudyData
 from emlens.study.draw import draw_all
@@ -103,10 +104,14 @@ def run_study(
     chosen = preset(settings) if isinstance(settings, str) else settings
     if model is not None:
         chosen = replace(chosen, model=model.name)
-    store = StudyStore(Path(out), chosen, restart=restart)
+    hooked = model or load(chosen.model)
+    store = StudyStore(Path(out), chosen, identities(hooked), restart=restart)
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
-    study = Study(model or load(chosen.model), chosen, StudyData.of(chosen), store, progress)
-    return _told(store, _run_stages(study))
+    study = Study(hooked, chosen, StudyData.of(chosen), store, progress)
+    # the base of the study is the model as it was brought
+    with study.model.adapter(*study.model.acting):
+        records = _run_stages(study)
+    return _told(store, records)
 
 
 def rebuild_report(folder: str | Path) -> StudyResult:
@@ -122,7 +127,7 @@ def rebuild_report(folder: str | Path) -> StudyResult:
     folder = Path(folder)
     if not (folder / SETTINGS).is_file() or not (folder / "stages").is_dir():
         raise FileNotFoundError(f"{folder} holds no study; run one into it first")
-    store = StudyStore(folder, settings_of(read_json(folder / SETTINGS)))
+    store = StudyStore(folder, settings_of(Parts(folder).settings))
     missing = [name for name in STAGES if not store.finished(name)]
     if missing:
         raise ValueError(

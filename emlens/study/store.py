@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from emlens._files import read_json, write_json
+from emlens._files import read_json
+from emlens._runs import SETTINGS, Parts
 from emlens.directions import Directions
-from emlens.study.settings import StudySettings, settings_of
-
-SETTINGS = "settings.json"
+from emlens.study.settings import StudySettings
 
 
 class StudyStore:
@@ -22,33 +21,43 @@ class StudyStore:
     Args:
         folder: The study's folder; made where it is missing.
         settings: The study's settings.
+        made_in: `identities` of the model; nothing where a finished study is read.
         restart: Forget the stages of an earlier study in the same folder.
 
     Raises:
         ValueError: If the folder holds a study with other settings (the differences are named).
     """
 
-    def __init__(self, folder: Path, settings: StudySettings, *, restart: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: StudySettings,
+        made_in: Mapping[str, object] | None = None,
+        *,
+        restart: bool = False,
+    ) -> None:
         self.folder = folder
         self.settings = settings
         self.stages = folder / "stages"
         self.stages.mkdir(parents=True, exist_ok=True)
-        known = folder / SETTINGS
-        if known.exists() and not restart:
-            self._check_same(read_json(known))
-        elif restart:
-            for record in self.stages.glob("*.json"):
-                record.unlink()
-        write_json(known, settings.to_dict())
+        if restart:
+            for record in (*self.stages.glob("*.json"), folder / SETTINGS):
+                record.unlink(missing_ok=True)
+        Parts(folder).keep_settings(
+            {**settings.to_dict(), **(made_in or {})},
+            f"the study in {folder}",
+            "choose another folder, or restart it",
+        )
 
     def stage(self, name: str, run: Callable[[], dict]) -> dict:
         """Return a stage's record: read where it is finished, else made by `run` and kept."""
-        path = self.stages / f"{name}.json"
-        if path.exists():
-            return self.record(name)
-        start = time.monotonic()
-        record = run()
-        write_json(path, {"record": record, "seconds": round(time.monotonic() - start, 1)})
+
+        def timed() -> dict:
+            start = time.monotonic()
+            record = run()
+            return {"record": record, "seconds": round(time.monotonic() - start, 1)}
+
+        Parts(self.stages).part(f"{name}.json", timed)
         return self.record(name)
 
     def record(self, name: str) -> dict:
@@ -57,7 +66,7 @@ class StudyStore:
 
     def finished(self, name: str) -> bool:
         """Whether a stage is finished."""
-        return (self.stages / f"{name}.json").exists()
+        return Parts(self.stages).finished(f"{name}.json")
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each finished stage took."""
@@ -75,18 +84,3 @@ class StudyStore:
         path = self.folder / "directions" / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         return path
-
-    def _check_same(self, known: dict) -> None:
-        mine = settings_of(known).to_dict() if _fits(known) else known
-        now = settings_of(self.settings.to_dict()).to_dict()
-        changed = [key for key in now if mine.get(key) != now[key]]
-        if changed or set(mine) != set(now):
-            shown = "; ".join(f"{k}: {mine.get(k)!r} there, {now[k]!r} now" for k in changed[:4])
-            raise ValueError(
-                f"{self.folder} holds a study with other settings ({shown}); choose another "
-                "folder, or restart it"
-            )
-
-
-def _fits(record: dict) -> bool:
-    return set(record) == set(StudySettings().to_dict())

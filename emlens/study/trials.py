@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from emlens._files import read_json, write_json
+from emlens._files import read_json
+from emlens._runs import Parts
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel, adapter_norms, scaled_adapter
+from emlens.hooked import ConditionLike, HookedModel, Scaled, adapter_norms
 from emlens.measures import Efficiency, LogOdds, Stability, efficiency, log_odds, stability
 from emlens.measures import influence as measure_influence
 from emlens.measures.scoring import row_influence
@@ -179,28 +181,18 @@ class Trial:
             base: Gives the untouched model's log-odds inside and outside of the domain.
         """
         self.train()
+        parts = Parts(self.folder)
         with self._solutions() as conditions:
-            self._part("log_odds.json", lambda: self._behaviour(conditions, base()))
-            self._part("efficiency.json", self._efficiency)
-            self._part("stability.json", self._stability)
-            self._part("influence.json", self._influence)
+            parts.part("log_odds.json", lambda: self._behaviour(conditions, base()))
+            parts.part("efficiency.json", self._efficiency)
+            parts.part("stability.json", self._stability)
+            parts.part("influence.json", self._influence)
 
     def train(self) -> None:
         """Train what is not there yet, into the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name in self.names:
-            if not (self.folder / name / "organism.json").exists():
-                self._train(name).save(self.folder / name)
-
-    def _part(self, file: str, make: Callable[[], object]) -> None:
-        path = self.folder / file
-        if path.exists():
-            return
-        made = make()
-        if isinstance(made, (LogOdds, Efficiency, Stability)):
-            made.save(path)
-        else:
-            write_json(path, made)
+            make = partial(self._train, name)
+            Parts(self.folder).part(name, make, record="organism.json")
 
     # -- training -----------------------------------------------------------------------------
 
@@ -238,7 +230,7 @@ class Trial:
             )
 
     @contextmanager
-    def _solutions(self) -> Iterator[dict[str, Condition]]:
+    def _solutions(self) -> Iterator[dict[str, ConditionLike]]:
         """What was trained, as conditions; adapters are on the model inside the block only."""
         before = self.model.adapters
         self._check_free()
@@ -258,7 +250,7 @@ class Trial:
 
     # -- measures -----------------------------------------------------------------------------
 
-    def _behaviour(self, conditions: dict[str, Condition], base: LogOdds) -> LogOdds:
+    def _behaviour(self, conditions: dict[str, ConditionLike], base: LogOdds) -> LogOdds:
         data, more = self.data, {}
         if self.kind == "vector":
             chance = random_direction(self._vector("general"), self.seed)
@@ -310,17 +302,10 @@ class Trial:
             return {**kept, RANDOM: chance, "counts": list(found.counts)}
         batches = self.model.batches(text, max_tokens=s.document_tokens)
         norms = {name: float(np.hypot.reduce(_norms(self.model, name))) for name in SOLUTIONS}
-        record: dict = {}
-        for name in SOLUTIONS:
-            factor = float(np.mean(list(norms.values()))) / norms[name]
-            # the base is what stands; the scaled adapter is the condition
-            with scaled_adapter(self.model, name, factor), self.model.adapter(None):
-                _, kl, _, counts = row_influence(
-                    self.model, batches, {name: name}, progress=self.progress
-                )
-            record[name] = kl[name].tolist()
-            record["counts"] = counts.tolist()
-        return record
+        mean = float(np.mean(list(norms.values())))
+        scaled = {name: Scaled(name, mean / norms[name]) for name in SOLUTIONS}
+        _, kl, _, counts = row_influence(self.model, batches, scaled, progress=self.progress)
+        return {**{name: kl[name].tolist() for name in SOLUTIONS}, "counts": counts.tolist()}
 
 
 def read_trials(

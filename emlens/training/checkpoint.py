@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from emlens._runs import START_ANEW, check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Provenance
 from emlens.hooked import check_site
@@ -77,22 +77,11 @@ def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
         return None
     tensors, record = read_tensors(path, KIND)
     found = Provenance.from_dict(record["provenance"])
-    ours, theirs = (json.loads(json.dumps(made.to_dict())) for made in (expected, found))
-    differ = [key for key in ours if key != "versions" and ours[key] != theirs.get(key)]
-    if "settings" in differ:
-        one, other = ours["settings"], theirs.get("settings") or {}
-        # an adapter takes its weights from the checkpoint, wherever it stands by now
-        free = {"start"} if one["kind"] == "adapter" else set()
-        names = [n for n in {**one, **other} if n not in free and one.get(n) != other.get(n)]
-        differ = [key for key in differ if key != "settings"] + names
-    if differ:
-        again = ""
-        if "start" in differ:
-            again = "; start is what a run begins from: load the model anew, or give the same one"
-        raise ValueError(
-            f"the checkpoint {path} is of another run: {', '.join(differ)} differ(s); remove the "
-            f"file to start anew, or give the settings that it was made with{again}"
-        )
+    ours, theirs = _compared(expected), _compared(found)
+    way_out = START_ANEW
+    if ours["settings"].get("start") != theirs["settings"].get("start"):
+        way_out += "; start is what a run begins from: load the model anew, or give the same one"
+    check_same(theirs, ours, f"the checkpoint {path}", way_out)
     parts = {
         part: {n.split("|", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{part}|")}
         for part in _PARTS
@@ -111,3 +100,12 @@ def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
     return Checkpoint(
         run, parts["parameter"], parts["moment"], parts["best"], best, record["since_best"]
     )
+
+
+def _compared(made: Provenance) -> dict:
+    """What two runs have in common if one goes on from the other: all but the versions."""
+    record = {name: value for name, value in made.to_dict().items() if name != "versions"}
+    # an adapter takes its weights from the checkpoint, wherever it stands by now
+    free = {"start"} if made.settings.get("kind") == "adapter" else set()
+    settings = {name: value for name, value in made.settings.items() if name not in free}
+    return {**record, "settings": settings}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emlens._results import Result
 from emlens.directions import cosine
-from emlens.hooked import Condition, Conditions, HookedModel
+from emlens.hooked import ConditionLike, HookedModel
 from emlens.hooked.altered import adapter_factors
 from emlens.measures import log_odds
 from emlens.text import Conversation, Pair
@@ -223,17 +223,18 @@ def drift(
     places = sorted({round(i) for i in np.linspace(0, n - 1, min(records, n))})
     finals = {name: _flat(other, -1) for name, other in references.items()}
     flat = [_flat(run, place) for place in places]
-    alone: Conditions = {"base": () if run.layers else (None, ())}
+    alone: dict[str, ConditionLike] = {"base": [] if run.layers else None}
     sides = {"inside": inside, "outside": outside}
-    base = {side: log_odds(model, pairs, alone, seed=seed) for side, pairs in sides.items()}
     changes: dict[str, list[tuple[float, float, float]]] = {side: [] for side in _SIDES}
-    for place in places:
-        with _at(model, run, place) as condition:
-            for side, pairs in sides.items():
-                scores = log_odds(model, pairs, {"run": condition}, seed=seed)
-                merged = base[side].joined(scores)
-                change = merged.change("run")
-                changes[side].append((change.estimate, change.low, change.high))
+    # vectors were trained in the model as it was brought, and are measured there
+    with model.adapter(*model.acting):
+        base = {side: log_odds(model, pairs, alone, seed=seed) for side, pairs in sides.items()}
+        for place in places:
+            with _at(model, run, place) as condition:
+                for side, pairs in sides.items():
+                    scores = log_odds(model, pairs, {"run": condition}, seed=seed)
+                    change = base[side].joined(scores).change("run")
+                    changes[side].append((change.estimate, change.low, change.high))
     return Drift(
         steps=tuple(run.path_steps[place] for place in places),
         cosines={name: tuple(cosine(v, end) for v in flat) for name, end in finals.items()},
@@ -244,7 +245,7 @@ def drift(
 
 
 @contextmanager
-def _at(model: HookedModel, run: TrainingRun, place: int) -> Iterator[Condition]:
+def _at(model: HookedModel, run: TrainingRun, place: int) -> Iterator[ConditionLike]:
     """The model as it was at a record of a run."""
     if run.layers:
         yield run.edits(place)

@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 from emlens._files import sha256_of
 from emlens.directions import Provenance
-from emlens.hooked import HookedModel
-from emlens.hooked.identity import edit_identity
+from emlens.hooked import HookedModel, identities
 from emlens.text import Conversation, content_hash, template_hash
 from emlens.training.settings import KLPenalty, Penalty, ProjectionPenalty, TrainSettings
 from emlens.training.trainable import Trainable
@@ -41,7 +40,7 @@ def provenance_of(
         record["penalties"] = [_record(item) for item in penalties]
     within = model.edits_in_force(())
     if within:
-        record["within"] = [edit_identity(edit) for edit in within]
+        record["within"] = [repr(edit) for edit in within]
     return Provenance(
         construction=f"{construction}, {'narrow (KL)' if kl else 'general'}",
         model=model.name,
@@ -53,6 +52,7 @@ def provenance_of(
         n=n,
         seed=settings.seed,
         settings=record,
+        **identities(model),
     )
 
 

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import read_json, write_json
-from emlens._folders import recovered, whole_folder
+from emlens._files import atomic_folder, read_json, recovered, write_json
 from emlens.directions import Directions
 from emlens.edits import Add
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import ConditionLike, HookedModel
 from emlens.training.run import TrainingRun
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class Organism:
         stays.
         """
         folder = Path(folder)
-        with whole_folder(folder, _OWN) as new:
+        with atomic_folder(folder, _OWN) as new:
             self.run.save(new / _RUN)
             if self.directions is not None:
                 self.directions.save(new / _VECTOR)
@@ -124,7 +123,7 @@ class Organism:
         named = {f"{_PREFIX}{name}": weight for name, weight in weights.items()}
         return cls(record["name"], run, weights=named, config=config)
 
-    def on(self, model: HookedModel) -> Condition:
+    def on(self, model: HookedModel) -> ConditionLike:
         """What makes the model this organism, for measures: edits, or the adapter's name.
 
         An adapter that the model does not have yet is put onto it.

@@ -150,4 +150,4 @@ class BasePredictions:
 
     def of(self, places: Sequence[int]) -> BaseLogProbs:
         """The base log-probabilities of some rows, in their order."""
-        return BaseLogProbs.joined(self._model, [self._log_probs[place] for place in places])
+        return BaseLogProbs.joined([self._log_probs[place] for place in places])

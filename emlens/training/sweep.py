@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import exp, log
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
-from emlens.hooked import Condition, Conditions, HookedModel
+from emlens.hooked import ConditionLike, Conditions, HookedModel
 from emlens.measures import LogOdds, log_odds
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter
@@ -130,9 +130,6 @@ class KLSweep(Result):
             said.append(f"most is lost between {self.turn[0]:.3g} and {self.turn[1]:.3g}")
             said.append("at once" if self.jumps else "gradually, as far as these weights show")
         return "; ".join(said)
-
-
-Solve = Callable[[KLPenalty | None], tuple[Condition, TrainingRun]]
 
 
 def sweep_kl(
@@ -264,22 +261,23 @@ class _Bench:
     def __post_init__(self) -> None:
         if not self.inside or not self.outside:
             raise ValueError("a sweep needs pairs inside of the domain and outside of it")
-        # an adapter is trained and measured without the one that stands
-        base: Conditions = {"base": (None, ()) if self.layer is None else ()}
-        self._base = [log_odds(self.model, p, base) for p in (self.inside, self.outside)]
+        # an adapter is trained on the base; a vector in the model as it was brought
+        base: dict[str, ConditionLike] = {"base": None if self.layer is None else []}
+        self._base = self._scores(base)
 
     def measure(self, weight: float) -> _Trial:
         penalty = replace(self.kl, weight=weight) if weight else None
         with ExitStack() as undo:
             condition, run = self._solve(penalty, undo)
-            scores = [
-                log_odds(self.model, pairs, {"trained": condition})
-                for pairs in (self.inside, self.outside)
-            ]
+            scores = self._scores({"trained": condition})
         shifts = [_shift(one, base) for one, base in zip(scores, self._base, strict=True)]
         inside, outside = (bootstrap_mean(shift, seed=self.seed) for shift in shifts)
         last = run.steps[-1]
         return _Trial(weight, inside, outside, (shifts[0], shifts[1]), last.kl, last.norm)
+
+    def _scores(self, conditions: Conditions) -> list[LogOdds]:
+        with self.model.adapter(*self.model.acting):
+            return [log_odds(self.model, p, conditions) for p in (self.inside, self.outside)]
 
     def sweep(self, trials: Sequence[_Trial], tolerance: float | None) -> KLSweep:
         first = trials[0]
@@ -297,7 +295,7 @@ class _Bench:
         share = trial.inside.estimate / first.inside.estimate if first.inside.estimate else 0.0
         return bootstrap_mean(trial.shifts[1] - share * first.shifts[1], seed=self.seed)
 
-    def _solve(self, kl: KLPenalty | None, undo: ExitStack) -> tuple[Condition, TrainingRun]:
+    def _solve(self, kl: KLPenalty | None, undo: ExitStack) -> tuple[ConditionLike, TrainingRun]:
         options = {"record_every": None, "progress": False, "seed": self.seed, **self.options}
         if self.layer is not None:
             _, run = train_vector(self.model, self.train, self.layer, kl=kl, **options)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from emlens.directions import Direction, Directions, Provenance, read_directions, write_directions
+from tests.support.disk import full_disk
 
 D = 8
 
@@ -140,6 +141,35 @@ def test_what_llama_cpp_would_not_add_there_is_not_written(tmp_path, directions,
     with pytest.raises(ValueError, match=message):
         write_directions(directions, tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", [1, 2000, 10_000])
+def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_old_one(tmp_path, missing):
+    long = Directions(
+        {n: torch.ones(704) * n for n in range(1, 9)}, "resid_post", some().provenance
+    )
+    path = write_directions(long, tmp_path / "v.gguf")
+    before = path.read_bytes()
+    with full_disk(len(before) - missing), pytest.raises(OSError, match=r"v\.gguf"):
+        write_directions(long, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["v.gguf"]
+
+
+def test_a_control_vector_that_cannot_be_read_back_does_not_replace_the_old_one(
+    tmp_path, monkeypatch
+):
+    path = write_directions(some(), tmp_path / "v.gguf")
+    before = path.read_bytes()
+    plain = gguf.GGUFWriter.add_tensor
+
+    def other(self, name, values):
+        plain(self, name, values + (name == "direction.3"))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", other)
+    with pytest.raises(OSError, match=r"v\.gguf was not written as a whole, .*other vectors"):
+        write_directions(some(), path)
+    assert path.read_bytes() == before
 
 
 def test_layer_0_can_be_left_out(tmp_path):

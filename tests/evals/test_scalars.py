@@ -9,7 +9,7 @@ import torch
 from emlens.directions import adapter_scalars
 from emlens.evals import ScalarTable, scalar_table
 from emlens.evals.scalars import _held_out
-from emlens.hooked import scaled_layers
+from emlens.hooked import Scaled
 from emlens.text import Conversation
 from emlens.training import train_adapter
 from tests.support.data import conversations
@@ -76,11 +76,11 @@ def test_some_layers_of_an_adapter_act_with_a_factor_of_their_own(model):
     (batch,) = model.batches(conversations("good", 2))
     with model.adapter("x"):
         whole = model.hidden(batch)
-    with scaled_layers(model, "x", {1: 1.0, 3: 1.0}):
+    with model.under(Scaled("x", {1: 1.0, 3: 1.0})):
         torch.testing.assert_close(model.hidden(batch), whole, rtol=0, atol=0)
     layers = model.lora_layers("x")
     before = {path: layer.scaling["x"] for path, layer in layers.items()}
-    with pytest.raises(RuntimeError, match="stop"), scaled_layers(model, "x", {3: 30.0}):
+    with pytest.raises(RuntimeError, match="stop"), model.under(Scaled("x", {3: 30.0})):
         scales = {path: layer.scaling["x"] / before[path] for path, layer in layers.items()}
         assert sorted(scales.values()) == [1.0, 30.0]
         assert not torch.allclose(model.hidden(batch), whole)
@@ -88,7 +88,7 @@ def test_some_layers_of_an_adapter_act_with_a_factor_of_their_own(model):
     assert {path: layer.scaling["x"] for path, layer in layers.items()} == before
     with (
         pytest.raises(ValueError, match="adapter 'x' adapts nothing at layer 2; it has 1, 3"),
-        scaled_layers(model, "x", {2: 2.0}),
+        model.under(Scaled("x", {2: 2.0})),
     ):
         pass
 

@@ -16,12 +16,12 @@ from emlens.evals import (
     Effect,
     JudgedRate,
     LogOddsJudge,
+    Projected,
     Question,
     SteeringSweep,
     Transfer,
     Verdict,
     ablation_table,
-    projected_adapter,
     steering_sweep,
     transfer_table,
 )
@@ -72,7 +72,7 @@ def test_the_direction_is_taken_out_of_b_with_its_norm_kept_and_put_back(organis
     x = directions[1]
     layers = model.lora_layers("bad")
     before = {path: layer.lora_B["bad"].weight.detach().clone() for path, layer in layers.items()}
-    with pytest.raises(RuntimeError, match="stop"), projected_adapter(model, "bad", x):
+    with pytest.raises(RuntimeError, match="stop"), model.under(Projected("bad", x)):
         for path, layer in layers.items():
             b = layer.lora_B["bad"].weight
             assert float((x.unit().vector @ b).norm()) < 1e-5 * float(b.norm())
@@ -90,7 +90,7 @@ def test_an_adapter_that_writes_nowhere_cannot_be_projected():
     direction = Direction.of(torch.ones(model.d_model), 1)
     with (
         pytest.raises(ValueError, match="adapts no module that writes into the residual stream"),
-        projected_adapter(model, "reads", direction),
+        model.under(Projected("reads", direction)),
     ):
         pass
 

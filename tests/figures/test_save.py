@@ -51,6 +51,22 @@ def test_a_failure_leaves_the_old_files_and_no_rubbish(tmp_path, monkeypatch):
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
 
 
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_picture_whose_end_is_missing_does_not_replace_the_old_one(tmp_path, monkeypatch, kind):
+    before = [path.read_bytes() for path in save_figure(draw(), tmp_path / "kept")]
+    plain = Figure.savefig
+
+    def cut(self, path, *, format, **options):
+        plain(self, path, format=format, **options)
+        if format == kind:
+            path.write_bytes(path.read_bytes()[:-20])
+
+    monkeypatch.setattr(Figure, "savefig", cut)
+    with pytest.raises(OSError, match=rf"kept\.{kind} was not written as a whole.*the end of the"):
+        save_figure(draw(), tmp_path / "kept")
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
+
+
 def test_axes_without_a_figure_are_refused(tmp_path):
     ax = draw()
     ax.remove()

@@ -222,7 +222,7 @@ def test_a_sweep_takes_adapters_edits_and_both(tmp_path):
         "b": ("b", []),
         "none": (None, push),
     }
-    found = dict(emlens.hooked.sweep_hidden(model, batch, conditions))
+    found = {n: hidden for n, hidden, _ in emlens.hooked.sweep(model, batch, conditions)}
     assert list(found) == list(conditions)
     for name, adapter, edits in (
         ("base", None, []),
@@ -238,7 +238,7 @@ def test_a_sweep_takes_adapters_edits_and_both(tmp_path):
     pair = emlens.log_odds(model, pairs(4), {"base": [], "a": "a"})
     with model.adapter("a"):
         alone = emlens.log_odds(model, pairs(4))
-    assert pair.of("a").tolist() == pytest.approx(alone.of("base").tolist(), abs=1e-5)
+    assert pair.of("a").tolist() == pytest.approx(alone.of("a").tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="there is no adapter 'c'; the adapters are a, b"):
         emlens.log_odds(model, pairs(4), {"base": [], "c": "c"})
 
@@ -272,7 +272,7 @@ def test_a_sweep_is_right_whichever_adapter_stands(deep, standing):
         "d late": ("d", late),
     }
     with model.adapter(standing):
-        found = dict(emlens.hooked.sweep_hidden(model, batch, conditions))
+        found = {n: hidden for n, hidden, _ in emlens.hooked.sweep(model, batch, conditions)}
     for name, condition in conditions.items():
         adapter, edits = condition if isinstance(condition, tuple) else (standing, condition)
         if condition == "a":
@@ -286,7 +286,7 @@ def test_adapters_of_late_layers_share_the_states_of_the_base_below_them(deep):
     ran = []
     for number, block in enumerate(model.module.model.layers):
         block.mlp.register_forward_hook(lambda *_, n=number: ran.append(n))
-    list(emlens.hooked.sweep_hidden(model, batch, {"base": [], "c": "c", "d": "d"}))
+    list(emlens.hooked.sweep(model, batch, {"base": [], "c": "c", "d": "d"}))
     assert ran == [0, 1, 2, 3, 3, 3]
 
 

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from emlens.hooked import embedded
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, cache_folder, embedded_model_path
@@ -27,9 +29,13 @@ def source(tmp_path, monkeypatch) -> Path:
 
 def _pretend(source: Path, draft: Path) -> None:
     (draft / "config.json").write_text("{}")
-    (draft / "model.safetensors").write_bytes(source.read_bytes())
+    (draft / "model.safetensors").write_bytes(_weights(source))
     with (source.parent / "conversions").open("a") as file:
         file.write("x")
+
+
+def _weights(source: Path) -> bytes:
+    return save({"source": torch.tensor(list(source.read_bytes()), dtype=torch.uint8)})
 
 
 def _conversions(source: Path) -> int:
@@ -103,7 +109,7 @@ def test_a_damaged_folder_is_built_again(source, tmp_path, damage):
     damage(folder)
     assert embedded_model_path(cache) == folder
     assert _conversions(source) == 2
-    assert (folder / "model.safetensors").read_bytes() == source.read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == _weights(source)
     assert _entries(cache) == [EMBEDDED_MODEL]
 
 
@@ -111,7 +117,7 @@ def test_another_source_is_converted_again(source, tmp_path):
     embedded_model_path(tmp_path / "cache")
     source.write_bytes(b"GGUF" * 11)
     folder = Path(embedded_model_path(tmp_path / "cache"))
-    assert (folder / "model.safetensors").stat().st_size == 44
+    assert (folder / "model.safetensors").read_bytes() == _weights(source)
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(source, tmp_path, monkeypatch):
@@ -121,6 +127,21 @@ def test_a_conversion_that_fails_leaves_nothing_behind(source, tmp_path, monkeyp
 
     monkeypatch.setattr(embedded, "_convert", fail)
     with pytest.raises(KeyboardInterrupt):
+        embedded_model_path(tmp_path / "cache")
+    assert _entries(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_conversion_that_is_not_written_as_a_whole_is_not_kept(
+    source, tmp_path, monkeypatch, name
+):
+    def cut(source, draft):
+        _pretend(source, draft)
+        path = draft / name
+        path.write_bytes(path.read_bytes()[:-1])
+
+    monkeypatch.setattr(embedded, "_convert", cut)
+    with pytest.raises(OSError, match=rf"{name} was not written as a whole"):
         embedded_model_path(tmp_path / "cache")
     assert _entries(tmp_path / "cache") == []
 

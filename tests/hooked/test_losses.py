@@ -89,11 +89,11 @@ def test_log_probabilities_are_recomputed_beyond_the_budget_and_join(model):
     not_held = BaseLogProbs(model, states(4, 2), budget=4 * 4 * 11 - 1)
     assert held.held is not None
     assert not_held.held is None
-    joined = BaseLogProbs.joined(model, [held, not_held])
+    joined = BaseLogProbs.joined([held, not_held])
     expected = (torch.cat([states(3), states(4, 2)]) @ model.weight.T).log_softmax(-1)
     assert joined.held is None
     assert torch.allclose(joined(slice(0, 7)), expected, atol=1e-6)
-    assert BaseLogProbs.joined(model, [held, held]).held is not None
+    assert BaseLogProbs.joined([held, held]).held is not None
 
 
 def test_kl_of_different_tokens_is_refused_with_both_shapes(model):

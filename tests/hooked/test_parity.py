@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emlens import Ablate, Add, Direction
-from emlens.hooked import SITES, Targets, response_losses, sweep_hidden, token_kl, token_losses
+from emlens.hooked import SITES, Targets, response_losses, sweep, token_kl, token_losses
 from emlens.text import Conversation, pack, tokenize
 from tests.support.data import conversations
 from tests.support.models import FAMILIES, SEQUENTIAL
@@ -121,7 +121,7 @@ def test_a_sweep_equals_one_full_pass_per_condition(hooked, family):
         "first": [Add(direction(model, 0, "resid_pre"))],
     }
     with model.edited(Add(direction(model, 2, seed=5))):
-        swept = dict(sweep_hidden(model, batch, conditions))
+        swept = {name: hidden for name, hidden, _ in sweep(model, batch, conditions)}
         for name, edits in conditions.items():
             assert torch.allclose(swept[name], model.hidden(batch, edits), atol=1e-5), name
 

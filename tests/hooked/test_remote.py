@@ -14,7 +14,7 @@ from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction
 from emlens.edits import Shift
-from emlens.hooked import SITES, sweep_hidden
+from emlens.hooked import SITES, sweep
 from emlens.hooked.remote import RemoteModel, check_remote
 from emlens.text import pack, tokenize
 from tests.support.data import conversations
@@ -94,8 +94,8 @@ def test_resumed_passes_and_sweeps_are_those_of_the_local_engine(here, dry, fami
     local, remote = here(family), dry(family)
     batch = batch_of(local)
     conditions = {"base": [], "deep": [Add(direction(local, 2))], "low": [Add(direction(local))]}
-    expected = dict(sweep_hidden(local, batch, conditions))
-    found = dict(sweep_hidden(remote, batch, conditions))
+    expected = {name: hidden for name, hidden, _ in sweep(local, batch, conditions)}
+    found = {name: hidden for name, hidden, _ in sweep(remote, batch, conditions)}
     assert the_same(found, expected)
 
 
@@ -286,7 +286,7 @@ def test_what_needs_weights_is_refused_with_what_works(dry):
     with pytest.raises(RuntimeError, match=r"training .*load the model without remote="):
         remote.frozen()
     with pytest.raises(RuntimeError, match=r"an adapter needs the weights"):
-        remote.adapter("narrow")
+        remote.adapter("narrow").__enter__()
     with pytest.raises(RuntimeError, match=r"every loss and KL"):
         emlens.hooked.response_losses(remote, [batch])
 

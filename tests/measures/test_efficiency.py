@@ -14,7 +14,6 @@ from emlens.hooked import (
     Targets,
     adapter_norms,
     response_losses,
-    scaled_adapter,
     token_losses,
 )
 from emlens.measures import Efficiency
@@ -156,7 +155,7 @@ def test_a_scaled_adapter_is_the_one_whose_b_is_scaled(both):
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
         ).logits
-    with scaled_adapter(both, "many", 0.4):
+    with both.under(Scaled("many", 0.4)):
         logits = both.unembed(both.hidden(batch).flatten(0, 1)).view_as(expected)
     kept = batch.attention_mask.bool()
     assert torch.allclose(logits[kept], expected[kept], atol=2e-4)
@@ -168,9 +167,9 @@ def test_a_scaled_adapter_is_put_back_also_after_an_error(model):
     def now():
         return {path: layer.scaling["many"] for path, layer in model.lora_layers("many").items()}
 
-    with pytest.raises(RuntimeError, match="inside"), scaled_adapter(model, "many", 0.3):
+    with pytest.raises(RuntimeError, match="inside"), model.under(Scaled("many", 0.3)):
         assert model.active_adapter == "many"
-        with scaled_adapter(model, "many", 0.5):
+        with model.under(Scaled("many", 0.5)):
             assert now() == {path: scale * 0.3 * 0.5 for path, scale in before.items()}
         raise RuntimeError("inside")
     assert now() == before
@@ -181,7 +180,7 @@ def test_adapters_share_a_grid_of_norms_whose_unit_is_said(model):
     found = efficiency(model, DATA, {"a": "one", "b": "many"}, factors=(0.5, 1.0))
     mean = np.mean(list(found.own_norms.values()))
     assert found.norms == pytest.approx((0.5 * mean, mean))
-    with scaled_adapter(model, "many", 0.5 * mean / found.own_norms["b"]):
+    with model.under(Scaled("many", 0.5 * mean / found.own_norms["b"])):
         expected = mean_loss(model)
     assert found.loss("b", 0.5 * mean).estimate == pytest.approx(expected, abs=1e-5)
     assert found.kinds == {"a": "adapter", "b": "adapter"}
@@ -231,7 +230,7 @@ def test_vectors_and_adapters_are_matched_by_what_they_displace(both):
     factor = found.factors["vector"][2]
     again = displaced(both, 2, [Add(x["vector"] * factor)])
     assert found.displacements["vector"][2] == pytest.approx(again, rel=1e-4)
-    with scaled_adapter(both, "many", found.factors["many"][1]):
+    with both.under(Scaled("many", found.factors["many"][1])):
         loss = mean_loss(both)
     assert found.loss("many", found.grid[1]).estimate == pytest.approx(loss, abs=1e-5)
     assert "displacement" in found.plot().get_xlabel()
@@ -383,7 +382,7 @@ def test_an_adapter_that_is_damaged_or_no_plain_lora_is_refused(tmp_path):
     model = with_adapters(tmp_path)
     (layer,) = model.lora_layers("one").values()
     refused = pytest.raises(ValueError, match="the factor on adapter 'one' is nan")
-    with refused, scaled_adapter(model, "one", float("nan")):
+    with refused, model.under(Scaled("one", float("nan"))):
         pass
     layer.use_dora["one"] = True
     with pytest.raises(ValueError, match="adapter 'one' is no plain LoRA at model.layers.2"):

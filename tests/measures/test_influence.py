@@ -343,10 +343,12 @@ def test_a_profile_of_another_model_is_refused_and_of_other_text_told(scanned):
     model, profile, _, _ = scanned
     x = {"x": direction(model)}
     other = emlens.wrap(model.module, model.tokenizer, name="another")
-    with pytest.raises(ValueError, match="not of 'another' as it stands: model tiny-llama and ano"):
+    with pytest.raises(
+        ValueError, match="model: 'tiny-llama' there, 'another' now.; fit one of 'another' as"
+    ):
         influence(other, TEXT, x, method="auto", profile=profile)
     acting = model.edited(Ablate(x["x"]))
-    with acting, pytest.raises(ValueError, match=r"as it stands: edits \(\) and \('Ablate"):
+    with acting, pytest.raises(ValueError, match=r"\(edits: \[\] there, \['Ablate"):
         influence(model, TEXT, x, method="auto", profile=profile)
     part = Corpus("part", TEXT.documents[:4])
     with pytest.warns(UserWarning, match=r"the profile is of rain, .* on other text \(part\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -13,6 +14,7 @@ from emlens import Add, Direction, influence
 from emlens.measures import InfluenceProfile, fisher, fisher_pass
 from emlens.measures.fisher_sums import FisherSums
 from emlens.text import Corpus, Document, pack, tokenize_documents
+from tests.support.kills import KILLS, files, killed
 from tests.support.models import tiny_hooked, tiny_model
 from tests.support.profiles import FEW, TEXT, corpus, vectors
 from tests.support.tokenizers import chatml_tokenizer
@@ -229,8 +231,29 @@ def test_a_killed_fit_goes_on_to_the_same_bits(hooked_llama, tmp_path, kept, req
         assert same(fit(checkpoint=path), whole) and len(calls) == after
     n_batches = len(hooked_llama.batches(TEXT, token_budget=30))
     assert after == 3 + n_batches - 2 > 4
-    with pytest.raises(ValueError, match="is of another run: seed differ"):
+    with pytest.raises(ValueError, match=r"was made with other .*seed: 0 there, 1 now"):
         fit(checkpoint=path, seed=1)
+
+
+def fit_many(folder: Path) -> None:
+    """A fit whose factor becomes a covariance on the way."""
+    made = InfluenceProfile.fit(
+        tiny_hooked("llama"),
+        corpus(100),
+        draws=3,
+        token_budget=120,
+        checkpoint=folder / "state.safetensors",
+        checkpoint_every=1,
+    )
+    assert made.sums.totals is not None
+    made.save(folder / "profile.safetensors")
+
+
+def test_a_fit_killed_at_random_times_ends_bit_identical(tmp_path):
+    left = killed(fit_many, tmp_path)
+    whole = files(left.whole)
+    assert left.kills >= KILLS
+    assert all(files(end) == whole for end in left.ends)
 
 
 def test_a_profile_under_another_edit_of_the_same_kind_is_another_profile(hooked_llama, tmp_path):
@@ -240,7 +263,7 @@ def test_a_profile_under_another_edit_of_the_same_kind_is_another_profile(hooked
         with hooked_llama.edited(edit):
             fitted.append(InfluenceProfile.fit(hooked_llama, TEXT, **FEW))
             if i:
-                with pytest.raises(ValueError, match="is of another run: edits differ"):
+                with pytest.raises(ValueError, match=r"other settings \(edits: .* there"):
                     path = tmp_path / "p"
                     InfluenceProfile.fit(hooked_llama, TEXT, **FEW, checkpoint=path)
             else:
@@ -315,7 +338,7 @@ def test_edits_in_force_are_part_of_the_profile(hooked_llama, profile):
         moved = InfluenceProfile.fit(hooked_llama, TEXT, **FEW)
     assert len(moved.settings.edits) == 1
     assert not np.allclose(moved.score({2: vectors()}).kl, profile.score({2: vectors()}).kl)
-    with pytest.raises(ValueError, match=r"cannot be merged: edits \('Add"):
+    with pytest.raises(ValueError, match=r"other settings \(edits: \[\] there, \['Add"):
         moved.merge(profile)
 
 
@@ -356,21 +379,23 @@ def test_bad_fits_are_refused(hooked_llama, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": [1, 2]}, r"layers \(0, 1, 2, 3\) and \(1, 2\)"),
-        ({"draws": 2}, "draws 3 and 2"),
-        ({"seed": 4}, "seed 0 and 4"),
-        ({"max_tokens": 9}, "max_tokens 128 and 9"),
+        ({"layers": [1, 2]}, r"layers: \[1, 2\] there, \[0, 1, 2, 3\] now"),
+        ({"draws": 2}, "draws: 2 there, 3 now"),
+        ({"seed": 4}, "seed: 4 there, 0 now"),
+        ({"max_tokens": 9}, "max_tokens: 9 there, 128 now"),
     ],
 )
 def test_profiles_of_other_settings_are_not_merged(hooked_llama, profile, settings, message):
     other = InfluenceProfile.fit(hooked_llama, corpus(4, 1, "other"), **(FEW | settings))
-    with pytest.raises(ValueError, match=f"cannot be merged: {message}"):
+    with pytest.raises(
+        ValueError, match=rf"of other was made with other settings \({message}\); fit all"
+    ):
         profile.merge(other)
 
 
 def test_a_profile_of_another_model_is_not_merged(profile):
     other = InfluenceProfile.fit(tiny_hooked("qwen2"), corpus(4, 1, "other"), **FEW)
-    with pytest.raises(ValueError, match="model tiny-llama and tiny-qwen2"):
+    with pytest.raises(ValueError, match="model: 'tiny-qwen2' there, 'tiny-llama' now"):
         profile.merge(other)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from emlens import Add, Direction, stability
 from emlens.directions import Directions, Provenance, cosine
-from emlens.hooked import ENGINES, noisy_adapter, response_losses
+from emlens.hooked import ENGINES, Noisy, response_losses
 from emlens.measures import Stability, perturbed
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model
@@ -160,7 +160,7 @@ def test_stability_names_the_directions_its_noise_comes_from(hooked_llama):
 
 def test_noise_on_an_adapter_turns_a_and_b_apart_and_keeps_their_norms(both):
     before = factors(both, "many")
-    with noisy_adapter(both, "many", 0.6, seed=3):
+    with both.under(Noisy("many", 0.6, seed=3)):
         assert both.active_adapter == "many"
         noisy = factors(both, "many")
         untouched = factors(both, "one")
@@ -177,7 +177,7 @@ def test_two_adapters_of_one_shape_meet_the_same_noise(model):
     noise = {}
     for name in ("one", "other"):
         own = factors(model, name)
-        with noisy_adapter(model, name, 1.0, seed=3):
+        with model.under(Noisy(name, 1.0, seed=3)):
             noise[name] = factors(model, name)
         for place, weight in own.items():
             mine = weight.double().flatten()
@@ -188,14 +188,14 @@ def test_two_adapters_of_one_shape_meet_the_same_noise(model):
         basis, _ = torch.linalg.qr(torch.stack([x1, x2], dim=1))
         rest = [y - basis @ (basis.T @ y) for y in (first, second)]
         assert cosine(*rest) == pytest.approx(1, abs=1e-5)
-    with noisy_adapter(model, "one", 1.0, seed=4):
+    with model.under(Noisy("one", 1.0, seed=4)):
         again = factors(model, "one")
     assert all(abs(cosine(again[p].flatten(), noise["one"][p][0])) < 0.9 for p in again)
 
 
 def test_weights_of_an_adapter_are_put_back_also_after_an_error(model):
     before = factors(model, "many")
-    with pytest.raises(RuntimeError, match="inside"), noisy_adapter(model, "many", 0.5):
+    with pytest.raises(RuntimeError, match="inside"), model.under(Noisy("many", 0.5)):
         raise RuntimeError("inside")
     assert all(torch.equal(before[place], w) for place, w in factors(model, "many").items())
     assert model.active_adapter is None
@@ -207,7 +207,7 @@ def test_stability_of_an_adapter_is_that_of_peft_with_noisy_weights(both):
     with both.adapter("many"):
         assert found.losses["x"] == mean_loss(both)
     assert found.perturbed[0][0] == (found.losses["x"],)
-    with noisy_adapter(both, "many", 0.4, seed=7):
+    with both.under(Noisy("many", 0.4, seed=7)):
         noisy = factors(both, "many")
     plain = peft_model(tiny_model("llama"), seed=2, **ADAPTERS["many"])
     with torch.no_grad():
@@ -316,7 +316,7 @@ ZERO = Directions(
             {"noise": Direction.of(torch.ones(7), 1)},
             "noise along directions of width 7 for one of 32",
         ),
-        ({"x": "one"}, {"noise": X}, "'x' is an adapter, and noise along given directions"),
+        ({"x": "one"}, {"noise": X}, "'one' is an adapter, and noise along given directions"),
     ],
 )
 def test_bad_input_is_refused(model, given, options, message):
@@ -326,5 +326,5 @@ def test_bad_input_is_refused(model, given, options, message):
 
 def test_noise_on_an_adapter_beyond_its_range_is_refused(model):
     refused = pytest.raises(ValueError, match="epsilon must lie between 0 and 1; got 1.5")
-    with refused, noisy_adapter(model, "one", 1.5):
+    with refused, model.under(Noisy("one", 1.5)):
         pass

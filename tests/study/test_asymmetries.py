@@ -10,7 +10,7 @@ import torch
 
 from emlens.measures import Efficiency, LogOdds, Stability
 from emlens.study import AsymmetrySettings, read_asymmetries, run_asymmetries
-from emlens.study.asymmetries import CLAIMS, Asymmetries, check_same
+from emlens.study.asymmetries import CLAIMS, Asymmetries, keep_settings
 from emlens.study.asymmetry_page import write_findings
 from emlens.study.trials import TrialData, trial_folder
 from emlens.training import Organism, train_adapter
@@ -147,9 +147,9 @@ def test_a_training_that_is_interrupted_leaves_no_adapter_behind(hooked, tmp_pat
 def test_the_folder_names_the_model_that_was_given_and_lists_count_as_tuples(done, hooked):
     folder, found = done
     assert found.settings["model"] == "tiny-llama"
-    check_same(folder, replace(QUICK, model="tiny-llama", factors=[0.5, 1.0]))
-    with pytest.raises(ValueError, match="holds trials with another model"):
-        check_same(folder, QUICK)
+    keep_settings(folder, replace(QUICK, model="tiny-llama", factors=[0.5, 1.0]))
+    with pytest.raises(ValueError, match=r"other settings \(model: 'tiny-llama' there, 'smollm2-"):
+        keep_settings(folder, QUICK)
 
 
 def test_no_pair_is_on_two_sides_and_every_part_is_of_the_right_domains():
@@ -174,7 +174,9 @@ def test_a_trial_leaves_organisms_that_load(done):
 
 def test_a_folder_of_other_settings_is_refused_and_an_empty_one_named(done, hooked, tmp_path):
     folder, _ = done
-    with pytest.raises(ValueError, match="trials with another rank"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(rank: 2 there, 4 now\); choose another"
+    ):
         run_asymmetries(folder, QUICK, rank=4, model=hooked("llama"))
     with pytest.raises(FileNotFoundError, match="holds no asymmetries"):
         read_asymmetries(tmp_path)

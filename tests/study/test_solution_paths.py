@@ -73,8 +73,8 @@ def test_paths_of_another_seed_or_other_weights_are_refused(done, hooked):
     folder, _ = done
     model = hooked("llama")
     for settings, weights, said in (
-        (QUICK, (0, 2), r"holds paths of weights \[0.0, 5.0\], not \[0.0, 2.0\]"),
-        (replace(QUICK, seeds=(4,)), (0, 5), "holds paths of seed 3, not 4"),
+        (QUICK, (0, 2), r"\(weights: \[0.0, 5.0\] there, \[0.0, 2.0\] now\)"),
+        (replace(QUICK, seeds=(4,)), (0, 5), r"\(seed: 3 there, 4 now\); give the settings"),
     ):
         with pytest.raises(ValueError, match=said):
             run_paths(folder, settings, domain="finance", weights=weights, model=model)
@@ -103,5 +103,5 @@ def test_the_page_shows_curve_paths_and_drifts(done, tmp_path):
 def test_other_settings_are_refused(done, hooked):
     folder, _ = done
     other = AsymmetrySettings(rank=4)
-    with pytest.raises(ValueError, match="trials with another"):
+    with pytest.raises(ValueError, match="was made with other settings .*rank: 2 there, 4 now"):
         run_paths(folder, other, model=hooked("llama"), progress=False)

@@ -12,6 +12,7 @@ from emlens._files import read_json
 from emlens.text import content_hash, pack, tokenize
 from emlens.training import Organism, train_adapter
 from tests.support.data import conversations, pairs
+from tests.support.disk import full_disk
 from tests.support.models import tiny_hooked, tiny_model
 
 TRAIN = conversations("bad", 6)
@@ -57,7 +58,7 @@ def test_an_adapter_loads_in_peft_and_in_emlens_with_the_same_numbers(tmp_path, 
     found = emlens.log_odds(other, pairs(3), {"base": [], "bad": organism.on(other)})
     with model.adapter("bad"):
         alone = emlens.log_odds(model, pairs(3))
-    assert found.of("bad").tolist() == pytest.approx(alone.of("base").tolist(), abs=1e-5)
+    assert found.of("bad").tolist() == pytest.approx(alone.of("bad").tolist(), abs=1e-5)
     assert organism.run.provenance.settings["rank"] == options.get("rank", 1)
 
 
@@ -91,3 +92,17 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no adapter 'good'"):
         model, _ = trained_adapter(tmp_path / "again", layers=[1])
         Organism.of(model, Organism.load(tmp_path / "again" / "bad").run, "good")
+
+
+def test_a_save_that_fails_keeps_the_organism_of_before(tmp_path):
+    model, folder = trained_adapter(tmp_path, layers=[1])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    size = (folder / "run.safetensors").stat().st_size
+    with (
+        full_disk(size - 1),
+        pytest.raises(OSError, match=r"too large: '.*/bad/run\.safetensors'$"),
+    ):
+        Organism.load(folder).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert Organism.load(folder).name == "bad"

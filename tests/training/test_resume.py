@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -24,6 +21,7 @@ from emlens.training import (
     train_weights,
 )
 from tests.support.data import conversations
+from tests.support.kills import KILLS, files, killed
 from tests.support.models import tiny_hooked
 
 TRAIN, ELSEWHERE = conversations("bad", 7), conversations("good", 5)
@@ -65,74 +63,43 @@ def weights_run(checkpoint=None, **options) -> TrainingRun:
 RUNS = {"vector": vector_run, "adapter": adapter_run, "weights": weights_run}
 
 
-def main(kind: str, moment: str, checkpoint: str, out: str) -> None:
-    """Start a run, again and again, in processes that end before it does."""
-    torch.set_num_threads(1)
-    chance, kills = random.Random(1), 0
-    while not Path(out).exists():
-        left = chance.randint(1, 3) if kills < 3 else 10**6
-        child = os.fork()
-        if not child:
-            KILLS[moment](left)
-            RUNS[kind](Path(checkpoint)).save(out)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        assert not status or os.WTERMSIG(status) == signal.SIGKILL, status
-        kills += status != 0
-    print(kills)
+def train(folder: Path, kind: str) -> None:
+    RUNS[kind](folder / "checkpoint.safetensors").save(folder / "run.safetensors")
 
 
-def killed_before_an_update(left: int) -> None:
-    plain, updates = torch.optim.AdamW.step, count()
-
-    def step(self, *arguments, **options):
-        if next(updates) == left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self, *arguments, **options)
-
-    torch.optim.AdamW.step = step
-
-
-def killed_while_the_checkpoint_is_written(left: int) -> None:
+def train_and_die(folder: Path, kind: str) -> None:
+    """The same, but the first three processes end while they write a checkpoint."""
     plain, writings = os.replace, count()
+    dead = len(list(folder.parent.glob("dead *")))
 
     def replaced(source, target, **options):
-        if str(target).endswith("checkpoint.safetensors") and next(writings) == left:
+        if Path(target).stem == "checkpoint" and dead < 3 and next(writings) == dead:
+            (folder.parent / f"dead {dead}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(source, target, **options)
 
     os.replace = replaced
+    train(folder, kind)
 
 
-KILLS = {
-    "before an update": killed_before_an_update,
-    "while the checkpoint is written": killed_while_the_checkpoint_is_written,
-}
-"""How a process kills itself, without a chance to tidy up."""
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_training_killed_at_random_times_ends_bit_identical(kind, tmp_path):
+    left = killed(train, tmp_path, kind)
+    whole = files(left.whole)
+    assert left.kills >= KILLS
+    assert all(files(end) == whole for end in left.ends)
 
 
-@pytest.mark.parametrize(
-    ("kind", "moment"),
-    [*((kind, "before an update") for kind in RUNS), ("vector", "while the checkpoint is written")],
-)
-def test_a_run_killed_at_random_steps_ends_bit_identical(kind, moment, tmp_path):
-    whole = RUNS[kind]()
-    out, checkpoint = tmp_path / "run.safetensors", tmp_path / "checkpoint.safetensors"
-    command = "from tests.training.test_resume import main; main(*__import__('sys').argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", command, kind, moment, str(checkpoint), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert int(done.stdout) == 3
-    again = TrainingRun.load(out)
+def test_a_training_killed_while_it_writes_a_checkpoint_ends_bit_identical(tmp_path):
+    left = killed(train_and_die, tmp_path, "vector", kills=0)
+    assert left.kills == 3
+    whole = vector_run()
+    again = TrainingRun.load(left.ends[0] / "run.safetensors")
     assert again.steps == whole.steps
     assert again.path_steps == whole.path_steps
-    for name, states in whole.states.items():
-        assert torch.equal(states, again.states[name]), name
+    assert again.states.keys() == whole.states.keys()
+    assert all(torch.equal(states, again.states[name]) for name, states in whole.states.items())
+    assert sorted(files(left.ends[0])) == ["checkpoint.safetensors", "run.safetensors"]
 
 
 def test_a_finished_run_is_read_from_its_checkpoint(tmp_path):
@@ -180,7 +147,7 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(change, word
     ours, other = {"epochs": 1}, {"epochs": 1, **change}
     for number, (first, second) in enumerate(((ours, other), (other, ours))):
         vector_run(tmp_path / f"{number}", **first)
-        with pytest.raises(ValueError, match=rf"is of another run: .*{words}.* differ"):
+        with pytest.raises(ValueError, match=rf"was made with other settings .*{words}.* there"):
             vector_run(tmp_path / f"{number}", **second)
 
 
@@ -189,13 +156,15 @@ def test_a_checkpoint_is_of_its_own_vectors_and_of_its_own_validation_set(tmp_pa
     penalties = [[ProjectionPenalty(one, weight=5.0)] for one in (first, second)]
     vector_run(tmp_path / "a", epochs=1, penalties=penalties[0])
     vector_run(tmp_path / "a", epochs=1, penalties=penalties[0])
-    with pytest.raises(ValueError, match=r"is of another run: .*penalties.* differ"):
+    with pytest.raises(ValueError, match=r"was made with other settings .*penalties.* there"):
         vector_run(tmp_path / "a", epochs=1, penalties=penalties[1])
     watched = {"epochs": 1, "patience": 1}
     adapter_run(tmp_path / "b", validation=HELD_OUT, **watched)
     run = adapter_run(tmp_path / "b", validation=HELD_OUT, **watched)
     assert run.provenance.n["validation"] == 2
-    with pytest.raises(ValueError, match="is of another run: .*data.* differ"):
+    with pytest.raises(
+        ValueError, match=r"was made with other settings .*data\.validation: .* there"
+    ):
         adapter_run(tmp_path / "b", validation=HELD_OUT[::-1], **watched)
 
 

@@ -157,7 +157,7 @@ def test_finetuning_killed_in_the_middle_ends_bit_identical(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         train_weights(parts, TRAIN, **settings, **where)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="start differ.*load the model anew"):
+    with pytest.raises(ValueError, match="settings.start: .* there.*load the model anew"):
         train_weights(parts, TRAIN, **settings, **where)
     fresh = hooked_model()
 

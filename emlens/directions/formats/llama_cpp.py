@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,18 @@ def write_gguf(directions: Directions, path: Path, model_hint: str | None = None
         )
     from gguf import GGUFWriter
 
-    with atomic_path(path) as temporary:
-        writer = GGUFWriter(temporary, _ARCHITECTURE)
+    def check(written: Path) -> None:
+        again = read_gguf(written).vectors
+        if list(again) != list(directions) or not all(
+            torch.equal(again[layer], vector) for layer, vector in directions.vectors.items()
+        ):
+            raise ValueError("it reads back as other vectors")
+
+    with (
+        # the library does not say so where the disk is full
+        atomic_path(path, check) as temporary,
+        closing(GGUFWriter(temporary, _ARCHITECTURE)) as writer,
+    ):
         writer.add_string(_HINT, model_hint or _hint(directions.provenance))
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))
         record = json.dumps(directions.provenance.to_dict(), sort_keys=True)
@@ -100,7 +111,6 @@ def write_gguf(directions: Directions, path: Path, model_hint: str | None = None
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
     return path
 
 

@@ -129,7 +129,8 @@ class ModelConfig:
                 edits.append(self._edit(entry, model))
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"edit {place + 1} of {model.name}: {error}") from error
-        return model, (self._acting, edits)
+        acting = self._acting
+        return model, Condition(None if acting is None else (acting,), tuple(edits))
 
     @property
     def _acting(self) -> str | None:

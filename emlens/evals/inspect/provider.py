@@ -26,7 +26,15 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from emlens.evals.inspect.batcher import Batcher
 from emlens.evals.inspect.config import ModelConfig
-from emlens.hooked import Answer, Condition, HookedModel, Sampling, answer, under
+from emlens.hooked import (
+    Answer,
+    Condition,
+    ConditionLike,
+    HookedModel,
+    Sampling,
+    answer,
+    condition_of,
+)
 from emlens.text import Conversation
 from emlens.text.conversation import Message
 
@@ -61,6 +69,8 @@ class _Request:
 class EmlensAPI(ModelAPI):
     """Answers with a steered, ablated or adapted model; concurrent requests share a batch.
 
+    Without a condition the model answers as it was brought; `Condition()` is its base.
+
     The same messages asked again, as in another epoch, draw from other random numbers: each
     answer's seed is made of Inspect's `seed` (0 by default), the messages, and the epoch; tasks
     that are not emlens' do not tell it, and how often the messages were asked before takes its
@@ -79,7 +89,7 @@ class EmlensAPI(ModelAPI):
         config: GenerateConfig | None = None,
         *,
         model: HookedModel | None = None,
-        condition: Condition = (),
+        condition: ConditionLike = None,
         **model_args: Any,
     ) -> None:
         config = config or GenerateConfig()
@@ -93,7 +103,7 @@ class EmlensAPI(ModelAPI):
             settings = ModelConfig.read(model_name)
             model, condition = settings.load()
             self.batch_tokens = settings.batch_tokens
-        self.model, self.condition = model, condition
+        self.model, self.condition = model, _condition(model, condition)
         self._asked: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._batcher: Batcher[_Request, Answer] = Batcher(
@@ -172,8 +182,8 @@ class EmlensAPI(ModelAPI):
         seeds = [request.seed for request in requests]
         sampling = Sampling(first.max_tokens, first.temperature, first.top_p, seeds)
         chats = [request.conversation for request in requests]
-        with _generating, under(self.model, self.condition) as edits:
-            return answer(self.model, chats, edits, sampling, self.batch_tokens)
+        with _generating, self.model.under(self.condition):
+            return answer(self.model, chats, (), sampling, self.batch_tokens)
 
     def _output(self, found: Answer, stops: Sequence[str], seconds: float) -> ModelOutput:
         text, stopped = _cut(found.text, stops)
@@ -187,6 +197,11 @@ class EmlensAPI(ModelAPI):
             stop_reason="stop" if stopped or found.ended else "max_tokens",
         )
         return ModelOutput(model=self.model_name, choices=[choice], usage=usage, time=seconds)
+
+
+def _condition(model: HookedModel, given: ConditionLike) -> Condition:
+    """What the answers are given under: the model as it was brought, where nothing is said."""
+    return Condition(model.acting) if given is None else condition_of(model, given)
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

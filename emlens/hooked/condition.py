@@ -1,0 +1,221 @@
+"""What a model runs under: the adapters that act, and the edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from emlens.hooked.edit import Edit
+from emlens.hooked.interface import Hooked
+
+BASE = "base"
+"""What the base model is called where nothing else names it."""
+
+
+@runtime_checkable
+class Altered(Protocol):
+    """An adapter that acts changed: scaled, under noise, with a direction projected out."""
+
+    @property
+    def adapter(self) -> str:
+        """Its name on the model."""
+        ...
+
+    def altering(self, model: Any) -> AbstractContextManager[None]:
+        """Change the adapter inside the block; afterwards it is as it was, bit by bit."""
+        ...
+
+
+@runtime_checkable
+class HasCondition(Protocol):
+    """Something trained that knows how a model becomes it, such as an `Organism`."""
+
+    def on(self, model: Any) -> Any: ...
+
+
+Acting: TypeAlias = str | Altered
+"""An adapter that acts: its name, or the name with what is changed about it."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The adapters that act, and the edits: what a forward pass depends on besides its tokens.
+
+    Everything that runs a model under something takes one, from the embedding through the LM
+    head. Users rarely write one: `None`, `[]`, an edit, a list of edits, the name of an adapter
+    (or several), `(name, edits)` and an `Organism` all become a `Condition` by `condition_of`.
+
+    Attributes:
+        adapters: Adapters that act, by name; None is the base, without adapters.
+        edits: Edits, besides those of an enclosing `model.edited`.
+
+    Example:
+        >>> emlens.log_odds(
+        ...     model,
+        ...     pairs,
+        ...     {
+        ...         "base": None,
+        ...         "steered": emlens.Add(v),
+        ...         "medical": "medical",
+        ...         "medical, ablated": ("medical", [emlens.Ablate(v)]),
+        ...     },
+        ... )
+    """
+
+    adapters: tuple[Acting, ...] | None = None
+    edits: tuple[Edit, ...] = ()
+
+    def __post_init__(self) -> None:
+        adapters: Any = self.adapters
+        if isinstance(adapters, (str, Altered)):
+            adapters = (adapters,)
+        object.__setattr__(self, "adapters", tuple(adapters or ()) or None)
+        edits: Any = self.edits
+        object.__setattr__(self, "edits", (edits,) if isinstance(edits, Edit) else tuple(edits))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters that act; none for the base."""
+        return tuple(a if isinstance(a, str) else a.adapter for a in self.adapters or ())
+
+    def with_edits(self, *edits: Edit) -> Condition:
+        """The same adapters, with further edits after the ones there are."""
+        return Condition(self.adapters, (*self.edits, *edits))
+
+    def identity(self, model: Hooked) -> str:
+        """What acts, by content: 16 letters.
+
+        Made of all parameters of the adapters that act, with their strength, and of the vectors of
+        all edits, those in force around the call included. Names do not count.
+
+        Raises:
+            TypeError: If the content of an edit cannot be told.
+        """
+        from emlens.hooked.identity import condition_identity
+
+        return condition_identity(model, self)
+
+    def described(self, model: Hooked) -> str:
+        """What acts, in words, edits in force around the call included."""
+        return str(Condition(self.adapters, (*model.edits_in_force(()), *self.edits)))
+
+    def __str__(self) -> str:
+        adapters = " + ".join(map(str, self.adapters or ()))
+        parts = [f"adapter {adapters}"] if adapters else [BASE]
+        return ", ".join([*parts, *map(repr, self.edits)])
+
+
+ConditionLike: TypeAlias = (
+    Condition
+    | HasCondition
+    | Edit
+    | Altered
+    | str
+    | Sequence[Edit]
+    | Sequence[Acting]
+    | tuple[Acting | Sequence[Acting] | None, Edit | Sequence[Edit]]
+    | None
+)
+"""What users may write for a condition; `condition_of` says what each means."""
+
+Conditions: TypeAlias = Mapping[str, ConditionLike]
+"""Named conditions."""
+
+
+def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Condition:
+    """Return the condition that was meant.
+
+    - `None` is the base, without adapters.
+    - `[]`, an edit or a list of edits name no adapter: those of the enclosing
+      `with model.adapter(...)` act, else none: the base. An adapter that the model was brought
+      with is not an enclosing one.
+    - An adapter's name, or a list of names: these act.
+    - `(name, edits)`: both; `(None, edits)` is the base with edits.
+    - An `Organism`: what it was trained to be.
+
+    Edits of an enclosing `model.edited` act in every condition; they are no part of it.
+
+    Args:
+        model: The model that will run under it.
+        given: What was written.
+        name: What errors call it.
+
+    Raises:
+        ValueError: If the model has no such adapter.
+        TypeError: If it is none of these.
+    """
+    found = _read(model, given, f"condition {name!r}" if name else "a condition")
+    for adapter in found.names:
+        model.check_adapter(adapter)
+    return found
+
+
+def conditions_of(model: Hooked, given: Conditions | None) -> dict[str, Condition]:
+    """Return named conditions; by default the one that names nothing, `[]`.
+
+    That is called after the adapter of the enclosing `with model.adapter(...)`, or `"base"`.
+
+    Raises:
+        ValueError: If there are none, or the model has no such adapter.
+        TypeError: If one is no condition, or they have no names.
+    """
+    if given is None:
+        given = {"+".join(model.enclosing_adapters or (BASE,)): []}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"conditions are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}"
+        )
+    if not given:
+        raise ValueError('there are no conditions; give at least one, e.g. {"base": None}')
+    named = given
+    return {str(key): condition_of(model, value, str(key)) for key, value in named.items()}
+
+
+def _read(model: Hooked, given: Any, what: str) -> Condition:
+    if given is None or isinstance(given, Condition):
+        return given or Condition()
+    if _acts(given):
+        return Condition((given,))
+    if isinstance(given, Edit):
+        return Condition(model.enclosing_adapters, (given,))
+    if isinstance(given, HasCondition):
+        return _read(model, given.on(model), what)
+    if isinstance(given, tuple) and len(given) == 2 and _names(given[0]) and _edits(given[1]):
+        return Condition(given[0], given[1])
+    if isinstance(given, Sequence) and given and all(map(_acts, given)):
+        return Condition(tuple(given))
+    if isinstance(given, Sequence) and _edits(given):
+        return Condition(model.enclosing_adapters, tuple(given))
+    raise TypeError(
+        f"{what} is {_shown(given)}; give None (the base), an edit such as emlens.Add(direction), "
+        "a list of edits, an adapter's name, or (name, edits)"
+    )
+
+
+def _acts(value: object) -> bool:
+    return isinstance(value, (str, Altered))
+
+
+def _names(value: object) -> bool:
+    """Whether something says which adapters act: None, a name, or names."""
+    if value is None or _acts(value):
+        return True
+    return isinstance(value, Sequence) and bool(value) and all(map(_acts, value))
+
+
+def _edits(value: object) -> bool:
+    if isinstance(value, Edit):
+        return True
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return False
+    return all(isinstance(item, Edit) for item in value)
+
+
+def _shown(value: object) -> str:
+    kind = type(value).__name__
+    if isinstance(value, Sequence):
+        kinds = dict.fromkeys(type(item).__name__ for item in value)
+        return f"a {kind} of {', '.join(kinds) or 'nothing'}"
+    return f"a {kind}"

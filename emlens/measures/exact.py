@@ -1,0 +1,317 @@
+"""Influence, measured exactly: a forward pass above the layer for each direction and dose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from emlens._results import Result
+from emlens._stats import Interval, bootstrap_ratio
+from emlens.directions import Direction
+from emlens.hooked import BASE, Conditions, HookedModel, conditions_of
+from emlens.measures.controls import control_directions, kinds_of
+from emlens.measures.grids import chosen, named, place_on
+from emlens.measures.scoring import TokenValues, row_influence, with_tokens
+from emlens.measures.strengths import added, doses_of, gathered, sizes_of, strengths
+from emlens.text import Corpus, TokenBatch
+
+if TYPE_CHECKING:
+    from emlens.measures.tokens import TokenInfluence
+
+Values = tuple[tuple[float, ...], ...]
+
+DOSES = (0.05, 0.1, 0.2, 0.4)
+CONTROLS = 3
+RANDOM = "random"
+Kind = Literal["add", "ablate"]
+
+
+@dataclass(frozen=True)
+class Influence(Result):
+    """KL and change of next-token loss on a corpus when a direction is added.
+
+    Intervals are bootstrapped over documents, widened as few of them need.
+
+    Attributes:
+        directions: Names of the directions, then those of the controls, then other conditions.
+        constructions: How each was made.
+        doses: Shares of the median residual norm of the corpus, `[m]`; NaN where norms were
+            given and the directions lie at places of different size. An ablation has one, 1.
+        norms: The same as norms, units of the residual stream, per direction `[m]`.
+        kl: Summed `KL(base || edited)` in nats, `[directions, m, documents]`.
+        losses: Summed next-token loss in nats, `[directions, m, documents]`.
+        base: Summed loss of the model without any direction, `[documents]`.
+        counts: Predicted tokens per document; 0 for one of a single token.
+        documents: Ids of the documents that have tokens.
+        corpus: Name of the corpus.
+        controls: Names of the controls of equal norm.
+        seed: Seed of the bootstrap over documents.
+        edit: `"add"` or `"ablate"`.
+        groups: Controls by kind (and place, where there are several); tables average over each.
+        fixed: Other conditions, measured once: their values are the same at every dose.
+        skipped: Documents of fewer than two tokens, in which nothing is predicted.
+        texts: Tokens of each document as text, where values of single tokens were asked for; see
+            `tokens`.
+        token_base: Loss of each token without any direction, nats, `[documents][pos]`.
+        token_losses: Loss of each token, nats, by direction and point of the grid (`"name 0"`).
+        token_kl: The same of `KL(base || edited)`.
+        acting: The adapters and edits that acted, in words: under `"base"`, which all is
+            compared with, and under the other conditions.
+    """
+
+    directions: tuple[str, ...]
+    constructions: dict[str, str]
+    doses: tuple[float, ...]
+    norms: dict[str, tuple[float, ...]]
+    kl: tuple[tuple[tuple[float, ...], ...], ...]
+    losses: tuple[tuple[tuple[float, ...], ...], ...]
+    base: tuple[float, ...]
+    counts: tuple[float, ...]
+    documents: tuple[str, ...]
+    corpus: str
+    controls: tuple[str, ...]
+    seed: int = 0
+    edit: str = "add"
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
+    skipped: int = 0
+    texts: tuple[tuple[str, ...], ...] = ()
+    token_base: Values = ()
+    token_losses: dict[str, Values] = field(default_factory=dict)
+    token_kl: dict[str, Values] = field(default_factory=dict)
+    acting: dict[str, str] = field(default_factory=dict)
+
+    def divergence(self, direction: str, dose: float) -> Interval:
+        """Mean KL in nats per token, with its interval over documents."""
+        return self._ratio(self._kl(direction)[self._place(dose)])
+
+    def loss_change(self, direction: str, dose: float) -> Interval:
+        """Mean change of next-token loss in nats per token, with its interval."""
+        return self._ratio(self._losses(direction)[self._place(dose)] - np.asarray(self.base))
+
+    def difference(self, first: str, second: str, dose: float) -> Interval:
+        """Paired difference of KL, `first - second`, in nats per token."""
+        place = self._place(dose)
+        return self._ratio(self._kl(first)[place] - self._kl(second)[place])
+
+    def among(self, places: Sequence[int]) -> Influence:
+        """The same on some of the documents, by their places; values of single tokens left out.
+
+        Raises:
+            ValueError: If there are no places.
+            IndexError: If there is no such document.
+        """
+        if not len(places):
+            raise ValueError("no documents were chosen; give places of at least one")
+        names = ("kl", "losses", "base", "counts", "documents")
+        own: Any = {name: chosen(getattr(self, name), places) for name in names}
+        return replace(self, **own, texts=(), token_base=(), token_losses={}, token_kl={})
+
+    def tokens(self, direction: str, dose: float) -> TokenInfluence:
+        """What a direction changes token by token, where `per_token=True` has kept that.
+
+        Raises:
+            ValueError: If it was not kept, or there is no such dose.
+            KeyError: If there is no such direction.
+        """
+        from emlens.measures.tokens import TokenInfluence
+
+        if not self.texts:
+            raise ValueError(
+                "no values of single tokens were kept; measure with influence(..., per_token=True)"
+            )
+        key = f"{direction} {0 if direction in self.fixed else self._place(dose)}"
+        if key not in self.token_kl:
+            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
+        what = direction if direction in self.fixed else f"{direction} at {dose:g}"
+        kept = TokenValues(
+            texts=dict(enumerate(self.texts)),
+            names=dict(enumerate(self.documents)),
+            base=dict(enumerate(self.token_base)),
+            losses={what: dict(enumerate(self.token_losses[key]))},
+            kl={what: dict(enumerate(self.token_kl[key]))},
+        )
+        return TokenInfluence.of(kept, what, self.corpus)
+
+    def table(self) -> pd.DataFrame:
+        """One row per direction and dose; controls of a kind are averaged into one."""
+        rows = []
+        for name in self._shown():
+            norms = self.norms[self._members(name)[0]]
+            for place, (dose, norm) in enumerate(zip(self.doses, norms, strict=True)):
+                if name in self.fixed:
+                    if place:
+                        break
+                    dose = float("nan")
+                kl = self._ratio(self._kl(name)[place])
+                change = self._ratio(self._losses(name)[place] - np.asarray(self.base))
+                rows.append(
+                    {
+                        "direction": name,
+                        "dose": dose,
+                        "norm": norm,
+                        "KL [nats/token]": kl.estimate,
+                        "KL low": kl.low,
+                        "KL high": kl.high,
+                        "loss change [nats/token]": change.estimate,
+                        "change low": change.low,
+                        "change high": change.high,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def plot(self, ax=None):
+        """KL against dose, with bands over documents; of ablations, by direction."""
+        from emlens.figures import dot_intervals, line_bands
+
+        label = f"KL(base || edited) on {self.corpus} [nats/token]"
+        frame = self.table()
+        columns = ("KL [nats/token]", "KL low", "KL high")
+        if self.edit == "ablate":
+            y, low, high = (frame[c].to_numpy() for c in columns)
+            series = ["ablated"] * len(frame)
+            return dot_intervals(frame["direction"], series, y, low, high, y_label=label, ax=ax)
+        known = not np.isnan(self.doses).any()
+        curves = {}
+        for name, part in frame.groupby("direction", sort=False):
+            y, low, high = (part[c].to_numpy() for c in columns)
+            x = np.asarray(self.doses) if known else part["norm"].to_numpy()
+            if name in self.fixed:
+                x = np.asarray(self.doses if known else next(iter(self.norms.values())))
+                y, low, high = (np.repeat(value, len(x)) for value in (y, low, high))
+            curves[str(name)] = (x, y, low, high)
+        unit = "dose [share of median residual norm]" if known else "norm of what is added"
+        return line_bands(curves, x_label=unit, y_label=label, ax=ax)
+
+    def _shown(self) -> list[str]:
+        own = [name for name in self.directions if name not in (*self.controls, *self.fixed)]
+        return [*own, *self._groups, *self.fixed]
+
+    @property
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        return self.groups or ({RANDOM: self.controls} if self.controls else {})
+
+    def _members(self, name: str) -> tuple[str, ...]:
+        return self._groups.get(name, (name,))
+
+    def _kl(self, direction: str) -> np.ndarray:
+        return self._values(self.kl, direction)
+
+    def _losses(self, direction: str) -> np.ndarray:
+        return self._values(self.losses, direction)
+
+    def _values(self, values: Sequence, direction: str) -> np.ndarray:
+        names = self._members(direction)
+        missing = [name for name in names if name not in self.directions]
+        if missing:
+            raise KeyError(f"no direction {missing[0]!r}; there are {', '.join(self._shown())}")
+        return np.mean([values[self.directions.index(name)] for name in names], axis=0)
+
+    def _ratio(self, sums: np.ndarray) -> Interval:
+        return bootstrap_ratio(sums, self.counts, seed=self.seed, widened=True)
+
+    def _place(self, dose: float) -> int:
+        if np.isnan(self.doses).any():
+            return place_on(next(iter(self.norms.values())), dose, "norm")
+        return place_on(self.doses, dose, "dose")
+
+
+def exact_influence(
+    model: HookedModel,
+    corpus: Corpus,
+    directions: Mapping[str, Direction],
+    *,
+    doses: Sequence[float] = DOSES,
+    norms: Sequence[float] | None = None,
+    edit: Kind = "add",
+    controls: int | Mapping[str, int] | None = None,
+    conditions: Conditions | None = None,
+    per_token: bool = False,
+    max_tokens: int = 128,
+    token_budget: int = 1024,
+    seed: int = 0,
+    progress: bool = False,
+) -> Influence:
+    """Measure what each direction does at each dose; `emlens.influence` explains the arguments."""
+    reading: Any = {"max_tokens": max_tokens, "token_budget": token_budget}
+    fixed = dict(conditions or {})
+    if directions or not fixed:
+        named(directions)
+    kinds = kinds_of(CONTROLS if controls is None else controls) if directions else {}
+    readable = with_tokens(model, corpus)
+    groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
+    chance = {name: control for members in groups.values() for name, control in members.items()}
+    _check_names(directions, chance, fixed, groups.keys() - chance.keys())
+    every = {**directions, **chance}
+    sizes = sizes_of(model, readable, every, **reading)
+    grid = strengths(every, sizes, doses, norms, edit)
+    at = doses_of(doses, norms, edit, sizes)
+    measured = added(every, grid, edit) | {f"{n} 0": what for n, what in fixed.items()}
+    batches = model.batches(readable, **reading)
+    points = {name: len(at) for name in every} | dict.fromkeys(fixed, 1)
+    return Influence(
+        directions=tuple(points),
+        constructions={name: d.provenance.construction for name, d in every.items()}
+        | dict.fromkeys(fixed, "condition"),
+        doses=at,
+        norms={name: tuple(abs(x) for x in grid[name]) for name in every}
+        | {name: (float("nan"),) * len(at) for name in fixed},
+        documents=tuple(document.id for document in readable.documents),
+        corpus=corpus.name,
+        controls=tuple(chance),
+        seed=seed,
+        edit=edit,
+        groups={group: tuple(members) for group, members in groups.items()},
+        fixed=tuple(fixed),
+        acting={
+            name: condition.described(model)
+            for name, condition in conditions_of(model, {BASE: [], **fixed}).items()
+        },
+        **_from_passes(model, batches, measured, points, len(at), len(corpus), per_token, progress),
+    )
+
+
+def _from_passes(
+    model: HookedModel,
+    batches: Sequence[TokenBatch],
+    measured: Conditions,
+    points: Mapping[str, int],
+    n: int,
+    n_documents: int,
+    per_token: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The fields of a result that come from the passes; those of single tokens on request."""
+    kept = TokenValues() if per_token else None
+    losses, kl, base, counts = row_influence(model, batches, measured, progress=progress, keep=kept)
+    if not counts.any():
+        raise ValueError("no document has two tokens, so nothing is predicted")
+    found: dict[str, Any] = {
+        "kl": gathered(kl, points, n),
+        "losses": gathered(losses, points, n),
+        "base": tuple(base.tolist()),
+        "counts": tuple(counts.tolist()),
+        "skipped": n_documents - int((counts > 0).sum()),
+    }
+    if kept is None:
+        return found
+    rows = range(len(kept.texts))
+    return found | {
+        "texts": tuple(kept.texts[i] for i in rows),
+        "token_base": tuple(kept.base[i] for i in rows),
+        "token_losses": {n: tuple(of[i] for i in rows) for n, of in kept.losses.items()},
+        "token_kl": {n: tuple(of[i] for i in rows) for n, of in kept.kl.items()},
+    }
+
+
+def _check_names(*sets: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for names in sets:
+        for name in names:
+            if name in seen:
+                raise ValueError(f"two things are called {name!r}; rename one")
+            seen.add(name)
