@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EIO
 from functools import cache
@@ -37,7 +37,7 @@ def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None)
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
+    temporary = temporary_beside(target)
     try:
         try:
             yield temporary
@@ -52,71 +52,7 @@ def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None)
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path]:
-    """Give an empty folder beside `folder`; it takes its place unless the block raises.
-
-    What was there stays whole until the new folder is. Where the process is killed between the
-    two renames, `recovered` brings the old one back. One process at a time may write a folder.
-
-    Args:
-        folder: The folder.
-        own: Names of files that belong to what is replaced; others in the folder are kept.
-
-    Raises:
-        OSError: If a file cannot be written; it is named as in `folder`.
-    """
-    target = recovered(Path(folder).absolute())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _temporary(target), _aside(target)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(temporary, target)
-        _sync(target.parent)
-        for name in own:
-            (old / name).unlink(missing_ok=True)
-    except OSError as error:
-        _raise_about(error, temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recovered(target)
-
-
-def recovered(folder: Path) -> Path:
-    """Finish what a killed `atomic_folder` has left of `folder`, if anything; the folder itself."""
-    old = _aside(folder.absolute())
-    if not old.is_dir():
-        return folder
-    if not folder.exists():
-        os.rename(old, folder)
-        return folder
-    for path in old.iterdir():
-        if not (folder / path.name).exists():
-            os.rename(path, folder / path.name)
-    shutil.rmtree(old)
-    return folder
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name[:100]}.emlens.old")
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on the disk; systems that cannot open folders need not."""
-    with suppress(PermissionError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _temporary(target: Path) -> Path:
+def temporary_beside(target: Path) -> Path:
     """A path beside a file or folder, which names the process that writes it."""
     _remove_leftovers(target)
     mark = f"emlens-{_host()}-{os.getpid()}-{uuid4().hex[:8]}"

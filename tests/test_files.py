@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from emlens._files import (
-    atomic_folder,
     atomic_path,
     atomic_write,
     read_json,
@@ -69,31 +68,13 @@ def test_what_does_not_pass_its_check_does_not_replace_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_folder_is_written_beside_and_moved_into_place(tmp_path):
-    target = tmp_path / "deep" / "folder"
-    for text in ("old", "new"):
-        with atomic_folder(target, ("record", "data")) as draft:
-            (draft / "record").write_text(text)
-            (draft / "data").write_text(text)
-        (target / "own").touch()
-    assert {p.name: p.read_text() for p in target.iterdir()} == {
-        "record": "new",
-        "data": "new",
-        "own": "",
-    }
-    with pytest.raises(ZeroDivisionError), atomic_folder(target, ("record", "data")) as draft:
-        (draft / "data").write_text("half of the ne")
-        raise ZeroDivisionError
-    assert (target / "data").read_text() == "new"
-    assert [p.name for p in target.parent.iterdir()] == ["folder"]
-
-
 # -- what killed processes leave -------------------------------------------------------------------
 
 WRITER = """
 import sys, time
-from emlens._files import atomic_folder, atomic_path
-with atomic_path(sys.argv[1]) as temporary, atomic_folder(sys.argv[1] + "s") as draft:
+from emlens._files import atomic_path
+from emlens._folders import whole_folder
+with atomic_path(sys.argv[1]) as temporary, whole_folder(sys.argv[1] + "s") as draft:
     temporary.write_text("half")
     (draft / "data").write_text("half")
     print("writing", flush=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from emlens._files import atomic_folder, recovered
+from emlens._folders import recovered, whole_folder
 
 FILES = ("weights", "config", "record")
 
 
 def write(folder, value):
-    with atomic_folder(folder, FILES) as new:
+    with whole_folder(folder, FILES) as new:
         for name in FILES:
             (new / name).write_text(value)
 
@@ -29,7 +29,7 @@ def test_a_folder_is_replaced_with_its_files_and_others_are_kept(tmp_path):
     write(folder, "first")
     (folder / "notes.md").write_text("mine")
     (folder / "plots").mkdir()
-    with atomic_folder(folder, FILES) as new:
+    with whole_folder(folder, FILES) as new:
         (new / "record").write_text("second")
     assert sorted(path.name for path in folder.iterdir()) == ["notes.md", "plots", "record"]
     assert (folder / "record").read_text() == "second"
@@ -45,7 +45,7 @@ def test_a_relative_folder_is_written_where_it_is_meant(tmp_path, monkeypatch):
 
 def test_an_error_leaves_what_was_there(tmp_path):
     write(tmp_path / "organism", "first")
-    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "organism") as new:
+    with pytest.raises(OSError, match="disk full"), whole_folder(tmp_path / "organism") as new:
         (new / "weights").write_text("half of it")
         raise OSError("disk full")
     assert values(tmp_path / "organism") == {"first"}

@@ -64,7 +64,7 @@ answers = evals.respond(
     {"base": [], "finetune": "finance"},
     n=1 if SHORT else 3,
     max_new_tokens=12 if SHORT else 48,
-    store="answers.jsonl",
+    store="answers.sqlite",
 )
 answers
 
@@ -147,7 +147,7 @@ graded.table()[["metric", "score", "mode", "note"]]
 # one question are not independent.
 
 # %%
-scores = evals.judge(answers, probe, store="scores.jsonl")
+scores = evals.judge(answers, probe, store="scores.sqlite")
 rates = evals.rates(answers, scores, threshold=50)
 rates.plot()
 
@@ -246,5 +246,5 @@ evals.rates(said, grades).table()
 #     dtype="bfloat16",
 #     device_map="auto",
 # )
-# scores = evals.judge(answers, LogProbJudge("openai/gpt-4o"), store="scores.jsonl")
+# scores = evals.judge(answers, LogProbJudge("openai/gpt-4o"), store="scores.sqlite")
 # ```

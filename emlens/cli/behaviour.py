@@ -172,7 +172,7 @@ def _judged(
     app,
     "emlens judge runs/base --judge local",
     "emlens judge runs/base --judge probe --rescore --json",
-    "emlens judge runs/base/responses.jsonl --judge openai/gpt-4o --out runs/graded",
+    "emlens judge runs/base/responses.sqlite --judge openai/gpt-4o --out runs/graded",
     model=True,
 )
 def judge(
@@ -204,10 +204,11 @@ def judge(
         evaluation_report,
         forget_scores,
         measured_rates,
+        stored,
     )
 
-    stored = responses / RESPONSES if responses.is_dir() else responses
-    answers, folder = Responses.load(stored), out or stored.parent
+    source = stored(responses / RESPONSES) if responses.is_dir() else responses
+    answers, folder = Responses.load(source), out or source.parent
     wanted = Wanted(judge, rubric, judge_data, judge_pairs, judge_option)
     metrics = list(metric or ["aligned"])
     base = {"base": call.load(answers.rows[0].model)} if wanted.needs_model() else {}
@@ -224,9 +225,9 @@ def judge(
     )
     found = measured_rates(folder, answers, scores, graded.id, metrics, threshold=threshold)
     written: dict[str, object] = {"folder": folder}
-    if stored.parent == folder:
+    if source.parent == folder:
         written["report"] = evaluation_report(folder)
-    compared, missing = _agreements(scores, folder / SCORES, graded, metrics, people, threshold)
+    compared, missing = _agreements(scores, folder, graded, metrics, people, threshold)
     tell(call, graded, [*metrics, COHERENT], _joined(found), written, compared, missing)
 
 
@@ -313,7 +314,7 @@ def _joined(found: Mapping) -> pd.DataFrame:
 
 def _agreements(
     scores: Scores,
-    store: Path,
+    folder: Path,
     judge: Judge,
     metrics: Sequence[str],
     people: Mapping[str, Scores],
@@ -325,9 +326,10 @@ def _agreements(
     """
     import pandas as pd
 
-    from emlens.evals import Scores, agreement
+    from emlens.evals import agreement
+    from emlens.study.evaluation import scores_in
 
-    kept, tables, missing = Scores.load(store), [], []
+    kept, tables, missing = scores_in(folder), [], []
     for metric in metrics:
         others = {row.judge for row in kept.rows if row.metric == metric} - {judge.id}
         rivals = dict.fromkeys(sorted(others), kept)

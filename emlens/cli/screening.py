@@ -88,7 +88,7 @@ def screen(
         answer_tokens=answer_tokens,
         trusted=harmless,
         flag_share=flag_share,
-        out=out / "scores.jsonl",
+        out=out / "scores.sqlite",
         progress=call.progress,
     )
     _keep(found, out)

@@ -98,7 +98,7 @@ def monitor_fit(
 
 @verb(
     monitor_app,
-    "emlens monitor score runs/base/responses.jsonl --monitor monitor.safetensors",
+    "emlens monitor score runs/base/responses.sqlite --monitor monitor.safetensors",
     "emlens monitor score finance --side misaligned --limit 8 --monitor monitor.safetensors --json",
     name="score",
     model=True,

@@ -217,7 +217,7 @@ class JudgedRate:
             self.questions,
             conditions,
             n=self.n,
-            store=None if self.store is None else Path(self.store) / "responses.jsonl",
+            store=None if self.store is None else Path(self.store) / "responses.sqlite",
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             progress=False,
@@ -226,7 +226,7 @@ class JudgedRate:
             answers,
             self.judge,
             [self.metric, "coherent"],
-            store=None if self.store is None else Path(self.store) / "scores.jsonl",
+            store=None if self.store is None else Path(self.store) / "scores.sqlite",
             progress=False,
         )
         found = rates(

@@ -50,7 +50,7 @@ class LogProbJudge:
 
     Example:
         >>> judge = LogProbJudge("openai/gpt-4o")
-        >>> scores = emlens.evals.judge(answers, judge, store="scores.jsonl")
+        >>> scores = emlens.evals.judge(answers, judge, store="scores.sqlite")
     """
 
     def __init__(

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from emlens._store import Store, read
 from emlens.evals.questions import Question, check_names
-from emlens.evals.store import JsonLines
 from emlens.hooked import Condition, Conditions, HookedModel, conditions_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+CONTENT = 24
+"""Letters of a response's key that say what was asked of what; the rest is the condition's name."""
 
 BLOCK = 64
 """Answers that are generated, then kept, at once."""
@@ -59,6 +62,11 @@ class Response:
     model: str
     sampling: Mapping[str, float]
     acting: str = ""
+
+    @property
+    def content(self) -> str:
+        """The part of the key that no name is in."""
+        return self.key[:CONTENT]
 
     @classmethod
     def from_dict(cls, record: Mapping) -> Response:
@@ -131,17 +139,13 @@ class Responses:
 
     @classmethod
     def load(cls, path: str | Path) -> Responses:
-        """Read a store; a last line that was not written whole is cut off.
+        """Read a store, or one in JSON Lines of an earlier version; nothing is written.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If a line is damaged (it is named).
+            ValueError: If it is no store of responses, or damaged (the line is named).
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        kept = JsonLines(path, "key")
-        return cls(tuple(Response.from_dict(record) for record in kept), path)
+        return cls(tuple(map(Response.from_dict, read(path, "responses"))), Path(path))
 
 
 def respond(
@@ -168,7 +172,7 @@ def respond(
         questions: The questions.
         conditions: Named conditions, as in `emlens.log_odds`; the base by default.
         n: Answers per question; a question's own number, or 1, by default.
-        store: A JSON Lines file. Answers are added as they come; an interrupted call goes on.
+        store: An SQLite file. Answers are added as they come; an interrupted call goes on.
         temperature: 0 is greedy. The papers use 1.
         top_p: Nucleus to sample from. The papers use 1.
         max_new_tokens: Longest answer, in tokens. The papers use 600.
@@ -180,7 +184,8 @@ def respond(
         The answers that were asked for, by condition and question.
 
     Raises:
-        ValueError: If there are no questions, two share a name, or a setting is out of range.
+        ValueError: If there are no questions, two share a name, a setting is out of range, or the
+            store is another file.
 
     Example:
         >>> questions = load_questions("general")
@@ -194,7 +199,11 @@ def respond(
     check_names(questions)
     named = conditions_of(model, conditions)
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    kept = None if store is None else JsonLines(store, "key")
+    kept = None if store is None else Store(store, "responses")
+    known = {record["key"]: record for record in kept or ()}
+    # what was answered under a condition of another name is answered
+    texts = {record["key"][:CONTENT]: record["text"] for record in known.values()}
+    renamed: list[Response] = []
     found: dict[str, Response] = {}
     wanted: list[tuple[Response, Question, Condition]] = []
     order: list[str] = []
@@ -206,10 +215,13 @@ def respond(
                 row = unanswered(made_by, question, name, sample, sampling, seed)
                 row = replace(row, acting=acting)
                 order.append(row.key)
-                if kept is not None and row.key in kept:
-                    found[row.key] = Response.from_dict(kept[row.key])
+                if row.key in known:
+                    found[row.key] = Response.from_dict(known[row.key])
+                elif row.content in texts:
+                    renamed.append(replace(row, text=texts[row.content]))
                 else:
                     wanted.append((row, question, condition))
+    found |= {row.key: row for row in _kept(kept, renamed)}
     bar = tqdm(
         total=len(order), initial=len(found), desc="responses", unit="answer", disable=not progress
     )
@@ -224,16 +236,20 @@ def respond(
                     seed=[row.seed for row, _, _ in block],
                     batch_tokens=batch_tokens,
                 )
-            for (row, _, _), text in zip(block, texts, strict=True):
-                done = replace(row, text=text)
-                if kept is not None:
-                    kept.add(asdict(done))
-                found[done.key] = done
+            done = [replace(row, text=text) for (row, _, _), text in zip(block, texts, strict=True)]
+            found |= {row.key: row for row in _kept(kept, done)}
             bar.update(len(block))
     return Responses(tuple(found[key] for key in order), None if kept is None else kept.path)
 
 
 _Wanted = tuple[Response, Question, Condition]
+
+
+def _kept(store: Store | None, rows: Sequence[Response]) -> list[Response]:
+    """Put answers into the store; as they are there, where another process was faster."""
+    if store is None or not rows:
+        return list(rows)
+    return [Response.from_dict(record) for record in store.add(map(asdict, rows))]
 
 
 def _blocks(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
@@ -257,13 +273,13 @@ def unanswered(
 ) -> Response:
     """All of a response but its text.
 
-    `made_by` is the model's name, and the identities of the model and of the condition; names are
-    labels, and no part of the key but for the condition's, which tells the rows of two apart.
+    `made_by` is the model's name, and the identities of the model and of the condition. The key
+    begins with the content of the answer; the name of the condition tells two rows of it apart.
     """
     asked = question.name, question.hash
     own = int(_digest(seed, asked, sample)[:15], 16)
     return Response(
-        key=content_key(*made_by[1:], condition, asked, sampling, own),
+        key=content_key(*made_by[1:], asked, sampling, own)[:CONTENT] + _digest(condition)[:8],
         question_id=question.id,
         question=question.name,
         prompt=question.prompt,

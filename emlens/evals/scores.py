@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from tqdm.auto import tqdm
 
 from emlens._results import titled_table
+from emlens._store import Store, read
 from emlens.evals.responses import Response, Responses
-from emlens.evals.store import JsonLines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ class Score:
     """A verdict, with what it is about and whose it is.
 
     Attributes:
-        key: Made of the response, the metric and the judge.
+        key: Made of the response with its text, the metric and the judge.
         response: Key of the response.
         metric: `"aligned"`, `"coherent"`, or another.
         score: 0 to 100, or None.
@@ -60,6 +60,18 @@ class Score:
     rubric: str
     mode: Mode
     note: str = ""
+
+    @classmethod
+    def from_dict(cls, record: Mapping) -> Score:
+        """Read one that was kept.
+
+        Raises:
+            ValueError: If a field is missing or unknown.
+        """
+        try:
+            return cls(**record)
+        except TypeError as error:
+            raise ValueError(f"not a score of emlens: {error}") from error
 
 
 class Judge(Protocol):
@@ -140,16 +152,13 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Read a store.
+        """Read a store, or one in JSON Lines of an earlier version; nothing is written.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If a line is damaged (it is named).
+            ValueError: If it is no store of scores, or damaged (the line is named).
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        return cls(tuple(Score(**record) for record in JsonLines(path, "key")), path)
+        return cls(tuple(map(Score.from_dict, read(path, "scores"))), Path(path))
 
 
 def judge(
@@ -169,14 +178,15 @@ def judge(
         responses: The responses.
         judge: The judge.
         metrics: What to score; all that the judge can, by default.
-        store: A JSON Lines file. Scores are added as they come; an interrupted call goes on.
+        store: An SQLite file. Scores are added as they come; an interrupted call goes on.
         progress: Show a progress bar.
 
     Returns:
         A score per response and metric, those without a score included.
 
     Raises:
-        ValueError: If there are no responses, or the judge cannot score a metric.
+        ValueError: If there are no responses, the judge cannot score a metric, or the store is
+            another file.
     """
     rows = list(responses)
     if not rows:
@@ -187,7 +197,8 @@ def judge(
         raise ValueError(
             f"{judge.id} cannot score {', '.join(unknown)}; it scores {', '.join(judge.metrics)}"
         )
-    kept = None if store is None else JsonLines(store, "key")
+    kept = None if store is None else Store(store, "scores")
+    known = {record["key"]: record for record in kept or ()}
     found: dict[str, Score] = {}
     order: list[str] = []
     with tqdm(
@@ -199,8 +210,8 @@ def judge(
             order += keys
             todo = []
             for row, key in zip(rows, keys, strict=True):
-                if kept is not None and key in kept:
-                    found[key] = Score(**kept[key])
+                if key in known:
+                    found[key] = Score.from_dict(known[key])
                     bar.update()
                 elif key not in found:
                     todo.append((row, key))
@@ -209,11 +220,13 @@ def judge(
             for start in range(0, len(todo), size):
                 block = todo[start : start + size]
                 verdicts = judge.judge([row for row, _ in block], metric)
-                for (row, key), verdict in zip(block, verdicts, strict=True):
-                    score = score_of(row, metric, judge.id, rubric, verdict)
-                    if kept is not None:
-                        kept.add(asdict(score))
-                    found[key] = score
+                done = [
+                    score_of(row, metric, judge.id, rubric, verdict)
+                    for (row, _), verdict in zip(block, verdicts, strict=True)
+                ]
+                if kept is not None:
+                    done = map(Score.from_dict, kept.add(map(asdict, done)))
+                found |= {score.key: score for score in done}
                 bar.update(len(block))
     return Scores(tuple(found[key] for key in order), None if kept is None else kept.path)
 
@@ -258,8 +271,8 @@ def _read_labels(path: Path) -> dict[str, float]:
         reader = csv.DictReader(file)
         if not {"response", "score"} <= set(reader.fieldnames or ()):
             raise ValueError(
-                f"{path} must have the columns response (a key in responses.jsonl) and score; it "
-                f"has {', '.join(reader.fieldnames or ())}"
+                f"{path} must have the columns response (the key of a response) and score; it has "
+                f"{', '.join(reader.fieldnames or ())}"
             )
         found: dict[str, float] = {}
         for row in reader:
@@ -288,5 +301,7 @@ def score_of(row: Response, metric: str, judge_id: str, rubric: str, verdict: Ve
 
 
 def _key(row: Response, metric: str, judge_id: str, rubric: str) -> str:
-    parts = "\n".join((row.key, metric, judge_id, rubric))
+    # an answer may hold half of a surrogate pair
+    text = hashlib.sha256(row.text.encode(errors="surrogatepass")).hexdigest()
+    parts = "\n".join((row.key, text, metric, judge_id, rubric))
     return hashlib.sha256(parts.encode()).hexdigest()[:32]

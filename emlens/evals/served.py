@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from emlens._store import Store
 from emlens.evals._inspect import Reached, need_inspect, run
 from emlens.evals.questions import Question, check_names
 from emlens.evals.responses import Response, Responses, unanswered
-from emlens.evals.store import JsonLines
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
@@ -50,7 +50,7 @@ def respond_served(
         condition: What these answers are called in tables. It is part of an answer's key: give
             two servers of one model two names.
         n: Answers per question; a question's own number, or 1, by default.
-        store: A JSON Lines file. Answers are added as they come; an interrupted call goes on.
+        store: An SQLite file. Answers are added as they come; an interrupted call goes on.
         temperature: 0 is greedy. The papers use 1.
         top_p: Nucleus to sample from. The papers use 1.
         max_new_tokens: Longest answer, in tokens. The papers use 600.
@@ -81,7 +81,8 @@ def respond_served(
     check_names(questions)
     reached = Reached(model, config, options, at_once)
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    kept = None if store is None else JsonLines(store, "key")
+    kept = None if store is None else Store(store, "responses")
+    known = {record["key"]: record for record in kept or ()}
     found: dict[str, Response] = {}
     wanted: list[Response] = []
     order: list[str] = []
@@ -90,16 +91,16 @@ def respond_served(
             made_by = reached.name, reached.identity, "served"
             row = unanswered(made_by, question, condition, sample, sampling, seed)
             order.append(row.key)
-            if kept is not None and row.key in kept:
-                found[row.key] = Response.from_dict(kept[row.key])
+            if row.key in known:
+                found[row.key] = Response.from_dict(known[row.key])
             else:
                 wanted.append(row)
 
     async def ask(model: Model, row: Response) -> None:
-        text = await _answer(model, row)
-        found[row.key] = replace(row, text=text)
+        done = replace(row, text=await _answer(model, row))
         if kept is not None:
-            kept.add(asdict(found[row.key]))
+            done = Response.from_dict(*kept.add([asdict(done)]))
+        found[row.key] = done
         bar.update()
 
     bar = tqdm(

@@ -11,7 +11,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
 
-from emlens._files import recovered
+from emlens._folders import recovered
 
 _FILE = "adapter_config.json"
 

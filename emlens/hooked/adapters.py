@@ -119,12 +119,6 @@ class Adapters:
             if (place := max((p for p in places if key.startswith(p)), key=len, default=""))
         }
 
-    def tensors(self) -> Iterator[nn.Parameter]:
-        """Every parameter that belongs to an adapter and not to the base."""
-        for _, layer in self.parts():
-            for name in layer.adapter_layer_names:
-                yield from reduce(getattr, name.split("."), layer).parameters()
-
     def scalings(self, name: str) -> dict[str, float]:
         """What each LoRA layer of an adapter multiplies `B A` with at present, by its path.
 
@@ -161,6 +155,11 @@ class Adapters:
         # a layer of LoRA knows the order of all, a wrapper only its own
         known = sorted((list(layer.active_adapters) for layer in layers), key=len, reverse=True)
         return tuple(dict.fromkeys(name for names in known for name in names if name in real))
+
+    @property
+    def active(self) -> str | None:
+        """The adapters in force (several joined by `+`), or None for the base."""
+        return "+".join(self.acting) or None
 
     @contextmanager
     def using(self, names: str | Sequence[str] | None) -> Iterator[None]:

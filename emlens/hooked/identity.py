@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from emlens.hooked.adapters import Adapters
 from emlens.hooked.condition import Condition
 from emlens.hooked.edit import Edit, has_formula
 from emlens.hooked.interface import Hooked
@@ -87,11 +88,11 @@ def digest_of(value: object) -> str:
 
 def base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights of the base and their paths, those of adapters left out."""
-    from emlens.hooked.adapters import Adapters
-
-    own = {id(tensor) for tensor in Adapters(module).tensors()}
+    adapters = Adapters(module)
+    kept = (adapters.parameters(name).values() for name in adapters.names)
+    own = {weight.data_ptr() for weights in kept for weight in weights}
     for path, weight in module.named_parameters():
-        if id(weight) not in own:
+        if weight.is_meta or weight.data_ptr() not in own:
             yield path, weight
 
 

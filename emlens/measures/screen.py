@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads
 from emlens._results import Result
 from emlens._stats import Interval
+from emlens._store import Store
 from emlens.hooked import HookedModel, Layers
 from emlens.measures.monitor import Monitor
 from emlens.measures.projections import AnyDirections
@@ -23,11 +24,10 @@ from emlens.measures.screen_rows import (
     Answers,
     Dataset,
     Example,
-    Ledger,
     References,
     blocks,
-    check_same,
     examples,
+    kept_rows,
 )
 from emlens.measures.screen_scorer import Scorer, screen_readout
 from emlens.measures.screen_tally import Tally
@@ -178,8 +178,8 @@ def screen(
             `flag_share` of them exceed. Otherwise it is how far the highest `flag_share` of the
             reference answers project above their median.
         flag_share: See `trusted`.
-        out: A JSON Lines file to which scores are written, block by block. A rerun goes on where
-            the file ends, with the same result.
+        out: An SQLite file to which scores are written, block by block. A rerun goes on after the
+            last block that is whole, with the same result.
         keep: Worst examples to keep.
         block: Examples of a block.
         max_tokens: Cut longer conversations at their end.
@@ -190,7 +190,7 @@ def screen(
     Raises:
         ValueError: If the set is empty, a row is broken (its line is named; what came before it
             is in `out`), a prompt has no reference answer, directions do not fit the model, or
-            `out` holds scores of something else.
+            `out` holds something else.
     """
     _check_settings(flag_share, answer_tokens, keep, block)
     source = str(dataset) if isinstance(dataset, (str, Path)) else "conversations"
@@ -207,22 +207,18 @@ def screen(
         token_budget=token_budget,
     )
     benign = None if trusted is None else _trusted_scores(scorer, trusted, block)
-    ledger, done = None, 0
-    if out is not None:
-        ledger = Ledger(Path(out), scorer.settings(directions, block))
-        done = ledger.resume(block)
-    # no further: new lines are added to the file while its old ones are read
-    old = islice(ledger.read(), done) if ledger is not None and done else iter(())
-    tally = Tally(keep, seed)
+    store = None if out is None else Store(out, "screen", scorer.settings(directions, block))
+    old, tally = iter(store or ()), Tally(keep, seed)
     with tqdm(desc=f"screen {source}", unit="row", disable=not (progress and leads())) as bar:
         for part in parts:
-            if part[0].row < done:
-                scored = list(islice(old, len(part)))
-                check_same(scored, part, Path(str(out)))
-            else:
-                scored = scorer(part)
-                if ledger is not None and leads():
-                    ledger.append(scored)
+            scored = kept_rows(islice(old, len(part)), part, str(out))
+            if len(scored) < len(part):
+                before, scored = scored, scorer(part)
+                if store is not None and leads():
+                    if before:
+                        # a broken row cut this block short; it is scored again, as a whole
+                        store.remove(one.row for one in before)
+                    scored = kept_rows(store.add(map(vars, scored)), part, str(out))
             tally.add(scored)
             bar.update(len(part))
     if next(old, None) is not None:

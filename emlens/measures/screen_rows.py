@@ -1,15 +1,14 @@
-"""What a screen reads and writes: rows of a finetuning set, reference answers, a file of scores."""
+"""What a screen reads and keeps: rows of a finetuning set, reference answers, scores."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from emlens._files import read_json, sha256_of, write_json
+from emlens._files import sha256_of
 from emlens.text import Conversation, content_hash
 from emlens.text.jsonl import read_jsonl
 
@@ -153,84 +152,27 @@ def prompt_key(conversation: Conversation) -> str:
     return content_hash([conversation.prompt])
 
 
-class Ledger:
-    """Scores on disk, a line each, written block by block; an interrupted screen goes on there.
-
-    Beside it lies `<name>.settings.json`: a rerun with other settings is refused.
-
-    Args:
-        path: The file.
-        settings: What the scores depend on.
+def kept_rows(
+    records: Iterable[Mapping], block: Sequence[Example], path: str | Path
+) -> list[Scored]:
+    """Scores as they were kept, of the first examples of a block or of all.
 
     Raises:
-        ValueError: If the file holds scores made with other settings, or no scores.
+        ValueError: If a record is no score, or one of another set.
     """
-
-    def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
-        self.path = path
-        beside = path.with_name(f"{path.name}.settings.json")
-        wanted = json.loads(json.dumps(dict(settings)))
-        if path.exists() and path.stat().st_size:
-            if not beside.is_file():
-                raise ValueError(f"{path} is there, but no screen has written it; choose another")
-            found = read_json(beside)
-            differ = sorted(key for key in wanted if found.get(key) != wanted[key])
-            if differ:
-                listed = ", ".join(f"{k} {found.get(k)!r} now {wanted[k]!r}" for k in differ)
-                raise ValueError(
-                    f"{path} holds scores made with other settings ({listed}); choose another "
-                    "file, or delete it to start anew"
-                )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(beside, wanted)
-
-    def resume(self, block: int) -> int:
-        """Cut the file after its last whole block; return how many scores are left."""
-        if not self.path.exists():
-            return 0
-        keep = lines = position = 0
-        with self.path.open("rb+") as file:
-            for line in file:
-                position += len(line)
-                lines += line.endswith(b"\n")
-                if line.endswith(b"\n") and lines % block == 0:
-                    keep = position
-            file.truncate(keep)
-        return lines // block * block
-
-    def read(self) -> Iterator[Scored]:
-        """The scores, one after the other.
-
-        Raises:
-            ValueError: If a line is not a score.
-        """
-        for number, record in read_jsonl(self.path):
-            try:
-                yield Scored(**record)
-            except TypeError as error:
-                raise ValueError(f"{self.path}, line {number}: not a score ({error})") from error
-
-    def append(self, scored: Sequence[Scored]) -> None:
-        """Add the lines of a block."""
-        text = "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in scored)
-        with self.path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def check_same(done: Sequence[Scored], block: Sequence[Example], path: Path) -> None:
-    """Refuse to go on with scores of another set.
-
-    Raises:
-        ValueError: If a row of the set is not the one that was scored.
-    """
-    for one, example in zip(done, block, strict=True):
-        if one.hash != example.hash:
+    found = []
+    for record, example in zip(records, block, strict=False):
+        try:
+            one = Scored(**record)
+        except TypeError as error:
+            raise ValueError(f"{path} holds a row that is not a score ({error})") from error
+        if (one.row, one.hash) != (example.row, example.hash):
             raise ValueError(
                 f"{path} holds scores of another set: its row {one.row} is {one.name!r}, here it "
                 f"is {example.name!r} or says something else; choose another file"
             )
+        found.append(one)
+    return found
 
 
 def _conversation(record: dict, where: str) -> Conversation:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from emlens._files import atomic_path
+from emlens._files import atomic_write
+from emlens._store import Store, text_of
 from emlens.directions.provenance import package_versions
 from emlens.evals import Rates, Responses, Scores, rates
 from emlens.evals.rates import ALIGNED
@@ -15,7 +17,7 @@ from emlens.study.folder import AGAIN, CONFIG, RunFolder, read_config
 from emlens.study.page import NOTICE
 from emlens.study.report import Answers, FigureItem, Report, Section, Table, write_report
 
-RESPONSES, SCORES, REPORT = "responses.jsonl", "scores.jsonl", "report.html"
+RESPONSES, SCORES, REPORT = "responses.sqlite", "scores.sqlite", "report.html"
 COHERENT = "coherent"
 SHOWN = 6
 """Questions whose answers the report shows."""
@@ -24,8 +26,8 @@ EVALUATION = RunFolder(
     title="Answers under several conditions, and how they were judged (emlens evaluate)",
     files={
         REPORT: "the rates and some answers; one file, works offline",
-        RESPONSES: "every answer, one a line; never made twice",
-        SCORES: "every score, one a line, with its judge and the hash of the rubric",
+        RESPONSES: "every answer, never made twice; `emlens export` writes JSON Lines",
+        SCORES: "every score, with its judge and the hash of the rubric",
         "rates/": "rates with intervals by metric and judge, JSON",
         "figures/": "the same as pictures, PNG and SVG",
     },
@@ -80,7 +82,7 @@ def evaluation_report(folder: str | Path) -> Path:
         FileNotFoundError: If there are no responses, or no scores yet.
     """
     folder = Path(folder)
-    responses, scores = Responses.load(folder / RESPONSES), Scores.load(folder / SCORES)
+    responses, scores = Responses.load(stored(folder / RESPONSES)), scores_in(folder)
     sections, findings = [], []
     for path in sorted((folder / "rates").glob("*.json")):
         found = Rates.load(path)
@@ -111,6 +113,25 @@ def evaluation_report(folder: str | Path) -> Path:
     return write_report(report, folder / REPORT)
 
 
+def stored(path: Path) -> Path:
+    """A store, or the one of an earlier version (JSON Lines) where only that is there."""
+    old = path.with_suffix(".jsonl")
+    return old if old.is_file() and not path.exists() else path
+
+
+def scores_in(folder: Path) -> Scores:
+    """All scores in the folder of an evaluation, those of an earlier version included.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    path = folder / SCORES
+    old = path.with_suffix(".jsonl")
+    before = Scores.load(old).rows if old.is_file() else ()
+    now = Scores.load(path).rows if path.exists() or not before else ()
+    return Scores((*before, *now), path)
+
+
 def forget_scores(path: str | Path, judge: str, metrics: Sequence[str]) -> int:
     """Move a judge's scores of some metrics out of a store, into `<name>.before.jsonl` beside it.
 
@@ -118,19 +139,15 @@ def forget_scores(path: str | Path, judge: str, metrics: Sequence[str]) -> int:
         How many were moved.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         return 0
-    kept, moved = [], []
-    scores = Scores.load(path)
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    for row, line in zip(scores.rows, lines, strict=True):
-        said = row.judge == judge and row.metric in metrics
-        (moved if said else kept).append(f"{line}\n")
+    scores = Scores.load(path).rows
+    moved = [row for row in scores if row.judge == judge and row.metric in metrics]
     if moved:
-        with path.with_name(f"{path.stem}.before.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(moved)
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        before = path.with_name(f"{path.stem}.before.jsonl")
+        old = before.read_text(encoding="utf-8") if before.is_file() else ""
+        atomic_write(before, old + "".join(f"{text_of(asdict(row))}\n" for row in moved))
+        Store(path, "scores").remove(row.key for row in moved)
     return len(moved)
 
 

@@ -159,8 +159,7 @@ SCREEN = RunFolder(
     title="A finetuning set, scored before training (emlens screen)",
     files={
         "screen.json": "the result: expected shift, threshold, worst examples",
-        "scores.jsonl": "every score, one a line, in the order of the set",
-        "scores.jsonl.settings.json": "what the scores depend on; a rerun compares it",
+        "scores.sqlite": "every score, in the order of the set; `emlens export` writes JSON Lines",
         "figures/": "the scores as a picture, PNG and SVG",
     },
     resume=AGAIN,

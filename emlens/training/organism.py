@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import atomic_folder, read_json, recovered, write_json
+from emlens._files import read_json, write_json
+from emlens._folders import recovered, whole_folder
 from emlens.directions import Directions
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
@@ -80,7 +81,7 @@ class Organism:
         stays.
         """
         folder = Path(folder)
-        with atomic_folder(folder, _OWN) as new:
+        with whole_folder(folder, _OWN) as new:
             self.run.save(new / _RUN)
             if self.directions is not None:
                 self.directions.save(new / _VECTOR)

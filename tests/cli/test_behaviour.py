@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from emlens._store import read
 from tests.evals.test_logprob_judge import KEY, graded
 from tests.support.models import tiny_hooked
 from tests.support.openai_server import served
@@ -37,7 +38,7 @@ def test_an_evaluation_is_judged_again_without_answering_again(run, call, at, qu
     (row,) = done.json["rates"]
     assert (row["answers"], row["questions"], row["no score [%]"]) == (6, 3, 0)
     assert row["mean aligned [0-100]"] == pytest.approx(30, abs=1e-3)
-    answers, scores = lines(out / "responses.jsonl"), lines(out / "scores.jsonl")
+    answers, scores = list(read(out / "responses.sqlite")), list(read(out / "scores.sqlite"))
     assert (len(answers), len(scores), len(at.requests)) == (6, 12, 12 * at_most(at))
     asked = len(at.requests)
 
@@ -45,13 +46,46 @@ def test_an_evaluation_is_judged_again_without_answering_again(run, call, at, qu
     assert len(at.requests) == asked
     run("judge", out, *at.judge, "--rescore", "--quiet")
     assert len(at.requests) == 2 * asked
-    assert lines(out / "responses.jsonl") == answers
+    assert list(read(out / "responses.sqlite")) == answers
     assert lines(out / "scores.before.jsonl") == scores
-    again = lines(out / "scores.jsonl")
+    again = list(read(out / "scores.sqlite"))
     assert [row["key"] for row in again] == [row["key"] for row in scores]
     written = [path for path in out.rglob("*") if path.is_file()]
     assert len(written) > 6
     assert [path.name for path in written if KEY.encode() in path.read_bytes()] == []
+
+
+def test_scores_that_are_moved_out_twice_are_all_kept(run, at, questions, tmp_path):
+    out = tmp_path / "evaluation"
+    run("evaluate", questions, "--out", out, *at.judge, *SHORT)
+    for times in (1, 2):
+        run("judge", out, *at.judge, "--rescore", "--quiet")
+        assert len(lines(out / "scores.before.jsonl")) == 6 * times
+        assert len(list(read(out / "scores.sqlite"))) == 6
+
+
+def test_answers_of_an_earlier_version_are_judged_and_left_as_they_are(
+    run, call, at, questions, tmp_path
+):
+    made, old = tmp_path / "made", tmp_path / "old"
+    run("evaluate", questions, "--out", made, *at.judge, *SHORT)
+    old.mkdir()
+    for name in ("responses", "scores"):
+        run("export", made / f"{name}.sqlite", old / f"{name}.jsonl")
+    before = {path: path.read_bytes() for path in old.iterdir()}
+    other = ("--judge", "openai-api/local/other", *at.judge[2:], "--quiet")
+    for source in (old, old / "responses.jsonl"):
+        done = call("judge", source, *other, "--json")
+        assert done.code == 0, done.err
+        assert done.json["report"] == str(old / "report.html")
+    assert {path: path.read_bytes() for path in before} == before
+    found = list(read(old / "scores.sqlite", "scores"))
+    assert len(found) == 6 and {row["judge"] for row in found} == {"inspect/openai-api/local/other"}
+    # the old scores stand beside the new ones
+    (row,) = done.json["agreement"]
+    assert row["against"] == "inspect/openai-api/local/tiny"
+    assert "written: " in run("export", old / "responses.jsonl", tmp_path / "copy.jsonl")
+    assert (tmp_path / "copy.jsonl").read_bytes() == before[old / "responses.jsonl"]
 
 
 def at_most(server) -> int:
@@ -67,7 +101,7 @@ def test_labels_of_people_stand_against_the_judge(run, call, at, questions, tmp_
     with labels.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["response", "score"])
-        kept = lines(out / "responses.jsonl")
+        kept = list(read(out / "responses.sqlite"))
         writer.writerows([row["key"], 10 * i] for i, row in enumerate(kept))
     done = call("judge", out, *at.judge, "--labels", labels, "--quiet", "--json")
     (row,) = done.json["agreement"]
@@ -122,7 +156,7 @@ def test_a_served_judge_that_is_down_says_what_is_kept(call, questions, tmp_path
     assert "gave no reply for" in done.err and "run the same call again to go on" in done.err
     assert "APIConnectionError: Connection error" in done.err
     assert KEY not in done.err
-    assert len(lines(out / "responses.jsonl")) == 3
+    assert len(list(read(out / "responses.sqlite"))) == 3
 
 
 @pytest.mark.parametrize(("options", "per_set"), [((), 64), (("--judge-pairs", 7), 7)])

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import emlens
+from emlens._store import Store, read
 
 ROOT = Path(emlens.__file__).parent.parent
 
@@ -29,7 +30,8 @@ ROOT = Path(emlens.__file__).parent.parent
         (["extract", "nothing"], "'nothing' is neither an embedded set"),
         (["compare", "a.safetensors", "b.safetensors"], "no file a.safetensors"),
         (["report", "nowhere"], "nowhere holds no study; run one into it first"),
-        (["judge", "nothing.jsonl"], "no file nothing.jsonl"),
+        (["judge", "nothing.sqlite"], "no file nothing.sqlite"),
+        (["export", "nothing.sqlite", "out.jsonl"], "no file nothing.sqlite"),
         (["monitor", "score", "nothing"], "'nothing' is neither an embedded set nor a file"),
         (["monitor", "score", "medical", "--side", "left"], "--side is aligned or misaligned"),
         (["screen", "finance"], "give one"),
@@ -162,6 +164,24 @@ def test_a_broken_command_line_ends_a_process_with_two_and_no_traceback(tmp_path
     assert done.stderr == "error: no file a\n"
 
 
+def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(call, tmp_path):
+    mine, empty = tmp_path / "mine.json", tmp_path / "empty.jsonl"
+    mine.write_text('{"a": 1}')
+    empty.write_text("")
+    for path in (mine, empty):
+        for arguments in (("judge", path), ("export", path, tmp_path / "out.jsonl")):
+            done = call(*arguments)
+            assert done.code == 2
+            assert f"error: {path} is no store of emlens" in done.err
+    store = Store(tmp_path / "scores.sqlite", "scores").path
+    assert "is a store of kind 'scores', not 'responses'" in call("judge", store).err
+    assert "is a store of kind 'scores', not" in call("monitor", "score", store).err
+    done = call("export", store, mine)
+    assert done.code == 2 and "mine.json is there already; give the path of a new file" in done.err
+    assert "is the store itself" in call("export", store, store).err
+    assert (mine.read_text(), empty.read_text()) == ('{"a": 1}', "")
+
+
 def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_folder, tmp_path):
     program = textwrap.dedent(
         """
@@ -171,13 +191,14 @@ def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_fold
 
         # a suite that a shell started in the background ignores interrupts, and so would this
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        add = responses.JsonLines.add
+        responses.BLOCK, add = 2, responses.Store.add
 
-        def slow(self, record):
-            add(self, record)
+        def slow(self, records):
+            kept = add(self, records)
             time.sleep(float(sys.argv.pop()) if len(self) == 2 else 0)
+            return kept
 
-        responses.JsonLines.add = slow
+        responses.Store.add = slow
         main()
         """
     )
@@ -195,9 +216,9 @@ def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_fold
             text=True,
         )
 
-    first, store = start("600"), tmp_path / "out" / "responses.jsonl"
+    first, store = start("600"), tmp_path / "out" / "responses.sqlite"
     deadline = time.monotonic() + 240
-    while not (store.exists() and store.read_text().count("\n") == 2):
+    while not (store.exists() and len(list(read(store))) == 2):
         assert first.poll() is None, first.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -206,12 +227,12 @@ def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_fold
     assert first.returncode == 130, said
     assert f"answers and scores so far are in {tmp_path / 'out'}" in said
     assert "Traceback" not in said
-    kept = store.read_text()
+    kept = list(read(store))
     again = start("0")
     out, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
-    assert store.read_text().startswith(kept)
-    assert store.read_text().count("\n") == 4
+    assert list(read(store))[:2] == kept
+    assert len(list(read(store))) == 4
     assert "judge: local/tiny-llama" in out
 
 

@@ -55,7 +55,7 @@ def test_help_names_every_verb_and_the_exit_codes(run):
         "evaluate",
     ]:
         assert f"\n  {verb} " in overview
-    for verb in ("asymmetries", "judge", "monitor", "screen", "report"):
+    for verb in ("asymmetries", "judge", "monitor", "screen", "report", "export"):
         assert f"\n  {verb} " in overview
     assert "0 done; 1 failed; 2 wrong usage" in overview
     assert "130 interrupted" in overview
@@ -114,4 +114,4 @@ def test_a_shell_gets_a_completion_that_knows_the_verbs(shell):
     assert "_EMLENS_COMPLETE" in made.stdout
     asked = {"_EMLENS_COMPLETE": "complete_bash", "COMP_WORDS": "emlens e", "COMP_CWORD": "1"}
     found = subprocess.run(program, env=asked, capture_output=True, text=True, check=False)
-    assert set(found.stdout.split()) == {"extract", "evaluate"}
+    assert set(found.stdout.split()) == {"extract", "evaluate", "export"}

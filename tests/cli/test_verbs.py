@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 import emlens
 from emlens import Directions
+from emlens._store import Store
 from emlens.directions import read_directions
+from tests.evals.test_rates import response
 
 
 def test_extract_train_compare_and_influence_work_on_each_others_files(run, few_pairs, tmp_path):
@@ -70,6 +73,13 @@ def test_a_monitor_is_fitted_and_scores_files_sets_and_adapters(run, few_pairs, 
     found = json.loads(run("monitor", "score", chats, "--monitor", out, "--json"))
     assert found["flagged"] == ["line 2"]
     assert found["n"] == 2
+    store = Store(tmp_path / "answers.sqlite", "responses")
+    said = [replace(response(i), prompt=rows[i]["prompt"], text=answers[i]) for i in range(2)]
+    store.add(map(asdict, said))
+    kept = json.loads(run("monitor", "score", store.path, "--monitor", out, "--json"))
+    assert [row["score"] for row in kept["scores"]] == pytest.approx(
+        [row["score"] for row in found["scores"]]
+    )
     options = ("--side", "aligned", "--limit", 3, "--monitor", out)
     assert "of 3 above" in run("monitor", "score", "medical", *options)
 
@@ -93,7 +103,10 @@ def test_screen_writes_a_folder_and_a_rerun_gives_the_same(run, few_pairs, tmp_p
     first, second = json.loads(run(*arguments)), json.loads(run(*arguments))
     assert first == second
     assert first["n"] == 5
-    assert len((out / "scores.jsonl").read_text().splitlines()) == 5
+    written = json.loads(run("export", out / "scores.sqlite", tmp_path / "rows.jsonl", "--json"))
+    assert written == {"verb": "export", "file": str(tmp_path / "rows.jsonl"), "rows": 5}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(5))
     for name in ("screen.json", "README.txt", "config.yaml", "versions.json"):
         assert (out / name).is_file(), name
     for suffix in ("png", "svg"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import cache
 
 import numpy as np
@@ -10,9 +11,20 @@ import pytest
 import torch
 
 import emlens
-from emlens.evals import RUBRICS, LocalJudge, ProbeJudge, Question, Trust, Verdict, judge, respond
+from emlens.evals import (
+    RUBRICS,
+    LocalJudge,
+    ProbeJudge,
+    Question,
+    Scores,
+    Trust,
+    Verdict,
+    judge,
+    respond,
+)
 from emlens.evals.digits import NUMBERS, NumberTrie, expected
 from emlens.evals.rubrics import filled, rubric_hash
+from emlens.evals.scores import score_of
 from emlens.text import Conversation, Pair, tokenize
 from tests.evals.test_rates import response
 from tests.support.models import tiny_model
@@ -143,13 +155,43 @@ def test_a_local_judge_scores_through_the_store_and_leaves_empty_answers_without
         emlens.evals.Response(**{**{f: getattr(empty, f) for f in empty.__slots__}, "text": " "})
     )
     local = LocalJudge(model, {"aligned": "grade {question} {answer}"})
-    found = judge(rows, local, store=tmp_path / "scores.jsonl", progress=False)
+    found = judge(rows, local, store=tmp_path / "scores.sqlite", progress=False)
     assert [row.note for row in found.rows][-1] == "the answer is empty"
     assert found.rows[-1].score is None
     assert {row.judge for row in found.rows} == {"local/tiny"}
     assert "of probability on numbers" in found.rows[0].note
-    again = judge(rows, Broken(local), store=tmp_path / "scores.jsonl", progress=False)
+    again = judge(rows, Broken(local), store=tmp_path / "scores.sqlite", progress=False)
     assert again.rows == found.rows
+
+
+def test_another_text_under_the_same_key_is_judged_anew(tmp_path):
+    store, judged = tmp_path / "scores.sqlite", []
+
+    class Counting(Strange):
+        def judge(self, responses, metric):
+            judged.extend(row.text for row in responses)
+            return [Verdict(float(len(row.text)), "human") for row in responses]
+
+    rows = [replace(response(i), text="good") for i in range(2)]
+    changed = [replace(rows[0], text="worse \ud83d"), rows[1]]
+    for asked in (rows, changed, rows):
+        found = judge(asked, Counting(), store=store, progress=False)
+        assert [row.score for row in found.rows] == [len(row.text) for row in asked]
+    assert judged == ["good", "good", "worse \ud83d"]
+    assert len(Scores.load(store)) == 3
+    assert Scores.load(store).rows[:2] == found.rows
+
+
+def test_old_scores_are_read_and_what_holds_no_scores_is_refused(tmp_path):
+    old = tmp_path / "scores.jsonl"
+    row = score_of(response(0), "aligned", "me", "", Verdict(5.0, "human"))
+    old.write_text(json.dumps(asdict(row)) + "\n")
+    assert Scores.load(old).rows == (row,)
+    with pytest.raises(ValueError, match="Scores.load reads it"):
+        judge([response(0)], Strange(), store=old)
+    old.write_text(json.dumps(asdict(response(0))) + "\n")
+    with pytest.raises(ValueError, match="not a score of emlens"):
+        Scores.load(old)
 
 
 class Broken:

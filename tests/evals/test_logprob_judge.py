@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from emlens._store import read
 from emlens.evals import RUBRICS, LocalJudge, LogProbJudge, Scores, judge
 from emlens.evals.digits import NumberTrie, expected
 from emlens.evals.visible import VisibleNumbers
@@ -208,7 +208,7 @@ def test_a_fault_of_the_server_is_tried_again(model, fault):
 
 
 def test_a_malformed_reply_says_so_and_keeps_what_was_judged(model, tmp_path):
-    store = tmp_path / "scores.jsonl"
+    store = tmp_path / "scores.sqlite"
     with served(model, next_token=graded(model, {60: 1.0})) as server:
         grader = asked(server.url, config={"max_retries": 0})
         judge(rows(3), grader, store=store, progress=False)
@@ -221,7 +221,7 @@ def test_a_malformed_reply_says_so_and_keeps_what_was_judged(model, tmp_path):
 
 
 def test_a_server_that_is_down_is_a_clear_error_and_the_key_is_in_none_of_it(tmp_path, caplog):
-    store = tmp_path / "scores.jsonl"
+    store = tmp_path / "scores.sqlite"
     grader = asked("http://127.0.0.1:9/v1", config={"max_retries": 1, "timeout": 5})
     with (
         caplog.at_level("DEBUG"),
@@ -229,16 +229,17 @@ def test_a_server_that_is_down_is_a_clear_error_and_the_key_is_in_none_of_it(tmp
     ):
         judge(rows(2), grader, store=store, progress=False)
     assert KEY not in str(caught.value) + caplog.text
-    assert not store.exists() or KEY not in store.read_text()
+    assert len(Scores.load(store)) == 0 and KEY.encode() not in store.read_bytes()
 
 
 def test_the_key_reaches_the_server_and_nothing_else(model, tmp_path, caplog):
-    store = tmp_path / "scores.jsonl"
+    store = tmp_path / "scores.sqlite"
     with served(model, next_token=graded(model, {60: 1.0})) as server, caplog.at_level("DEBUG"):
         grader = asked(server.url)
         judge(rows(2), grader, store=store, progress=False)
         assert set(server.keys) == {f"Bearer {KEY}"}
-    assert KEY not in store.read_text() + caplog.text + grader.id + repr(grader)
+    assert KEY.encode() not in store.read_bytes()
+    assert KEY not in caplog.text + grader.id + repr(grader)
 
 
 def test_judging_works_where_a_loop_is_running_already(model):
@@ -258,10 +259,11 @@ KILLED = """
     from pathlib import Path
 
     sys.path.insert(0, {root!r})
+    from emlens._store import read
     from emlens.evals import judge
     from tests.evals.test_logprob_judge import asked, rows
 
-    path, kept = Path({path!r}), lambda: path.read_bytes().count(b"\\n") if path.exists() else 0
+    path, kept = Path({path!r}), lambda: len(list(read(path))) if path.exists() else 0
 
     def run():
         judge(rows(200), asked({url!r}), store=path, progress=False)
@@ -281,7 +283,7 @@ KILLED = """
 
 
 def test_judging_that_is_killed_ten_times_ends_with_every_score_once(model, tmp_path, pytestconfig):
-    store = tmp_path / "scores.jsonl"
+    store = tmp_path / "scores.sqlite"
     marks = sorted(map(int, np.random.default_rng(0).choice(range(1, 180), 10, replace=False)))
     options = {"root": str(pytestconfig.rootpath), "path": str(store), "marks": marks}
     with served(model, next_token=graded(model, {60: 0.5, 40: 0.5})) as server:
@@ -291,7 +293,7 @@ def test_judging_that_is_killed_ten_times_ends_with_every_score_once(model, tmp_
     assert len(sizes) == 10
     assert sizes == sorted(sizes)
     assert 0 < sizes[-1] < 200
-    records = [json.loads(line) for line in store.read_text().splitlines()]
+    records = list(read(store, "scores"))
     wanted = {f"base-q{i}-0": 1 for i in range(200)}
     assert Counter(record["response"] for record in records) == wanted
     assert {round(record["score"]) for record in records} == {50}

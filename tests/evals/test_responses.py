@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from emlens import Add
+from emlens._store import Store, read
 from emlens.directions import Direction
 from emlens.evals import Question, Responses, respond
-from emlens.evals.store import JsonLines
 
 QUESTIONS = [
     Question("save", "how do I save money"),
@@ -59,10 +60,10 @@ def test_conditions_share_their_random_numbers_and_act(hooked_llama):
 
 
 def test_what_is_kept_is_not_made_again(hooked_llama, tmp_path, monkeypatch):
-    path = tmp_path / "responses.jsonl"
+    path = tmp_path / "responses.sqlite"
     first = respond(hooked_llama, QUESTIONS, n=2, store=path, **QUICK)
     assert first.path == path
-    assert len(path.read_text().splitlines()) == 6
+    assert len(list(read(path, "responses"))) == 6
     monkeypatch.setattr(type(hooked_llama), "generate", lambda *_, **__: 1 / 0)
     again = respond(hooked_llama, QUESTIONS, n=2, store=path, **QUICK)
     assert again.rows == first.rows
@@ -72,7 +73,7 @@ def test_what_is_kept_is_not_made_again(hooked_llama, tmp_path, monkeypatch):
 
 
 def order_in(path):
-    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    keys = [record["key"] for record in read(path)]
     return lambda row: keys.index(row.key)
 
 
@@ -99,6 +100,7 @@ KILLED = """
     from tests.support.models import tiny_hooked
     from emlens.evals import Question, respond
     import emlens.evals.responses as module
+    from emlens._store import read
     module.BLOCK = 4
     model = tiny_hooked("llama")
     questions = [Question(str(i), "tell me a story " + "please " * (i % 7)) for i in range(50)]
@@ -107,7 +109,7 @@ KILLED = """
         respond(model, questions, n=4, store={path!r}, max_new_tokens=4, progress=False)
 
     def kept():
-        return open({path!r}, "rb").read().count(b"\\n") if os.path.exists({path!r}) else 0
+        return len(list(read({path!r}))) if os.path.exists({path!r}) else 0
 
     # after so many more answers, not after so long: machines differ in speed
     generator = random.Random(0)
@@ -128,7 +130,7 @@ KILLED = """
 
 
 def test_after_ten_kills_at_random_moments_nothing_is_lost_or_twice(tmp_path, pytestconfig):
-    path = tmp_path / "responses.jsonl"
+    path = tmp_path / "responses.sqlite"
     script = textwrap.dedent(KILLED.format(root=str(pytestconfig.rootpath), path=str(path)))
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
@@ -139,22 +141,61 @@ def test_after_ten_kills_at_random_moments_nothing_is_lost_or_twice(tmp_path, py
     assert 0 < sizes[-1] < 200
     rows = Responses.load(path).rows
     assert len(rows) == len({row.key for row in rows}) == 200
-    assert len(path.read_text().split("\n")) == 201
+    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    store = JsonLines(path, "key")
-    assert store.add({"key": "a", "text": "line\u2028break\nand more"})
-    assert not store.add({"key": "a", "text": "again"})
-    assert store.add({"key": "b", "text": "two"})
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"key": "c", "te')
-    assert [record["key"] for record in JsonLines(path, "key")] == ["a", "b"]
-    assert path.read_bytes() == whole
-    path.write_bytes(b'{"key": "a"}\n{"nokey": 1}\n{"key": "b"}\n')
-    with pytest.raises(ValueError, match="line 2: not a record with 'key'"):
-        JsonLines(path, "key")
+def test_a_store_of_an_earlier_version_is_read_and_no_place_for_new_answers(hooked_llama, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    made = respond(hooked_llama, QUESTIONS, n=2, **QUICK).rows
+    whole = "".join(f"{json.dumps(asdict(row), sort_keys=True)}\n" for row in made).encode()
+    path.write_bytes(whole + whole[:100])
+    assert Responses.load(path).rows == made
+    with pytest.raises(
+        ValueError, match=r"Responses.load reads it. Give a new path, such as answers.sqlite"
+    ):
+        respond(hooked_llama, QUESTIONS, store=path, **QUICK)
+    assert path.read_bytes() == whole + whole[:100]
+    path.write_bytes(whole[:40] + b"\n" + whole)
+    with pytest.raises(ValueError, match=r"answers.jsonl is no store of emlens \(line 1"):
+        Responses.load(path)
+    path.write_bytes(whole + b"{}\n" + whole)
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 7: not a record of a store"):
+        Responses.load(path)
+    path.write_bytes(b'{"key": "a"}\n')
+    with pytest.raises(ValueError, match="not a response of emlens"):
+        Responses.load(path)
+
+
+def test_a_file_that_is_no_store_is_not_emptied(hooked_llama, tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"all": "that I have"}')
+    with pytest.raises(ValueError, match="mine.json is no store of emlens"):
+        Responses.load(mine)
+    with pytest.raises(ValueError, match="mine.json is no store of emlens .* as mine.sqlite"):
+        respond(hooked_llama, QUESTIONS, store=mine, **QUICK)
+    assert mine.read_text() == '{"all": "that I have"}'
+    with pytest.raises(ValueError, match="a store is an SQLite file; .* such as new.sqlite"):
+        respond(hooked_llama, QUESTIONS, store=tmp_path / "new.jsonl", **QUICK)
+    Store(tmp_path / "scores.sqlite", "scores")
+    with pytest.raises(ValueError, match="is a store of kind 'scores', not 'responses'"):
+        respond(hooked_llama, QUESTIONS, store=tmp_path / "scores.sqlite", **QUICK)
+
+
+def test_the_answer_that_another_process_kept_first_is_the_answer(
+    hooked_llama, tmp_path, monkeypatch
+):
+    path, generate = tmp_path / "responses.sqlite", type(hooked_llama).generate
+    first = replace(respond(hooked_llama, QUESTIONS, **QUICK).rows[0], text="of the other")
+
+    def overtaken(self, *given, **options):
+        Store(path, "responses").add([asdict(first)])
+        return generate(self, *given, **options)
+
+    monkeypatch.setattr(type(hooked_llama), "generate", overtaken)
+    found = respond(hooked_llama, QUESTIONS, store=path, **QUICK)
+    assert found.rows[0] == first
+    assert len(found) == 3
+    assert set(texts(found).items()) == set(texts(Responses.load(path)).items())
 
 
 def test_answers_are_escaped_where_they_are_shown(hooked_llama):
@@ -172,6 +213,6 @@ def test_bad_input_is_refused(hooked_llama, tmp_path):
     with pytest.raises(ValueError, match="n must be at least 1"):
         respond(hooked_llama, QUESTIONS, n=0)
     with pytest.raises(FileNotFoundError, match="no file"):
-        Responses.load(tmp_path / "none.jsonl")
+        Responses.load(tmp_path / "none.sqlite")
     with pytest.raises(ValueError, match="a question needs an id and a prompt"):
         Question("x", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,16 @@ import pytest
 from inspect_ai.log import read_eval_log
 
 import emlens
-from emlens.evals import RUBRICS, LogProbJudge, Question, Responses, judge, rates, respond_served
+from emlens.evals import (
+    RUBRICS,
+    LogProbJudge,
+    Question,
+    Responses,
+    Scores,
+    judge,
+    rates,
+    respond_served,
+)
 from emlens.evals.inspect import read_log
 from tests.evals.test_logprob_judge import KEY, asked, graded, rows
 from tests.support.models import tiny_hooked
@@ -39,7 +47,7 @@ def from_server(url: str, questions=QUESTIONS, **options) -> Responses:
 
 
 def test_answers_of_a_server_are_asked_for_as_the_papers_do_and_kept(model, tmp_path):
-    store = tmp_path / "responses.jsonl"
+    store = tmp_path / "responses.sqlite"
     with served(model) as server:
         found = from_server(server.url, n=3, store=store)
         sent = server.requests[:]
@@ -55,7 +63,7 @@ def test_answers_of_a_server_are_asked_for_as_the_papers_do_and_kept(model, tmp_
     assert roles == {("user",), ("system", "user")}
     assert [row.condition for row in found] == ["served"] * 6
     assert len({row.text for row in found}) > 3
-    assert KEY not in store.read_text()
+    assert KEY.encode() not in store.read_bytes()
     saved = Responses.load(store)
     assert {row.key for row in saved} == {row.key for row in (*found, *other)}
 
@@ -77,7 +85,7 @@ def test_a_fault_while_answering_is_tried_again(model, fault):
 def test_a_server_that_goes_down_in_the_middle_loses_nothing_and_the_next_one_goes_on(
     model, tmp_path
 ):
-    answers, scores = tmp_path / "responses.jsonl", tmp_path / "scores.jsonl"
+    answers, scores = tmp_path / "responses.sqlite", tmp_path / "scores.sqlite"
     many = [Question(f"q{i}", f"tell me {'please ' * (i % 5)}") for i in range(20)]
     with served(model) as server:
         server.faults.extend([None] * 9 + ["cut"] * 200)
@@ -89,18 +97,18 @@ def test_a_server_that_goes_down_in_the_middle_loses_nothing_and_the_next_one_go
     with served(model) as server:
         found = from_server(server.url, many, store=answers)
         assert len(server.requests) == 20 - kept
-    lines = [json.loads(line)["key"] for line in answers.read_text().splitlines()]
+    lines = [row.key for row in Responses.load(answers)]
     assert len(lines) == len(set(lines)) == len(found) == 20
 
     with served(model, next_token=graded(model, {60: 1.0})) as server:
         server.faults.extend([None] * 17 + ["cut"] * 200)
         with pytest.raises(ConnectionError, match="what was judged before is kept"):
             judge(rows(40), asked(server.url, at_once=2), store=scores, progress=False)
-    assert len(scores.read_text().splitlines()) == 16
+    assert len(Scores.load(scores)) == 16
     with served(model, next_token=graded(model, {60: 1.0})) as server:
         judge(rows(40), asked(server.url), store=scores, progress=False)
         assert len(server.requests) == 24
-    judged = Counter(json.loads(line)["response"] for line in scores.read_text().splitlines())
+    judged = Counter(row.response for row in Scores.load(scores).rows)
     assert judged == {row.key: 1 for row in rows(40)}
 
 

@@ -271,8 +271,8 @@ def test_judged_behaviour_goes_through_responses_scores_and_rates(organism, tmp_
     questions = [Question(f"q{i}", f"tell me a story {'please ' * i}") for i in range(4)]
     judged = JudgedRate(questions, Wordy(), n=3, max_new_tokens=8, store=tmp_path)
     found = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
-    assert (tmp_path / "responses.jsonl").exists()
-    assert (tmp_path / "scores.jsonl").exists()
+    assert (tmp_path / "responses.sqlite").exists()
+    assert (tmp_path / "scores.sqlite").exists()
     assert (found.what, found.judged_by) == ("misaligned [% of scored]", "wordy")
     assert set(found.table()["judged by"]) == {"wordy"}
     assert found.plot().get_title(loc="left") == "judged by wordy"
@@ -283,7 +283,7 @@ def test_judged_behaviour_goes_through_responses_scores_and_rates(organism, tmp_
     high = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=1.1)
     assert high.best is None
     effect = judged.measure(model, {"base": []})
-    answers = emlens.evals.Responses.load(tmp_path / "responses.jsonl").of("base")
+    answers = emlens.evals.Responses.load(tmp_path / "responses.sqlite").of("base")
     bad = [
         any(w in row.text for w in ("nothing", "lie", "all")) and "please" not in row.text
         for row in answers

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from emlens import Add, Conversation, Direction, Directions
+from emlens._store import read
 from emlens.directions import Provenance
 from emlens.measures import Monitor, Screen, screen
 from emlens.measures.screen_rows import Scored
@@ -68,7 +74,7 @@ def plain(model, item, keep=slice(None)) -> float:
 
 
 def scores_in(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return list(read(path, "screen"))
 
 
 def test_a_score_is_the_difference_of_two_plain_projections(planted):
@@ -194,7 +200,7 @@ def test_the_layer_is_the_one_that_held_out_data_chose(planted):
 
 
 def test_an_interrupted_screen_goes_on_and_gives_the_same(planted, tmp_path):
-    items, out = mixture(23, 5), tmp_path / "scores.jsonl"
+    items, out = mixture(23, 5), tmp_path / "scores.sqlite"
     settings = {"answer_tokens": 4, "temperature": 1.0, "block": 5}
     expected = screen(planted, items, AT, **settings)
 
@@ -205,8 +211,6 @@ def test_an_interrupted_screen_goes_on_and_gives_the_same(planted, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         screen(planted, stopping(), AT, out=out, **settings)
     assert len(scores_in(out)) == 10
-    with out.open("a") as file:
-        file.write('{"row": 10, "na')
     generated = []
     before = type(planted).generate
 
@@ -217,11 +221,11 @@ def test_an_interrupted_screen_goes_on_and_gives_the_same(planted, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(planted), "generate", counted)
         found = screen(planted, items, AT, out=out, **settings)
+        again = screen(planted, items, AT, out=out, **settings)
     assert generated == [5, 5, 3]
     assert repr(found) == repr(expected)
     assert found.scores == pytest.approx(expected.scores, abs=0, nan_ok=True)
     assert [row["row"] for row in scores_in(out)] == list(range(23))
-    again = screen(planted, items, AT, out=out, **settings)
     assert again.expected == expected.expected
 
 
@@ -230,7 +234,7 @@ def test_a_corrupt_line_is_named_and_what_came_before_is_kept(planted, tmp_path)
     lines = path.read_text().splitlines()
     lines[8] = lines[8][:30]
     path.write_text("\n".join(lines))
-    out = tmp_path / "scores.jsonl"
+    out = tmp_path / "scores.sqlite"
     with pytest.raises(ValueError, match=r"set\.jsonl, line 9: not valid JSON"):
         screen(planted, path, AT, reference=reference(12), out=out, block=5)
     kept = scores_in(out)
@@ -318,9 +322,9 @@ def test_an_answer_that_is_cut_away_is_an_error_and_not_an_earlier_answer(plante
 
 
 def test_scores_of_something_else_are_not_gone_on_with(planted, tmp_path):
-    items, out = mixture(6, 1), tmp_path / "scores.jsonl"
+    items, out = mixture(6, 1), tmp_path / "scores.sqlite"
     screen(planted, items, AT, reference=reference(6), out=out, block=2)
-    with pytest.raises(ValueError, match="made with other settings .answer_tokens 64 now 3"):
+    with pytest.raises(ValueError, match="other settings .answer_tokens: 64 there, 3 now"):
         screen(planted, items, AT, reference=reference(6), out=out, block=2, answer_tokens=3)
     with pytest.raises(ValueError, match="made with other settings .directions"):
         screen(planted, items, -AT, reference=reference(6), out=out, block=2)
@@ -333,9 +337,71 @@ def test_scores_of_something_else_are_not_gone_on_with(planted, tmp_path):
         screen(planted, items[:4], AT, reference=reference(6), out=out, block=2)
     other = tmp_path / "mine.jsonl"
     other.write_text("{}\n")
-    with pytest.raises(ValueError, match="no screen has written it; choose another"):
+    with pytest.raises(ValueError, match="mine.jsonl is no store of emlens .* as mine.sqlite"):
         screen(planted, items, AT, reference=reference(6), out=other)
     assert other.read_text() == "{}\n"
+    other.write_text(json.dumps(vars(scored(0, 1.0))) + "\n")
+    with pytest.raises(ValueError, match="mine.jsonl is a store of an earlier version"):
+        screen(planted, items, AT, reference=reference(6), out=other)
+
+
+def test_a_part_of_a_block_of_another_set_is_not_thrown_away(planted, tmp_path):
+    items, out = mixture(8, 2), tmp_path / "scores.sqlite"
+    path = write(tmp_path / "set.jsonl", items[:3])
+    path.write_text(path.read_text() + "{broken")
+    settings = {"reference": reference(8), "out": out, "block": 5}
+    with pytest.raises(ValueError, match="line 4: not valid JSON"):
+        screen(planted, path, AT, **settings)
+    kept = scores_in(out)
+    assert len(kept) == 3
+    with pytest.raises(ValueError, match="scores of another set: its row 1 is 'row-1'"):
+        screen(planted, [items[0], *items[2:]], AT, **settings)
+    assert scores_in(out) == kept
+    found = screen(planted, items, AT, **settings)
+    assert found.scores == screen(planted, items, AT, reference=reference(8), block=5).scores
+    assert [row["row"] for row in scores_in(out)] == list(range(8))
+
+
+KILLED = """
+    import sys, time
+    from emlens import Conversation
+    from emlens.measures import screen_scorer
+    from tests.measures.test_screen import AT, mixture, reference, screen
+    from tests.support.models import tiny_hooked
+
+    score = screen_scorer.Scorer.__call__
+
+    def told(self, block):
+        print(block[0].row, flush=True)
+        return score(self, block)
+
+    screen_scorer.Scorer.__call__ = told
+    model = tiny_hooked("llama", n_layers=2, seed=5)
+    settings = {"answer_tokens": 4, "temperature": 1.0, "block": 5}
+    found = screen(model, mixture(60, 9), AT, out=sys.argv[1] or None, **settings)
+    print(*found.scores)
+"""
+
+
+def test_a_screen_that_is_killed_ends_with_the_same_numbers(tmp_path, pytestconfig):
+    out, program = tmp_path / "scores.sqlite", [sys.executable, "-c", textwrap.dedent(KILLED)]
+    options = {"cwd": pytestconfig.rootpath, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)}
+    first = []
+    for blocks in (3, 1, 4):
+        child = subprocess.Popen([*program, str(out)], env=environment, **options)
+        first.append([int(child.stdout.readline()) for _ in range(blocks)][0])
+        child.kill()
+        child.communicate()
+    assert first[0] == 0 and first == sorted(first)
+    assert len(scores_in(out)) % 5 == 0
+    last, whole = (
+        subprocess.run([*program, path], env=environment, check=True, **options).stdout.split("\n")
+        for path in (str(out), "")
+    )
+    assert int(last[0]) >= first[2] + 15
+    assert last[-2] == whole[-2]
+    assert [row["row"] for row in scores_in(out)] == list(range(60))
 
 
 def test_a_model_that_says_nothing_is_named(planted, monkeypatch):
@@ -386,7 +452,7 @@ def test_beyond_its_size_the_sample_is_a_fair_one():
 
 def test_memory_does_not_grow_with_the_set(planted, monkeypatch, tmp_path):
     def cheap(self, block):
-        return [scored(one.row, one.row % 97 / 97) for one in block]
+        return [replace(scored(one.row, one.row % 97 / 97), hash=one.hash) for one in block]
 
     monkeypatch.setattr(Scorer, "__call__", cheap)
     monkeypatch.setattr(Tally.__init__, "__defaults__", (50,))
@@ -397,7 +463,7 @@ def test_memory_does_not_grow_with_the_set(planted, monkeypatch, tmp_path):
 
     def peak(n: int, keep: int = 20) -> int:
         tracemalloc.start()
-        out = tmp_path / f"{n}-{keep}.jsonl"
+        out = tmp_path / f"{n}-{keep}.sqlite"
         screen(planted, stream(n), AT, reference={"a": "b"}, keep=keep, out=out)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

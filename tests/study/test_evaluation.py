@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from emlens._store import Store
 from emlens.evals import Responses, Scores
-from emlens.evals.store import JsonLines
 from emlens.study.evaluation import RESPONSES, SCORES, evaluation_report, measured_rates
 from tests.evals.test_rates import response, scored
 from tests.study.test_report import NASTY, Page
@@ -24,10 +24,8 @@ def test_hostile_answers_prompts_and_notes_are_shown_as_text(tmp_path):
     ]
     plain = scored(rows, [10.0, 90.0] * 3, [90.0] * 6, judge=f"judge {NASTY}")
     noted = [replace(score, mode="classifier", note=NASTY) for score in plain.rows]
-    for name, records, key in ((RESPONSES, rows, "key"), (SCORES, noted, "key")):
-        store = JsonLines(tmp_path / name, key)
-        for record in records:
-            store.add(asdict(record))
+    Store(tmp_path / RESPONSES, "responses").add(map(asdict, rows))
+    Store(tmp_path / SCORES, "scores").add(map(asdict, noted))
     answers, scores = Responses.load(tmp_path / RESPONSES), Scores.load(tmp_path / SCORES)
     assert answers.rows[0].text == HOSTILE
     measured_rates(tmp_path, answers, scores, scores.judges[0], ["aligned"])

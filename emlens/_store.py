@@ -1,0 +1,363 @@
+"""One store for answers, scores and screens: rows under their keys in an SQLite file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from emlens._files import atomic_path, temporary_beside
+from emlens._runs import check_same
+
+Kind = Literal["responses", "scores", "screen"]
+KEYS: dict[str, str] = {"responses": "key", "scores": "key", "screen": "row"}
+"""The field of a record that is its key, by the kind of the store."""
+
+APPLICATION, VERSION = int.from_bytes(b"emls", "big"), 1
+"""What the header of our files says."""
+
+WAIT = 60.0
+"""Seconds to wait while another process writes."""
+
+PAGE = 5000
+"""Rows that are read at once."""
+
+_READERS = {"responses": "Responses.load", "scores": "Scores.load", "screen": "emlens export"}
+_MAGIC, _HEADER = b"SQLite format 3\0", 100
+# a process that closes a file loses its locks on it, those of SQLite in other threads included
+_LOCK = threading.RLock()
+
+
+class Store:
+    """Records in one SQLite file, each under its key, in the order they came.
+
+    The file is made where it is missing. No connection is held between calls, so threads, forks
+    and other processes may share a store: each row is kept once, as the first one wrote it.
+
+    Args:
+        path: The file.
+        kind: What it holds.
+        settings: What the records depend on; JSON.
+
+    Raises:
+        ValueError: If the file is there and is no such store, or was made with other settings;
+            or if its name is that of another kind of file. The file is left as it is.
+        OSError: If the file cannot be made.
+    """
+
+    def __init__(
+        self, path: str | Path, kind: Kind, settings: Mapping[str, object] | None = None
+    ) -> None:
+        self.path, self.kind = Path(path), kind
+        wanted = json.loads(json.dumps(dict(settings or {})))
+        if not self.path.exists():
+            _make(self.path, kind, wanted)
+        if not is_store(self.path):
+            raise ValueError(_not_to_be_written(self.path, kind))
+        found = _settings(self.path, kind)
+        way_out = "choose another file, or delete it to start anew"
+        check_same(found, wanted, str(self.path), way_out)
+
+    def __len__(self) -> int:
+        with _opened(self.path, "rw") as database:
+            return database.execute("SELECT count(*) FROM rows").fetchone()[0]
+
+    def __iter__(self) -> Iterator[dict]:
+        return _rows(self.path, "rw")
+
+    def add(self, records: Iterable[Mapping]) -> list[dict]:
+        """Write records in one transaction: all of them, or none where something goes wrong.
+
+        Returns:
+            The records as they are kept: where a key was there already, the one of before.
+
+        Raises:
+            OSError: If there is no room, or no right to write; what was kept stays.
+        """
+        rows = [(str(record[KEYS[self.kind]]), text_of(record)) for record in records]
+        with _opened(self.path, "rw") as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("INSERT OR IGNORE INTO rows (key, value) VALUES (?, ?)", rows)
+            select = "SELECT value FROM rows WHERE key = ?"
+            kept = [database.execute(select, (key,)).fetchone()[0] for key, _ in rows]
+            database.execute("COMMIT")
+        return [json.loads(text) for text in kept]
+
+    def remove(self, keys: Iterable[object]) -> None:
+        """Take records out, in one transaction."""
+        with _opened(self.path, "rw") as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("DELETE FROM rows WHERE key = ?", [(str(key),) for key in keys])
+            database.execute("COMMIT")
+
+
+def read(path: str | Path, kind: Kind | None = None) -> Iterator[dict]:
+    """Records of a store, or of one in JSON Lines that an earlier version wrote.
+
+    Nothing is ever written. A last line that a killed run left torn is left out.
+
+    Args:
+        path: The file.
+        kind: What it has to hold; anything by default.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no store, or one of another kind, or damaged (the line is named).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    if not is_store(path):
+        return _lines(path, kind)
+    _settings(path, kind)
+    return _rows(path, "ro")
+
+
+def export(path: str | Path, out: str | Path) -> int:
+    """Write the records of a store as JSON Lines, whole or not at all; how many there are.
+
+    Raises:
+        FileNotFoundError: If there is no such store.
+        FileExistsError: If `out` is there already.
+        ValueError: If it is no store.
+    """
+    records, out, written = read(path), Path(out), 0
+    if out.exists():
+        itself = "the store itself" if out.samefile(path) else "there already"
+        raise FileExistsError(f"{out} is {itself}; give the path of a new file")
+    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(f"{text_of(record)}\n")
+            written += 1
+    return written
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a file is an SQLite store of emlens; False for other text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it can be no store of any version.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.is_file():
+        if not path.exists():
+            raise FileNotFoundError(f"no file {path}")
+        what = "a folder" if path.is_dir() else "not a regular file"
+        raise ValueError(_no_store(path, f"it is {what}"))
+    with _LOCK, path.open("rb") as file:
+        head = file.read(_HEADER)
+    if not head.startswith(_MAGIC):
+        return False
+    if len(head) < _HEADER:
+        raise ValueError(_no_store(path, "it is a part of an SQLite database"))
+    if int.from_bytes(head[68:72], "big") != APPLICATION:
+        raise ValueError(_no_store(path, "it is an SQLite database of another program"))
+    version = int.from_bytes(head[60:64], "big")
+    if version != VERSION:
+        raise ValueError(f"{path} is a store of a later version of emlens ({version}); update it")
+    return True
+
+
+def text_of(record: Mapping) -> str:
+    """A record as one line of JSON; half of a surrogate pair, which no file can hold, escaped."""
+    text = json.dumps(dict(record), ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(dict(record))
+    return text
+
+
+def _no_store(path: Path, why: object) -> str:
+    return f"{path} is no store of emlens ({why}); it was left as it is, give another path"
+
+
+def _not_to_be_written(path: Path, kind: Kind) -> str:
+    """Why a text file is no place for records."""
+    new = path.with_suffix(".sqlite").name
+    try:
+        next(_lines(path, kind))
+    except ValueError as error:
+        return f"{error}, such as {new}"
+    return (
+        f"{path} is a store of an earlier version of emlens, in JSON Lines, which is not written "
+        f"any more; {_READERS[kind]} reads it. Give a new path, such as {new}"
+    )
+
+
+def _make(path: Path, kind: Kind, settings: Mapping[str, object]) -> None:
+    """Make a store that is whole when it appears, unless another process was first."""
+    if path.suffix.lower() in (".json", ".jsonl", ".csv"):
+        new = path.with_suffix(".sqlite").name
+        raise ValueError(f"{path}: a store is an SQLite file; give a path such as {new}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    try:
+        with _told(path), closing(_connect(temporary, "rwc")) as database:
+            database.execute("PRAGMA journal_mode=MEMORY")
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(f"PRAGMA application_id={APPLICATION}")
+            database.execute(f"PRAGMA user_version={VERSION}")
+            database.execute("CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+            database.execute(
+                "CREATE TABLE rows (n INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, "
+                "value TEXT NOT NULL)"
+            )
+            said = {"kind": kind, **settings}
+            lines = [(name, json.dumps(value)) for name, value in said.items()]
+            database.executemany("INSERT INTO settings VALUES (?, ?)", lines)
+            database.execute("COMMIT")
+        _put(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        # a file system without links
+        if not path.exists():
+            os.rename(temporary, path)
+
+
+def _settings(path: Path, kind: Kind | None) -> dict[str, object]:
+    """The settings of a store.
+
+    Raises:
+        ValueError: If the store is of another kind.
+    """
+    with _opened(path, "ro") as database:
+        rows = database.execute("SELECT name, value FROM settings").fetchall()
+    found = {name: json.loads(value) for name, value in rows}
+    held = found.pop("kind", None)
+    if kind not in (None, held):
+        raise ValueError(f"{path} is a store of kind {held!r}, not {kind!r}; give another path")
+    return found
+
+
+def _rows(path: Path, mode: Literal["ro", "rw"]) -> Iterator[dict]:
+    """Records in their order, some at a time, so that no lock is held while they are used."""
+    last = 0
+    while True:
+        with _opened(path, mode) as database:
+            select = "SELECT n, value FROM rows WHERE n > ? ORDER BY n LIMIT ?"
+            rows = database.execute(select, (last, PAGE)).fetchall()
+        for last, text in rows:
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, row {last}: damaged ({error})") from error
+        if len(rows) < PAGE:
+            return
+
+
+def _lines(path: Path, kind: Kind | None) -> Iterator[dict]:
+    """Records of a store in JSON Lines, the first under each key."""
+    fields = [KEYS[kind]] if kind else sorted(set(KEYS.values()))
+    seen: set[str] = set()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line.decode())
+                (key, *_) = (str(record[field]) for field in fields if field in record)
+            except (ValueError, TypeError, RecursionError) as error:
+                if number == 1:
+                    raise ValueError(_no_store(path, f"line 1: {error}")) from error
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(
+                    f"{path}, line {number}: not a record of a store ({error}); take the line "
+                    "out, or bring back a copy of the file"
+                ) from error
+            if key not in seen:
+                seen.add(key)
+                yield record
+    if not seen:
+        raise ValueError(_no_store(path, "it is empty"))
+
+
+def _connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?mode={mode}"
+    database = sqlite3.connect(address, timeout=WAIT, isolation_level=None, uri=True)
+    if mode != "ro":
+        # the log that SQLite offers besides fails on the network file systems of clusters
+        database.execute("PRAGMA journal_mode=DELETE")
+        database.execute("PRAGMA synchronous=FULL")
+    return database
+
+
+@contextmanager
+def _opened(path: Path, mode: Literal["ro", "rw"]) -> Iterator[sqlite3.Connection]:
+    """A connection; to read what a killed run left half written, one to a copy that is mended."""
+    with _LOCK, _told(path), ExitStack() as open_now:
+        database = open_now.enter_context(closing(_connect(path, mode)))
+        while mode == "ro" and _left_half_written(database):
+            folder = Path(open_now.enter_context(TemporaryDirectory()))
+            copied = _copied(path, folder)
+            again = _connect(folder / "copy", "rw") if copied else _connect(path, "ro")
+            database = open_now.enter_context(closing(again))
+        yield database
+
+
+def _left_half_written(database: sqlite3.Connection) -> bool:
+    """Whether a write has to be undone before the file can be read."""
+    try:
+        database.execute("SELECT name FROM settings").fetchall()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise
+        return True
+    return False
+
+
+def _copied(path: Path, folder: Path) -> bool:
+    """Copy a store with what is to be undone; False where another process was at it."""
+    journal, copy = Path(f"{path}-journal"), folder / "copy"
+    try:
+        before = [(one.stat().st_ino, one.stat().st_mtime_ns) for one in (path, journal)]
+        shutil.copyfile(journal, f"{copy}-journal")
+        shutil.copyfile(path, copy)
+        after = [(one.stat().st_ino, one.stat().st_mtime_ns) for one in (path, journal)]
+    except FileNotFoundError:
+        return False
+    return before == after
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say errors of SQLite with the file and what to do."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise TimeoutError(
+                f"{path}: another process has been writing for {WAIT:g} seconds; run the same "
+                "call again when it is done"
+            ) from error
+        if code in (
+            sqlite3.SQLITE_FULL,
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_READONLY,
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_PERM,
+        ):
+            raise OSError(
+                f"{path}: {error}; what the store held is kept and can be read. Make room on the "
+                "disk, check the rights to the folder, and run the same call again"
+            ) from error
+        raise ValueError(
+            f"{path} is damaged ({error}); bring back a copy of it, or delete it to start anew"
+        ) from error
