@@ -44,7 +44,7 @@ def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            _raise_about(error, temporary, target)
+            raise_about(error, temporary, target)
         if check is not None:
             _checked(temporary, target, check)
         os.replace(temporary, target)
@@ -59,7 +59,7 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f".{target.name[:100]}.{mark}.tmp")
 
 
-def _raise_about(error: OSError, temporary: Path, target: Path) -> NoReturn:
+def raise_about(error: OSError, temporary: Path, target: Path) -> NoReturn:
     """Raise an error about a temporary path, or about none, as one about what was meant."""
     name = os.fsdecode(error.filename or temporary)
     if not name.startswith(str(temporary)):

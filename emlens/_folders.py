@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from emlens._files import temporary_beside
+from emlens._files import raise_about, temporary_beside
 
 
 @contextmanager
@@ -21,6 +21,9 @@ def whole_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path
     Args:
         folder: What is written.
         own: Names of files that belong to what is replaced; others in the folder are kept.
+
+    Raises:
+        OSError: If a file cannot be written; it is named as in `folder`.
     """
     target = recovered(Path(folder).absolute())
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +40,8 @@ def whole_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path
         _sync(target.parent)
         for name in own:
             (old / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise_about(error, new, target)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         recovered(target)

@@ -13,6 +13,7 @@ from torch import Tensor
 from emlens.directions import Direction, Directions
 from emlens.edits import Shift
 from emlens.hooked import Edit, HookedModel, Site, Where
+from emlens.hooked.identity import base_weights
 
 
 class Trainable(Protocol):
@@ -219,9 +220,7 @@ class WeightParts:
     keeps_base = False
 
     def __init__(self, model: HookedModel, layers: Sequence[int] | None) -> None:
-        named: dict[str, Tensor] = {
-            n: w for n, w in model.module.named_parameters() if ".lora_" not in n
-        }
+        named = dict(base_weights(model.module))
         if layers is not None:
             blocks = tuple(f"{model.architecture.blocks}.{layer}." for layer in layers)
             named = {name: weight for name, weight in named.items() if name.startswith(blocks)}

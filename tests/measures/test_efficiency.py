@@ -330,7 +330,7 @@ WIDE = Direction.of(torch.ones(7), 1)
         ({"x": Direction.of(torch.zeros(32), 1)}, {}, "direction 'x' is zero"),
         ({"x": WIDE}, {}, "direction 'x' has width 7, but tiny-llama has d_model 32"),
         ({"x": Direction.of(torch.ones(32), 9)}, {}, "layer 9 is out of range"),
-        ({"x": "nobody"}, {}, "there is no adapter 'nobody'; the adapters are many, one, other"),
+        ({"x": "nobody"}, {}, "there is no adapter 'nobody'; the adapters are one, other, many"),
         ({"x": "one"}, {"norms": [-1]}, "norms must not be negative; got -1"),
         ({"x": "one"}, {"norms": [float("nan")]}, "norms must be finite"),
         ({"x": "one"}, {"norms": [1, float("inf")]}, "norms must be finite"),

@@ -58,7 +58,7 @@ def test_an_adapter_loads_in_peft_and_in_emlens_with_the_same_numbers(tmp_path, 
     found = emlens.log_odds(other, pairs(3), {"base": [], "bad": organism.on(other)})
     with model.adapter("bad"):
         alone = emlens.log_odds(model, pairs(3))
-    assert found.of("bad").tolist() == pytest.approx(alone.of("base").tolist(), abs=1e-5)
+    assert found.of("bad").tolist() == pytest.approx(alone.of("bad").tolist(), abs=1e-5)
     assert organism.run.provenance.settings["rank"] == options.get("rank", 1)
 
 
