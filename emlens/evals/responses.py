@@ -203,27 +203,14 @@ def respond(
     known = {record["key"]: record for record in kept or ()}
     # what was answered under a condition of another name is answered
     texts = {record["key"][:CONTENT]: record["text"] for record in known.values()}
-    renamed: list[Response] = []
-    found: dict[str, Response] = {}
-    wanted: list[tuple[Response, Question, Condition]] = []
-    order: list[str] = []
-    for name, condition in named.items():
-        acts, acting = condition.identity(model), condition.described(model)
-        for question in questions:
-            for sample in range(n or question.samples or 1):
-                made_by = model.name, model.identity, acts
-                row = unanswered(made_by, question, name, sample, sampling, seed)
-                row = replace(row, acting=acting)
-                order.append(row.key)
-                if row.key in known:
-                    found[row.key] = Response.from_dict(known[row.key])
-                elif row.content in texts:
-                    renamed.append(replace(row, text=texts[row.content]))
-                else:
-                    wanted.append((row, question, condition))
+    asked = list(_asked(model, named, questions, n, sampling, seed))
+    found = {row.key: Response.from_dict(known[row.key]) for row, *_ in asked if row.key in known}
+    new = [item for item in asked if item[0].key not in known]
+    renamed = [replace(r, text=texts[r.content]) for r, *_ in new if r.content in texts]
+    wanted = [item for item in new if item[0].content not in texts]
     found |= {row.key: row for row in _kept(kept, renamed)}
     bar = tqdm(
-        total=len(order), initial=len(found), desc="responses", unit="answer", disable=not progress
+        total=len(asked), initial=len(found), desc="responses", unit="answer", disable=not progress
     )
     with bar:
         for block in _blocks(wanted):
@@ -239,10 +226,29 @@ def respond(
             done = [replace(row, text=text) for (row, _, _), text in zip(block, texts, strict=True)]
             found |= {row.key: row for row in _kept(kept, done)}
             bar.update(len(block))
-    return Responses(tuple(found[key] for key in order), None if kept is None else kept.path)
+    return Responses(tuple(found[row.key] for row, *_ in asked), kept.path if kept else None)
 
 
 _Wanted = tuple[Response, Question, Condition]
+
+
+def _asked(
+    model: HookedModel,
+    conditions: Mapping[str, Condition],
+    questions: Sequence[Question],
+    n: int | None,
+    sampling: Mapping[str, float],
+    seed: int,
+) -> Iterator[_Wanted]:
+    """Every answer that is asked for, without its text."""
+    identity = model.identity
+    for name, condition in conditions.items():
+        made_by = model.name, identity, condition.identity(model)
+        acting = condition.described(model)
+        for question in questions:
+            for sample in range(n or question.samples or 1):
+                row = unanswered(made_by, question, name, sample, sampling, seed)
+                yield replace(row, acting=acting), question, condition
 
 
 def _kept(store: Store | None, rows: Sequence[Response]) -> list[Response]:

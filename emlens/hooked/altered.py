@@ -295,10 +295,11 @@ def _seed_of(seed: int, place: str) -> int:
 def _check_plain(module: nn.Module, name: str, layers: Mapping[str, Any]) -> None:
     """Refuse an adapter that is more than `scale * B A` at linear modules."""
     for path, part in Adapters(module).parts():
-        if hasattr(part, "modules_to_save") and name in available(part):
+        if hasattr(part, "original_module") and name in available(part):
             raise ValueError(
-                f"adapter {name!r} replaces {path} as a whole (modules_to_save), which has no "
-                "scale; its strength and its noise cannot be set"
+                f"adapter {name!r} replaces {path} or rows of it (modules_to_save or "
+                "trainable_token_indices), which has no scale; its strength and its noise cannot "
+                "be set"
             )
     for path, layer in layers.items():
         variant = getattr(layer, "lora_variant", {}).get(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from emlens.hooked.edit import Edit
+from emlens.hooked.identity import acting_identity
 from emlens.hooked.interface import Hooked
 
 BASE = "base"
@@ -93,9 +94,8 @@ class Condition:
         Raises:
             TypeError: If the content of an edit cannot be told.
         """
-        from emlens.hooked.identity import condition_identity
-
-        return condition_identity(model, self)
+        with model.under(self):
+            return acting_identity(model)
 
     def described(self, model: Hooked) -> str:
         """What acts, in words, edits in force around the call included."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from emlens.hooked.adapters import Adapters
-from emlens.hooked.condition import Condition
 from emlens.hooked.edit import Edit, has_formula
 from emlens.hooked.interface import Hooked
 
@@ -55,22 +54,24 @@ class Identities(TypedDict):
 
 def identities(model: Hooked) -> Identities:
     """What a model is and what it runs under now: what everything that is kept depends on."""
-    return {"identity": model.identity, "condition": Condition(model.acting).identity(model)}
+    return {"identity": model.identity, "condition": acting_identity(model)}
 
 
 def versions_of(model: Hooked) -> tuple[int, ...]:
-    """What changes whenever a weight of the base is written to."""
-    return tuple(weight._version for _, weight in base_weights(model.module))
+    """What changes whenever a weight is written to."""
+    return tuple(weight._version for weight in model.module.parameters())
 
 
-def condition_identity(model: Hooked, condition: Condition) -> str:
-    """Return 16 letters that tell what acts: adapters by their weights and strength, and edits.
+def acting_identity(model: Hooked) -> str:
+    """Return 16 letters that tell what acts now: adapters by weights and strength, and edits.
 
-    Edits in force around the call belong to it. Names do not: an adapter of another name with the
-    same weights is the same.
+    Names do not count: an adapter of another name with the same weights is the same.
     """
-    with model.under(condition):
-        return digest_of([_adapters(model), list(model.edits_in_force(()))])
+    adapters = [
+        digest_of([model.adapter_weights(name), model.adapter_scalings(name)])
+        for name in model.acting
+    ]
+    return digest_of([sorted(adapters), list(model.edits_in_force(()))])
 
 
 def digest_of(value: object) -> str:
@@ -94,11 +95,6 @@ def base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, weight in module.named_parameters():
         if weight.is_meta or weight.data_ptr() not in own:
             yield path, weight
-
-
-def _adapters(model: Hooked) -> list:
-    names = sorted(model.acting)
-    return [[model.adapter_weights(name), model.adapter_scalings(name)] for name in names]
 
 
 def _sampled(model: Hooked) -> Iterator[tuple[tuple[int, ...], bytes | None]]:

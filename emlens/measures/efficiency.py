@@ -293,31 +293,23 @@ def efficiency(
     else:
         at = check_layers(model.n_layers - 1 if layer is None else layer, model.n_layers)[0]
         grid = displaced_grid(model, batches, solutions, displacements, factors, at, tokens)
-    conditions = {
-        f"{name} {j}": condition
-        for name, of_name in grid.points.items()
-        for j, condition in enumerate(of_name)
-        if condition is not None
-    }
+    points = {f"{name} {j}": at for name, of in grid.points.items() for j, at in enumerate(of)}
     sums, counts = row_losses(
         model,
         batches,
-        {BASE: [], **conditions},
+        {BASE: [], **{key: at for key, at in points.items() if at is not None}},
         tokens=tokens,
         progress=progress,
         description="efficiency",
     )
+    losses = {key: tuple(sums[BASE if at is None else key].tolist()) for key, at in points.items()}
     return Efficiency(
         directions=tuple(solutions),
         constructions={name: construction_of(one) for name, one in solutions.items()},
         norms=grid.norms,
         doses=grid.doses,
         sums=tuple(
-            tuple(
-                tuple(sums[BASE if condition is None else f"{name} {j}"].tolist())
-                for j, condition in enumerate(of_name)
-            )
-            for name, of_name in grid.points.items()
+            tuple(losses[f"{name} {j}"] for j in range(len(of))) for name, of in grid.points.items()
         ),
         counts=tuple(counts.tolist()),
         own_norms=own,

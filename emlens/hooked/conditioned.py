@@ -1,0 +1,229 @@
+"""What a hooked model runs under: its adapters and edits, and what they are by content."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from emlens.hooked.adapters import Adapters, Weights
+from emlens.hooked.architecture import Architecture
+from emlens.hooked.condition import Acting, Altered, Condition, ConditionLike, condition_of
+from emlens.hooked.edit import Edit, check_edits
+from emlens.hooked.identity import model_identity, versions_of
+from emlens.hooked.interface import Hooked
+from emlens.hooked.sites import Site
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class Conditioned:
+    """The part of `HookedModel` that knows adapters and edits; the rest runs passes under them."""
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.architecture = Architecture.of(module)
+        self._adapters = Adapters(module)
+        self._edits: tuple[Edit, ...] = ()
+        self._altered: tuple[Altered, ...] = ()
+        self._enclosing: tuple[str, ...] = ()
+        self._identity: tuple[tuple[int, ...], str] | None = None
+        self._origins: set[str | None] = set()
+
+    @property
+    def n_layers(self) -> int:
+        return self.architecture.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.architecture.d_model
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.architecture.sites
+
+    @contextmanager
+    def under(self, condition: ConditionLike) -> Iterator[Self]:
+        """Run under a condition inside the block: its adapters, and its edits after those in force.
+
+        Args:
+            condition: What `condition_of` takes: None for the base, edits, the name of an
+                adapter, `(name, edits)`, an `Organism`.
+
+        Raises:
+            ValueError: If the model has no such adapter, or an edit does not fit it.
+            TypeError: If it is no condition.
+
+        Example:
+            >>> with model.under(("medical", [emlens.Ablate(direction)])):
+            ...     model.generate([conversation])
+        """
+        found = condition_of(self._hooked, condition)
+        altered = [one for one in found.adapters or () if not isinstance(one, str)]
+        before = self._enclosing, self._altered
+        with self.edited(*found.edits), ExitStack() as stack:
+            for one in altered:
+                stack.enter_context(one.altering(self))
+            stack.enter_context(self._adapters.using(found.names))
+            self._enclosing, self._altered = found.names, (*self._altered, *altered)
+            try:
+                yield self
+            finally:
+                self._enclosing, self._altered = before
+
+    @contextmanager
+    def edited(self, *edits: Edit) -> Iterator[Self]:
+        """Put `edits` in force for every call inside the block, before those of the call."""
+        before = self._edits
+        self._edits = (*before, *self._checked(edits))
+        try:
+            yield self
+        finally:
+            self._edits = before
+
+    @contextmanager
+    def adapter(self, *names: Acting | None) -> Iterator[Self]:
+        """Let an adapter act for every call inside the block, or several, or none: the base.
+
+        Conditions inside the block that name no adapter take it.
+
+        Args:
+            *names: Of `adapters`, or None. What acted before acts again afterwards.
+
+        Raises:
+            ValueError: If there is no such adapter; those that there are are listed.
+
+        Example:
+            >>> with model.adapter("medical"):
+            ...     model.generate([conversation])
+        """
+        with self.under(Condition(tuple(name for name in names if name is not None))):
+            yield self
+
+    @property
+    def _hooked(self) -> Hooked:
+        return cast(Hooked, self)
+
+    @property
+    def identity(self) -> str:
+        """What the model is, by content: 16 letters; see `model_identity`."""
+        versions = versions_of(self._hooked)
+        if self._identity is None or self._identity[0] != versions:
+            self._identity = versions, model_identity(self._hooked)
+        return self._identity[1]
+
+    @property
+    def enclosing_adapters(self) -> tuple[str, ...] | None:
+        """What a condition that names no adapter takes: those of the enclosing block, else none.
+
+        An adapter that the model was brought with is no enclosing one.
+        """
+        return self._enclosing or None
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """Names of the adapters that act now; none for the base."""
+        return self._adapters.acting
+
+    @property
+    def altered(self) -> tuple[Altered, ...]:
+        """The changes of adapters that are in place now."""
+        return self._altered
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters on this copy of the base."""
+        return self._adapters.names
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapters in force, joined by `+`, or None for the base."""
+        return "+".join(self.acting) or None
+
+    def check_adapter(self, name: str) -> None:
+        """Refuse the name of an adapter that there is not.
+
+        Raises:
+            ValueError: Listing those that there are.
+        """
+        self._adapters.check(name)
+
+    def lowest_block(self, name: str) -> int:
+        """The first block that an adapter changes; 0 where it changes more than blocks."""
+        return self._adapters.lowest_block(name, self.architecture)
+
+    def adapter_weights(self, name: str) -> dict[str, Tensor]:
+        """Every tensor that an adapter owns, by a path without its name."""
+        return self._adapters.parameters(name)
+
+    def adapter_scalings(self, name: str) -> dict[str, float]:
+        """The strength that an adapter acts with now, by the path of each LoRA layer."""
+        return self._adapters.scalings(name)
+
+    def lora_layers(self, name: str) -> dict[str, Any]:
+        """PEFT's layers of one adapter, by their path in the module."""
+        return self._adapters.lora_layers(name)
+
+    def add_adapter(self, name: str, config: LoraConfig, weights: Weights | None = None) -> None:
+        """Put a LoRA adapter onto this copy of the base; it does not act yet.
+
+        An object that was wrapped stays as it is: emlens runs a second tree of its modules.
+
+        Args:
+            name: What it is called; `adapter(name)` lets it act.
+            config: PEFT's configuration.
+            weights: Its weights, by PEFT's keys; None for a new adapter, to be trained.
+
+        Raises:
+            ValueError: If the name is taken, or the adapter does not fit or would change the base.
+            NotImplementedError: If the engine has replaced the modules that it would go into.
+        """
+        from emlens.hooked.attach import inject
+
+        inject(self.module, name, config, self.name, weights)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter away.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        from emlens.hooked.attach import remove
+
+        self._adapters.check(name)
+        remove(self.module, name)
+
+    def edits_in_force(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """Those of enclosing `edited` blocks, then `edits`, checked."""
+        return (*self._edits, *self._checked(edits))
+
+    def _checked(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        check_edits(edits, self.name, self.sites, self.n_layers, self.d_model)
+        for edit in edits:
+            self._note_origin(type(edit).__name__, getattr(edit, "origin", None))
+        return tuple(edits)
+
+    def _note_origin(self, edit: str, origin: str | None) -> None:
+        """Warn once of a direction from a model of another name; it may well be meant."""
+        if origin in (None, self.name, *self._origins):
+            return
+        self._origins.add(origin)
+        warnings.warn(
+            f"{edit} uses a direction that was made in {origin!r}, but this model is "
+            f"{self.name!r}; if both are the same model, give wrap or load the same name",
+            stacklevel=5,
+        )
