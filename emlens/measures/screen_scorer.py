@@ -81,6 +81,8 @@ class Scorer:
         own = self.references is None
         return {
             **identities(self.model),
+            "adapter": self.model.active_adapter,
+            "edits": [repr(edit) for edit in self.model.edits_in_force(())],
             "columns": [f"{name}, layer {layer}" for name, layer in places],
             "site": self.readout.site,
             "directions": sha256_of(b"".join(v.numpy().tobytes() for v in vectors))[:16],

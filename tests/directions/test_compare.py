@@ -321,7 +321,7 @@ def test_random_subspaces_stay_below_the_chance_that_is_stated():
 # -- convergence ------------------------------------------------------------------------------
 
 
-def test_convergence_is_the_cosine_of_what_interventions_cause(hooked_llama):
+def test_convergence_is_the_cosine_of_what_conditions_cause(hooked_llama):
     data = conversations("good", 6)
     pushes = {name: [Add(Direction.of(4 * vector(i, 32), 1))] for i, name in enumerate("ab")}
     like = Direction.of(4 * vector(0, 32), 1)
@@ -339,7 +339,7 @@ def test_convergence_is_the_cosine_of_what_interventions_cause(hooked_llama):
         pairs += [cosine(m.vectors[layer], o) for m in moved.values() for o in others]
         edge = np.quantile(pairs, 0.975)
         assert table.loc[layer, "chance high"] == pytest.approx(edge, abs=1e-4)
-    assert found.chance == "control interventions"
+    assert found.chance == "control conditions"
 
 
 @pytest.mark.parametrize(
@@ -357,11 +357,11 @@ def test_convergence_is_the_cosine_of_what_interventions_cause(hooked_llama):
         (lambda m: convergence(m, [], {"a": [], "b": []}), "conversations is empty; a dir"),
         (
             lambda m: convergence(m, conversations("good", 2), {"a": []}),
-            "at least two interventions, not 1",
+            "at least two conditions, not 1",
         ),
         (
             lambda m: convergence(m, conversations("good", 2), {"a": [], "b": []}),
-            r"the edits of a move none of the layers",
+            r"the condition of a moves none of the layers",
         ),
     ],
 )

@@ -123,7 +123,10 @@ def test_model_diff_equals_a_plain_loop_and_knows_that_it_is_paired(organism, bu
     assert torch.allclose(found.standard_errors[LAYER].double(), error, atol=1e-5)
     assert found.provenance.construction == "model-diff"
     assert found.provenance.adapter == "default"
-    assert found.provenance.settings["against"] == {"model": "tiny-llama", "adapter": None}
+    against = found.provenance.settings["against"]
+    assert (against["model"], against["adapter"]) == ("tiny-llama", None)
+    assert against["identity"] == found.provenance.identity
+    assert against["condition"] != found.provenance.condition
     assert organism.active_adapter is None
 
 

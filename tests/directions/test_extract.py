@@ -166,7 +166,7 @@ def test_edit_diff_leaves_out_layers_that_do_not_move(hooked_llama):
     vector = torch.ones(hooked_llama.d_model)
     found = edit_diff(hooked_llama, GOOD, [Add(Direction.of(vector, 2))])
     assert found.layers == (2, 3)
-    with pytest.raises(ValueError, match=r"the edits move none of the layers \(0,\)"):
+    with pytest.raises(ValueError, match=r"the condition moves none of the layers \(0,\)"):
         edit_diff(hooked_llama, GOOD, [Add(Direction.of(vector, 2))], layers=0)
 
 

@@ -149,12 +149,13 @@ def test_what_a_yaml_file_names_changes_the_answers(folder, name):
 
 
 def test_a_yaml_file_says_what_python_would(folder):
-    _, (adapter, edits) = ModelConfig.read(folder / "both.yaml").load()
+    _, condition = ModelConfig.read(folder / "both.yaml").load()
+    (adapter,), edits = condition.adapters, condition.edits
     assert adapter == "medical"
     assert isinstance(edits[0], Add) and edits[0].scale == 2 and edits[0].layers == (1,)
-    _, (_, (ablation,)) = ModelConfig.read(folder / "ablated.yaml").load()
+    (ablation,) = ModelConfig.read(folder / "ablated.yaml").load()[1].edits
     assert isinstance(ablation, Ablate) and ablation.layers == (0, 1, 2, 3)
-    _, (_, (clamp,)) = ModelConfig.read(folder / "clamped.yaml").load()
+    (clamp,) = ModelConfig.read(folder / "clamped.yaml").load()[1].edits
     assert isinstance(clamp, Clamp) and clamp.value == 30 and clamp.layers == (0, 2)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from inspect_ai.log import read_eval_log
@@ -94,7 +95,8 @@ def test_a_server_that_goes_down_in_the_middle_loses_nothing_and_the_next_one_go
     kept = len(Responses.load(answers))
     assert 7 <= kept <= 9
     assert KEY not in str(caught.value)
-    with served(model) as server:
+    port = urlsplit(server.url).port
+    with served(model, port) as server:
         found = from_server(server.url, many, store=answers)
         assert len(server.requests) == 20 - kept
     lines = [row.key for row in Responses.load(answers)]
@@ -179,3 +181,15 @@ def test_inspect_runs_from_a_shell_with_a_served_grader_and_keeps_the_key_to_its
     found = rates(answers, grades)
     assert found.mean("base").estimate == pytest.approx(30, abs=1e-3)
     assert found.judge == "inspect/openai-api/local/tiny"
+
+
+def test_another_server_or_payload_is_answered_anew(model, tmp_path):
+    answers, one = tmp_path / "responses.sqlite", [Question("q", "tell me")]
+    with served(model) as server, served(model) as another:
+        from_server(server.url, one, store=answers)
+        from_server(server.url, one, store=answers)
+        assert len(server.requests) == 1
+        from_server(server.url, one, store=answers, config={"extra_body": {"steer": "x"}})
+        assert len(server.requests) == 2
+        from_server(another.url, one, store=answers)
+        assert len(another.requests) == 1

@@ -11,6 +11,7 @@ import torch
 from emlens import Add, Direction, efficiency
 from emlens.hooked import (
     ENGINES,
+    Scaled,
     Targets,
     adapter_norms,
     response_losses,

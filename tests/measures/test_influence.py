@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from unittest.mock import patch
 
@@ -331,7 +332,7 @@ def test_a_scan_checks_all_directions_in_one_measurement(scanned):
         calls.append(kwargs["doses"])
         return influence(*args, **kwargs)
 
-    with patch.object(scan_module, "influence", counting):
+    with patch.object(scan_module, "exact_influence", counting):
         again = influence(
             model, TEXT, many, method="auto", profile=profile, doses=(0.05, 0.1, 1.0), check=4
         )
@@ -342,13 +343,18 @@ def test_a_scan_checks_all_directions_in_one_measurement(scanned):
 def test_a_profile_of_another_model_is_refused_and_of_other_text_told(scanned):
     model, profile, _, _ = scanned
     x = {"x": direction(model)}
-    other = emlens.wrap(model.module, model.tokenizer, name="another")
+    renamed = emlens.wrap(model.module, model.tokenizer, name="another")
+    influence(renamed, TEXT, x, method="auto", profile=profile, doses=(0.05,), check=1)
+    module = copy.deepcopy(model.module)
+    with torch.no_grad():
+        module.lm_head.weight[0] += 1
+    other = emlens.wrap(module, model.tokenizer, name=model.name)
     with pytest.raises(
-        ValueError, match="model: 'tiny-llama' there, 'another' now.; fit one of 'another' as"
+        ValueError, match=f"identity: '.*' there, '{other.identity}' now.; fit one of 'tiny-llama'"
     ):
         influence(other, TEXT, x, method="auto", profile=profile)
     acting = model.edited(Ablate(x["x"]))
-    with acting, pytest.raises(ValueError, match=r"\(edits: \[\] there, \['Ablate"):
+    with acting, pytest.raises(ValueError, match=r"edits: \[\] there, \['Ablate"):
         influence(model, TEXT, x, method="auto", profile=profile)
     part = Corpus("part", TEXT.documents[:4])
     with pytest.warns(UserWarning, match=r"the profile is of rain, .* on other text \(part\)"):

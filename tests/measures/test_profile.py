@@ -263,12 +263,12 @@ def test_a_profile_under_another_edit_of_the_same_kind_is_another_profile(hooked
         with hooked_llama.edited(edit):
             fitted.append(InfluenceProfile.fit(hooked_llama, TEXT, **FEW))
             if i:
-                with pytest.raises(ValueError, match=r"other settings \(edits: .* there"):
+                with pytest.raises(ValueError, match=r"other settings \(condition: .* there"):
                     path = tmp_path / "p"
                     InfluenceProfile.fit(hooked_llama, TEXT, **FEW, checkpoint=path)
             else:
                 InfluenceProfile.fit(hooked_llama, TEXT, **FEW, checkpoint=tmp_path / "p")
-    with pytest.raises(ValueError, match="edits"):
+    with pytest.raises(ValueError, match="condition"):
         fitted[0].merge(fitted[1])
 
 

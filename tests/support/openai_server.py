@@ -102,7 +102,7 @@ class Served:
 
 
 @contextmanager
-def served(model: emlens.HookedModel, **options) -> Iterator[Served]:
+def served(model: emlens.HookedModel, port: int = 0, **options) -> Iterator[Served]:
     """A server on loopback, its address in `.url`."""
     state = Served(model, **options)
 
@@ -146,7 +146,7 @@ def served(model: emlens.HookedModel, **options) -> Iterator[Served]:
             self.end_headers()
             self.wfile.write(body)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
