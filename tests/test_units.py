@@ -16,7 +16,7 @@ PLAIN = {
     *("ablated", "against", "at token", "batch", "checked", "condition", "conversation", "dose"),
     *("direction", "direction from", "domain", "epochs", "estimate", "example", "figure", "first"),
     *("finding", "first layer", "flagged", "from", "judge", "kl", "largest", "layer", "metric"),
-    *("judged by",),
+    *("acting", "judged by"),
     *("layers of 48", "misaligned answers", "modules", "n", "name", "note", "organism", "pairs"),
     *("position", "questions", "rank", "row", "run", "says", "scored by one only", "second", "to"),
     *("second layer", "seeds", "source", "step", "test", "text", "token id", "tokens", "topic"),

@@ -308,7 +308,7 @@ def test_scores_under_another_edit_or_adapter_are_not_gone_on_with(tmp_path):
     with model.adapter("x"):
         screen(model, items, AT, out=tmp_path / "a", **settings)
     train_adapter(model, bad, "x", **train)
-    with model.adapter("x"), pytest.raises(ValueError, match="other settings .*adapter: "):
+    with model.adapter("x"), pytest.raises(ValueError, match="other settings .condition: "):
         screen(model, items, AT, out=tmp_path / "a", **settings)
 
 

@@ -15,6 +15,7 @@ from emlens.study.asymmetry_page import write_findings
 from emlens.study.trials import TrialData, trial_folder
 from emlens.training import Organism, train_adapter
 from tests.support.data import conversations
+from tests.support.models import tiny_hooked
 
 QUICK = AsymmetrySettings(
     domains=("finance", "technical"),
@@ -147,9 +148,12 @@ def test_a_training_that_is_interrupted_leaves_no_adapter_behind(hooked, tmp_pat
 def test_the_folder_names_the_model_that_was_given_and_lists_count_as_tuples(done, hooked):
     folder, found = done
     assert found.settings["model"] == "tiny-llama"
-    keep_settings(folder, replace(QUICK, model="tiny-llama", factors=[0.5, 1.0]))
-    with pytest.raises(ValueError, match=r"other settings \(model: 'tiny-llama' there, 'smollm2-"):
-        keep_settings(folder, QUICK)
+    listed = replace(QUICK, model="tiny-llama", factors=[0.5, 1.0])
+    keep_settings(folder, listed, hooked)
+    keep_settings(folder, replace(listed, model="another name"), hooked)
+    other = tiny_hooked("llama", seed=1)
+    with pytest.raises(ValueError, match=f"identity: '{hooked.identity}' there, "):
+        keep_settings(folder, listed, other)
 
 
 def test_no_pair_is_on_two_sides_and_every_part_is_of_the_right_domains():
