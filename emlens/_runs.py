@@ -1,4 +1,4 @@
-"""Runs that go on where they were: with the same settings or not at all, part by part."""
+"""Resuming runs, part by part: with the same settings, or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emlens._files import read_json, write_json
 
 SETTINGS = "settings.json"
 START_ANEW = "remove the file to start anew, or give the settings that it was made with"
-"""The way out for one file that a run goes on from."""
+"""The way out for one file that a run resumes from."""
 
 _SHOWN, _WIDTH = 6, 80
 _LABELS = {"identity": ("model", "revision"), "condition": ("adapter", "edits")}
@@ -24,7 +24,7 @@ _MISSING = object()
 def check_same(
     found: Mapping[str, object], wanted: Mapping[str, object], what: str, way_out: str
 ) -> None:
-    """Refuse to go on with what was made with other settings.
+    """Refuse to resume what was made with other settings.
 
     Both are compared as JSON has them: a tuple equals the list it was written as. Mappings inside
     are compared name by name. Where both know the `identity` of a model or of a `condition`, their

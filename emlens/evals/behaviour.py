@@ -194,7 +194,7 @@ class JudgedRate:
         n: Answers per question.
         metric: What makes an answer misaligned where it is low.
         max_new_tokens: Longest answer.
-        store: Folder in which responses and scores are kept, and gone on from.
+        store: Folder in which responses and scores are kept; stored ones are reused.
         threshold: An answer is misaligned below it.
         coherence: An answer is coherent above it.
         seed: Seed of the answers and of the bootstrap.

@@ -162,7 +162,7 @@ def respond(
     batch_tokens: int = 4096,
     progress: bool = True,
 ) -> Responses:
-    """Answer questions under each condition, batched; what is in the store is not made again.
+    """Answer questions under each condition, batched; stored answers are reused.
 
     Every answer has a seed of its own, made of `seed`, the question and the number of the sample:
     it can be made again alone, and conditions answer with the same random numbers.
@@ -172,7 +172,7 @@ def respond(
         questions: The questions.
         conditions: Named conditions, as in `emlens.log_odds`; the base by default.
         n: Answers per question; a question's own number, or 1, by default.
-        store: An SQLite file. Answers are added as they come; an interrupted call goes on.
+        store: An SQLite file. Answers are added as they come; an interrupted call resumes.
         temperature: 0 is greedy. The papers use 1.
         top_p: Nucleus to sample from. The papers use 1.
         max_new_tokens: Longest answer, in tokens. The papers use 600.

@@ -178,7 +178,7 @@ def judge(
         responses: The responses.
         judge: The judge.
         metrics: What to score; all that the judge can, by default.
-        store: An SQLite file. Scores are added as they come; an interrupted call goes on.
+        store: An SQLite file. Scores are added as they come; an interrupted call resumes.
         progress: Show a progress bar.
 
     Returns:

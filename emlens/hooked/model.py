@@ -23,7 +23,7 @@ from emlens.hooked.visit import Pool, Visit
 from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
 
 Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
-"""A layer, and the output of that layer to go on from: blocks `0 .. layer` do not run."""
+"""A layer, and the output of that layer to resume from: blocks `0 .. layer` do not run."""
 
 
 class HookedModel(Conditioned, ABC):
@@ -225,7 +225,7 @@ class HookedModel(Conditioned, ABC):
             yield self
 
     def prefix(self, batch: TokenBatch, layers: Layers) -> dict[int, Tensor]:
-        """Return `resid_post` of `layers` as if no edit were in force: what `resume` goes on from.
+        """Return `resid_post` of `layers` as if no edit were in force: what `resume` takes.
 
         Right at or below `prefix_layer`, where the edits in force have not acted yet.
         """

@@ -26,7 +26,7 @@ def walk(model: Any, parts: Any, visit: Any, resume: Any = None, last: int | Non
         model: nnsight's envoy of the model.
         parts: Where its parts are: an `Architecture`, or a namespace like it.
         visit: A `Visit`, or its plain copy.
-        resume: `(layer, residual)` to go on from.
+        resume: `(layer, residual)` to resume from.
         last: The deepest block to visit; all by default.
     """
     blocks = envoy(model, parts.blocks)

@@ -61,7 +61,7 @@ class PassSettings:
         max_tokens: int,
         seed: int,
     ) -> PassSettings:
-        """Those of a model as it stands."""
+        """Those of a model and of what is in force."""
         return cls(
             model=model.name,
             revision=model.revision,

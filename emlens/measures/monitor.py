@@ -142,7 +142,7 @@ class Monitor:
         directions from other data.
 
         Args:
-            model: The model to read, as it stands: adapters and edits in force act.
+            model: The model to read; adapters and edits in force act.
             directions: Pointing to misaligned; of any number of layers, or several by name.
                 None: the mean difference of the fitted part.
             aligned: Aligned conversations; or pairs, which have both sides.

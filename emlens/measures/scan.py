@@ -211,8 +211,7 @@ def _check_profile(profile: InfluenceProfile, model: HookedModel, corpus: Corpus
     now = PassSettings.of(model, made.layers, made.draws, made.max_tokens, made.seed)
     found, wanted = ({name: getattr(one, name) for name in OF_THE_MODEL} for one in (made, now))
     way_out = (
-        f"fit one of {model.name!r} as it stands with InfluenceProfile.fit, or leave it out to "
-        "have one fitted"
+        f"fit one of {model.name!r} with InfluenceProfile.fit, or leave it out to have one fitted"
     )
     check_same(found, wanted, "the profile", way_out)
     if corpus.hash not in {digest for _, digest in profile.corpora}:

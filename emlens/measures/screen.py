@@ -162,7 +162,7 @@ def screen(
     shifted; `trusted` examples of such a kind set the threshold for that.
 
     Args:
-        model: The model to be trained, as it stands.
+        model: The model to be trained; adapters and edits in force act.
         dataset: A JSON Lines file whose rows have `messages`, or `prompt` and `response`; or
             conversations, which may be a stream.
         directions: Directions pointing to misaligned, or a monitor, whose projections are used.

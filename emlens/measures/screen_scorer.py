@@ -23,7 +23,7 @@ class Scorer:
     """Scores examples, a block at a time.
 
     Attributes:
-        model: The model, as it stands.
+        model: The model; adapters and edits in force act.
         readout: What is projected on.
         references: Reference answers; None for the model's own.
         answer_tokens: Tokens of each answer that count.

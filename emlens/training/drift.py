@@ -103,7 +103,7 @@ def _check_parts(run: TrainingRun) -> None:
     if run.settings.get("kind") == "weights":
         raise ValueError(
             "the run trained the model's own weights, of which no path is kept; go on with "
-            "train_weights, on the model as it stands"
+            "train_weights, on the model as it is now"
         )
 
 
@@ -199,8 +199,8 @@ def drift(
 
     Args:
         model: The model.
-        run: A run with a recorded path. A vector is measured on the model as it stands, an
-            adapter in place of one that stands.
+        run: A run with a recorded path. A vector is measured on the model as it was brought, an
+            adapter on the base.
         references: Finished runs of the same parameters, such as the general and the narrow one.
         inside: Held-out pairs of the domain.
         outside: Pairs of other domains.

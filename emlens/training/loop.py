@@ -94,7 +94,7 @@ class Loop:
         self.provenance, self.validation, self.progress = provenance, validation, progress
 
     def run(self) -> TrainingRun:
-        """Train to the end, or go on from the checkpoint.
+        """Train to the end; resume from the checkpoint if there is one.
 
         Raises:
             ValueError: If the checkpoint is of another run.

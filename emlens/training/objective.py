@@ -55,7 +55,7 @@ class Rows:
         batch_size: int | None = None,
         seed: int | None = None,
     ) -> Rows:
-        """Tokenise conversations and compute their prefixes, with the model as it stands.
+        """Tokenise conversations and compute their prefixes, under what is in force.
 
         Raises:
             ValueError: If a conversation has no token that counts; how many, and the first ones.

@@ -80,7 +80,7 @@ def train_vector(
             decides on the end, and the best vector is the one returned.
         record_every: Updates between two records of the path; None for start and end only.
         record_gradients: Record gradients, too.
-        checkpoint: A file; a run that was interrupted goes on from it, and ends as it would have.
+        checkpoint: A file; an interrupted run resumes from it, with the same result.
         checkpoint_every: Updates between two checkpoints.
         prefix_budget: Bytes for prefixes; what does not fit is recomputed.
         log_prob_budget: Bytes for base log-probabilities; likewise.

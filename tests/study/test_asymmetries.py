@@ -15,7 +15,6 @@ from emlens.study.asymmetry_page import write_findings
 from emlens.study.trials import TrialData, trial_folder
 from emlens.training import Organism, train_adapter
 from tests.support.data import conversations
-from tests.support.models import tiny_hooked
 
 QUICK = AsymmetrySettings(
     domains=("finance", "technical"),
@@ -149,10 +148,10 @@ def test_the_folder_names_the_model_that_was_given_and_lists_count_as_tuples(don
     folder, found = done
     assert found.settings["model"] == "tiny-llama"
     listed = replace(QUICK, model="tiny-llama", factors=[0.5, 1.0])
-    keep_settings(folder, listed, hooked)
-    keep_settings(folder, replace(listed, model="another name"), hooked)
-    other = tiny_hooked("llama", seed=1)
-    with pytest.raises(ValueError, match=f"identity: '{hooked.identity}' there, "):
+    model, other = hooked("llama"), hooked("llama", seed=1)
+    keep_settings(folder, listed, model)
+    keep_settings(folder, replace(listed, model="another name"), model)
+    with pytest.raises(ValueError, match=f"identity: '{model.identity}' there, "):
         keep_settings(folder, listed, other)
 
 
