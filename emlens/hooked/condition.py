@@ -162,7 +162,7 @@ def conditions_of(model: Hooked, given: Conditions | None) -> dict[str, Conditio
         TypeError: If one is no condition, or they have no names.
     """
     if given is None:
-        given = {"+".join(model.enclosing_adapters or (BASE,)): []}
+        given = {"+".join(map(str, model.enclosing_adapters or (BASE,))): []}
     if not isinstance(given, Mapping):
         raise TypeError(
             f"conditions are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}"
