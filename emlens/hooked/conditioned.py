@@ -41,7 +41,7 @@ class Conditioned:
         self._edits: tuple[Edit, ...] = ()
         self._enclosing: tuple[Acting, ...] = ()
         self._changes = ExitStack()
-        self._identity: tuple[tuple[int, ...], str] | None = None
+        self._identity: tuple[tuple[object, ...], str] | None = None
         self._origins: set[str | None] = set()
 
     @property

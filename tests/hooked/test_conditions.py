@@ -148,7 +148,7 @@ class Draw:
     def adapters(self) -> tuple[Any, Strengths]:
         """One adapter or two, as they are written, and with their strengths."""
         chosen = self.random.sample(list(self.folders), self.random.choice([1, 1, 2]))
-        strengths = {name: 1.0 for name in chosen}
+        strengths = dict.fromkeys(chosen, 1.0)
         written: list[Any] = list(chosen)
         for i, name in enumerate(chosen):
             if name in PLAIN and self.random.random() < 0.3:
@@ -258,7 +258,10 @@ def gap(found, expected):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     ("seed", "engine"),
-    [*((seed, "nnsight") for seed in range(10)), *((seed, "transformer_lens") for seed in (90, 91))],
+    [
+        *((seed, "nnsight") for seed in range(10)),
+        *((seed, "transformer_lens") for seed in (90, 91)),
+    ],
 )
 def test_a_sweep_is_each_condition_alone_is_peft_with_hooks(seed, engine, tied, folders):
     draw = Draw(seed, folders, tied, engine)
@@ -280,7 +283,7 @@ def test_a_sweep_is_each_condition_alone_is_peft_with_hooks(seed, engine, tied, 
                     alone = model.unembed(model.hidden(batch))
                 shown = f"{condition} where {now.named} acts"
                 assert gap(swept[name][real], alone[real]) < 1e-5, shown
-                expected = torch.cat([one for one in draw.expected(standing)])
+                expected = torch.cat(list(draw.expected(standing)))
                 order = sorted(range(len(batch)), key=lambda row: batch.index[row])
                 found = torch.cat([alone[row][real[row]] for row in order])
                 assert gap(found, expected) < 1e-5, shown
