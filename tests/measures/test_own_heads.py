@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from peft import PeftModel
@@ -220,3 +221,30 @@ def test_efficiency_scales_an_adapter_of_the_head_too(model_with, theirs_with):
         head.scaling["low-rank head"] = scale * factor
         losses = torch.cat([plain.losses(plain.row(one)) for one in DATA])
         close(found.loss("own", factor).estimate, losses.mean().item())
+
+
+def test_an_adapter_that_a_model_was_brought_with_changes_no_measure_of_the_base(
+    folders, model_with
+):
+    theirs = PeftModel.from_pretrained(small(), str(folders["own head"]), "own head").eval()
+    with pytest.warns(UserWarning, match="was brought with adapter 'own head' active"):
+        brought = emlens.wrap(theirs, chatml_tokenizer(), name="tiny", check=False)
+    bare = model_with("own head")
+    vectors: dict[str, Any] = {"push": push()}
+    settings: dict[str, Any] = {
+        "doses": (0.2,),
+        "controls": {"random": 1, "activation differences": 1},
+    }
+    found, expected = (
+        {
+            "log-odds": emlens.log_odds(model, PAIRS, {"base": [], "push": emlens.Add(push())}),
+            "efficiency": emlens.efficiency(model, DATA, vectors, match="displacement"),
+            "influence": emlens.influence(model, CORPUS, vectors, **settings),
+            "tokens": token_influence(model, CORPUS, push()),
+            "stability": emlens.stability(model, DATA, vectors, epsilons=(0.2,), seeds=1),
+        }
+        for model in (brought, bare)
+    )
+    for name, result in found.items():
+        pandas.testing.assert_frame_equal(result.table(), expected[name].table())
+    assert brought.acting == ("own head",)
