@@ -61,7 +61,7 @@ def provenance(
         seed=counting.seed,
         settings=counting.record(),
         identity=model.identity,
-        condition=Condition(model.acting, tuple(counting.edits)).identity(model),
+        condition=Condition(model.adapters_in_force, tuple(counting.edits)).identity(model),
     )
 
 

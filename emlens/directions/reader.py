@@ -289,7 +289,7 @@ def side_of(source: HookedModel | tuple[HookedModel, ConditionLike]) -> Side:
     if isinstance(source, tuple):
         model, given = source
         return model, condition_of(model, given)
-    return source, Condition(source.acting)
+    return source, Condition(source.adapters_in_force)
 
 
 def _pool(

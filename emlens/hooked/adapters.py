@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from itertools import product
 from typing import Any
 
 from torch import Tensor, nn
@@ -107,9 +108,10 @@ class Adapters:
         self.check(name)
         from peft import get_peft_model_state_dict
 
-        found = get_peft_model_state_dict(
-            self._module, adapter_name=name, save_embedding_layers=False
-        )
+        with self.asked_for(name):
+            found = get_peft_model_state_dict(
+                self._module, adapter_name=name, save_embedding_layers=False
+            )
         live = {id(part): path for path, part in self._module.named_modules()}
         places = {f"{live[id(part)]}.": f"{path}." for path, part in self.parts()}
         return {
@@ -118,6 +120,26 @@ class Adapters:
             # others are biases of the base
             if (place := max((p for p in places if key.startswith(p)), key=len, default=""))
         }
+
+    @contextmanager
+    def asked_for(self, name: str) -> Iterator[None]:
+        """Let PEFT read or fill one adapter where another has single tokens.
+
+        PEFT asks every wrapper for single tokens, also one that has none of this adapter.
+        """
+        others = [
+            part
+            for _, part in self.parts()
+            if hasattr(part, "token_adapter") and name not in available(part)
+        ]
+        asked = ("adapter_state_dict", "adapter_state_dict_load_map")
+        try:
+            for part, method in product(others, asked):
+                setattr(part, method, lambda *_: {})
+            yield
+        finally:
+            for part, method in product(others, asked):
+                delattr(part, method)
 
     def scalings(self, name: str) -> dict[str, float]:
         """What each LoRA layer of an adapter multiplies `B A` with at present, by its path.

@@ -173,7 +173,8 @@ def _fill(module: nn.Module, name: str, weights: Weights, model_name: str) -> No
                 f"{list(place.shape)}"
             )
     try:
-        result = set_peft_model_state_dict(module, state, adapter_name=name)
+        with Adapters(module).asked_for(name):
+            result = set_peft_model_state_dict(module, state, adapter_name=name)
     except KeyError as error:
         raise ValueError(
             f"adapter {name!r} does not fit {model_name}: it has no weights for {error.args[0]}"

@@ -69,12 +69,22 @@ class Condition:
     edits: tuple[Edit, ...] = ()
 
     def __post_init__(self) -> None:
-        adapters: Any = self.adapters
-        if isinstance(adapters, (str, Altered)):
+        adapters: Any = () if self.adapters is None else self.adapters
+        if _acts(adapters):
             adapters = (adapters,)
-        object.__setattr__(self, "adapters", tuple(adapters or ()) or None)
+        if not isinstance(adapters, Sequence) or not all(map(_acts, adapters)):
+            raise TypeError(
+                f"the adapters of a condition are {_shown(adapters)}; give names, or None for the "
+                "base"
+            )
         edits: Any = self.edits
-        object.__setattr__(self, "edits", (edits,) if isinstance(edits, Edit) else tuple(edits))
+        if not _edits(edits):
+            raise TypeError(
+                f"the edits of a condition are {_shown(edits)}; give edits such as "
+                "emlens.Add(direction)"
+            )
+        object.__setattr__(self, "adapters", tuple(adapters) or None)
+        object.__setattr__(self, "edits", (edits,) if _edit(edits) else tuple(edits))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,7 +172,7 @@ def conditions_of(model: Hooked, given: Conditions | None) -> dict[str, Conditio
         TypeError: If one is no condition, or they have no names.
     """
     if given is None:
-        given = {"+".join(model.enclosing_adapters or (BASE,)): []}
+        given = {"+".join(map(str, model.enclosing_adapters or (BASE,))): []}
     if not isinstance(given, Mapping):
         raise TypeError(
             f"conditions are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}"
@@ -178,9 +188,9 @@ def _read(model: Hooked, given: Any, what: str) -> Condition:
         return given or Condition()
     if _acts(given):
         return Condition((given,))
-    if isinstance(given, Edit):
+    if _edit(given):
         return Condition(model.enclosing_adapters, (given,))
-    if isinstance(given, HasCondition):
+    if isinstance(given, HasCondition) and not isinstance(given, type):
         return _read(model, given.on(model), what)
     if isinstance(given, tuple) and len(given) == 2 and _names(given[0]) and _edits(given[1]):
         return Condition(given[0], given[1])
@@ -195,7 +205,12 @@ def _read(model: Hooked, given: Any, what: str) -> Condition:
 
 
 def _acts(value: object) -> bool:
-    return isinstance(value, (str, Altered))
+    return isinstance(value, (str, Altered)) and not isinstance(value, type)
+
+
+def _edit(value: object) -> bool:
+    # a class has what its objects have
+    return isinstance(value, Edit) and not isinstance(value, type)
 
 
 def _names(value: object) -> bool:
@@ -206,16 +221,19 @@ def _names(value: object) -> bool:
 
 
 def _edits(value: object) -> bool:
-    if isinstance(value, Edit):
+    if _edit(value):
         return True
     if not isinstance(value, Sequence) or isinstance(value, str):
         return False
-    return all(isinstance(item, Edit) for item in value)
+    return all(map(_edit, value))
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     kind = type(value).__name__
-    if isinstance(value, Sequence):
+    kind = f"{'an' if kind[0] in 'AEIOaeio' else 'a'} {kind}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
         kinds = dict.fromkeys(type(item).__name__ for item in value)
-        return f"a {kind} of {', '.join(kinds) or 'nothing'}"
-    return f"a {kind}"
+        return f"{kind} of {', '.join(kinds) or 'nothing'}"
+    return kind

@@ -39,9 +39,9 @@ class Conditioned:
         self.architecture = Architecture.of(module)
         self._adapters = Adapters(module)
         self._edits: tuple[Edit, ...] = ()
-        self._altered: tuple[Altered, ...] = ()
-        self._enclosing: tuple[str, ...] = ()
-        self._identity: tuple[tuple[int, ...], str] | None = None
+        self._enclosing: tuple[Acting, ...] = ()
+        self._changes = ExitStack()
+        self._identity: tuple[tuple[object, ...], str] | None = None
         self._origins: set[str | None] = set()
 
     @property
@@ -73,17 +73,32 @@ class Conditioned:
             ...     model.generate([conversation])
         """
         found = condition_of(self._hooked, condition)
-        altered = [one for one in found.adapters or () if not isinstance(one, str)]
-        before = self._enclosing, self._altered
-        with self.edited(*found.edits), ExitStack() as stack:
-            for one in altered:
-                stack.enter_context(one.altering(self))
-            stack.enter_context(self._adapters.using(found.names))
-            self._enclosing, self._altered = found.names, (*self._altered, *altered)
+        adapters = found.adapters or ()
+        with self.edited(*found.edits), self._altered(adapters), self._adapters.using(found.names):
+            before, self._enclosing = self._enclosing, adapters
             try:
                 yield self
             finally:
-                self._enclosing, self._altered = before
+                self._enclosing = before
+
+    @contextmanager
+    def _altered(self, adapters: Sequence[Acting]) -> Iterator[None]:
+        """Change these adapters inside the block, and none that an enclosing block has changed."""
+        outer, inner = _changes_of(self._enclosing), _changes_of(adapters)
+        if outer == inner:
+            yield
+            return
+        try:
+            self._change(inner)
+            yield
+        finally:
+            self._change(outer)
+
+    def _change(self, altered: Sequence[Altered]) -> None:
+        """Put what is changed about adapters back, then change these."""
+        self._changes.close()
+        for one in altered:
+            self._changes.enter_context(one.altering(self))
 
     @contextmanager
     def edited(self, *edits: Edit) -> Iterator[Self]:
@@ -127,7 +142,7 @@ class Conditioned:
         return self._identity[1]
 
     @property
-    def enclosing_adapters(self) -> tuple[str, ...] | None:
+    def enclosing_adapters(self) -> tuple[Acting, ...] | None:
         """What a condition that names no adapter takes: those of the enclosing block, else none.
 
         An adapter that the model was brought with is no enclosing one.
@@ -140,9 +155,9 @@ class Conditioned:
         return self._adapters.acting
 
     @property
-    def altered(self) -> tuple[Altered, ...]:
-        """The changes of adapters that are in place now."""
-        return self._altered
+    def adapters_in_force(self) -> tuple[Acting, ...]:
+        """The adapters that act now, with what is changed about them; none for the base."""
+        return self._enclosing or self.acting
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -227,3 +242,7 @@ class Conditioned:
             f"{self.name!r}; if both are the same model, give wrap or load the same name",
             stacklevel=5,
         )
+
+
+def _changes_of(adapters: Sequence[Acting]) -> tuple[Altered, ...]:
+    return tuple(one for one in adapters if not isinstance(one, str))

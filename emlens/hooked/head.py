@@ -23,9 +23,9 @@ class Head:
 
     def __init__(self, model: Hooked) -> None:
         self._model = model
-        self._acting = None
+        self._adapters = None
         if adapted(model.module.get_output_embeddings()):
-            self._acting = model.acting, model.altered
+            self._adapters = model.adapters_in_force
 
     @property
     def n_vocab(self) -> int:
@@ -34,12 +34,9 @@ class Head:
     def unembed(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
         """Return the logits of final hidden states in fp32, soft cap and scale included."""
         model = self._model
-        if self._acting is None or self._acting == (model.acting, model.altered):
+        if self._adapters is None or self._adapters == model.adapters_in_force:
             return model.unembed(hidden)
-        names, altered = self._acting
-        # a change that is still in place is not made twice
-        missing = {one.adapter: one for one in altered if one not in model.altered}
-        with model.under(Condition(tuple(missing.get(name, name) for name in names))):
+        with model.under(Condition(self._adapters)):
             return model.unembed(hidden)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
+from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, TypedDict
 
@@ -20,6 +21,13 @@ from emlens.hooked.interface import Hooked
 SAMPLE = 1024
 """Numbers of each weight that tell a model from another."""
 
+_KNOWN = frozenset({"abc", "builtins", "emlens", "torch", "typing"})
+"""Packages whose functions and classes are known by their names."""
+
+_PLAIN = (bool, int, float, str, np.generic, Tensor, np.ndarray)
+_CONTENT = (*_PLAIN, FunctionType, MethodType, partial, Mapping, Sequence)
+"""Members of a class that are part of what it does."""
+
 _NAMES = frozenset({"_name_or_path", "name_or_path", "architectures", "transformers_version"})
 """What a configuration says of itself besides what it is."""
 
@@ -31,12 +39,9 @@ def model_identity(model: Hooked) -> str:
     weight of the base; adapters are left out. Cheap at any size: 1,024 numbers of each weight are
     read. A model whose weights have changed since, by training say, has another identity.
     """
-    module, tokenizer = model.module, model.tokenizer
+    tokenizer = model.tokenizer
     digest = hashlib.sha256()
-    config = getattr(module, "config", None)
-    record = config.to_dict() if config is not None else {}
-    known = {k: v for k, v in record.items() if k not in _NAMES and not k.startswith("_")}
-    digest.update(_text(known).encode())
+    digest.update(_config(model).encode())
     digest.update(_tokenizer(tokenizer).encode())
     for shape, values in _sampled(model):
         digest.update(f"{shape}".encode())
@@ -57,9 +62,11 @@ def identities(model: Hooked) -> Identities:
     return {"identity": model.identity, "condition": acting_identity(model)}
 
 
-def versions_of(model: Hooked) -> tuple[int, ...]:
-    """What changes whenever a weight is written to."""
-    return tuple(weight._version for weight in model.module.parameters())
+def versions_of(model: Hooked) -> tuple[object, ...]:
+    """What changes whenever a weight is written to or replaced, or a setting is changed."""
+    weights = [(id(weight), weight._version) for weight in model.module.parameters()]
+    tokenizer: Any = model.tokenizer
+    return (*weights, _config(model), len(tokenizer), *_settings(tokenizer))
 
 
 def acting_identity(model: Hooked) -> str:
@@ -67,11 +74,11 @@ def acting_identity(model: Hooked) -> str:
 
     Names do not count: an adapter of another name with the same weights is the same.
     """
+    # in their order, which counts where one of them is DoRA: it scales what is there
     adapters = [
-        digest_of([model.adapter_weights(name), model.adapter_scalings(name)])
-        for name in model.acting
+        [model.adapter_weights(name), model.adapter_scalings(name)] for name in model.acting
     ]
-    return digest_of([sorted(adapters), list(model.edits_in_force(()))])
+    return digest_of([adapters, list(model.edits_in_force(()))])
 
 
 def digest_of(value: object) -> str:
@@ -119,6 +126,13 @@ def _at_hand(module: nn.Module, path: str, weight: Tensor) -> Tensor | None:
     return kept[name] if kept is not None and name in kept else None
 
 
+def _config(model: Hooked) -> str:
+    config = getattr(model.module, "config", None)
+    record = config.to_dict() if config is not None else {}
+    known = {k: v for k, v in record.items() if k not in _NAMES and not k.startswith("_")}
+    return _text(known)
+
+
 def _tokenizer(tokenizer: Any) -> str:
     """What a tokenizer does, its chat template included."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -128,8 +142,13 @@ def _tokenizer(tokenizer: Any) -> str:
         record = {k: v for k, v in record.items() if k not in ("padding", "truncation")}
     else:
         record = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return _text([record, *_settings(tokenizer)])
+
+
+def _settings(tokenizer: Any) -> tuple[str, Any]:
+    """Its chat template and its special tokens."""
     special = getattr(tokenizer, "special_tokens_map", {})
-    return _text([record, str(getattr(tokenizer, "chat_template", None)), special])
+    return str(getattr(tokenizer, "chat_template", None)), dict(special)
 
 
 def _text(value: object) -> str:
@@ -162,16 +181,20 @@ def _bytes(value: Any) -> Iterator[bytes]:
         formulas: Any = {layer: value.formula(layer) for layer in value.layers}  # type: ignore
         yield from _bytes([value.site, value.where, formulas])
     elif isinstance(value, FunctionType):
-        yield from _function(value)
-    elif isinstance(value, (BuiltinFunctionType, MethodType)):
+        for function in _reached(value):
+            yield from _function(function)
+    elif isinstance(value, MethodType):
+        yield from _bytes([value.__func__, value.__self__])
+    elif isinstance(value, partial):
+        yield from _bytes([value.func, value.args, value.keywords])
+    elif isinstance(value, BuiltinFunctionType):
         yield f"function {value.__qualname__}".encode()
-        if isinstance(value, MethodType):
-            yield from _bytes(value.__self__)
     elif is_dataclass(value) or hasattr(value, "__dict__"):
         known = [f.name for f in fields(value)] if is_dataclass(value) else vars(value)
         yield from _bytes([type(value).__qualname__, {n: getattr(value, n) for n in known}])
         if isinstance(value, Edit):
-            yield from _bytes(type(value).delta)
+            yield from _bytes([value.site, value.layers, value.where])
+            yield from _class(type(value))
     else:
         raise TypeError(
             f"the content of a {type(value).__name__} cannot be told, so what depends on it cannot "
@@ -179,13 +202,70 @@ def _bytes(value: Any) -> Iterator[bytes]:
         )
 
 
+def _class(kind: type) -> Iterator[bytes]:
+    """What a class of the user's does: its methods and constants, those of its bases included."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in _KNOWN:
+            continue
+        for name, member in vars(base).items():
+            if name.startswith("__") and name != "__call__":
+                continue
+            if isinstance(member, (staticmethod, classmethod)):
+                member = member.__func__
+            elif isinstance(member, property):
+                member = member.fget
+            if isinstance(member, _CONTENT):
+                yield from _bytes([name, member])
+
+
+def _reached(function: FunctionType) -> list[FunctionType]:
+    """A function, then those of the user's that it encloses or calls by their name."""
+    found = [function]
+    for one in found:
+        if not _own(one):
+            continue
+        named = [one.__globals__.get(name) for name in _names(one.__code__)]
+        for other in (*named, *_enclosed(one)):
+            if isinstance(other, FunctionType) and _own(other) and other not in found:
+                found.append(other)
+    return found
+
+
 def _function(function: FunctionType) -> Iterator[bytes]:
-    """A function by its name if it is emlens' own, else by its code and what it encloses."""
+    """A function by its name if it is a library's, else by its code and what it refers to."""
     yield function.__qualname__.encode()
-    if function.__module__.partition(".")[0] == __name__.partition(".")[0]:
+    if not _own(function):
         return
-    code = function.__code__
+    values = [*_enclosed(function)]
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name)
+        # modules and classes go by their names
+        values += [value] if isinstance(value, _PLAIN) else []
+    kept = [value for value in values if not isinstance(value, FunctionType)]
+    others = [value for value in values if isinstance(value, FunctionType) and not _own(value)]
+    yield from _code(function.__code__)
+    yield from _bytes([function.__defaults__, function.__kwdefaults__, kept])
+    yield from (other.__qualname__.encode() for other in others)
+
+
+def _code(code: CodeType) -> Iterator[bytes]:
     yield code.co_code
-    inner = [item for item in code.co_consts if not isinstance(item, CodeType)]
-    enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
-    yield from _bytes([code.co_names, inner, function.__defaults__, enclosed])
+    yield from _bytes([code.co_names, [c for c in code.co_consts if not isinstance(c, CodeType)]])
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _code(inner)
+
+
+def _names(code: CodeType) -> list[str]:
+    """Names that code refers to, functions inside of it included."""
+    inner = [name for c in code.co_consts if isinstance(c, CodeType) for name in _names(c)]
+    return [*code.co_names, *inner]
+
+
+def _enclosed(function: FunctionType) -> list[Any]:
+    return [cell.cell_contents for cell in function.__closure__ or ()]
+
+
+def _own(function: FunctionType) -> bool:
+    """Whether a function is the user's, and not of emlens or PyTorch."""
+    return (function.__module__ or "").partition(".")[0] not in _KNOWN

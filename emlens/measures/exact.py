@@ -243,11 +243,13 @@ def exact_influence(
         named(directions)
     kinds = kinds_of(CONTROLS if controls is None else controls) if directions else {}
     readable = with_tokens(model, corpus)
-    groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
-    chance = {name: control for members in groups.values() for name, control in members.items()}
-    _check_names(directions, chance, fixed, groups.keys() - chance.keys())
-    every = {**directions, **chance}
-    sizes = sizes_of(model, readable, every, **reading)
+    # what is added is measured against what conditions without an adapter run, the base
+    with model.under([]):
+        groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
+        chance = {name: control for members in groups.values() for name, control in members.items()}
+        _check_names(directions, chance, fixed, groups.keys() - chance.keys())
+        every = {**directions, **chance}
+        sizes = sizes_of(model, readable, every, **reading)
     grid = strengths(every, sizes, doses, norms, edit)
     at = doses_of(doses, norms, edit, sizes)
     measured = added(every, grid, edit) | {f"{n} 0": what for n, what in fixed.items()}

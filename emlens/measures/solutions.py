@@ -65,7 +65,7 @@ def read_solutions(
     acting = model.enclosing_adapters
     if acting and any(kind_of(one) == "adapter" for one in found.values()):
         raise ValueError(
-            f"adapter {'+'.join(acting)!r} is in force, so there is no base to compare adapters "
+            f"adapter {'+'.join(map(str, acting))!r} is in force, so there is no base to compare adapters "
             "with; put the call into `with model.adapter(None):`"
         )
     return found

@@ -293,7 +293,8 @@ def token_influence(
         assert isinstance(condition, Direction)
         place = condition.layer
         options = {"site": condition.site, "token_budget": token_budget}
-        (size,) = residual_norm(model, corpus, place, max_tokens=cut, **options).values()
+        with model.under([]):
+            (size,) = residual_norm(model, corpus, place, max_tokens=cut, **options).values()
         acting = [Add(condition.scaled_to(dose * size))]
     else:
         acting = condition

@@ -109,7 +109,7 @@ def run_study(
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(hooked, chosen, StudyData.of(chosen), store, progress)
     # the base of the study is the model as it was brought
-    with study.model.adapter(*study.model.acting):
+    with study.model.adapter(*study.model.adapters_in_force):
         records = _run_stages(study)
     return _told(store, records)
 

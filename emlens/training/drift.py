@@ -227,7 +227,7 @@ def drift(
     sides = {"inside": inside, "outside": outside}
     changes: dict[str, list[tuple[float, float, float]]] = {side: [] for side in _SIDES}
     # vectors were trained in the model as it was brought, and are measured there
-    with model.adapter(*model.acting):
+    with model.adapter(*model.adapters_in_force):
         base = {side: log_odds(model, pairs, alone, seed=seed) for side, pairs in sides.items()}
         for place in places:
             with _at(model, run, place) as condition:

@@ -276,7 +276,7 @@ class _Bench:
         return _Trial(weight, inside, outside, (shifts[0], shifts[1]), last.kl, last.norm)
 
     def _scores(self, conditions: Conditions) -> list[LogOdds]:
-        with self.model.adapter(*self.model.acting):
+        with self.model.adapter(*self.model.adapters_in_force):
             return [log_odds(self.model, p, conditions) for p in (self.inside, self.outside)]
 
     def sweep(self, trials: Sequence[_Trial], tolerance: float | None) -> KLSweep:

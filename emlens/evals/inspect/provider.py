@@ -201,7 +201,7 @@ class EmlensAPI(ModelAPI):
 
 def _condition(model: HookedModel, given: ConditionLike) -> Condition:
     """What the answers are given under: the model as it was brought, where nothing is said."""
-    return Condition(model.acting) if given is None else condition_of(model, given)
+    return Condition(model.adapters_in_force) if given is None else condition_of(model, given)
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
