@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import emlens
+from emlens._store import Store
 from emlens.evals import (
     RUBRICS,
     LocalJudge,
@@ -182,9 +183,26 @@ def test_another_text_under_the_same_key_is_judged_anew(tmp_path):
     for asked in (rows, changed, rows):
         found = judge(asked, Counting(), store=store, progress=False)
         assert [row.score for row in found.rows] == [len(row.text) for row in asked]
-    assert judged == ["good", "good", "worse \ud83d"]
+    # a tokenizer takes no half of a pair
+    assert judged == ["good", "good", "worse \ufffd"]
     assert len(Scores.load(store)) == 3
     assert Scores.load(store).rows[:2] == found.rows
+
+
+def test_a_judge_reads_half_of_a_surrogate_pair_as_the_sign_for_what_cannot_be_read():
+    local = LocalJudge(tiny_hooked("llama"), {"aligned": "grade {answer}"})
+    halved = [replace(response(i), text=f"half {sign}") for i, sign in enumerate("\ud83d\ufffd🙂")]
+    one, same, other = (row.note for row in judge(halved, local, progress=False).rows)
+    assert one == same != ""
+    whole = judge([replace(halved[0], text="half \ud83d\ude42")], local, progress=False)
+    assert whole.rows[0].note == other
+
+
+def test_scores_that_are_none_are_shown(tmp_path):
+    Store(tmp_path / "scores.sqlite", "scores")
+    found = Scores.load(tmp_path / "scores.sqlite")
+    assert len(found) == len(found.table()) == 0
+    assert "0 scores" in found._repr_html_()
 
 
 def test_old_scores_are_read_and_what_holds_no_scores_is_refused(tmp_path):
