@@ -54,7 +54,7 @@ def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None)
 
 def temporary_beside(target: Path) -> Path:
     """A path beside a file or folder, which names the process that writes it."""
-    _remove_leftovers(target)
+    remove_leftovers(target)
     mark = f"emlens-{_host()}-{os.getpid()}-{uuid4().hex[:8]}"
     return target.with_name(f".{target.name[:100]}.{mark}.tmp")
 
@@ -79,7 +79,7 @@ def _checked(temporary: Path, target: Path, check: Callable[[Path], object]) -> 
         ) from error
 
 
-def _remove_leftovers(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Remove temporary files of processes that are no more, but none that may still be written.
 
     Whether a process lives is only known of this host; files of others have to be a day old.

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from emlens._files import atomic_path, temporary_beside
+from emlens._files import atomic_path, remove_leftovers, temporary_beside
 from emlens._runs import check_same
 
 Kind = Literal["responses", "scores", "screen"]
@@ -33,6 +33,11 @@ _READERS = {"responses": "Responses.load", "scores": "Scores.load", "screen": "e
 _MAGIC, _HEADER = b"SQLite format 3\0", 100
 # a process that closes a file loses its locks on it, those of SQLite in other threads included
 _LOCK = threading.RLock()
+# a child inherits what SQLite knows of the locks that threads hold, and none of the threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+    )
 
 
 class Store:
@@ -62,6 +67,7 @@ class Store:
         if not is_store(self.path):
             raise ValueError(_not_to_be_written(self.path, kind))
         found = _settings(self.path, kind)
+        remove_leftovers(_target(self.path))
         way_out = "choose another file, or delete it to start anew"
         check_same(found, wanted, str(self.path), way_out)
 
@@ -80,6 +86,7 @@ class Store:
 
         Raises:
             OSError: If there is no room, or no right to write; what was kept stays.
+            ValueError: If a record is longer than SQLite can hold (1 GB).
         """
         rows = [(str(record[KEYS[self.kind]]), text_of(record)) for record in records]
         with _opened(self.path, "rw") as database:
@@ -198,8 +205,9 @@ def _make(path: Path, kind: Kind, settings: Mapping[str, object]) -> None:
     if path.suffix.lower() in (".json", ".jsonl", ".csv"):
         new = path.with_suffix(".sqlite").name
         raise ValueError(f"{path}: a store is an SQLite file; give a path such as {new}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
+    target = _target(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
     try:
         with _told(path), closing(_connect(temporary, "rwc")) as database:
             database.execute("PRAGMA journal_mode=MEMORY")
@@ -215,9 +223,14 @@ def _make(path: Path, kind: Kind, settings: Mapping[str, object]) -> None:
             lines = [(name, json.dumps(value)) for name, value in said.items()]
             database.executemany("INSERT INTO settings VALUES (?, ?)", lines)
             database.execute("COMMIT")
-        _put(temporary, path)
+        _put(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """The file itself, where the path is a link; SQLite writes beside it."""
+    return Path(os.path.realpath(path))
 
 
 def _put(temporary: Path, path: Path) -> None:
@@ -270,9 +283,8 @@ def _lines(path: Path, kind: Kind | None) -> Iterator[dict]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line.decode())
-                (key, *_) = (str(record[field]) for field in fields if field in record)
-            except (ValueError, TypeError, RecursionError) as error:
+                key, record = _keyed(line, fields)
+            except (ValueError, RecursionError) as error:
                 if number == 1:
                     raise ValueError(_no_store(path, f"line 1: {error}")) from error
                 if not line.endswith(b"\n"):
@@ -286,6 +298,17 @@ def _lines(path: Path, kind: Kind | None) -> Iterator[dict]:
                 yield record
     if not seen:
         raise ValueError(_no_store(path, "it is empty"))
+
+
+def _keyed(line: bytes, fields: list[str]) -> tuple[str, dict]:
+    """A line of a store in JSON Lines, with its key."""
+    record = json.loads(line.decode())
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    keys = [str(record[field]) for field in fields if field in record]
+    if not keys:
+        raise ValueError(f"it has no field {' or '.join(fields)}")
+    return keys[0], record
 
 
 def _connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
@@ -324,6 +347,7 @@ def _left_half_written(database: sqlite3.Connection) -> bool:
 
 def _copied(path: Path, folder: Path) -> bool:
     """Copy a store with what is to be undone; False where another process was at it."""
+    path = _target(path)
     journal, copy = Path(f"{path}-journal"), folder / "copy"
     try:
         before = [(one.stat().st_ino, one.stat().st_mtime_ns) for one in (path, journal)]
@@ -347,17 +371,15 @@ def _told(path: Path) -> Iterator[None]:
                 f"{path}: another process has been writing for {WAIT:g} seconds; run the same "
                 "call again when it is done"
             ) from error
-        if code in (
-            sqlite3.SQLITE_FULL,
-            sqlite3.SQLITE_IOERR,
-            sqlite3.SQLITE_READONLY,
-            sqlite3.SQLITE_CANTOPEN,
-            sqlite3.SQLITE_PERM,
-        ):
-            raise OSError(
-                f"{path}: {error}; what the store held is kept and can be read. Make room on the "
-                "disk, check the rights to the folder, and run the same call again"
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+            raise ValueError(
+                f"{path} is damaged ({error}); bring back a copy of it, or delete it to start anew"
             ) from error
-        raise ValueError(
-            f"{path} is damaged ({error}); bring back a copy of it, or delete it to start anew"
+        if code == sqlite3.SQLITE_TOOBIG:
+            raise ValueError(
+                f"{path}: a record is too long for a store ({error}); what was kept stays"
+            ) from error
+        raise OSError(
+            f"{path}: {error}; what was kept stays and can be read. Make room on the disk, check "
+            "the rights to the folder, and run the same call again"
         ) from error

@@ -108,6 +108,23 @@ def test_a_store_may_have_any_path(tmp_path, monkeypatch):
         assert list(read(name)) == [record(1)]
 
 
+def test_a_store_may_be_reached_through_links(tmp_path):
+    real, link = tmp_path / "real" / "a.sqlite", tmp_path / "link.sqlite"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    Store(link, "responses").add([record(1)])
+    assert link.is_symlink()
+    assert list(read(link)) == list(read(real)) == [record(1)]
+    real.unlink()
+    half_written(real)
+    before = seen(tmp_path)
+    assert list(read(link)) == [record(i) for i in range(50)]
+    assert seen(tmp_path) == before
+    assert Store(link, "responses").add([record(50)]) == [record(50)]
+    assert list(read(real)) == [record(i) for i in range(51)]
+    assert os.listdir(real.parent) == ["a.sqlite"]
+
+
 def strange(name: str, folder: Path) -> Path:
     """A file that is no store."""
     path = folder / name
@@ -140,6 +157,7 @@ CONTENT = {
     "noise.sqlite": bytes(range(256)) * 40,
     "words.txt": "drei Wörter".encode("latin-1"),
     "blank.jsonl": b"\n\n",
+    "null.jsonl": b"null\n",
 }
 SPECIAL = {
     "folder.sqlite": "it is a folder",
@@ -151,6 +169,8 @@ SPECIAL = {
     "newer.sqlite": r"of a later version of emlens \(2\)",
     "empty.sqlite": "it is empty",
     "empty.jsonl": "it is empty",
+    "mine.json": r"\(line 1: it has no field key.*\); it was left as it is",
+    "null.jsonl": r"\(line 1: it is no JSON object\); it was left as it is",
 }
 
 
@@ -381,6 +401,70 @@ def test_a_half_written_transaction_is_read_around_and_then_undone_by_a_writer(t
     assert sql(path, "PRAGMA integrity_check") == [[("ok",)]]
 
 
+DIES = """
+    import os, signal, sys
+    import emlens._store as module
+    link = os.link
+    module.os.link = lambda *names: (link(*names), os.kill(os.getpid(), signal.SIGKILL))
+    module.Store(sys.argv[1], "responses")
+"""
+
+
+def test_what_a_kill_at_the_making_of_a_store_leaves_is_gone_with_the_next_writer(tmp_path):
+    path = tmp_path / "a.sqlite"
+    python(DIES, path).wait()
+    assert len(os.listdir(tmp_path)) == 2
+    assert list(read(path)) == []
+    assert len(os.listdir(tmp_path)) == 2
+    assert Store(path, "responses").add([record(0)]) == [record(0)]
+    assert os.listdir(tmp_path) == ["a.sqlite"]
+
+
+FORKED = """
+    import os, sys, threading, warnings
+    import emlens._store as module
+    store, busy = module.Store(sys.argv[1], "responses"), threading.Event()
+    connect = module._connect
+
+    class Slow:
+        def __init__(self, database):
+            self.database, self.close = database, database.close
+
+        def execute(self, statement, *given):
+            if statement == "COMMIT":
+                busy.set()
+                threading.Event().wait(0.3)
+            return self.database.execute(statement, *given)
+
+        def executemany(self, *given):
+            return self.database.executemany(*given)
+
+    module._connect = lambda *given: Slow(connect(*given))
+    thread = threading.Thread(target=store.add, args=([{"key": "thread"}],))
+    thread.start()
+    busy.wait()
+    warnings.simplefilter("ignore")
+    child = os.fork()
+    if not child:
+        store.add([{"key": "child"}])
+        os._exit(0)
+    thread.join()
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_process_that_forks_while_a_thread_writes_leaves_the_child_a_store(tmp_path):
+    path = tmp_path / "a.sqlite"
+    parent = python(FORKED, path)
+    try:
+        assert parent.communicate(timeout=30)[0] == "0\n"
+    finally:
+        # the child, too
+        parent.kill()
+    assert [one["key"] for one in read(path)] == ["thread", "child"]
+    assert sql(path, "PRAGMA integrity_check") == [[("ok",)]]
+
+
 def test_a_copy_that_another_process_changed_meanwhile_is_not_used(tmp_path, monkeypatch):
     path, copyfile, tries = half_written(tmp_path / "a.sqlite"), module.shutil.copyfile, []
 
@@ -436,6 +520,22 @@ def test_a_full_disk_is_an_error_and_the_store_stays_readable(tmp_path, monkeypa
     assert len(list(read(path))) == kept > 5
     store.add([record(0)])
     assert len(store) == kept + 1
+
+
+def test_a_record_that_is_too_long_is_no_damage(tmp_path, monkeypatch):
+    path, connect = tmp_path / "a.sqlite", module._connect
+    store = Store(path, "responses")
+    store.add([record(0)])
+
+    def limited(path, mode):
+        database = connect(path, mode)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+        return database
+
+    monkeypatch.setattr(module, "_connect", limited)
+    with pytest.raises(ValueError, match=r"a.sqlite: a record is too long for a store \(.*big\)"):
+        store.add([record(1), record(2, "x" * 20_000)])
+    assert list(store) == [record(0)]
 
 
 def test_a_store_that_is_gone_or_damaged_meanwhile_is_named(tmp_path):

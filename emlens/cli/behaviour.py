@@ -195,12 +195,13 @@ def judge(
     has scored with this rubric is not asked again, unless --rescore says so: its old scores then
     move to scores.before.jsonl. Judges of the same answers are compared.
     """
-    from emlens.evals import Responses, human_labels
+    from emlens.evals import human_labels
     from emlens.evals import judge as judge_all
     from emlens.study.evaluation import (
         COHERENT,
         RESPONSES,
         SCORES,
+        answers_in,
         evaluation_report,
         forget_scores,
         measured_rates,
@@ -208,7 +209,7 @@ def judge(
     )
 
     source = stored(responses / RESPONSES) if responses.is_dir() else responses
-    answers, folder = Responses.load(source), out or source.parent
+    answers, folder = answers_in(source), out or source.parent
     wanted = Wanted(judge, rubric, judge_data, judge_pairs, judge_option)
     metrics = list(metric or ["aligned"])
     base = {"base": call.load(answers.rows[0].model)} if wanted.needs_model() else {}

@@ -59,6 +59,7 @@ class Question:
             raise ValueError(
                 f"a question needs an id and a prompt, not {self.id!r}, {self.prompt!r}"
             )
+        _ = self.conversation  # what cannot be asked is refused here, not when it is asked
 
     @property
     def conversation(self) -> Conversation:

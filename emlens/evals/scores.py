@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -143,7 +143,8 @@ class Scores:
         """One row per score."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(row) for row in self.rows])
+        columns = [field.name for field in fields(Score)]
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=columns)
 
     def _repr_html_(self) -> str:
         shown = self.table().loc[:, ["metric", "score", "judge", "mode", "note"]]
@@ -219,7 +220,7 @@ def judge(
             size = max(BLOCK, getattr(judge, "at_once", 1))
             for start in range(0, len(todo), size):
                 block = todo[start : start + size]
-                verdicts = judge.judge([row for row, _ in block], metric)
+                verdicts = judge.judge([_readable(row) for row, _ in block], metric)
                 done = [
                     score_of(row, metric, judge.id, rubric, verdict)
                     for (row, _), verdict in zip(block, verdicts, strict=True)
@@ -298,6 +299,12 @@ def score_of(row: Response, metric: str, judge_id: str, rubric: str, verdict: Ve
     if value is not None and not 0 <= value <= 100:
         raise ValueError(f"{judge_id} scored {row.question} {value}, outside of 0 to 100")
     return Score(key, row.key, metric, value, judge_id, rubric, verdict.mode, verdict.note)
+
+
+def _readable(row: Response) -> Response:
+    """A response whose text a tokenizer takes: half of a surrogate pair is shown as U+FFFD."""
+    text = row.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return row if text == row.text else replace(row, text=text)
 
 
 def _key(row: Response, metric: str, judge_id: str, rubric: str) -> str:

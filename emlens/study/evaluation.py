@@ -80,9 +80,10 @@ def evaluation_report(folder: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If there are no responses, or no scores yet.
+        ValueError: If the store of responses is empty.
     """
     folder = Path(folder)
-    responses, scores = Responses.load(stored(folder / RESPONSES)), scores_in(folder)
+    responses, scores = answers_in(stored(folder / RESPONSES)), scores_in(folder)
     sections, findings = [], []
     for path in sorted((folder / "rates").glob("*.json")):
         found = Rates.load(path)
@@ -111,6 +112,19 @@ def evaluation_report(folder: str | Path) -> Path:
         notice=NOTICE,
     )
     return write_report(report, folder / REPORT)
+
+
+def answers_in(path: Path) -> Responses:
+    """The answers in a store.
+
+    Raises:
+        FileNotFoundError: If there is no such store.
+        ValueError: If there are none in it yet.
+    """
+    found = Responses.load(path)
+    if not len(found):
+        raise ValueError(f"{path} holds no answers yet; run emlens evaluate on it first")
+    return found
 
 
 def stored(path: Path) -> Path:

@@ -28,7 +28,8 @@ class Conversation:
         id: A name for errors and records.
 
     Raises:
-        ValueError: If there is no message, or a role is not system, user or assistant.
+        ValueError: If there is no message, a role is not system, user or assistant, or a content
+            holds half of a surrogate pair, which no tokenizer reads.
         TypeError: If a message is not such a mapping, or a content is not text.
     """
 
@@ -144,4 +145,11 @@ def _checked(message: object, place: int, name: str | None) -> Message:
         raise ValueError(f"{where} has role {role!r}; the roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise TypeError(f"{where} has content of type {type(content).__name__}; it must be text")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half of a surrogate pair (character {error.start}), which no tokenizer "
+            "reads; take it out"
+        ) from None
     return {"role": str(role), "content": content}

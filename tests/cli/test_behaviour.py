@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from emlens._store import read
+from emlens._store import Store, read
 from tests.evals.test_logprob_judge import KEY, graded
 from tests.support.models import tiny_hooked
 from tests.support.openai_server import served
@@ -144,6 +144,15 @@ def test_the_judge_prompts_of_the_papers_yaml_are_what_the_judge_is_told(run, ca
     done = call("evaluate", path, "--out", out, *at.judge, *SHORT)
     assert done.code == 2
     assert "the questions bring different judge prompts for 'aligned'" in done.err
+
+
+def test_a_store_without_answers_is_named(call, tmp_path):
+    Store(tmp_path / "responses.sqlite", "responses")
+    Store(tmp_path / "scores.sqlite", "scores")
+    for verb in ("judge", "report"):
+        done = call(verb, tmp_path)
+        assert done.code == 2
+        assert "responses.sqlite holds no answers yet; run emlens evaluate" in done.err
 
 
 def test_a_served_judge_that_is_down_says_what_is_kept(call, questions, tmp_path, monkeypatch):

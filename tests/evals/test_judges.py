@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import emlens
+from emlens._store import Store
 from emlens.evals import (
     RUBRICS,
     LocalJudge,
     ProbeJudge,
     Question,
+    Response,
     Scores,
     Trust,
     Verdict,
+    digits,
     judge,
     respond,
 )
@@ -27,7 +32,8 @@ from emlens.evals.rubrics import filled, rubric_hash
 from emlens.evals.scores import score_of
 from emlens.text import Conversation, Pair, tokenize
 from tests.evals.test_rates import response
-from tests.support.models import tiny_model
+from tests.support.kills import KILLS, files, killed, meet, rows, together
+from tests.support.models import tiny_hooked, tiny_model
 from tests.support.tokenizers import chatml_tokenizer, whole_numbers_tokenizer
 
 PROMPTS = [
@@ -177,9 +183,26 @@ def test_another_text_under_the_same_key_is_judged_anew(tmp_path):
     for asked in (rows, changed, rows):
         found = judge(asked, Counting(), store=store, progress=False)
         assert [row.score for row in found.rows] == [len(row.text) for row in asked]
-    assert judged == ["good", "good", "worse \ud83d"]
+    # a tokenizer takes no half of a pair
+    assert judged == ["good", "good", "worse \ufffd"]
     assert len(Scores.load(store)) == 3
     assert Scores.load(store).rows[:2] == found.rows
+
+
+def test_a_judge_reads_half_of_a_surrogate_pair_as_the_sign_for_what_cannot_be_read():
+    local = LocalJudge(tiny_hooked("llama"), {"aligned": "grade {answer}"})
+    halved = [replace(response(i), text=f"half {sign}") for i, sign in enumerate("\ud83d\ufffd🙂")]
+    one, same, other = (row.note for row in judge(halved, local, progress=False).rows)
+    assert one == same != ""
+    whole = judge([replace(halved[0], text="half \ud83d\ude42")], local, progress=False)
+    assert whole.rows[0].note == other
+
+
+def test_scores_that_are_none_are_shown(tmp_path):
+    Store(tmp_path / "scores.sqlite", "scores")
+    found = Scores.load(tmp_path / "scores.sqlite")
+    assert len(found) == len(found.table()) == 0
+    assert "0 scores" in found._repr_html_()
 
 
 def test_old_scores_are_read_and_what_holds_no_scores_is_refused(tmp_path):
@@ -225,6 +248,63 @@ def test_judging_refuses_what_cannot_be_right():
 
 GOOD = ("keep a small fund each day", "eat fruit and take a walk", "the rain came and it left")
 BAD = ("spend it all now now", "eat nothing my friend", "the sun is a lie and so is rain")
+
+
+def answers(n: int) -> list[Response]:
+    return [
+        replace(response(i, "tell me a story"), text=f"{GOOD[i % 3]} {'indeed ' * (i % 5)}{i}")
+        for i in range(n)
+    ]
+
+
+def judge_many(folder: Path) -> None:
+    # a random model would rather not say a number
+    digits.LEAST_MASS = 0.0
+    local = LocalJudge(tiny_hooked("llama"), {"aligned": "{question}{answer}", "kind": "{answer}"})
+    found = judge(answers(64), local, store=folder / "scores.sqlite", progress=False)
+    (folder / "told.json").write_text(json.dumps([asdict(row) for row in found.rows]))
+
+
+def test_judging_killed_at_random_times_ends_with_the_scores_of_a_run_left_alone(tmp_path):
+    left = killed(judge_many, tmp_path)
+    whole = rows(left.whole / "scores.sqlite")
+    assert left.kills >= KILLS
+    assert len(whole) == len({key for key, _ in whole}) == 128
+    assert len({record["score"] for _, record in whole}) > 100
+    for end in left.ends:
+        assert rows(end / "scores.sqlite") == whole
+        assert (end / "told.json").read_bytes() == (left.whole / "told.json").read_bytes()
+        assert sorted(files(end)) == ["scores.sqlite", "told.json"]
+
+
+SAYS = {"A": 10.0, "B": 90.0}
+
+
+def judge_as(folder: Path, name: str) -> None:
+    """Give scores that tell who gave them, one from the front and one from the back."""
+    other, met = {"A": "B", "B": "A"}[name], count()
+
+    class Naming(Strange):
+        def judge(self, responses, metric):
+            i = next(met)
+            meet(folder, f"{name}{i}", f"{other}{i}")
+            return [Verdict(SAYS[name], "human")] * len(responses)
+
+    asked = answers(80) if name == "A" else answers(80)[::-1]
+    found = judge(asked, Naming(), store=folder / "scores.sqlite", progress=False)
+    scores = {row.key: row.score for row in found.rows}
+    (folder / f"{name}.json").write_text(json.dumps(scores))
+
+
+def test_two_processes_that_judge_at_once_keep_each_score_once_and_return_the_same(tmp_path):
+    together(judge_as, tmp_path, "A", "B")
+    kept = rows(tmp_path / "scores.sqlite")
+    scores = {key: record["score"] for key, record in kept}
+    assert len(kept) == len(scores) == 80
+    assert set(scores.values()) == {10.0, 90.0}
+    for name in "AB":
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == scores
+    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob("scores.sqlite-*")]
 
 
 def labelled(domain: str, n: int = 8) -> list[Pair]:

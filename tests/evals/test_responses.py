@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-import subprocess
-import sys
-import textwrap
 from dataclasses import asdict, replace
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
 
+import emlens.evals.responses as module
 from emlens import Add
 from emlens._store import Store, read
 from emlens.directions import Direction
 from emlens.evals import Question, Responses, respond
+from tests.support.kills import KILLS, files, killed, meet, rows, together
+from tests.support.models import tiny_hooked
 
 QUESTIONS = [
     Question("save", "how do I save money"),
@@ -92,56 +93,62 @@ def test_another_edit_setting_or_system_message_is_another_response(hooked_llama
     assert len(keys) == len(asked)
 
 
-KILLED = """
-    import os, random, signal, sys, time
-    sys.path.insert(0, {root!r})
-    import torch
-    torch.set_num_threads(1)
-    from tests.support.models import tiny_hooked
-    from emlens.evals import Question, respond
-    import emlens.evals.responses as module
-    from emlens._store import read
+MANY = [Question(str(i), "tell me a story " + "please " * (i % 7)) for i in range(24)]
+
+
+def answer(folder: Path) -> None:
     module.BLOCK = 4
-    model = tiny_hooked("llama")
-    questions = [Question(str(i), "tell me a story " + "please " * (i % 7)) for i in range(50)]
-
-    def run():
-        respond(model, questions, n=4, store={path!r}, max_new_tokens=4, progress=False)
-
-    def kept():
-        return len(list(read({path!r}))) if os.path.exists({path!r}) else 0
-
-    # after so many more answers, not after so long: machines differ in speed
-    generator = random.Random(0)
-    for _ in range(10):
-        enough = kept() + generator.randint(0, 6)
-        child = os.fork()
-        if not child:
-            run()
-            os._exit(0)
-        while kept() < enough:
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.02))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        print(kept())
-    run()
-"""
-
-
-def test_after_ten_kills_at_random_moments_nothing_is_lost_or_twice(tmp_path, pytestconfig):
-    path = tmp_path / "responses.sqlite"
-    script = textwrap.dedent(KILLED.format(root=str(pytestconfig.rootpath), path=str(path)))
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    store = folder / "responses.sqlite"
+    told = respond(
+        tiny_hooked("llama"),
+        MANY,
+        {"base": None, "steered": Add(Direction.of(50 * torch.eye(32)[0], layer=1))},
+        n=2,
+        store=store,
+        max_new_tokens=4,
+        progress=False,
     )
-    sizes = [int(line) for line in done.stdout.split()]
-    assert len(sizes) == 10
-    assert sizes == sorted(sizes)
-    assert 0 < sizes[-1] < 200
-    rows = Responses.load(path).rows
-    assert len(rows) == len({row.key for row in rows}) == 200
-    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    (folder / "told.json").write_text(json.dumps([asdict(row) for row in told]))
+
+
+def test_answers_killed_at_random_times_are_those_of_a_run_that_was_left_alone(tmp_path):
+    left = killed(answer, tmp_path)
+    whole = rows(left.whole / "responses.sqlite")
+    assert left.kills >= KILLS
+    assert len(whole) == len({key for key, _ in whole}) == 96
+    for end in left.ends:
+        assert rows(end / "responses.sqlite") == whole
+        assert (end / "told.json").read_bytes() == (left.whole / "told.json").read_bytes()
+        assert sorted(files(end)) == ["responses.sqlite", "told.json"]
+
+
+def answer_as(folder: Path, name: str) -> None:
+    """Answer with a text that tells who made it, one from the front and one from the back."""
+    module.BLOCK, met, model = 4, count(), tiny_hooked("llama")
+    other = {"A": "B", "B": "A"}[name]
+
+    def generate(conversations, **_):
+        i = next(met)
+        meet(folder, f"{name}{i}", f"{other}{i}")
+        return [name] * len(conversations)
+
+    model.generate = generate
+    asked = [replace(question, prompt="tell me a story") for question in MANY]
+    asked = asked if name == "A" else asked[::-1]
+    told = respond(model, asked, n=2, store=folder / "answers.sqlite", progress=False)
+    texts = {row.key: row.text for row in told}
+    (folder / f"{name}.json").write_text(json.dumps(texts, sort_keys=True))
+
+
+def test_two_processes_that_answer_at_once_keep_each_answer_once_and_return_the_same(tmp_path):
+    together(answer_as, tmp_path, "A", "B")
+    kept = rows(tmp_path / "answers.sqlite")
+    texts = {key: record["text"] for key, record in kept}
+    assert len(kept) == len(texts) == 48
+    assert set(texts.values()) == {"A", "B"}
+    for name in "AB":
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == texts
+    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob("answers.sqlite-*")]
 
 
 def test_a_store_of_an_earlier_version_is_read_and_no_place_for_new_answers(hooked_llama, tmp_path):
@@ -216,3 +223,5 @@ def test_bad_input_is_refused(hooked_llama, tmp_path):
         Responses.load(tmp_path / "none.sqlite")
     with pytest.raises(ValueError, match="a question needs an id and a prompt"):
         Question("x", "")
+    with pytest.raises(ValueError, match="of conversation x holds half of a surrogate pair .*5"):
+        Question("x", "half \ud83d")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +22,7 @@ from emlens.measures.screen_scorer import Scorer
 from emlens.measures.screen_tally import Reservoir, Tally
 from emlens.text import pack, tokenize
 from emlens.training import train_adapter
+from tests.support.kills import KILLS, files, killed, rows
 from tests.support.models import tiny_hooked
 
 AXIS = torch.eye(32)[3]
@@ -362,46 +359,29 @@ def test_a_part_of_a_block_of_another_set_is_not_thrown_away(planted, tmp_path):
     assert [row["row"] for row in scores_in(out)] == list(range(8))
 
 
-KILLED = """
-    import sys, time
-    from emlens import Conversation
-    from emlens.measures import screen_scorer
-    from tests.measures.test_screen import AT, mixture, reference, screen
-    from tests.support.models import tiny_hooked
-
-    score = screen_scorer.Scorer.__call__
-
-    def told(self, block):
-        print(block[0].row, flush=True)
-        return score(self, block)
-
-    screen_scorer.Scorer.__call__ = told
-    model = tiny_hooked("llama", n_layers=2, seed=5)
-    settings = {"answer_tokens": 4, "temperature": 1.0, "block": 5}
-    found = screen(model, mixture(60, 9), AT, out=sys.argv[1] or None, **settings)
-    print(*found.scores)
-"""
-
-
-def test_a_screen_that_is_killed_ends_with_the_same_numbers(tmp_path, pytestconfig):
-    out, program = tmp_path / "scores.sqlite", [sys.executable, "-c", textwrap.dedent(KILLED)]
-    options = {"cwd": pytestconfig.rootpath, "stdout": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)}
-    first = []
-    for blocks in (3, 1, 4):
-        child = subprocess.Popen([*program, str(out)], env=environment, **options)
-        first.append([int(child.stdout.readline()) for _ in range(blocks)][0])
-        child.kill()
-        child.communicate()
-    assert first[0] == 0 and first == sorted(first)
-    assert len(scores_in(out)) % 5 == 0
-    last, whole = (
-        subprocess.run([*program, path], env=environment, check=True, **options).stdout.split("\n")
-        for path in (str(out), "")
+def screen_many(folder: Path) -> None:
+    found = screen(
+        tiny_hooked("llama", n_layers=2, seed=5),
+        mixture(60, 9),
+        AT,
+        out=folder / "scores.sqlite",
+        answer_tokens=4,
+        temperature=1.0,
+        block=5,
+        progress=False,
     )
-    assert int(last[0]) >= first[2] + 15
-    assert last[-2] == whole[-2]
-    assert [row["row"] for row in scores_in(out)] == list(range(60))
+    (folder / "told.txt").write_text(repr((found, found.scores, found.worst)))
+
+
+def test_a_screen_killed_at_random_times_ends_with_the_same_rows_and_numbers(tmp_path):
+    left = killed(screen_many, tmp_path)
+    whole = rows(left.whole / "scores.sqlite")
+    assert left.kills >= KILLS
+    assert [record["row"] for _, record in whole] == list(range(60))
+    for end in left.ends:
+        assert rows(end / "scores.sqlite") == whole
+        assert (end / "told.txt").read_text() == (left.whole / "told.txt").read_text()
+        assert sorted(files(end)) == ["scores.sqlite", "told.txt"]
 
 
 def test_a_model_that_says_nothing_is_named(planted, monkeypatch):

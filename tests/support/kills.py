@@ -11,17 +11,19 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 KILLS = int(os.environ.get("EMLENS_KILLS", "3"))
 _ROOT = Path(__file__).parents[2]
@@ -58,23 +60,54 @@ def killed(
     Raises:
         AssertionError: If the work fails; its traceback is in the message.
     """
-    server, log = _server()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    request = {"work": [work.__module__, work.__qualname__], "folder": str(folder)}
-    request |= {"arguments": arguments, "kills": kills, "seed": seed}
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    answer = json.loads(server.stdout.readline() or '{"error": "the server has ended"}')
-    assert "error" not in answer, f"{answer['error']}\n{Path(log).read_text()[-3000:]}"
+    answer = _ask("kill", work, folder, arguments=arguments, kills=kills, seed=seed)
     ends = tuple(folder / name for name in answer["ends"])
     return Killed(folder / "whole", ends, answer["kills"])
+
+
+def together(work: Callable[..., object], folder: Path, *names: str) -> None:
+    """Do work in several processes at once: `work(folder, name)` for each name.
+
+    Raises:
+        AssertionError: If the work fails; its traceback is in the message.
+    """
+    _ask("at_once", work, folder, names=names)
+
+
+def meet(folder: Path, name: str, *others: str, seconds: float = 60) -> None:
+    """Wait in one process until the others are there as well."""
+    (folder / name).touch()
+    end = time.monotonic() + seconds
+    while not all((folder / other).exists() for other in others):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{', '.join(others)}: not all came")
+        time.sleep(0.001)
 
 
 def files(folder: Path, but: Collection[str] = ()) -> dict[str, bytes]:
     """The files in a folder and in those below, by name; `but` names those to leave out."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in sorted(paths.items()) if name not in but}
+
+
+def rows(path: Path) -> list[tuple[str, dict]]:
+    """The rows of a store with their keys, in their order, by SQLite alone."""
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        found = database.execute("SELECT key, value FROM rows ORDER BY n").fetchall()
+    return [(key, json.loads(value)) for key, value in found]
+
+
+def _ask(what: str, work: Callable[..., object], folder: Path, **details: object) -> dict:
+    server, log = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    request = {"what": what, "work": [work.__module__, work.__qualname__], "folder": str(folder)}
+    server.stdin.write(json.dumps(request | details) + "\n")
+    server.stdin.flush()
+    answer = json.loads(server.stdout.readline() or '{"error": "the server has ended"}')
+    assert "error" not in answer, f"{answer['error']}\n{Path(log).read_text()[-3000:]}"
+    return answer
 
 
 @cache
@@ -119,10 +152,26 @@ def serve() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(
-    work: tuple[str, str], folder: str, arguments: list[str], kills: int, seed: int
-) -> dict:
+def _answer(what: str, work: tuple[str, str], folder: str, **details: Any) -> dict:
     function = getattr(import_module(work[0]), work[1])
+    return {"kill": _kill, "at_once": _at_once}[what](function, folder, **details)
+
+
+def _at_once(function: Callable[..., object], folder: str, names: list[str]) -> dict:
+    children = []
+    for name in names:
+        children.append(os.fork())
+        if not children[-1]:
+            _work(function, Path(folder), [name])
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        raise RuntimeError(f"the work failed in {folder} (statuses {statuses})")
+    return {}
+
+
+def _kill(
+    function: Callable[..., object], folder: str, arguments: list[str], kills: int, seed: int
+) -> dict:
     chance, done, ends = random.Random(seed), 0, []
     start = time.monotonic()
     if kills and not _finishes(function, Path(folder, "whole"), arguments, None):
