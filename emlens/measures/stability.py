@@ -164,7 +164,7 @@ class Stability(Result):
         )
 
     def _repr_html_(self) -> str:
-        halves = self.summary().to_html(index=False, float_format="%.3f", escape=True)
+        halves = self.summary().to_html(index=False, float_format="%.3f", na_rep="", escape=True)
         return f"{super()._repr_html_()}{halves}"
 
     def _note(self, direction: str) -> str:
