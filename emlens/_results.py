@@ -67,7 +67,7 @@ class Result:
 
 def titled_table(title: str, table: pd.DataFrame) -> str:
     """HTML of a table under a title, both escaped: what a notebook shows."""
-    rows = table.to_html(index=False, float_format="%.3f", escape=True)
+    rows = table.to_html(index=False, float_format="%.3f", na_rep="", escape=True)
     return f"<p><b>{escape(title)}</b></p>{rows}"
 
 

@@ -1,4 +1,8 @@
-"""Intervals: bootstrap over documents, questions or pairs, and small helpers."""
+"""Intervals: bootstrap over documents, questions or pairs, and small helpers.
+
+An interval needs two units that count. With fewer there is an estimate and no interval: its ends
+are NaN, tables leave them blank, and figures draw no bar.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 95% interval."""
+    """An estimate with its 95% interval; the ends are NaN where there is none."""
 
     estimate: float
     low: float
@@ -25,9 +29,14 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
+        return f"{self:+.3f}"
+
+    def __format__(self, spec: str) -> str:
+        """The three numbers in one format, `+.3f` by default."""
+        shown = spec or "+.3f"
         if np.isnan([self.low, self.high]).all() and not np.isnan(self.estimate):
-            return f"{self.estimate:+.3f} [no interval]"
-        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+            return f"{self.estimate:{shown}} [no interval]"
+        return f"{self.estimate:{shown}} [{self.low:{shown}}, {self.high:{shown}}]"
 
 
 def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
@@ -46,6 +55,9 @@ def bootstrap_ratio(
 ) -> Interval:
     """Percentile bootstrap interval of `sum(sums) / sum(counts)`, resampling units.
 
+    Units whose sum and count are both zero say nothing: they are left out, and the interval is
+    the one without them. With fewer than two others its ends are NaN.
+
     Args:
         sums: Per-unit sums, e.g. nats per document, `[n]`.
         counts: Per-unit counts, e.g. tokens per document, `[n]`.
@@ -63,13 +75,15 @@ def bootstrap_ratio(
     if bottom.sum() <= 0:
         raise ValueError("nothing was counted, so there is no ratio")
     estimate = float(top.sum() / bottom.sum())
-    if len(top) == 1:
+    counted = (top != 0) | (bottom != 0)
+    top, bottom = top[counted], bottom[counted]
+    if len(top) < 2:
         return Interval(estimate, float("nan"), float("nan"))
     generator = np.random.default_rng(seed)
     draws = generator.multinomial(len(top), np.full(len(top), 1 / len(top)), size=resamples)
     totals = draws @ bottom
     ratios = (draws @ top)[totals > 0] / totals[totals > 0]
-    tail = _tail(int((bottom > 0).sum())) if widened else (1 - LEVEL) / 2
+    tail = _tail(len(top)) if widened else (1 - LEVEL) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
 
@@ -80,7 +94,8 @@ def bootstrap_trainings(
     """Percentile bootstrap interval of a mean, resampling trainings and units alike.
 
     With one training it holds what other units would give, with several what another training
-    would give as well, as far as these few show it.
+    would give as well, as far as these few show it. Units that count nothing are left out, and
+    with fewer than two others the ends are NaN, however many trainings there are.
 
     Args:
         sums: Per-unit sums of each training, `[trainings, n]`.
@@ -99,6 +114,11 @@ def bootstrap_trainings(
         return bootstrap_ratio(top[0], bottom, seed=seed, resamples=resamples)
     if bottom.shape != top.shape[1:] or bottom.sum() <= 0:
         raise ValueError(f"counts {bottom.shape} do not fit sums {top.shape}")
+    estimate = float(top.mean(0).sum() / bottom.sum())
+    counted = (top != 0).any(0) | (bottom != 0)
+    top, bottom = top[:, counted], bottom[counted]
+    if top.shape[1] < 2:
+        return Interval(estimate, float("nan"), float("nan"))
     generator = np.random.default_rng(seed)
     trainings, units = (
         generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in top.shape
@@ -107,15 +127,13 @@ def bootstrap_trainings(
     means = np.einsum("rt,tu,ru->r", trainings / len(top), top, units, optimize=True)
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(means[totals > 0] / totals[totals > 0], [tail, 1 - tail])
-    return Interval(float(top.mean(0).sum() / bottom.sum()), float(low), float(high))
+    return Interval(estimate, float(low), float(high))
 
 
 def _tail(n: int) -> float:
     """Share of resamples to leave out at either end, for intervals of `n` units."""
     from scipy.stats import norm, t
 
-    if n < 2:
-        return 0.0
     reach = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * (n / (n - 1)) ** 0.5
     return float(norm.cdf(-reach))
 

@@ -82,3 +82,58 @@ def test_trainings_are_weighted_by_the_counts_of_their_units():
 def test_an_estimate_from_one_value_is_printed_without_an_interval():
     assert str(bootstrap_mean([0.25])) == "+0.250 [no interval]"
     assert str(Interval(0.25, 0.0, 0.5)) == "+0.250 [+0.000, +0.500]"
+
+
+def test_an_interval_is_printed_in_the_format_that_is_asked_for():
+    assert f"{Interval(0.25, 0.0, 0.5):+.1f}" == "+0.2 [+0.0, +0.5]"
+    assert f"{bootstrap_mean([12.0]):.1f}" == "12.0 [no interval]"
+
+
+# -- units that count nothing -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blank", [0, 1, 30])
+@pytest.mark.parametrize("widened", [False, True])
+def test_one_unit_that_counts_has_no_interval_however_many_count_nothing(blank, widened):
+    sums, counts = np.zeros(1 + blank), np.zeros(1 + blank)
+    sums[blank // 2], counts[blank // 2] = 6.0, 4.0
+    found = bootstrap_ratio(sums, counts, widened=widened)
+    assert found.estimate == 1.5
+    assert np.isnan([found.low, found.high]).all()
+    assert not found.excludes_zero
+    several = bootstrap_trainings(np.stack([sums, 2 * sums, 3 * sums]), counts)
+    assert several.estimate == 3.0
+    assert np.isnan([several.low, several.high]).all()
+
+
+def test_the_interval_is_a_plain_bootstrap_of_the_units_that_count():
+    generator = np.random.default_rng(4)
+    for n, blank in ((2, 5), (7, 1), (12, 40)):
+        counts = generator.integers(1, 30, n).astype(float)
+        sums = counts * generator.normal(1, 0.3, n)
+        found = bootstrap_ratio(
+            np.concatenate([np.zeros(blank), sums]), np.concatenate([np.zeros(blank), counts])
+        )
+        drawn = generator.integers(0, n, (20_000, n))
+        plain = sums[drawn].sum(1) / counts[drawn].sum(1)
+        spread = plain.std()
+        low, high = np.quantile(plain, [0.025, 0.975])
+        assert found.estimate == pytest.approx(sums.sum() / counts.sum())
+        assert found.low == pytest.approx(low, abs=0.25 * spread)
+        assert found.high == pytest.approx(high, abs=0.25 * spread)
+        assert found == bootstrap_ratio(sums, counts)
+
+
+def test_units_that_count_nothing_leave_the_interval_over_trainings_as_it_is():
+    generator = np.random.default_rng(5)
+    counts = np.array([3.0, 0.0, 5.0, 0.0, 2.0, 7.0])
+    sums = generator.normal(1, 0.3, (3, 6)) * counts
+    keep = counts > 0
+    assert bootstrap_trainings(sums, counts) == bootstrap_trainings(sums[:, keep], counts[keep])
+
+
+def test_a_unit_without_a_count_that_adds_to_the_sum_stays():
+    """Such is a prompt whose whole effect is zero, in a share of effects."""
+    found = bootstrap_ratio([1.0, 2.0, 4.0], [0.0, 1.0, 2.0])
+    assert found.estimate == pytest.approx(7 / 3)
+    assert found.low < 7 / 3 < found.high

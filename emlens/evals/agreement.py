@@ -52,7 +52,7 @@ class Agreement(Result):
                 return float("nan")
             return float(np.asarray(spearmanr(x, y))[0])
 
-        return self._interval(ranks)
+        return self._interval(ranks, np.array(self.pairs))
 
     @property
     def kappa(self) -> Interval:
@@ -65,7 +65,7 @@ class Agreement(Result):
                 return float("nan")
             return float(cohen_kappa_score(a, b))
 
-        return self._interval(kappa)
+        return self._interval(kappa, np.array(self._flags()).T)
 
     @property
     def precision(self) -> float:
@@ -119,8 +119,13 @@ class Agreement(Result):
         scores = np.array(self.pairs)
         return scores[:, 0] < self.threshold, scores[:, 1] < self.threshold
 
-    def _interval(self, statistic) -> Interval:
+    def _interval(self, statistic, seen: np.ndarray) -> Interval:
+        """By resampling answers; none where all but one of them look alike to the statistic."""
         scores = np.array(self.pairs)
+        estimate = statistic(scores[:, 0], scores[:, 1])
+        _, alike = np.unique(seen, axis=0, return_counts=True)
+        if len(seen) - alike.max() < 2:
+            return Interval(estimate, float("nan"), float("nan"))
         generator = np.random.default_rng(self.seed)
         draws = []
         for _ in range(RESAMPLES // 4):
@@ -128,7 +133,6 @@ class Agreement(Result):
             if len(np.unique(chosen[:, 0])) > 1 and len(np.unique(chosen[:, 1])) > 1:
                 draws.append(statistic(chosen[:, 0], chosen[:, 1]))
         known = np.array([draw for draw in draws if np.isfinite(draw)])
-        estimate = statistic(scores[:, 0], scores[:, 1])
         if len(known) < 2:
             return Interval(estimate, float("nan"), float("nan"))
         low, high = np.quantile(known, [0.025, 0.975])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emlens._results import Result, titled_table
-from emlens._stats import RESAMPLES, Interval
+from emlens._stats import RESAMPLES, Interval, bootstrap_ratio
 from emlens.evals.responses import Response, Responses
 from emlens.evals.scores import Scores
 
@@ -263,10 +263,14 @@ class Rates(Result):
             raise ValueError(f"{condition!r} and {first!r} have no scored question in common")
         tables = [self._by_question(what, name, domains) for name in (condition, first)]
         (a, n), (b, m) = (np.array([table[q] for q in shared]).T for table in tables)
-        draws = _resampled(len(shared), self.seed)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            gaps = (draws @ a) / (draws @ n) - (draws @ b) / (draws @ m)
-        return _interval(float(a.sum() / n.sum() - b.sum() / m.sum()), gaps, len(shared))
+        estimate, size = float(a.sum() / n.sum() - b.sum() / m.sum()), len(shared)
+        if size < 2:
+            return Interval(estimate, float("nan"), float("nan"))
+        generator = np.random.default_rng(self.seed)
+        draws = generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
+        gaps = (draws @ a) / (draws @ n) - (draws @ b) / (draws @ m)
+        low, high = np.quantile(gaps, [0.025, 0.975])
+        return Interval(estimate, float(low), float(high))
 
 
 def rates(
@@ -338,29 +342,14 @@ def wilson(hits: int, n: int) -> Interval:
 def _clustered(
     hits: np.ndarray, counts: np.ndarray, questions: Sequence[str], seed: int
 ) -> Interval:
-    """Share of hits, its interval by resampling whole questions."""
+    """Share of hits, its interval by resampling the questions that have something to count."""
     names = {name: i for i, name in enumerate(dict.fromkeys(questions))}
     places = np.array([names[question] for question in questions])
     top = np.bincount(places, weights=np.asarray(hits, float) * counts, minlength=len(names))
     bottom = np.bincount(places, weights=np.asarray(counts, float), minlength=len(names))
     if not bottom.sum():
         return Interval(float("nan"), float("nan"), float("nan"))
-    draws = _resampled(len(names), seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = (draws @ top) / (draws @ bottom)
-    return _interval(float(top.sum() / bottom.sum()), shares, len(names))
-
-
-def _resampled(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-
-
-def _interval(estimate: float, draws: np.ndarray, n: int) -> Interval:
-    draws = draws[np.isfinite(draws)]
-    if n < 2 or not len(draws):
-        return Interval(estimate, float("nan"), float("nan"))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(estimate, float(low), float(high))
+    return bootstrap_ratio(top, bottom, seed=seed)
 
 
 def _number(value: float | None) -> float:

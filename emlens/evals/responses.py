@@ -197,7 +197,7 @@ def respond(
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 answer per question, not {n}")
     check_names(questions)
-    named = conditions_of(model, conditions)
+    named = {str(name): one for name, one in conditions_of(model, conditions).items()}
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     kept = None if store is None else Store(store, "responses")
     known = {record["key"]: record for record in kept or ()}
@@ -255,7 +255,7 @@ def _kept(store: Store | None, rows: Sequence[Response]) -> list[Response]:
     """Put answers into the store; as they are there, where another process was faster."""
     if store is None or not rows:
         return list(rows)
-    return [Response.from_dict(record) for record in store.add(map(asdict, rows))]
+    return [Response.from_dict(record) for record in store.add([asdict(row) for row in rows])]
 
 
 def _blocks(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:

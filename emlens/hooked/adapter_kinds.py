@@ -52,7 +52,7 @@ def check_name(module: nn.Module, name: str) -> None:
             of PEFT or PyTorch.
     """
     if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"{name!r} cannot name an adapter; leave dots out of it")
+        raise ValueError(f"{name!r} cannot name an adapter; give a name without dots")
     if name in Adapters(module).names:
         raise ValueError(f"there is an adapter {name!r} already; choose another name")
     parts = {word for path, _ in module.named_modules() for word in path.split(".")}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from emlens.hooked.edit import Edit
 from emlens.hooked.identity import acting_identity
@@ -133,6 +133,8 @@ ConditionLike: TypeAlias = (
 Conditions: TypeAlias = Mapping[str, ConditionLike]
 """Named conditions."""
 
+K = TypeVar("K", bound=Hashable)
+
 
 def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Condition:
     """Return the condition that was meant.
@@ -162,25 +164,27 @@ def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Conditi
     return found
 
 
-def conditions_of(model: Hooked, given: Conditions | None) -> dict[str, Condition]:
+def conditions_of(model: Hooked, given: Mapping[K, ConditionLike] | None) -> dict[K, Condition]:
     """Return named conditions; by default the one that names nothing, `[]`.
 
     That is called after the adapter of the enclosing `with model.adapter(...)`, or `"base"`.
+    Names stay what they are. A name of several parts is a tuple: words put together may be the
+    name of something else.
 
     Raises:
         ValueError: If there are none, or the model has no such adapter.
         TypeError: If one is no condition, or they have no names.
     """
     if given is None:
-        given = {"+".join(map(str, model.enclosing_adapters or (BASE,))): []}
+        default: Any = {"+".join(map(str, model.enclosing_adapters or (BASE,))): []}
+        given = default
     if not isinstance(given, Mapping):
         raise TypeError(
             f"conditions are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}"
         )
     if not given:
         raise ValueError('there are no conditions; give at least one, e.g. {"base": None}')
-    named = given
-    return {str(key): condition_of(model, value, str(key)) for key, value in named.items()}
+    return {key: condition_of(model, value, str(key)) for key, value in given.items()}
 
 
 def _read(model: Hooked, given: Any, what: str) -> Condition:

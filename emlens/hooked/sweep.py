@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens.hooked.condition import Acting, Condition, Conditions, conditions_of
+from emlens.hooked.condition import Acting, Condition, ConditionLike, K, conditions_of
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
 from emlens.text import TokenBatch
@@ -21,8 +21,8 @@ from emlens.text import TokenBatch
 
 @torch.no_grad()
 def sweep(
-    model: HookedModel, batch: TokenBatch, conditions: Conditions
-) -> Iterator[tuple[str, Float[Tensor, "batch pos d_model"], Head]]:
+    model: HookedModel, batch: TokenBatch, conditions: Mapping[K, ConditionLike]
+) -> Iterator[tuple[K, Float[Tensor, "batch pos d_model"], Head]]:
     """Yield the final hidden states under each condition, with the LM head they belong to.
 
     What is the same below is computed once. An adapter that is limited to some layers leaves the
@@ -60,11 +60,11 @@ def sweep(
 
 
 def _plan(
-    model: HookedModel, conditions: Mapping[str, Condition]
-) -> dict[str, tuple[tuple[Acting, ...] | None, int | None]]:
+    model: HookedModel, conditions: Mapping[K, Condition]
+) -> dict[K, tuple[tuple[Acting, ...] | None, int | None]]:
     """Whose states each condition starts from, and the layer it does so after (None: any)."""
     times = Counter(condition.adapters for condition in conditions.values())
-    plan: dict[str, tuple[tuple[Acting, ...] | None, int | None]] = {}
+    plan: dict[K, tuple[tuple[Acting, ...] | None, int | None]] = {}
     for name, condition in conditions.items():
         depth = model.prefix_layer(condition.edits)
         if condition.adapters is None or times[condition.adapters] > 1:

@@ -5,7 +5,8 @@ The displacement is the one size that vectors and adapters have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,11 @@ TOLERANCE = 0.01
 ROUNDS = 12
 LARGEST_FACTOR = 256.0
 
+K = TypeVar("K", bound=Hashable)
+
+Point = tuple[str, float]
+"""A solution and the factor on it."""
+
 Points = list[tuple[float, float]]
 """`(factor, displacement)`, measured, by factor."""
 
@@ -30,10 +36,10 @@ Points = list[tuple[float, float]]
 def displacements(
     model: HookedModel,
     batches: Sequence[TokenBatch],
-    conditions: Mapping[str, Condition],
+    conditions: Mapping[K, Condition],
     layer: int,
     tokens: TokenMask = "response",
-) -> dict[str, float]:
+) -> dict[K, float]:
     """Return how far each condition displaces the residual stream at one layer.
 
     The root of the mean squared displacement of `resid_post` over the counted tokens, as a share
@@ -83,7 +89,7 @@ def displacements(
 def factors_for(
     solutions: Mapping[str, Condition],
     targets: Sequence[float],
-    measure: Callable[[Mapping[str, Condition]], Mapping[str, float]],
+    measure: Callable[[Mapping[Point, Condition]], Mapping[Point, float]],
     known: Mapping[str, Points] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
     """Return the factor on each solution at which it displaces by each target, and how far it does.
@@ -122,10 +128,8 @@ def factors_for(
                     f"at {far:.3g} times its strength, and {target:.3g} was asked for; give "
                     "smaller displacements"
                 )
-        at = {f"{name} at {factor:.6g}": (name, factor) for name, factor in sorted(wanted)}
-        scaled = {key: times(solutions[name], factor) for key, (name, factor) in at.items()}
-        for key, displacement in measure(scaled).items():
-            name, factor = at[key]
+        scaled = {at: times(solutions[at[0]], at[1]) for at in sorted(wanted)}
+        for (name, factor), displacement in measure(scaled).items():
             points[name] = sorted([*points[name], (factor, displacement)])
     return {name: [_nearest(points[name], target) for target in targets] for name in solutions}
 

@@ -293,7 +293,7 @@ def efficiency(
     else:
         at = check_layers(model.n_layers - 1 if layer is None else layer, model.n_layers)[0]
         grid = displaced_grid(model, batches, solutions, displacements, factors, at, tokens)
-    points = {f"{name} {j}": at for name, of in grid.points.items() for j, at in enumerate(of)}
+    points = {(name, j): at for name, of in grid.points.items() for j, at in enumerate(of)}
     sums, counts = row_losses(
         model,
         batches,
@@ -309,7 +309,7 @@ def efficiency(
         norms=grid.norms,
         doses=grid.doses,
         sums=tuple(
-            tuple(losses[f"{name} {j}"] for j in range(len(of))) for name, of in grid.points.items()
+            tuple(losses[name, j] for j in range(len(of))) for name, of in grid.points.items()
         ),
         counts=tuple(counts.tolist()),
         own_norms=own,

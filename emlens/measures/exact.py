@@ -12,7 +12,7 @@ import pandas as pd
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction
-from emlens.hooked import BASE, Conditions, HookedModel, conditions_of
+from emlens.hooked import BASE, ConditionLike, Conditions, HookedModel, conditions_of
 from emlens.measures.controls import control_directions, kinds_of
 from emlens.measures.grids import chosen, named, place_on
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
@@ -124,9 +124,9 @@ class Influence(Result):
             raise ValueError(
                 "no values of single tokens were kept; measure with influence(..., per_token=True)"
             )
-        key = f"{direction} {0 if direction in self.fixed else self._place(dose)}"
-        if key not in self.token_kl:
+        if direction not in self.directions:
             raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
+        key = _key(direction, 0 if direction in self.fixed else self._place(dose))
         what = direction if direction in self.fixed else f"{direction} at {dose:g}"
         kept = TokenValues(
             texts=dict(enumerate(self.texts)),
@@ -252,7 +252,7 @@ def exact_influence(
         sizes = sizes_of(model, readable, every, **reading)
     grid = strengths(every, sizes, doses, norms, edit)
     at = doses_of(doses, norms, edit, sizes)
-    measured = added(every, grid, edit) | {f"{n} 0": what for n, what in fixed.items()}
+    measured = added(every, grid, edit) | {(n, 0): what for n, what in fixed.items()}
     batches = model.batches(readable, **reading)
     points = {name: len(at) for name in every} | dict.fromkeys(fixed, 1)
     return Influence(
@@ -280,7 +280,7 @@ def exact_influence(
 def _from_passes(
     model: HookedModel,
     batches: Sequence[TokenBatch],
-    measured: Conditions,
+    measured: Mapping[tuple[str, int], ConditionLike],
     points: Mapping[str, int],
     n: int,
     n_documents: int,
@@ -302,12 +302,20 @@ def _from_passes(
     if kept is None:
         return found
     rows = range(len(kept.texts))
+    of_points: dict[Any, Any] = {"token_losses": kept.losses, "token_kl": kept.kl}
     return found | {
         "texts": tuple(kept.texts[i] for i in rows),
         "token_base": tuple(kept.base[i] for i in rows),
-        "token_losses": {n: tuple(of[i] for i in rows) for n, of in kept.losses.items()},
-        "token_kl": {n: tuple(of[i] for i in rows) for n, of in kept.kl.items()},
+        **{
+            field: {_key(*at): tuple(of[i] for i in rows) for at, of in values.items()}
+            for field, values in of_points.items()
+        },
     }
+
+
+def _key(direction: str, place: int) -> str:
+    """What files call a point of the grid: no two agree, as what follows the last space is it."""
+    return f"{direction} {place}"
 
 
 def _check_names(*sets: Iterable[str]) -> None:

@@ -173,7 +173,7 @@ def log_odds(
     """
     if not pairs:
         raise ValueError("log_odds needs pairs; there are none")
-    named = conditions_of(model, conditions)
+    named = {str(name): one for name, one in conditions_of(model, conditions).items()}
     conversations = [
         pair.conversation(side, system) for side in ("aligned", "misaligned") for pair in pairs
     ]

@@ -370,7 +370,7 @@ class Monitor:
         )
 
     def _repr_html_(self) -> str:
-        table = self.table().to_html(index=False, float_format="%.3f", escape=True)
+        table = self.table().to_html(index=False, float_format="%.3f", na_rep="", escape=True)
         return f"<p><b>{escape(repr(self))}</b></p>{table}"
 
     @property

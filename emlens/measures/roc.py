@@ -53,7 +53,7 @@ class Roc(Result):
             {"held-out": (self.false_alarms, self.hits)},
             x_label="false alarms [share of aligned]",
             y_label="hits [share of misaligned]",
-            title=f"AUROC {self.auroc:.3f} [{self.low:.3f}, {self.high:.3f}]",
+            title=f"AUROC {Interval(self.auroc, self.low, self.high):.3f}",
             colours={"held-out": COLOURS["general"]},
             ax=ax,
         )
@@ -80,10 +80,14 @@ def auroc_interval(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """AUROC with its percentile bootstrap interval, resampling groups (prompts)."""
+    """AUROC with its percentile bootstrap interval, resampling groups (prompts).
+
+    Where all of a class come from one group, nothing is known of its spread: the ends are NaN.
+    """
     estimate = auroc(scores, truth)
-    n_groups = int(groups.max()) + 1
-    if n_groups < 2 or not np.isfinite(estimate):
+    known, groups = np.unique(groups, return_inverse=True)
+    n_groups = len(known)
+    if min(len(np.unique(groups[side])) for side in (truth, ~truth)) < 2:
         return Interval(estimate, float("nan"), float("nan"))
     _, place = np.unique(scores, return_inverse=True)
     levels = int(place.max()) + 1

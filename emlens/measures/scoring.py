@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads, shared
 from emlens.hooked import (
     BaseLogProbs,
-    Conditions,
+    ConditionLike,
     HookedModel,
     Targets,
     condition_of,
@@ -24,6 +25,8 @@ from emlens.hooked import (
     token_scores,
 )
 from emlens.text import Corpus, TokenBatch, TokenMask, tokenize_documents
+
+K = TypeVar("K", bound=Hashable)
 
 LOG_PROB_BUDGET = 512 * 2**20
 """Bytes that one batch's base log-probabilities may take while its conditions are scored."""
@@ -48,8 +51,8 @@ class TokenValues:
     texts: dict[int, tuple[str, ...]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     base: Rows = field(default_factory=dict)
-    losses: dict[str, Rows] = field(default_factory=dict)
-    kl: dict[str, Rows] = field(default_factory=dict)
+    losses: dict[Hashable, Rows] = field(default_factory=dict)
+    kl: dict[Hashable, Rows] = field(default_factory=dict)
 
     def note(self, model: HookedModel, batch: TokenBatch) -> None:
         """Keep the tokens of a batch as text."""
@@ -95,51 +98,51 @@ def by_place(batch: TokenBatch, targets: Targets, values: Tensor) -> Rows:
 def row_losses(
     model: HookedModel,
     batches: Sequence[TokenBatch],
-    conditions: Conditions,
+    conditions: Mapping[K, ConditionLike],
     *,
     tokens: TokenMask = "response",
     progress: bool = False,
     description: str = "losses",
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+) -> tuple[dict[K, np.ndarray], np.ndarray]:
     """Return summed loss in nats per row and condition, and the counted tokens per row.
 
     Raises:
         ValueError: If a row has no counted token, or a loss is not finite (row named).
     """
-    n_rows, conditions = sum(len(batch) for batch in batches), conditions_of(model, conditions)
+    n_rows, named = sum(len(batch) for batch in batches), conditions_of(model, conditions)
 
     def score(batches: Sequence[TokenBatch]) -> np.ndarray:
-        table = np.zeros((1 + len(conditions), n_rows))
-        counts, sums = table[0], dict(zip(conditions, table[1:], strict=True))
-        with _bar(batches, conditions, progress, description) as bar:
+        table = np.zeros((1 + len(named), n_rows))
+        counts, sums = table[0], dict(zip(named, table[1:], strict=True))
+        with _bar(batches, named, progress, description) as bar:
             for batch in batches:
                 at = list(batch.index)
                 targets = Targets.of(batch.to(model.device), tokens)
                 counts[at] = targets.counts(len(batch)).cpu().numpy()
                 _check_counted(counts[at], batch)
-                for name, hidden, head in sweep(model, batch, conditions):
+                for name, hidden, head in sweep(model, batch, named):
                     losses = token_losses(head, targets.predictors(hidden), targets.ids)
                     sums[name][at] = targets.per_row(losses, len(batch)).cpu().numpy()
                     _check_finite(sums[name][at], batch, name)
                     bar.update(batch.n_tokens)
         return table
 
-    what = f"{description} on {tokens} tokens under {_listed(conditions)}"
+    what = f"{description} on {tokens} tokens under {_listed(named)}"
     table = reduce(np.add, shared(model, batches, score, what))
-    return dict(zip(conditions, table[1:], strict=True)), table[0]
+    return dict(zip(named, table[1:], strict=True)), table[0]
 
 
 @torch.no_grad()
 def row_influence(
     model: HookedModel,
     batches: Sequence[TokenBatch],
-    conditions: Conditions,
+    conditions: Mapping[K, ConditionLike],
     *,
     tokens: TokenMask = "all",
     progress: bool = False,
     description: str = "influence",
     keep: TokenValues | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray]:
+) -> tuple[dict[K, np.ndarray], dict[K, np.ndarray], np.ndarray, np.ndarray]:
     """Return per row and condition the summed loss, and KL against the condition `[]`.
 
     Rows without a predicted token count zero everywhere. What is given as `keep` is filled with
@@ -150,7 +153,8 @@ def row_influence(
         and counted tokens, each `[rows]`.
     """
     n_rows, n = sum(len(batch) for batch in batches), len(conditions)
-    measured = {"": condition_of(model, [])}
+    # the base comes first, under a name that nothing else can have
+    measured: dict = {object(): condition_of(model, [])}
     measured |= conditions_of(model, conditions) if conditions else {}
 
     def score(batches: Sequence[TokenBatch]) -> tuple[np.ndarray, TokenValues | None]:
@@ -193,11 +197,11 @@ def row_influence(
     return losses, dict(zip(conditions, table[2 + n :], strict=True)), table[1], table[0]
 
 
-def _listed(conditions: Conditions) -> str:
+def _listed(conditions: Mapping) -> str:
     return ", ".join(map(repr, conditions))
 
 
-def _bar(batches: Sequence[TokenBatch], conditions: Conditions, progress: bool, description: str):
+def _bar(batches: Sequence[TokenBatch], conditions: Mapping, progress: bool, description: str):
     total = sum(batch.n_tokens for batch in batches) * len(conditions)
     return tqdm(total=total, desc=description, unit="tok", disable=not (progress and leads()))
 
@@ -208,7 +212,7 @@ def _check_counted(counts: np.ndarray, batch: TokenBatch) -> None:
         raise ValueError(f"{name} has no token to score; leave it out or choose another mask")
 
 
-def _check_finite(values: np.ndarray, batch: TokenBatch, condition: str) -> None:
+def _check_finite(values: np.ndarray, batch: TokenBatch, condition: Hashable) -> None:
     if not np.isfinite(values).all():
         name = batch.names[int(np.flatnonzero(~np.isfinite(values))[0])]
         raise ValueError(

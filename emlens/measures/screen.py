@@ -123,10 +123,9 @@ class Screen(Result):
         return ax
 
     def __repr__(self) -> str:
-        shift = self.shift
         return (
             f"Screen({self.source}: {self.n} examples against {self.reference}, expected shift "
-            f"{shift.estimate:+.4f} [{shift.low:+.4f}, {shift.high:+.4f}] {self.unit}, "
+            f"{self.shift:+.4f} {self.unit}, "
             f"{self.n_flagged} flagged above {self.threshold:.4f})"
         )
 

@@ -64,9 +64,10 @@ def read_solutions(
         found[name] = condition_of(model, Add(value))
     acting = model.enclosing_adapters
     if acting and any(kind_of(one) == "adapter" for one in found.values()):
+        named = "+".join(map(str, acting))
         raise ValueError(
-            f"adapter {'+'.join(map(str, acting))!r} is in force, so there is no base to compare adapters "
-            "with; put the call into `with model.adapter(None):`"
+            f"adapter {named!r} is in force, so there is no base to compare adapters with; put "
+            "the call into `with model.adapter(None):`"
         )
     return found
 

@@ -164,7 +164,7 @@ class Stability(Result):
         )
 
     def _repr_html_(self) -> str:
-        halves = self.summary().to_html(index=False, float_format="%.3f", escape=True)
+        halves = self.summary().to_html(index=False, float_format="%.3f", na_rep="", escape=True)
         return f"{super()._repr_html_()}{halves}"
 
     def _note(self, direction: str) -> str:
@@ -232,12 +232,12 @@ def stability(
         raise ValueError(f"stability needs at least one noise draw; got seeds={seeds}")
     axes, drawn_from = _axes(noise)
     draws = tuple(range(seed, seed + seeds))
-    conditions: dict[str, Condition] = {}
+    conditions: dict[str | tuple[str, float, int], Condition] = {}
     for name, one in solutions.items():
         conditions[name] = one
         for epsilon in epsilons:
             for draw in draws:
-                conditions[f"{name} {epsilon} {draw}"] = noisy(one, epsilon, draw, axes)
+                conditions[name, epsilon, draw] = noisy(one, epsilon, draw, axes)
     batches = model.batches(conversations, token_budget=token_budget)
     sums, counts = row_losses(
         model,
@@ -257,7 +257,7 @@ def stability(
         base_loss=loss[BASE],
         losses={name: loss[name] for name in solutions},
         perturbed=tuple(
-            tuple(tuple(loss[f"{name} {e} {draw}"] for draw in draws) for e in epsilons)
+            tuple(tuple(loss[name, e, draw] for draw in draws) for e in epsilons)
             for name in solutions
         ),
         kinds={name: kind_of(one) for name, one in solutions.items()},

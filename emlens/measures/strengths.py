@@ -49,21 +49,21 @@ def doses_of(
 
 def added(
     every: Mapping[str, Direction], grid: Mapping[str, Sequence[float]], edit: str
-) -> dict[str, ConditionLike]:
-    """Every direction at every point of the grid."""
+) -> dict[tuple[str, int], ConditionLike]:
+    """Every direction at every point of the grid, by name and place."""
     return {
-        f"{name} {j}": [Ablate(x)] if edit == "ablate" else [Add(x.scaled_to(norm))]
+        (name, j): [Ablate(x)] if edit == "ablate" else [Add(x.scaled_to(norm))]
         for name, x in every.items()
         for j, norm in enumerate(grid[name])
     }
 
 
 def gathered(
-    values: Mapping[str, np.ndarray], points: Mapping[str, int], n: int
+    values: Mapping[tuple[str, int], np.ndarray], points: Mapping[str, int], n: int
 ) -> tuple[tuple[tuple[float, ...], ...], ...]:
     """Per-document values by direction and point; what has one point has it everywhere."""
     return tuple(
-        tuple(tuple(values[f"{name} {min(j, m - 1)}"].tolist()) for j in range(n))
+        tuple(tuple(values[name, min(j, m - 1)].tolist()) for j in range(n))
         for name, m in points.items()
     )
 

@@ -194,8 +194,7 @@ def _between(path: SolutionPaths, page: Path, figures: Path) -> list[str]:
     sweep = path.sweep
     for i, weight in enumerate(sweep.weights):
         cells = [
-            _cell(Interval(*values[i]), "+.3f")
-            for values in (sweep.inside, sweep.outside, sweep.beyond)
+            str(Interval(*values[i])) for values in (sweep.inside, sweep.outside, sweep.beyond)
         ]
         lines.append(f"| {weight:g} | " + " | ".join(cells) + f" | {sweep.norms[i]:.2f} |")
     lines += [
@@ -222,7 +221,7 @@ def _between(path: SolutionPaths, page: Path, figures: Path) -> list[str]:
         ]
         for i, row in enumerate(frame.to_dict("records")):
             cosines = " | ".join(f"{row[f'cosine with {n}']:.2f}" for n in ("general", "narrow"))
-            cells = [_cell(Interval(*side[i]), "+.3f") for side in (drift.inside, drift.outside)]
+            cells = [str(Interval(*side[i])) for side in (drift.inside, drift.outside)]
             lines.append(f"| {drift.steps[i]} | {cosines} | " + " | ".join(cells) + " |")
         lines.append("")
     return lines
@@ -238,13 +237,9 @@ def _table(found: Asymmetries, kind: str, columns) -> list[str]:
         for quantity, _ in columns:
             value = found.of(kind, domain, quantity)
             shown = "+.1f" if quantity == "stability" else "+.3f"
-            cells.append("-" if value is None else _cell(value, shown))
+            cells.append("-" if value is None else f"{value:{shown}}")
         lines.append(f"| {domain} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _cell(value, shown: str) -> str:
-    return f"{value.estimate:{shown}} [{value.low:{shown}}, {value.high:{shown}}]"
 
 
 def _kinds(found: Asymmetries) -> list[str]:

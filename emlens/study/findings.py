@@ -120,9 +120,8 @@ def general_is_more_stable(found: Measured) -> str:
         digits=1,
     )
     return (
-        f"Stability: at epsilon {epsilon:g} noise costs narrow {gap.estimate:+.1f} "
-        f"[{gap.low:+.1f}, {gap.high:+.1f}] percentage points more of its gain than general: "
-        f"{verdict}."
+        f"Stability: at epsilon {epsilon:g} noise costs narrow {gap:+.1f} percentage points more "
+        f"of its gain than general: {verdict}."
     )
 
 
