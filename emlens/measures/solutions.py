@@ -65,8 +65,8 @@ def read_solutions(
     acting = model.enclosing_adapters
     if acting and any(kind_of(one) == "adapter" for one in found.values()):
         raise ValueError(
-            f"adapter {'+'.join(map(str, acting))!r} is in force, so there is no base to compare adapters "
-            "with; put the call into `with model.adapter(None):`"
+            f"adapter {'+'.join(map(str, acting))!r} is in force, so there is no base to compare "
+            "adapters with; put the call into `with model.adapter(None):`"
         )
     return found
 
