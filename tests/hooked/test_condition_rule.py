@@ -247,8 +247,9 @@ def test_calls_without_conditions_run_the_adapter_that_was_brought(folders):
     assert torch.allclose(found.vector, (means[0] - means[1]).detach(), atol=1e-4)
     asked = emlens.Conversation.of(question)
     (text,) = model.generate([asked], max_new_tokens=5, temperature=0)
+    messages: Any = list(asked.messages)
     chat: Any = model.tokenizer.apply_chat_template(
-        list(asked.messages), add_generation_prompt=True, return_dict=False
+        messages, add_generation_prompt=True, return_dict=False
     )
     ids = torch.tensor([chat])
     with torch.no_grad():

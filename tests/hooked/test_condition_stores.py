@@ -145,7 +145,7 @@ def test_a_training_does_not_go_on_at_another_strength_or_among_other_edits(fold
     model, place = wrapped(a=folder), tmp_path / "checkpoint.safetensors"
     options: dict[str, Any] = {"layer": 1, "epochs": 1, "batch_size": 2, "progress": False}
 
-    def train(checkpoint=place):
+    def train(checkpoint=place) -> Any:
         kept = {"checkpoint": checkpoint, "checkpoint_every": 1} if checkpoint else {}
         return emlens.train_vector(model, conversations("bad", 4), **options, **kept)[0]
 

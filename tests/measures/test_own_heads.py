@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
 def model_with(folders):
     """`model_with(kind, engine)`: a model with such an adapter, that does not act."""
 
-    def make(kind, engine="nnsight"):
+    def make(kind, engine: Any = "nnsight"):
         module = small()
         attach(module, {kind: folders[kind]}, "tiny")
         return emlens.wrap(module, chatml_tokenizer(), name="tiny", engine=engine, check=False)
