@@ -226,7 +226,7 @@ def judge(
                     for (row, _), verdict in zip(block, verdicts, strict=True)
                 ]
                 if kept is not None:
-                    done = map(Score.from_dict, kept.add(map(asdict, done)))
+                    done = [Score.from_dict(row) for row in kept.add([asdict(one) for one in done])]
                 found |= {score.key: score for score in done}
                 bar.update(len(block))
     return Scores(tuple(found[key] for key in order), None if kept is None else kept.path)
