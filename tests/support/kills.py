@@ -127,7 +127,7 @@ def _server() -> tuple[subprocess.Popen[str], str]:
         assert server.stdin is not None
         with suppress(OSError):
             server.stdin.close()
-        server.wait(10)
+        server.wait(60)
         log.close()
 
     atexit.register(stop)
