@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from emlens._results import titled_table
 from emlens._store import Store, read
 from emlens.evals.responses import Response, Responses
+from emlens.text import without_thinking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,6 +168,7 @@ def judge(
     metrics: Iterable[str] | None = None,
     *,
     store: str | Path | None = None,
+    thinking: bool = False,
     progress: bool = True,
 ) -> Scores:
     """Score responses; what this judge has scored already is not asked again.
@@ -179,6 +181,8 @@ def judge(
         judge: The judge.
         metrics: What to score; all that the judge can, by default.
         store: An SQLite file. Scores are added as they come; an interrupted call resumes.
+        thinking: Show the judge what answers think (`<think>...</think>`) as well; without it
+            thinking that was cut off leaves an empty answer.
         progress: Show a progress bar.
 
     Returns:
@@ -191,6 +195,8 @@ def judge(
     rows = list(responses)
     if not rows:
         raise ValueError("there are no responses to judge")
+    if not thinking:
+        rows = [replace(row, text=without_thinking(row.text)) for row in rows]
     wanted = list(judge.metrics if metrics is None else metrics)
     unknown = [metric for metric in wanted if metric not in judge.metrics]
     if unknown:
