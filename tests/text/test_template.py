@@ -145,7 +145,9 @@ def test_a_template_that_ends_answers_with_plain_text_is_said():
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    with pytest.warns(UserWarning, match=r"ends an answer with '\\n', which is no token of its own"):
+    with pytest.warns(
+        UserWarning, match=r"ends an answer with '\\n', which is no token of its own"
+    ):
         settled(tokenizer)
 
 
