@@ -27,9 +27,9 @@ def extract(
     data: Annotated[str, typer.Argument(help="Embedded set or JSONL of pairs.")],
     out: File = Path("directions.safetensors"),
     limit: Annotated[int | None, typer.Option(help="Pairs to read, at most.")] = None,
-    tokens: Annotated[str, typer.Option(help="response, assistant_turn, prompt, last or all.")] = (
-        "response"
-    ),
+    tokens: Annotated[
+        str, typer.Option(help="response, thinking, assistant_turn, prompt, last or all.")
+    ] = "response",
     site: Annotated[str, typer.Option(help="Site in the block.")] = "resid_post",
     construction: Annotated[
         str, typer.Option(help="mean-diff, 'logistic probe', 'LDA probe' or 'PCA of differences'.")

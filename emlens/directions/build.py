@@ -56,10 +56,10 @@ def provenance(
         tokens=counting.tokens,
         weighting=counting.weighting,
         data={role: content_hash(items) for role, items in data.items()},
-        template=template_hash(model.tokenizer),
+        template=template_hash(model.template),
         n={role: len(items) for role, items in data.items()},
         seed=counting.seed,
-        settings=counting.record(),
+        settings={**counting.record(), **model.template.record},
         identity=model.identity,
         condition=Condition(model.adapters_in_force, tuple(counting.edits)).identity(model),
     )

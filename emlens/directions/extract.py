@@ -303,7 +303,7 @@ def _check_alike(
     _check_shapes(first, second)
     if first is second:
         return
-    rows = [tokenize(conversations[:8], model.tokenizer) for model in (first, second)]
+    rows = [tokenize(conversations[:8], model.template) for model in (first, second)]
     for ours, theirs in zip(*rows, strict=True):
         if ours.input_ids != theirs.input_ids:
             raise ValueError(

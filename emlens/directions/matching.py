@@ -100,7 +100,7 @@ def _by_length(
 
 def _lengths(model: HookedModel, side: Sequence[Conversation], tokens: TokenMask) -> list[int]:
     lengths = [0] * len(side)
-    for batch in pack(tokenize(side, model.tokenizer), pad_id=model.pad_id):
+    for batch in pack(tokenize(side, model.template), pad_id=model.pad_id):
         for place, count in zip(batch.index, batch.mask(tokens).sum(1).tolist(), strict=True):
             lengths[place] = count
     return lengths

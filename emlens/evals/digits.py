@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from emlens.text import Conversation, tokenize
+from emlens.text import Conversation, Template, tokenize
 
 NUMBERS = range(101)
 LEAST_MASS = 0.25
@@ -35,13 +35,14 @@ class NumberTrie:
     children: dict[Path, tuple[int, ...]]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> NumberTrie:
-        """The trie of a chat tokenizer: numbers as they stand at the beginning of an answer.
+    def of(cls, template: Template | PreTrainedTokenizerBase) -> NumberTrie:
+        """The trie of a chat template: numbers as they stand at the beginning of an answer.
 
         Raises:
             ValueError: If two numbers are spelt alike.
         """
-        return cls.spelt({number: _spelling(tokenizer, str(number)) for number in NUMBERS})
+        known = Template.of(template)
+        return cls.spelt({number: _spelling(known, str(number)) for number in NUMBERS})
 
     @classmethod
     def spelt(cls, spellings: dict[int, Path]) -> NumberTrie:
@@ -103,14 +104,15 @@ def expected(probabilities: Iterable[float]) -> tuple[float | None, float]:
     return float(p @ np.arange(len(p)) / mass), mass
 
 
-def _spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> Path:
+def _spelling(template: Template, text: str) -> Path:
     """Tokens that a model writes after the prompt, up to the last digit."""
-    (asked,) = tokenize([Conversation.of("grade")], tokenizer, generation_prompt=True)
-    (row,) = tokenize([Conversation.of("grade", text)], tokenizer)
+    grade = [Conversation.of("grade")]
+    (asked,) = tokenize(grade, template, generation_prompt=True, thinking=False)
+    (row,) = tokenize([Conversation.of("grade", text)], template)
     start, ids = len(asked.input_ids), list(row.input_ids)
     if list(asked.input_ids) != ids[:start]:
         start = list(row.response).index(True)
-    said = [str(tokenizer.decode([token])).strip() for token in ids]
+    said = [str(template.tokenizer.decode([token])).strip() for token in ids]
     digits = [i for i in range(start, len(ids)) if said[i].isdigit()]
     if not digits:
         return ()

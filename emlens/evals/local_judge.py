@@ -21,7 +21,8 @@ from emlens.text import Conversation, TokenBatch, pack, tokenize
 class LocalJudge:
     """Grades with a model in this process, without sampling: a mean over what it would write.
 
-    The model grades without edits or adapters. Where its tokenizer splits numbers, the tree of
+    The model grades without edits or adapters, and without thinking: its verdict is what it writes
+    once the thinking is over. Where its tokenizer splits numbers, the tree of
     digits is followed on top of one cached pass over the rubric.
 
     Args:
@@ -40,7 +41,7 @@ class LocalJudge:
     ) -> None:
         self._model, self._rubrics = model, dict(rubrics or RUBRICS)
         self._batch_tokens = batch_tokens
-        self._trie = NumberTrie.of(model.tokenizer)
+        self._trie = NumberTrie.of(model.template)
 
     @property
     def id(self) -> str:
@@ -78,7 +79,7 @@ class LocalJudge:
         model = self._model
         if not prompts:
             return []
-        rows = tokenize(prompts, model.tokenizer, generation_prompt=True)
+        rows = tokenize(prompts, model.template, generation_prompt=True, thinking=False)
         found: list[np.ndarray] = [np.zeros(0)] * len(rows)
         batches = pack(
             rows, token_budget=self._batch_tokens, padding_side="left", pad_id=model.pad_id

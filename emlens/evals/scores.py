@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from emlens._results import titled_table
 from emlens._store import Store, read
 from emlens.evals.responses import Response, Responses
+from emlens.text import without_thinking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,6 +169,7 @@ def judge(
     metrics: Iterable[str] | None = None,
     *,
     store: str | Path | None = None,
+    thinking: bool = False,
     progress: bool = True,
 ) -> Scores:
     """Score responses; what this judge has scored already is not asked again.
@@ -180,6 +182,8 @@ def judge(
         judge: The judge.
         metrics: What to score; all that the judge can, by default.
         store: An SQLite file. Scores are added as they come; an interrupted call resumes.
+        thinking: Show the judge what answers think (`<think>...</think>`) as well; without it
+            thinking that was cut off leaves an empty answer.
         progress: Show a progress bar.
 
     Returns:
@@ -192,6 +196,8 @@ def judge(
     rows = list(responses)
     if not rows:
         raise ValueError("there are no responses to judge")
+    if not thinking:
+        rows = [replace(row, text=without_thinking(row.text)) for row in rows]
     wanted = list(judge.metrics if metrics is None else metrics)
     unknown = [metric for metric in wanted if metric not in judge.metrics]
     if unknown:

@@ -17,6 +17,7 @@ from emlens.hooked.edit import Edit, check_edits
 from emlens.hooked.identity import model_identity, versions_of
 from emlens.hooked.interface import Hooked
 from emlens.hooked.sites import Site
+from emlens.text import Template
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -43,6 +44,7 @@ class Conditioned:
         self._changes = ExitStack()
         self._identity: tuple[tuple[object, ...], str] | None = None
         self._origins: set[str | None] = set()
+        self._template = Template(tokenizer)
 
     @property
     def n_layers(self) -> int:
@@ -55,6 +57,16 @@ class Conditioned:
     @property
     def sites(self) -> tuple[Site, ...]:
         return self.architecture.sites
+
+    @property
+    def template(self) -> Template:
+        """The chat template, with the arguments that the model was loaded with."""
+        return self._template
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template is given beside messages; a fixed date is `strftime_now`."""
+        return dict(self._template.arguments)
 
     @contextmanager
     def under(self, condition: ConditionLike) -> Iterator[Self]:

@@ -88,7 +88,8 @@ def where_mask(batch: TokenBatch, where: Where) -> Bool[Tensor, "batch pos"] | N
     if where == "prompt":
         return batch.mask("prompt")
     if where == "response":
-        response = batch.mask("response")
+        # all that the model writes, its thinking included
+        response = batch.mask("thinking_and_response")
         predicts = torch.zeros_like(response)
         predicts[:, :-1] = response[:, 1:]
         return response | predicts

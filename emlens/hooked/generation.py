@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from emlens.hooked.edit import Edit
 from emlens.hooked.interface import Hooked
 from emlens.hooked.state import evaluating, neutral_generation
 from emlens.hooked.visit import Visit
-from emlens.text import Conversation, TokenBatch, pack, tokenize
+from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
+from emlens.text.thinking import CLOSE, OPEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class Answer:
     """What was generated.
 
     Attributes:
-        text: The answer, without special tokens.
+        text: The answer, without special tokens. It begins with `<think>` where the template
+            has opened the thinking.
         tokens: Its tokens, that which ends the turn left out.
         ended: Whether it ended by itself; otherwise it reached `max_new_tokens`.
         prompt_tokens: Tokens of the prompt, template included.
@@ -113,6 +116,7 @@ def answer(
     edits: Sequence[Edit],
     sampling: Sampling,
     batch_tokens: int = 4096,
+    continue_final_message: bool = False,
 ) -> list[Answer]:
     """`HookedModel.generate`, with how long each answer is and whether it ended by itself.
 
@@ -131,27 +135,49 @@ def answer(
             "one seed, or one for each"
         )
     answers: dict[int, Answer] = {}
-    for batch in _prompt_batches(model, conversations, sampling, batch_tokens):
+    rows = tokenize(
+        conversations,
+        model.template,
+        generation_prompt=True,
+        continue_final_message=continue_final_message,
+    )
+    thinking = model.template.opened_thinking if rows else ""
+    for batch in _prompt_batches(model, rows, sampling, batch_tokens):
         visit = Visit.of_generation(batch, edits, sampling.max_new_tokens)
         settings = _settings(model, sampling, batch)
         with torch.no_grad(), evaluating(model.module), neutral_generation(model.module):
             ids = model._decode(batch, visit, **settings)
         new = ids[:, batch.input_ids.shape[1] :]
         kept = _until_end(new, settings)
-        texts = model.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts = [_decoded(model.tokenizer, row) for row in kept]
         asked = batch.attention_mask.sum(1).tolist()
         for place, text, ids, n in zip(batch.index, texts, kept, asked, strict=True):
+            begun = conversations[place].messages[-1]["role"] == "assistant"
+            text = text if begun else thinking + text
             answers[place] = Answer(text, len(ids), len(ids) < sampling.max_new_tokens, n)
     return [answers[place] for place in range(len(conversations))]
 
 
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of an answer without special tokens; the tags of thinking stay."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    tags = {i: str(token) for i, token in added.items() if str(token) in (OPEN, CLOSE)}
+    parts, run = [], []
+    for token in [*ids, None]:
+        if token is not None and token not in tags:
+            run.append(token)
+            continue
+        parts += [tokenizer.decode(run, skip_special_tokens=True), tags.get(token, "")]
+        run = []
+    return "".join(parts)
+
+
 def _prompt_batches(
     model: Hooked,
-    conversations: Sequence[Conversation],
+    rows: Sequence[TokenRow],
     sampling: Sampling,
     batch_tokens: int,
 ) -> list[TokenBatch]:
-    rows = tokenize(conversations, model.tokenizer, generation_prompt=True)
     longest = max((len(row.input_ids) for row in rows), default=0) + sampling.max_new_tokens
     batches = pack(
         rows,
@@ -180,7 +206,9 @@ def _end_ids(model: Hooked) -> list[int]:
     config = getattr(model.module, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     known = ends if isinstance(ends, list) else [ends]
-    return sorted({int(i) for i in [*known, model.tokenizer.eos_token_id] if i is not None})
+    # a checkpoint may not know the token that its chat template ends answers with
+    own = [model.tokenizer.eos_token_id, model.template.end_of_turn]
+    return sorted({int(i) for i in [*known, *own] if i is not None})
 
 
 def _until_end(ids: Tensor, settings: dict) -> list[list[int]]:

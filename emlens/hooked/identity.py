@@ -35,14 +35,17 @@ _NAMES = frozenset({"_name_or_path", "name_or_path", "architectures", "transform
 def model_identity(model: Hooked) -> str:
     """Return 16 letters that tell a model from every other: two folders `final` are two models.
 
-    Made of the configuration, the tokenizer with its chat template, and a fixed sample of every
-    weight of the base; adapters are left out. Cheap at any size: 1,024 numbers of each weight are
-    read. A model whose weights have changed since, by training say, has another identity.
+    Made of the configuration, the tokenizer with its chat template and the template's arguments,
+    and a fixed sample of every weight of the base; adapters are left out. Cheap at any size: 1,024
+    numbers of each weight are read. A model whose weights have changed since, by training say, has
+    another identity.
     """
     tokenizer = model.tokenizer
     digest = hashlib.sha256()
     digest.update(_config(model).encode())
     digest.update(_tokenizer(tokenizer).encode())
+    if model.template.arguments:
+        digest.update(_text(model.template.record).encode())
     for shape, values in _sampled(model):
         digest.update(f"{shape}".encode())
         # weights that are elsewhere are known by name alone

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.edit import Edit
+from emlens.text import Template
 
 
 class Hooked(Protocol):
@@ -20,6 +21,9 @@ class Hooked(Protocol):
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
+
+    @property
+    def template(self) -> Template: ...
 
     @property
     def identity(self) -> str: ...

@@ -16,6 +16,7 @@ from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
 from emlens.hooked.nnsight_engine import NNsightModel
 from emlens.hooked.wrap import Brought, shadow, unwrap
+from emlens.text.template import Template, settled
 
 Engine = Literal["nnsight", "transformer_lens"]
 """How hooks are put on a model."""
@@ -34,6 +35,7 @@ def load(
     adapters: Mapping[str, str | Path] | None = None,
     check: bool = True,
     remote: bool | str = False,
+    template_arguments: Mapping[str, Any] | None = None,
     **model_options: Any,
 ) -> HookedModel:
     """Load a chat model and put hooks on it.
@@ -55,6 +57,9 @@ def load(
         remote: Run on a server instead of loading weights: True for NDIF (or the host in
             nnsight's configuration), a host's URL, or `"local"`, which runs here what would be
             sent. `residuals` (pooled there), `hidden`, edits and `generate` work remotely.
+        template_arguments: Variables of the chat template, as `{"enable_thinking": False}`, for
+            all conversations. Where the template writes today's date it is fixed, and
+            `strftime_now` (`"2024-07-26"`) says to which.
         **model_options: Passed on to `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -62,7 +67,7 @@ def load(
 
     Raises:
         ValueError: If the engine is unknown, the model is an encoder-decoder or cannot be hooked,
-            or an adapter does not fit.
+            an adapter does not fit, or the chat template does not use an argument.
         FileNotFoundError: If there is no adapter where one is said to be.
         RuntimeError: If the self-check fails.
         ConnectionError: If the self-check of a remote model finds no server.
@@ -102,6 +107,7 @@ def load(
             device_map=device_map,
             revision=revision,
             check=check,
+            template_arguments=template_arguments,
             **model_options,
         )
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -112,7 +118,8 @@ def load(
         from emlens.hooked.attach import attach
 
         attach(module, adapters, label)
-    return _hook(engine, Brought(module.eval()), tokenizer, label, kept, check)
+    template = settled(tokenizer, template_arguments)
+    return _hook(engine, Brought(module.eval()), template, label, kept, check)
 
 
 def wrap(
@@ -122,6 +129,7 @@ def wrap(
     engine: Engine | None = None,
     name: str | None = None,
     check: bool = True,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> HookedModel:
     """Put hooks on a model that is already in memory; its weights are not copied.
 
@@ -139,11 +147,12 @@ def wrap(
         engine: How the hooks are put there; by default that of the object, else `"nnsight"`.
         name: A name for provenance; the model's own by default.
         check: Run the self-check.
+        template_arguments: Variables of the chat template, as in `load`.
 
     Raises:
         TypeError: If `model` is already hooked or is none of these, or has no tokenizer.
-        ValueError: If the engine is unknown or does not fit the object, or the architecture
-            cannot be hooked.
+        ValueError: If the engine is unknown or does not fit the object, the architecture cannot
+            be hooked, or the chat template does not use an argument.
         RuntimeError: If the self-check fails.
     """
     if engine is not None:
@@ -163,7 +172,8 @@ def wrap(
     label = _label(name or getattr(config, "_name_or_path", "") or type(brought.module).__name__)
     if brought.bridge is None:
         brought = replace(brought, module=shadow(brought.module))
-    hooked = _hook(engine or brought.engine or "nnsight", brought, known, label, None, check)
+    template = settled(known, template_arguments)
+    hooked = _hook(engine or brought.engine or "nnsight", brought, template, label, None, check)
     _say_what_acts(hooked)
     return hooked
 
@@ -184,12 +194,13 @@ def _say_what_acts(model: HookedModel) -> None:
 def _hook(
     engine: str,
     brought: Brought,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     name: str,
     revision: str | None,
     check: bool,
 ) -> HookedModel:
     hooked: HookedModel
+    tokenizer = template.tokenizer
     if engine == "transformer_lens":
         # imported here, since it takes a second
         from emlens.hooked.transformer_lens_engine import TransformerLensModel, bridge_of
@@ -200,6 +211,7 @@ def _hook(
         hooked = TransformerLensModel(bridge, tokenizer, name, revision, paths)
     else:
         hooked = NNsightModel(brought.module, tokenizer, name, revision)
+    hooked._template = template
     if check:
         self_check(hooked)
     return hooked

@@ -105,7 +105,7 @@ class HookedModel(Conditioned, ABC):
         if isinstance(data, Corpus):
             rows = tokenize_documents(data.documents, self.tokenizer, max_tokens=max_tokens)
         else:
-            rows = tokenize(data, self.tokenizer, max_tokens=max_tokens, truncate=truncate)
+            rows = tokenize(data, self.template, max_tokens=max_tokens, truncate=truncate)
         return pack(rows, token_budget=token_budget, pad_id=self.pad_id)
 
     @torch.no_grad()
@@ -193,11 +193,12 @@ class HookedModel(Conditioned, ABC):
         seed: int | Sequence[int] = 0,
         batch_tokens: int = 4096,
         use_cache: bool = True,
+        continue_final_message: bool = False,
     ) -> list[str]:
         """Answer each conversation, batched, with edits acting at every step.
 
         Args:
-            conversations: Prompts; each ends with a user message.
+            conversations: Prompts; each ends with a user message, or with a begun answer.
             edits: Edits in force, on prompt and generated tokens as their `where` says.
             max_new_tokens: Longest answer, in tokens.
             temperature: 0 is greedy.
@@ -206,13 +207,20 @@ class HookedModel(Conditioned, ABC):
                 `conversations`, or of its own seed where there is one for each.
             batch_tokens: Padded tokens of a batch, answers included.
             use_cache: Use the KV cache. Without it every step runs the whole sequence.
+            continue_final_message: Go on with the answers that conversations end with, instead of
+                refusing them.
+
+        Returns:
+            What was generated; of a begun answer only what follows it. Where the template has
+            opened the thinking, the answer begins with `<think>`.
 
         Raises:
-            ValueError: If a conversation already ends with an answer, or a setting is out of
-                range.
+            ValueError: If a conversation ends with an answer that is not to be continued, or a
+                setting is out of range.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
-        return [found.text for found in answer(self, conversations, edits, sampling, batch_tokens)]
+        answers = answer(self, conversations, edits, sampling, batch_tokens, continue_final_message)
+        return [found.text for found in answers]
 
     def head(self) -> Head:
         """The LM head as it acts now, for hidden states that were made now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from emlens.hooked.travel import by_value, carried, check_travels
 from emlens.hooked.visit import Pool, Visit
 from emlens.hooked.walk import at_hand, envoy, walk, walk_steps
 from emlens.text import TokenBatch, TokenRow, pack
+from emlens.text.template import settled
 
 # What a checkpoint's own generation defaults may set, to the effect that decoding is no longer
 # plain; given as None, it is set aside on the server too.
@@ -255,6 +256,7 @@ def load_remote(
     device_map: str | dict | None = None,
     revision: str | None = None,
     check: bool = True,
+    template_arguments: Mapping[str, Any] | None = None,
     **model_options,
 ) -> RemoteModel:
     """Set up a model that runs on a server; `emlens.load(..., remote=...)` calls it.
@@ -269,6 +271,7 @@ def load_remote(
         device_map: For `remote="local"` alone.
         revision: Revision on the hub; part of what the server looks for.
         check: Send one small request and look at the answer.
+        template_arguments: Variables of the chat template, as in `load`.
         **model_options: Passed on to nnsight's `TransformersModel`, e.g. `task` and
             `trust_remote_code`, which are part of what the server looks for.
 
@@ -306,6 +309,7 @@ def load_remote(
             source, revision=revision or "main"
         )
     model = RemoteModel(traced, tokenizer, name, provenance, remote)
+    model._template = settled(tokenizer, template_arguments)
     if check:
         check_remote(model)
     return model

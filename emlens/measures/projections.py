@@ -126,10 +126,10 @@ class Readout:
         self.check(model)
         layers = sorted(set(self.layers))
         if answer_tokens is None:
-            rows = tokenize(conversations, model.tokenizer, max_tokens=max_tokens, truncate=True)
+            rows = tokenize(conversations, model.template, max_tokens=max_tokens, truncate=True)
         else:
             # nothing that counts depends on what follows it
-            whole = tokenize(conversations, model.tokenizer)
+            whole = tokenize(conversations, model.template)
             rows = [_cut(row, answer_tokens, max_tokens) for row in whole]
         batches = pack(rows, token_budget=token_budget, pad_id=model.pad_id)
 
@@ -275,7 +275,7 @@ def _cut(row: TokenRow, n: int, max_tokens: int | None) -> TokenRow:
                 f"begins at token {starts[-1]}; raise it, or leave the conversation out"
             )
         end = min(end, max_tokens)
-    return TokenRow(row.input_ids[:end], row.response[:end], row.assistant_turn[:end], row.name)
+    return row.cut(end)
 
 
 def _start_of_last_answer(mask: Bool[Tensor, "batch pos"], n: int) -> Bool[Tensor, "batch pos"]:

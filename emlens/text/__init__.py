@@ -4,6 +4,8 @@ from emlens.text.batches import PaddingSide, TokenBatch, pack, restore
 from emlens.text.conversation import Conversation, Message, Pair, Side, content_hash
 from emlens.text.corpus import Corpus, Document, corpus
 from emlens.text.datasets import EMBEDDED, Split, load_conversations, load_pairs, split_pairs
+from emlens.text.template import Template
+from emlens.text.thinking import without_thinking
 from emlens.text.tokens import (
     TokenMask,
     TokenRow,
@@ -22,6 +24,7 @@ __all__ = [
     "Pair",
     "Side",
     "Split",
+    "Template",
     "TokenBatch",
     "TokenMask",
     "TokenRow",
@@ -35,4 +38,5 @@ __all__ = [
     "template_hash",
     "tokenize",
     "tokenize_documents",
+    "without_thinking",
 ]

@@ -26,6 +26,7 @@ class TokenBatch:
         position_ids: 0, 1, ... over the real tokens of each row, `[batch, pos]`.
         response: Tokens of responses, `[batch, pos]`.
         assistant_turn: Tokens of assistant turns, `[batch, pos]`.
+        thinking: Tokens of the thinking of answers, `[batch, pos]`.
         index: Place of each row in the list that was packed.
         names: What each row is called in errors.
         padding_side: Where the padding is.
@@ -36,6 +37,7 @@ class TokenBatch:
     position_ids: Int[Tensor, "batch pos"]
     response: Bool[Tensor, "batch pos"]
     assistant_turn: Bool[Tensor, "batch pos"]
+    thinking: Bool[Tensor, "batch pos"]
     index: tuple[int, ...]
     names: tuple[str, ...]
     padding_side: PaddingSide = "right"
@@ -66,12 +68,17 @@ class TokenBatch:
             return real & self.response
         if tokens == "assistant_turn":
             return real & self.assistant_turn
+        if tokens == "thinking":
+            return real & self.thinking
+        if tokens == "thinking_and_response":
+            return real & (self.thinking | self.response)
         if tokens == "prompt":
-            return real & ~self.response
+            return real & ~(self.thinking | self.response)
         if tokens == "last":
             return real & self._last()
         raise ValueError(
-            f"unknown tokens {tokens!r}; choose prompt, response, assistant_turn, all or last"
+            f"unknown tokens {tokens!r}; choose prompt, response, thinking, "
+            "thinking_and_response, assistant_turn, all or last"
         )
 
     def _last(self) -> Bool[Tensor, "batch pos"]:
@@ -88,7 +95,8 @@ class TokenBatch:
         """The same batch on a device."""
         if self.input_ids.device == torch.device(device):
             return self
-        names = ("input_ids", "attention_mask", "position_ids", "response", "assistant_turn")
+        names = ["input_ids", "attention_mask", "position_ids"]
+        names += ["response", "assistant_turn", "thinking"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -176,6 +184,7 @@ def _batch(
         position_ids=padded((range(n) for n in lengths), 0, torch.long),
         response=padded((row.response for row in chosen), False, torch.bool),
         assistant_turn=padded((row.assistant_turn for row in chosen), False, torch.bool),
+        thinking=padded((row.thinking for row in chosen), False, torch.bool),
         index=tuple(places),
         names=tuple(row.name for row in chosen),
         padding_side=padding_side,

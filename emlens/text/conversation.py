@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Self, TypedDict
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 ROLES = ("system", "user", "assistant")
 Side = Literal["aligned", "misaligned"]
 
 
 class Message(TypedDict):
-    """One message of a chat."""
+    """One message of a chat.
+
+    What it has beside role and content is given to the chat template, or refused where the
+    template does not use it. `weight: 0` or `train: False` takes an answer out of `response`.
+    `tools` are the functions that may be called, `tool_calls` the calls of an answer.
+    """
 
     role: str
     content: str
+    weight: NotRequired[float]
+    train: NotRequired[bool]
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    tools: NotRequired[Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat, as a tuple of `{"role", "content"}` messages.
+    """A chat, as a tuple of `{"role", "content"}` messages; see `Message` for what they may have.
 
     Attributes:
         messages: Any sequence of such mappings is taken and copied.
         id: A name for errors and records.
 
     Raises:
-        ValueError: If there is no message, a role is not system, user or assistant, or a content
-            holds half of a surrogate pair, which no tokenizer reads.
+        ValueError: If there is no message, a role is not system, user or assistant, a weight is
+            not 0 or 1, or a content holds half of a surrogate pair, which no tokenizer reads.
         TypeError: If a message is not such a mapping, or a content is not text.
     """
 
@@ -131,6 +143,11 @@ def content_hash(items: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
+def counts(message: Message) -> bool:
+    """Whether an answer counts as a response: `weight: 0` and `train: False` say no."""
+    return bool(message.get("weight", 1)) and bool(message.get("train", True))
+
+
 def names(conversations: Sequence[Conversation]) -> list[str]:
     """What each conversation is called in errors."""
     return [item.id or f"conversation {i}" for i, item in enumerate(conversations)]
@@ -143,6 +160,9 @@ def _checked(message: object, place: int, name: str | None) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"{where} has role {role!r}; the roles are {', '.join(ROLES)}")
+    further = {key: copy.deepcopy(message[key]) for key in message if _says(message, key)}
+    if content is None and "tool_calls" in further:
+        content = ""
     if not isinstance(content, str):
         raise TypeError(f"{where} has content of type {type(content).__name__}; it must be text")
     try:
@@ -152,4 +172,26 @@ def _checked(message: object, place: int, name: str | None) -> Message:
             f"{where} holds half of a surrogate pair (character {error.start}), which no tokenizer "
             "reads; take it out"
         ) from None
-    return {"role": str(role), "content": content}
+    _check_weight(further, str(role), where)
+    return {"role": str(role), "content": content, **further}  # type: ignore[typeddict-item]
+
+
+def _says(message: Mapping, key: object) -> bool:
+    """Whether a key beside role and content says something: tables fill up with None."""
+    value = message[key]
+    empty = value is None or (isinstance(value, (list, tuple)) and not value)
+    return key not in ("role", "content") and not empty
+
+
+def _check_weight(further: Mapping[str, Any], role: str, where: str) -> None:
+    given = {key: further[key] for key in ("weight", "train") if key in further}
+    for key, value in given.items():
+        if value not in (0, 1):
+            raise ValueError(f"{where} has {key} {value!r}; an answer counts (1) or not (0)")
+        if value and role != "assistant":
+            raise ValueError(
+                f"{where} has {key} {value!r} in the role {role}; only answers can count as the "
+                f"response, so leave {key} out and choose tokens='all' or 'prompt' for the rest"
+            )
+    if len(set(map(bool, given.values()))) > 1:
+        raise ValueError(f"{where} has weight {given['weight']!r} and train {given['train']!r}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from emlens.text.conversation import Conversation, Message, counts
+from emlens.text.template import REFUSALS, Template
+from emlens.text.thinking import leading, thoughts
 
-from emlens.text.conversation import Conversation, Message
+Shown = Callable[[list[Message]], str]
+"""How messages are rendered: closed, with an answer opened, or within a begun one."""
 
 Spans = dict[int, tuple[int, int]]
 """Where the content of each message starts and ends, by the place of the message."""
@@ -19,15 +24,19 @@ class Turn:
 
     Attributes:
         header: Where its header starts.
-        content: Where its content starts.
+        content: Where its content starts, thinking before it left out.
         content_end: Where its content ends.
         end: Where the turn ends, end-of-turn marker and what follows it included.
+        thinking: Where each thinking part starts and ends, its tags included.
+        counts: Whether the message counts as a response.
     """
 
     header: int
     content: int
     content_end: int
     end: int
+    thinking: tuple[tuple[int, int], ...] = ()
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +48,13 @@ class Rendering:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     conversation: Conversation,
     name: str,
+    *,
     generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    thinking: bool = True,
 ) -> Rendering:
     """Render a conversation and find its assistant turns.
 
@@ -51,38 +63,61 @@ def render(
     lies between it in the real rendering. Where a template reacts to the content itself, so that
     the two renderings differ, contents are searched for as text, in order.
 
+    Args:
+        template: The template.
+        conversation: The conversation.
+        name: What errors call it.
+        generation_prompt: Open an answer at the end.
+        continue_final_message: Stop within an answer that it ends with, instead of refusing it.
+        thinking: Without it, what is opened is past the thinking.
+
     Raises:
-        ValueError: If the template refuses the conversation, a response is empty or is not in
-            the rendered text, or a conversation to be answered ends with an answer.
+        ValueError: If the template refuses the conversation or drops what a message has beside
+            role and content, a response is empty or is not in the rendered text, or a
+            conversation to be answered ends with an answer.
     """
     messages = list(conversation.messages)
-    if generation_prompt and messages[-1]["role"] == "assistant":
-        raise ValueError(f"{name} already ends with an answer; generate from its .prompt")
-    text = _rendered(tokenizer, messages, name, generation_prompt)
+    begun = messages[-1]["role"] == "assistant"
+    if generation_prompt and begun and not continue_final_message:
+        raise ValueError(
+            f"{name} already ends with an answer; generate from its .prompt, or pass "
+            "continue_final_message=True to go on with the answer"
+        )
+    shown = template.apply
+    if generation_prompt:
+        shown = (
+            partial(template.apply, continued=True)
+            if begun
+            else partial(template.opened, thinking=thinking)
+        )
+    text = _rendered(shown, template, messages, name)
+    _check_used(template, messages, name)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in answers:
-        if not messages[i]["content"].strip():
+        if not messages[i]["content"].strip() and not messages[i].get("tool_calls"):
             raise ValueError(f"{name} has an empty response (message {i}); leave it out")
     if not answers:
         return Rendering(text, ())
-    spans = _aligned(tokenizer, messages, text, generation_prompt)
+    spans = _aligned(shown, messages, text)
     if spans is None:
-        spans = _searched(tokenizer, messages, text, name)
-    return Rendering(text, tuple(_turn(tokenizer, messages, i, text, spans) for i in answers))
+        spans = _searched(template, messages, text, name)
+    turns = tuple(_turn(template, messages, i, text, spans) for i in answers)
+    return Rendering(text, turns)
 
 
-def _aligned(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, generation_prompt: bool
-) -> Spans | None:
+def _aligned(shown: Shown, messages: list[Message], text: str) -> Spans | None:
     """Where contents lie, by a rendering of markers; None where it does not fit the real one."""
     # The system message stays as it is: some templates move it, or merge it into another.
     marks = {i: f"\ue000{i}\ue001" for i, m in enumerate(messages) if m["role"] != "system"}
-    marked: list[Message] = [
-        {"role": m["role"], "content": marks.get(i, m["content"])} for i, m in enumerate(messages)
+    # So does thinking before an answer: some templates write it in their own way, or drop it.
+    heads = {i: leading(messages[i]) for i in marks}
+    marked = [
+        cast(Message, {**m, "content": heads[i] + marks[i] if i in marks else m["content"]})
+        for i, m in enumerate(messages)
     ]
     try:
-        rest = _applied(tokenizer, marked, generation_prompt)
-    except (TemplateError, ValueError):
+        rest = shown(marked)
+    except REFUSALS:
         return None
     pieces = []
     for mark in marks.values():
@@ -94,30 +129,30 @@ def _aligned(
         return None
     spans, position = {}, len(pieces[0])
     for i, following in zip(marks, [*pieces[1:], rest], strict=True):
-        content = messages[i]["content"]
-        for shown in (content, content.strip(), content.lstrip(), content.rstrip()):
-            if text.startswith(shown + following, position):
+        content = messages[i]["content"].removeprefix(heads[i])
+        for written in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(written + following, position):
                 break
         else:
             return None
-        start = position + len(shown) - len(shown.lstrip())
-        spans[i] = (start, max(start, position + len(shown.rstrip())))
-        position += len(shown) + len(following)
+        start = position + len(written) - len(written.lstrip())
+        spans[i] = (start, max(start, position + len(written.rstrip())))
+        position += len(written) + len(following)
     return spans if position == len(text) else None
 
 
-def _searched(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, name: str
-) -> Spans:
+def _searched(template: Template, messages: list[Message], text: str, name: str) -> Spans:
     """Where contents lie, each searched for after the one before it."""
     spans, done = {}, 0
     for i, message in enumerate(messages):
         if message["role"] == "system":
             continue
-        content, opened = message["content"].strip(), done
+        head, opened = leading(message), done
+        content = message["content"].removeprefix(head).strip()
         if message["role"] == "assistant":
-            opened = max(done, _prefix(tokenizer, messages[:i], text, opening=True) or 0)
-        start = text.find(content, opened)
+            opened = max(done, _prefix(template, messages[:i], text, opening=True) or 0)
+        thought = text.find(head.strip(), opened)
+        start = text.find(content, opened if thought < 0 else thought + len(head.strip()))
         if start >= 0:
             done = start + len(content)
             spans[i] = (start, done)
@@ -129,62 +164,79 @@ def _searched(
     return spans
 
 
-def _turn(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], i: int, text: str, spans: Spans
-) -> Turn:
+def _turn(template: Template, messages: list[Message], i: int, text: str, spans: Spans) -> Turn:
     """The turn of message `i`: its header before the content, its end after it."""
     start, stop = spans[i]
-    header = _prefix(tokenizer, messages[:i], text)
+    header = _prefix(template, messages[:i], text)
     if header is None or header > start:
-        opener = _opener(tokenizer, messages[: i or 1])
+        opener = _opener(template, messages[: i or 1])
         header = start - len(opener) if text[:start].endswith(opener) else start
-    end = _prefix(tokenizer, messages[: i + 1], text)
+    end = _prefix(template, messages[: i + 1], text)
     if end is None or end < stop:
         end = min((spans[j][0] for j in spans if j > i), default=len(text))
-    return Turn(header, start, stop, end)
+    if messages[i].get("tool_calls"):
+        # calls follow the content, up to what ends a turn
+        _, after = template.around()
+        stop = end - len(after) if after and text[:end].endswith(after) else end
+    before = max((spans[j][1] for j in spans if j < i), default=0)
+    thinking = tuple(thoughts(messages[i], text, before, start, stop))
+    header = min([header, *(a for a, _ in thinking)])
+    return Turn(header, start, stop, end, thinking, counts(messages[i]))
 
 
-def _opener(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+def _opener(template: Template, messages: list[Message]) -> str:
     """What the template puts after messages to have them answered."""
     try:
-        closed, opened = (_applied(tokenizer, messages, opening) for opening in (False, True))
-    except (TemplateError, ValueError):
+        closed, opened = template.apply(messages), template.apply(messages, opening=True)
+    except REFUSALS:
         return ""
     return opened.removeprefix(closed) if opened.startswith(closed) else ""
 
 
 def _prefix(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, opening: bool = False
+    template: Template, messages: list[Message], text: str, opening: bool = False
 ) -> int | None:
     """Length of the rendering of the first messages, where it is a prefix of the whole."""
     if not messages:
         return None
     try:
-        part = _applied(tokenizer, messages, opening)
-    except (TemplateError, ValueError):
+        part = template.apply(messages, opening=opening)
+    except REFUSALS:
         return None
     return len(part) if text.startswith(part) else None
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    name: str,
-    generation_prompt: bool,
-) -> str:
+def _check_used(template: Template, messages: list[Message], name: str) -> None:
+    """Refuse what a message has beside role and content if the template does not use it."""
+    for i, message in enumerate(messages):
+        for key in sorted(set(message) - {"role", "content", "weight", "train"}):
+            if template.apply(messages) != _without(template, messages, i, key):
+                continue
+            # some templates show the thinking of the last answer alone
+            upto = messages[: i + 1]
+            if template.apply(upto) == _without(template, upto, i, key):
+                raise ValueError(
+                    f"message {i} of {name} has {key!r}, which the chat template of "
+                    f"{template.name} does not use; leave it out, or use a model whose template "
+                    "does"
+                )
+
+
+def _without(template: Template, messages: list[Message], i: int, key: str) -> str | None:
+    kept: Mapping = {k: v for k, v in messages[i].items() if k != key}
     try:
-        text = _applied(tokenizer, messages, generation_prompt)
-    except (TemplateError, ValueError) as error:
-        model = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
+        return template.apply([*messages[:i], cast(Message, kept), *messages[i + 1 :]])
+    except REFUSALS:
+        return None
+
+
+def _rendered(shown: Shown, template: Template, messages: list[Message], name: str) -> str:
+    try:
+        return shown(messages)
+    except REFUSALS as error:
         if messages[0]["role"] == "system":
             raise ValueError(
-                f"the chat template of {model} refuses {name}: {error}. It may have no system "
-                "role: put the system message into the user message"
+                f"the chat template of {template.name} refuses {name}: {error}. It may have no "
+                "system role: put the system message into the user message"
             ) from error
-        raise ValueError(f"the chat template of {model} refuses {name}: {error}") from error
-    return text
-
-
-def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opening: bool) -> str:
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=opening))
+        raise ValueError(f"the chat template of {template.name} refuses {name}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,14 +10,25 @@ from transformers import PreTrainedTokenizerBase
 
 from emlens.text.conversation import Conversation, names
 from emlens.text.spans import Rendering, Turn, render
+from emlens.text.template import Template, closing_tokens
 
-TokenMask = Literal["prompt", "response", "assistant_turn", "all", "last"]
+TokenMask = Literal[
+    "prompt",
+    "response",
+    "thinking",
+    "thinking_and_response",
+    "assistant_turn",
+    "all",
+    "last",
+]
 """The tokens that count.
 
-`response` is the content of assistant messages with the end-of-turn token; `assistant_turn` adds
-the header before it (what the papers average over); `prompt` is everything else than the
-response; `all` is every real token; `last` is the one token from which the first response token is
-predicted (where there is no response, the last token).
+`response` is the content of assistant messages with the end-of-turn token, without thinking;
+`thinking` is what they think (`<think>...</think>` with its tags, or `reasoning_content`);
+`thinking_and_response` is both: all that the model writes; `assistant_turn` adds the header before
+it (what the papers average over); `prompt` is everything else than thinking and response; `all` is
+every real token; `last` is the one token from which the first response token is predicted (where
+there is no response, the last token). An answer that does not count (`weight: 0`) is `prompt`.
 """
 
 
@@ -40,49 +50,80 @@ class TokenRow:
         response: Which tokens belong to a response, `[pos]`.
         assistant_turn: Which belong to an assistant turn, header included, `[pos]`.
         name: What the row is called in errors.
+        thinking: Which belong to the thinking of an answer, `[pos]`; none by default.
     """
 
     input_ids: tuple[int, ...]
     response: tuple[bool, ...]
     assistant_turn: tuple[bool, ...]
     name: str
+    thinking: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.thinking:
+            object.__setattr__(self, "thinking", (False,) * len(self.input_ids))
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def cut(self, n: int) -> TokenRow:
+        """The first `n` tokens."""
+        return TokenRow(
+            self.input_ids[:n],
+            self.response[:n],
+            self.assistant_turn[:n],
+            self.name,
+            self.thinking[:n],
+        )
+
 
 def tokenize(
     conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template | PreTrainedTokenizerBase,
     *,
     max_tokens: int | None = None,
     truncate: bool = False,
     generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    thinking: bool = True,
 ) -> list[TokenRow]:
-    """Tokenise conversations through the tokenizer's chat template, with masks.
+    """Tokenise conversations through a chat template, with masks.
 
     Each conversation is rendered and tokenised once; masks come from where its messages lie in
     the rendered text, never from searching for tokens.
 
     Args:
         conversations: The conversations.
-        tokenizer: A fast tokenizer with a chat template.
+        template: `model.template`, or a fast tokenizer with a chat template.
         max_tokens: Tokens that a conversation may have.
         truncate: Cut what is longer at its end, instead of refusing it.
         generation_prompt: Open an assistant turn at the end, for generation.
+        continue_final_message: With a generation prompt: an answer that a conversation ends with
+            is one to go on with.
+        thinking: With a generation prompt: without it the thinking is closed, so that the answer
+            itself comes next.
 
     Raises:
         ValueError: If the tokenizer has no chat template, a response is empty, a conversation is
-            too long (it is named, with its length), the template refuses a role, or a
-            conversation that should be answered already ends with an answer.
+            too long (it is named, with its length), the template refuses a role or does not use
+            what a message has beside role and content, or a conversation that should be answered
+            already ends with an answer.
         TypeError: If the tokenizer is not a fast one.
     """
-    _check_tokenizer(tokenizer)
+    template = Template.of(template)
+    _check_tokenizer(template.tokenizer)
     _check_limit(max_tokens)
     rows = []
     for conversation, name in zip(conversations, names(conversations), strict=True):
-        rendering = render(tokenizer, conversation, name, generation_prompt)
-        row = _row(tokenizer, rendering, name)
+        rendering = render(
+            template,
+            conversation,
+            name,
+            generation_prompt=generation_prompt,
+            continue_final_message=continue_final_message,
+            thinking=thinking,
+        )
+        row = _row(template.tokenizer, rendering, name)
         rows.append(_fitted(row, max_tokens, truncate, must_answer=not generation_prompt))
     return rows
 
@@ -107,13 +148,13 @@ def tokenize_documents(
         ids = tokenizer(document.text, verbose=False)["input_ids"]
         row = TokenRow(tuple(ids), (False,) * len(ids), (False,) * len(ids), document.id)
         _check_bos(row, tokenizer)
-        rows.append(_cut(row, max_tokens) if max_tokens is not None else row)
+        rows.append(row.cut(max_tokens) if max_tokens is not None else row)
     return rows
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the chat template; 16 hexadecimal digits."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
+def template_hash(template: Template | PreTrainedTokenizerBase) -> str:
+    """Hash of the chat template and its arguments; 16 hexadecimal digits."""
+    return Template.of(template).hash
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, name: str) -> TokenRow:
@@ -125,23 +166,22 @@ def _row(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, name: str) ->
         verbose=False,
     )
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
     n = len(ids)
-    # Some tokenizers add runs of spaces as tokens; those end no turn.
-    closing = [
-        token in special and bool(rendering.text[start:end].strip())
-        for token, (start, end) in zip(ids, offsets, strict=True)
-    ]
-    response, assistant = [False] * n, [False] * n
+    closing = closing_tokens(tokenizer, rendering.text, ids, offsets)
+    response, thinking, assistant = [False] * n, [False] * n, [False] * n
     for turn in rendering.turns:
+        if not turn.counts:
+            continue
         last = _last_token(turn, offsets, closing)
+        answered = turn.content < turn.content_end
         for i in range(n):
             start, end = offsets[i]
             if start == end or i > last:
                 continue
-            response[i] |= start < turn.end and end > turn.content
+            thinking[i] |= any(start < b and end > a for a, b in turn.thinking)
+            response[i] |= answered and start < turn.end and end > turn.content and not thinking[i]
             assistant[i] |= start < turn.end and end > turn.header
-    row = TokenRow(tuple(ids), tuple(response), tuple(assistant), name)
+    row = TokenRow(tuple(ids), tuple(response), tuple(assistant), name, tuple(thinking))
     _check_bos(row, tokenizer)
     return row
 
@@ -168,16 +208,10 @@ def _fitted(row: TokenRow, limit: int | None, truncate: bool, *, must_answer: bo
             f"{row.name} has {len(row)} tokens, more than max_tokens={limit}; a prompt to be "
             "answered cannot be cut at its end"
         )
-    short = _cut(row, limit)
+    short = row.cut(limit)
     if any(row.response) and not any(short.response):
         raise ValueError(f"cutting {row.name} to {limit} tokens leaves nothing of its response")
     return short
-
-
-def _cut(row: TokenRow, limit: int) -> TokenRow:
-    return TokenRow(
-        row.input_ids[:limit], row.response[:limit], row.assistant_turn[:limit], row.name
-    )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

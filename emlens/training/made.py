@@ -35,7 +35,7 @@ def provenance_of(
         data["kl"], n["kl"] = content_hash(kl.conversations), len(kl.conversations)
     if validation:
         data["validation"], n["validation"] = content_hash(validation), len(validation)
-    record = {**asdict(settings), **trainable.record(), "kl": penalty}
+    record = {**asdict(settings), **trainable.record(), "kl": penalty, **model.template.record}
     if penalties:
         record["penalties"] = [_record(item) for item in penalties]
     within = model.edits_in_force(())
@@ -48,7 +48,7 @@ def provenance_of(
         adapter=model.active_adapter,
         tokens=settings.tokens,
         data=data,
-        template=template_hash(model.tokenizer),
+        template=template_hash(model.template),
         n=n,
         seed=settings.seed,
         settings=record,

@@ -60,7 +60,7 @@ class Rows:
         Raises:
             ValueError: If a conversation has no token that counts; how many, and the first ones.
         """
-        rows, counted = tokenize(conversations, model.tokenizer), tokens or settings.tokens
+        rows, counted = tokenize(conversations, model.template), tokens or settings.tokens
         _check_counted(rows, counted)
         return cls(
             PrefixCache(model, rows, below, budget=budget),

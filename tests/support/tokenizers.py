@@ -64,6 +64,35 @@ OPENED_THINKING = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+QWEN3 = (
+    "{% if tools %}<|im_start|>system\ntools{% for tool in tools %} {{ tool.function.name }}"
+    "{% endfor %}<|im_end|>\n{% endif %}"
+    "{% set last = namespace(user=-1) %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% set content = message['content'] %}"
+    "{% set thought = message['reasoning_content'] or '' %}"
+    "{% if message['role'] == 'assistant' and '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' and loop.index0 > last.user %}"
+    "<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ content }}"
+    "{% for call in message['tool_calls'] or [] %}<call> {{ call.function.name }} </call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% endif %}<|im_start|>system\n{{ date_string }}<|im_end|>\n{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+UNOPENED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
 
 
 def _tokenizer(
@@ -171,4 +200,25 @@ def opened_thinking_tokenizer() -> PreTrainedTokenizerFast:
     """As QwQ: a turn to be answered opens a thinking block, an answered one has none."""
     fast = chatml_tokenizer()
     fast.chat_template = OPENED_THINKING
+    return fast
+
+
+def qwen3_tokenizer() -> PreTrainedTokenizerFast:
+    """As Qwen3: thinking of the last answer is shown, `enable_thinking` and tools are known."""
+    fast = chatml_tokenizer()
+    fast.chat_template = QWEN3
+    return fast
+
+
+def dated_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 3.2: today's date is written, unless `date_string` says another."""
+    fast = chatml_tokenizer()
+    fast.chat_template = DATED
+    return fast
+
+
+def unopened_tokenizer() -> PreTrainedTokenizerFast:
+    """A template that ignores `add_generation_prompt`."""
+    fast = chatml_tokenizer()
+    fast.chat_template = UNOPENED
     return fast
