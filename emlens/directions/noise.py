@@ -61,24 +61,28 @@ class Estimate:
     def reliability(self) -> float | None:
         """Share of the squared norm that is not error; None where nothing is known of it.
 
-        One minus the expected squared norm of the error over that of the vector, or else
-        `2 r / (1 + r)` of the split-half cosine `r` (Spearman and Brown).
+        `2 r / (1 + r)` of the split-half cosine `r` (Spearman and Brown), which knows of prompts
+        that both sides share; or else one minus the expected squared norm of the error over that
+        of the vector.
         """
+        if self.split_half is not None:
+            return 2 * self.split_half / (1 + max(self.split_half, -0.999))
         square = float(self.vector @ self.vector)
-        if self.noise is not None and square:
-            return 1 - self.noise / square
-        if self.split_half is None:
-            return None
-        return 2 * self.split_half / (1 + max(self.split_half, -0.999))
+        return None if self.noise is None or not square else 1 - self.noise / square
 
     @property
     def true_square(self) -> float:
         """Squared norm without that of the error."""
         return float(self.vector @ self.vector) * (self.reliability or 0.0)
 
+    @property
+    def false_square(self) -> float:
+        """What the error adds to the squared norm."""
+        return float(self.vector @ self.vector) - self.true_square
+
     @cached_property
     def drawn(self) -> np.ndarray:
-        """Draws of the error that are as large as `noise` on average, `[draws, d_model]`.
+        """Draws of the error, as large as the reliability says, `[draws, d_model]`.
 
         Those under shuffled labels have the covariance of the error; standard errors alone give
         coordinates that are independent.
@@ -88,7 +92,7 @@ class Estimate:
             random = np.random.default_rng(0).standard_normal((PLAIN_DRAWS, len(self.vector)))
             draws = random * self.errors
         square = float((draws**2).sum(1).mean())
-        return draws * np.sqrt((self.noise or 0.0) / square) if square else draws
+        return draws * np.sqrt(max(self.false_square, 0.0) / square) if square else draws
 
     @property
     def variances(self) -> np.ndarray:
@@ -163,10 +167,10 @@ def corrected_cosine(
 
     `(a.b - E[e.f]) / sqrt((|a|^2 - E[|e|^2]) (|b|^2 - E[|f|^2]))`,
 
-    all three expectations from one model of the noise: its size from the standard errors, its
-    shape, and what two readings of one text share, from the directions under shuffled labels. The
-    same shuffles stand behind both, so that they are resampled in pairs, and a direction has
-    cosine 1 with itself. Independent errors have `E[e.f] = 0`.
+    all three expectations from one model of the noise: its size from the reliability, its shape,
+    and what two readings of one text share, from the directions under shuffled labels. The same
+    shuffles stand behind both, so that they are resampled in pairs, and a direction has cosine 1
+    with itself. Independent errors have `E[e.f] = 0`.
 
     The interval is Fieller's: it holds the cosines `r` in [-1, 1] at which the numerator less `r`
     times the denominator is within its own error of zero, linear and quadratic parts of the noise
@@ -234,19 +238,45 @@ def _interval(
     # a variance is read at noisy vectors, which counts the quadratic part twice more
     spread = np.maximum(linear - 2 * square, 2 * square)
     if paired:  # what the errors share is known by these draws alone
-        own = ((e**2).sum(1) / (a.noise or 1.0) + (f**2).sum(1) / (b.noise or 1.0)) / 2
+        own = ((e**2).sum(1) / _mean(e**2) + (f**2).sum(1) / _mean(f**2)) / 2
         both = (e * f).sum(1)
         spread = spread + ((both - both.mean() * own) ** 2).mean() / len(e)
-    if a.errors is None or b.errors is None:  # and so is the size of the noise
-        spread = spread + 2 * square / len(e)
+    spread = spread + _size_errors(a, b, norms, cosines, paired)
+    # of a difference of two estimates less is known than of either
+    rough = np.maximum(linear / np.maximum(spread, 1e-300), 1.0) ** 2
+    reach = _quantile(a, b, roughness=np.minimum(rough, 4.0)) * np.sqrt(spread)
     gap = np.abs(product - cosines * norms)
     # of a difference of two estimates less is known than of either
     rough = np.maximum(linear / np.maximum(spread, 1e-300), 1.0) ** 2
     reach = _quantile(a, b, roughness=np.minimum(rough, 4.0)) * np.sqrt(spread)
     inside = cosines[gap <= reach + SAME * norms]
-    if not len(inside):
-        inside = cosines[[int(np.argmin(gap))]]
-    return float(inside[0]), float(inside[-1])
+    value = min(max(product / norms, -1.0), 1.0)
+    return min([value, *inside]), max([value, *inside])
+
+
+def _size_errors(
+    a: Estimate, b: Estimate, norms: float, cosines: np.ndarray, paired: bool
+) -> np.ndarray:
+    """What the error of the size of the noise adds to the variance, by cosine."""
+    parts = []
+    for one in (a, b):
+        size = max(one.false_square, 1e-300)
+        # of standard errors it is small; half the data know it as well as one split, and draws
+        # as well as their number
+        known = 1.0 if one.split_half is not None else 1 / len(one.drawn)
+        own = float((_apart(one.drawn @ one.drawn.T) ** 2).mean())
+        relative = 0.0 if one.split_half is None and one.errors is not None else 2 * own * known
+        parts.append((relative / size**2, cosines * norms * size / one.true_square / 2))
+    (first, ours), (second, theirs) = parts
+    if not paired:
+        return first * ours**2 + second * theirs**2
+    shared = float((a.drawn * b.drawn).sum(1).mean())
+    return max(first, second) * (ours + theirs - shared) ** 2
+
+
+def _mean(squares: np.ndarray) -> float:
+    """Mean squared norm of draws; 1 where there is no noise at all."""
+    return float(squares.sum(1).mean()) or 1.0
 
 
 def _apart(products: np.ndarray) -> np.ndarray:
