@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emlens._results import Result
 from emlens.directions.direction import Directions, cosine
-from emlens.directions.noise import Estimate, corrected_cosine
+from emlens.directions.noise import Corrected, Estimate, corrected_cosine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +91,7 @@ class Comparison(Result):
         """Cosine against layer, one line per pair, over what chance gives to any of them.
 
         Args:
-            corrected: Draw the cosines without sampling error, with their intervals, cut at 1.5.
+            corrected: Draw the cosines without sampling error, with their intervals.
             ax: Axes to draw on; a figure of its own if not given.
         """
         from emlens.figures import layer_curves
@@ -109,12 +109,7 @@ class Comparison(Result):
         low = [min(edge[0] for edge in found) for found in edges]
         high = [max(edge[1] for edge in found) for found in edges]
         label = "cosine without sampling error" if corrected else "cosine similarity"
-        ax = layer_curves(curves, null=(low, high), y_label=label, ax=ax)
-        if corrected:
-            # an interval of a cosine that is hardly known would leave no room for the rest
-            bottom, top = ax.get_ylim()
-            ax.set_ylim(max(bottom, -1.5), min(top, 1.5))
-        return ax
+        return layer_curves(curves, null=(low, high), y_label=label, ax=ax)
 
     def heatmap(
         self, layer: int | None = None, *, clustered: bool = True, ax: Axes | None = None
@@ -182,7 +177,8 @@ def compare(directions: Named) -> Comparison:
 
     Returns:
         The cosines with what chance and sampling error do to them. The corrected cosine divides
-        by the root of both reliabilities (Spearman's correction for attenuation). Random
+        by the root of both reliabilities (Spearman's correction for attenuation) and lies in
+        [-1, 1]; noise that two readings of one text share is taken off. Random
         directions fall within about `2 / sqrt(d)` in 95%; those of shuffled labels
         spread wider, since activations vary in few directions.
 
@@ -278,9 +274,10 @@ def chance_cosines(first: Tensor, second: Tensor) -> Tensor:
 def _row(named: Mapping[str, Directions], first: str, second: str, layer: int) -> dict:
     a, b = named[first], named[second]
     same = _same_data(a, b)
-    corrected = corrected_cosine(
-        Estimate.of(a, layer), Estimate.of(b, layer), (first, second), same
-    )
+    corrected = Corrected(note="share part of their text: errors not independent")
+    if same or not set(a.provenance.data.values()) & set(b.provenance.data.values()):
+        estimates = Estimate.of(a, layer), Estimate.of(b, layer)
+        corrected = corrected_cosine(*estimates, (first, second), same)
     ours, theirs = draws_of(a, layer), draws_of(b, layer)
     low = high = labels = None
     if ours is not None and theirs is not None:
