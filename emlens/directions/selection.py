@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._tables import read_table
 from emlens.text import Conversation
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def select_answers(
     """
     import pandas as pd
 
-    table = answers if isinstance(answers, pd.DataFrame) else pd.read_csv(answers)
+    table = answers if isinstance(answers, pd.DataFrame) else read_table(answers)
     question, response, aligned, coherent = (
         table[_column(table, names)].tolist() for names in _NAMES
     )

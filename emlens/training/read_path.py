@@ -189,7 +189,7 @@ def _same_modules(place: Path, keys: dict[str, str], first: Path, wanted: dict[s
 def _config(place: Path) -> dict[str, Any]:
     if not (place / _CONFIG).is_file():
         raise FileNotFoundError(f"{place} has no {_CONFIG}, which gives the scale of its weights")
-    return read_json(place / _CONFIG)
+    return read_json(place / _CONFIG, dict)
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _log(found: dict[int, Path]) -> tuple[dict, ...]:
     )
     if place is None:
         return ()
-    state = read_json(place)
+    state = read_json(place, dict)
     if state.get("global_step", step) != step:
         raise ValueError(
             f"{place} is of step {state['global_step']}, its folder of step {step}; one of them "
