@@ -17,6 +17,19 @@ from pathlib import Path
 from typing import NoReturn
 from uuid import uuid4
 
+from emlens._reading import expanded, read_json
+
+__all__ = [
+    "atomic_path",
+    "atomic_write",
+    "expanded",
+    "raise_about",
+    "read_json",
+    "sha256_of",
+    "temporary_beside",
+    "write_json",
+]
+
 _DAY = 24 * 60 * 60.0
 _OURS = re.compile(r"\..+\.emlens-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 
@@ -35,7 +48,7 @@ def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None)
     Raises:
         OSError: If it cannot be written, or does not pass the check; `path` is named.
     """
-    target = Path(path)
+    target = expanded(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
     try:
@@ -128,18 +141,6 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON as a whole."""
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: str | Path):
-    """Read JSON.
-
-    Raises:
-        ValueError: If the file is not JSON; it is named.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
 def sha256_of(data: bytes) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from emlens._files import raise_about, temporary_beside
+from emlens._files import expanded, raise_about, temporary_beside
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def whole_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path
     Raises:
         OSError: If a file cannot be written; it is named as in `folder`.
     """
-    target = recovered(Path(folder).absolute())
+    target = recovered(expanded(folder).absolute())
     target.parent.mkdir(parents=True, exist_ok=True)
     new = temporary_beside(target)
     new.mkdir()

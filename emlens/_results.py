@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from emlens._files import read_json, write_json
+from emlens._files import expanded, read_json, write_json
+from emlens._types import check_axes, checked_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +23,13 @@ _KINDS: dict[str, type[Result]] = {}
 
 @dataclass(frozen=True)
 class Result:
-    """Base of the frozen results that measures, comparisons and training return."""
+    """Base of the frozen results that measures, comparisons and training return.
+
+    `AXES` says which lengths belong together: `{"values": "conditions ids"}` has a list for each
+    of the field `conditions`, with a value for each of `ids`.
+    """
+
+    AXES: ClassVar[Mapping[str, str]] = {}
 
     def table(self) -> pd.DataFrame:
         """The result as a table, units in the column names."""
@@ -29,7 +37,12 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON; atomic."""
-        path = Path(path)
+        path = expanded(path)
+        if path.suffix not in (".json", ""):
+            raise ValueError(
+                f"a {type(self).__name__} is written as JSON, which {path.name} does not say; name "
+                f"it {path.with_suffix('.json').name}"
+            )
         write_json(path, _plain(self))
         return path
 
@@ -37,25 +50,20 @@ class Result:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; a field that has a default may be missing.
 
+        A figure may be NaN, which says that it is not known; it is never infinite.
+
         Raises:
-            ValueError: If the file holds another kind of result, or lacks a field.
+            OSError: If the file cannot be read.
+            ValueError: If the file holds another kind of result, lacks a field, or holds a value
+                of another type or a list of another length; the field is named.
         """
-        record = read_json(Path(path))
-        if not isinstance(record, dict) or record.pop("kind", None) != cls.__name__:
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("kind") != cls.__name__:
             raise ValueError(f"{path} does not hold a {cls.__name__}")
-        known = {item.name for item in fields(cls)}
-        later = {
-            item.name
-            for item in fields(cls)
-            if item.default is not MISSING or item.default_factory is not MISSING
-        }
-        missing, unknown = known - later - set(record), set(record) - known
-        if missing or unknown:
-            raise ValueError(
-                f"{path} does not fit this version of {cls.__name__}: "
-                f"missing {sorted(missing)}, unknown {sorted(unknown)}"
-            )
-        return cls(**{name: _frozen(value) for name, value in record.items()})
+        try:
+            return _built(record)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -86,12 +94,17 @@ def _plain(value: object) -> object:
     return value
 
 
-def _frozen(value: object) -> object:
-    if isinstance(value, dict):
-        held = {key: _frozen(item) for key, item in value.items()}
-        kind = held.get("kind")
-        if not isinstance(kind, str) or kind not in _KINDS:
-            return held
-        del held["kind"]
-        return _KINDS[kind](**held)
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _built(value: Any) -> Any:
+    """The result that a record with its kind is of, and so the results inside of it."""
+    if isinstance(value, list):
+        return [_built(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    held = {key: _built(item) for key, item in value.items()}
+    kind = held.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        return held
+    del held["kind"]
+    made = _KINDS[kind](**checked_fields(_KINDS[kind], held))
+    check_axes(made, made.AXES)
+    return made

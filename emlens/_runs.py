@@ -92,7 +92,7 @@ class Parts:
         if not path.exists():
             write_json(path, dict(settings))
             return
-        known = {**(defaults or {}), **read_json(path)}
+        known = {**(defaults or {}), **read_json(path, dict)}
         found, wanted = (
             {name: value for name, value in record.items() if name not in free}
             for record in (known, settings)
@@ -102,7 +102,7 @@ class Parts:
     @property
     def settings(self) -> dict:
         """The settings that were kept, without the identities beside them."""
-        found = read_json(self.folder / SETTINGS)
+        found = read_json(self.folder / SETTINGS, dict)
         return {name: value for name, value in found.items() if name not in _LABELS}
 
     def finished(self, name: str, record: str = "") -> bool:

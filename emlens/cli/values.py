@@ -126,15 +126,14 @@ def conversations_of(source: str, side: str, limit: int | None = None) -> list[C
 
 def _are_responses(path: Path) -> bool:
     """Whether a file is a store, or responses of an earlier version by its first line."""
+    from emlens._reading import parsed_json, read_lines, readable
     from emlens._store import is_store
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is neither an embedded set nor a file")
+    readable(path, f"{str(path)!r} is neither an embedded set nor a file")
     if is_store(path):
         return True
-    with path.open(encoding="utf-8") as file:
-        try:
-            first = json.loads(file.readline() or "null")
-        except json.JSONDecodeError:
-            return False
+    try:
+        first = parsed_json(next(read_lines(path), (1, "null"))[1], str(path))
+    except ValueError:
+        return False
     return isinstance(first, dict) and {"condition", "text", "sampling"} <= set(first)

@@ -39,6 +39,8 @@ class LayerComparison(Result):
         site: Where they live.
     """
 
+    AXES = {"layers": "names", "cosine": "rows rows", "low": "rows rows", "high": "rows rows"}
+
     names: tuple[str, ...]
     layers: tuple[tuple[int, ...], ...]
     cosine: tuple[tuple[float, ...], ...]

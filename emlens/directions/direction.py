@@ -221,17 +221,25 @@ class Directions:
         return "\n".join([*head, trust_text(self), *warnings_of(self)])
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with the provenance in its header; atomic."""
-        from emlens.directions.files import save_directions
+        """Write the format that the suffix names, safetensors by default; atomic.
 
-        return save_directions(self, Path(path))
+        Only safetensors holds all that is known; see `write_directions`.
+
+        Raises:
+            ValueError: If the suffix names no format, or one that cannot hold these directions.
+        """
+        from emlens.directions.formats.read import write_directions
+
+        return write_directions(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
         """Read what `save` wrote; one layer comes back as a `Direction`."""
         from emlens.directions.files import load_directions
+        from emlens.directions.formats.read import read_directions
 
-        return load_directions(Path(path))
+        path = Path(path)
+        return read_directions(path) if path.suffix in (".gguf", ".pt") else load_directions(path)
 
     def push_to_hub(
         self,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from emlens._tensors import read_tensors, write_tensors
+from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions.provenance import Provenance
 from emlens.hooked import check_site
 
@@ -57,10 +60,8 @@ def load_directions(path: Path) -> Directions:
             tensors of other names, of several widths, or values that are not finite.
     """
     tensors, record = read_tensors(path, KIND)
-    try:
+    with whole_record(path, "record of directions"):
         return _directions(tensors, record)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no whole record of directions: {error}") from error
 
 
 def _directions(tensors: Mapping[str, torch.Tensor], record: Mapping) -> Directions:
@@ -76,19 +77,55 @@ def _directions(tensors: Mapping[str, torch.Tensor], record: Mapping) -> Directi
         vectors,
         check_site(record["site"]),
         Provenance.from_dict(record["provenance"]),
-        residual_norms=_numbers(record["residual_norms"]),
+        residual_norms=read_norms(record["residual_norms"]),
         standard_errors=errors,
-        split_half=_numbers(record["split_half"]),
+        split_half=_numbers(record["split_half"], "split_half", -1.001, 1.001),
         means=means,
         shuffled=shuffled,
-        auroc=_numbers(record.get("auroc", {})),
-        measured={name: _numbers(of) for name, of in record.get("measured", {}).items()},
+        auroc=_numbers(record.get("auroc", {}), "auroc", 0, 1),
+        measured={name: _numbers(of, name) for name, of in record.get("measured", {}).items()},
     )
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[int, torch.Tensor]:
-    return {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {
+        layer_named(k.removeprefix(prefix), k): v
+        for k, v in tensors.items()
+        if k.startswith(prefix)
+    }
 
 
-def _numbers(record: Mapping[str, float]) -> dict[int, float]:
-    return {int(layer): float(value) for layer, value in record.items()}
+def layer_named(number: object, what: str) -> int:
+    """The layer that a key names: `7`, and neither `07`, `1.5` nor `-1`.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    if not isinstance(number, str) or not re.fullmatch(r"0|[1-9]\d{0,4}", number, re.ASCII):
+        raise ValueError(f"{what} names no layer: {number!r:.40} is no whole number from 0")
+    return int(number)
+
+
+def _numbers(
+    record: Mapping[str, float], what: str, low: float = -math.inf, high: float = math.inf
+) -> dict[int, float]:
+    """Numbers by layer; `low` and `high` are what they can be, NaN is "not known"."""
+    found = {layer_named(layer, what): value for layer, value in record.items()}
+    for layer, value in found.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (math.isnan(value) or low <= value <= high):
+            raise ValueError(f"{what} of layer {layer} is {value!r:.40}")
+    return {layer: float(value) for layer, value in found.items()}
+
+
+def read_norms(record: Mapping[str, float]) -> dict[int, float]:
+    """Norms by layer.
+
+    Raises:
+        ValueError: If one is not above 0 and finite.
+    """
+    found = _numbers(record, "residual_norms", 0, sys.float_info.max)
+    for layer, norm in found.items():
+        if not norm > 0:
+            raise ValueError(f"residual_norms of layer {layer} is {norm}; a norm is above 0")
+    return found

@@ -7,6 +7,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("data", "n", "settings", "versions"), dict),
+    **dict.fromkeys(("model", "revision", "tokens", "weighting", "template"), str),
+    **dict.fromkeys(("identity", "condition", "construction"), str),
+    "seed": int,
+}
 _VERSIONED = ("emlens", "torch", "transformers", "nnsight")
 
 
@@ -66,10 +72,15 @@ class Provenance:
         """Read what `to_dict` gave; fields of later versions are kept under `settings`.
 
         Raises:
-            ValueError: If it names no construction.
+            ValueError: If it names no construction, or a field is of another type.
         """
-        if "construction" not in record:
+        if not isinstance(record, Mapping) or "construction" not in record:
             raise ValueError("provenance names no construction")
+        for name, value in record.items():
+            kind = _FIELDS.get(name)
+            wanted = str if name == "construction" else (kind or object, type(None))
+            if kind is dict and value is None or not isinstance(value, wanted):
+                raise ValueError(f"{name} of the provenance is {value!r:.60}")
         known = {item.name for item in fields(cls)}
         made = cls(**{key: value for key, value in record.items() if key in known})
         extra = {key: value for key, value in record.items() if key not in known}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._tables import read_table
 from emlens.text import Conversation
 
 if TYPE_CHECKING:
@@ -53,9 +54,10 @@ def select_answers(
     """
     import pandas as pd
 
-    table = answers if isinstance(answers, pd.DataFrame) else pd.read_csv(answers)
+    given = isinstance(answers, pd.DataFrame)
+    table, where = (answers, "the answers") if given else (read_table(answers), str(answers))
     question, response, aligned, coherent = (
-        table[_column(table, names)].tolist() for names in _NAMES
+        table[_column(table, names, where)].tolist() for names in _NAMES
     )
     clear = [i for i, score in enumerate(map(_number, coherent)) if score > coherent_above]
     places = [
@@ -64,7 +66,7 @@ def select_answers(
     ]
     if not all(places):
         raise ValueError(
-            f"of {len(table)} answers {len(clear)} are coherent (> {coherent_above:g}), "
+            f"{where}: of {len(table)} answers {len(clear)} are coherent (> {coherent_above:g}), "
             f"{len(places[0])} of them misaligned (aligned < {misaligned_below:g}) and "
             f"{len(places[1])} aligned (> {aligned_above:g}); both are needed"
         )
@@ -87,11 +89,11 @@ def _number(value: object) -> float:
         return float("nan")
 
 
-def _column(table: pd.DataFrame, names: tuple[str, ...]) -> str:
+def _column(table: pd.DataFrame, names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in table.columns:
             return name
     raise ValueError(
-        f"the answers have no column {' or '.join(map(repr, names))}; they have "
+        f"{where}: no column {' or '.join(map(repr, names))}; they have "
         f"{', '.join(map(str, table.columns))}"
     )

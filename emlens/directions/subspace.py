@@ -31,6 +31,8 @@ class SubspaceOverlap(Result):
         chance: 95th percentile of the overlap of random subspaces of these dimensions.
     """
 
+    AXES = {"overlap": "layers", "angles": "layers", "chance": "layers"}
+
     layers: tuple[int, ...]
     overlap: tuple[float, ...]
     angles: tuple[tuple[float, ...], ...]

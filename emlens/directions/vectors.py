@@ -41,6 +41,8 @@ def checked_vectors(vectors: Mapping[int, Tensor]) -> dict[int, Float[Tensor, " 
     shapes = {layer: tuple(vector.shape) for layer, vector in plain.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
         raise ValueError(f"every layer needs one vector of the same width; got shapes {shapes}")
+    if shapes[min(plain)] == (0,):
+        raise ValueError(f"the vector of layer {min(plain)} has width 0")
     for layer, vector in plain.items():
         _check_finite(vector, f"the vector of layer {layer}")
     return plain
@@ -86,4 +88,6 @@ def _check_finite(value: Tensor, what: str) -> None:
 
 
 def _plain(vector: Tensor) -> Tensor:
+    if vector.is_complex():
+        raise ValueError("a vector holds complex numbers; real ones are needed")
     return vector.detach().to("cpu", torch.float32).clone()

@@ -43,6 +43,8 @@ class Effect(Result):
         acting: The adapters and edits that acted under each condition, in words.
     """
 
+    AXES = {"values": "conditions prompts", "coherent": "conditions"}
+
     what: str
     conditions: tuple[str, ...]
     prompts: tuple[str, ...]

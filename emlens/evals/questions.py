@@ -8,8 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from emlens._reading import expanded, read_jsonl
+from emlens._tables import dataset_rows
+from emlens._yaml import read_yaml
 from emlens.text import EMBEDDED, Conversation, content_hash, load_pairs, split_pairs
-from emlens.text.jsonl import read_jsonl
 
 Part = Literal["test", "validation", "all"]
 Variant = Literal["json", "template"]
@@ -111,7 +113,7 @@ def load_questions(
         ValueError: If an entry lacks a field or has an unknown one (file and entry are named),
             two share a name, or there is none.
     """
-    path = Path(source)
+    path = expanded(source)
     if str(source) in EMBEDDED:
         found: Iterable[Question] = _embedded(str(source), part)
     elif path.suffix in (".yaml", ".yml"):
@@ -120,10 +122,8 @@ def load_questions(
         rows = read_jsonl(path)
         found = (_question(record, f"{path}, line {number}") for number, record in rows)
     else:
-        from datasets import load_dataset
-
-        loaded = load_dataset(str(source), config, split=split, streaming=limit is not None)
-        found = (_question(dict(row), f"{source}, row {i}") for i, row in enumerate(loaded))
+        loaded = dataset_rows(source, config, split, streaming=limit is not None)
+        found = (_question(row, f"{source}, row {i}") for i, row in enumerate(loaded))
     questions = list(islice(found, limit))
     if not questions:
         raise ValueError(f"{source} holds no questions")
@@ -209,16 +209,7 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
 
 
 def _yaml(path: Path, variants: bool) -> list[Question]:
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a list of questions, not {type(entries).__name__}")
+    entries = read_yaml(path, list, "a list of questions")
     shared: dict[str, str] = {}
     for entry in entries:
         if isinstance(entry, dict):

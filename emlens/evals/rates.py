@@ -45,6 +45,11 @@ class Rates(Result):
         trust: What the judge says of its own worth; empty where it says nothing.
     """
 
+    AXES = dict.fromkeys(
+        ("question", "domain", "aligned", "coherent"),
+        "condition",
+    )
+
     conditions: tuple[str, ...]
     condition: tuple[str, ...]
     question: tuple[str, ...]

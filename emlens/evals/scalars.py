@@ -38,6 +38,14 @@ class ScalarTable(Result):
         tokens: Tokens of each class in a run, after both are cut to equal size.
     """
 
+    AXES = {
+        "accuracy": "tests",
+        "auroc": "tests",
+        "single": "tests layers",
+        "weights": "tests layers",
+        "tokens": "tests",
+    }
+
     adapter: str
     layers: tuple[int, ...]
     tests: tuple[tuple[str, str], ...]

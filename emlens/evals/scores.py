@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from tqdm.auto import tqdm
 
+from emlens._reading import expanded, read_csv
 from emlens._results import titled_table
 from emlens._store import Store, read
 from emlens.evals.responses import Response, Responses
@@ -257,7 +258,7 @@ def human_labels(
             of no response, or given twice; or if the columns are others.
     """
     if isinstance(labels, str | Path):
-        labels = _read_labels(Path(labels))
+        labels = _read_labels(expanded(labels))
     if not labels:
         raise ValueError("there are no labels; give a score for at least one response")
     known = {row.key: row for row in responses}
@@ -272,26 +273,17 @@ def human_labels(
 
 
 def _read_labels(path: Path) -> dict[str, float]:
-    import csv
-
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"response", "score"} <= set(reader.fieldnames or ()):
+    found: dict[str, float] = {}
+    for line, row in read_csv(path, ("response", "score")):
+        key = row["response"]
+        if key in found:
+            raise ValueError(f"{path}, line {line}: {key!r} is labelled twice")
+        try:
+            found[key] = float(row["score"])
+        except ValueError:
             raise ValueError(
-                f"{path} must have the columns response (the key of a response) and score; it has "
-                f"{', '.join(reader.fieldnames or ())}"
-            )
-        found: dict[str, float] = {}
-        for row in reader:
-            key = row["response"]
-            if key in found:
-                raise ValueError(f"{path}, line {reader.line_num}: {key!r} is labelled twice")
-            try:
-                found[key] = float(row["score"])
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: the score {row['score']!r} is no number"
-                ) from None
+                f"{path}, line {line}: the score {row['score']!r} is no number"
+            ) from None
     return found
 
 

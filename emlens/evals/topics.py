@@ -59,6 +59,8 @@ class TopicSplit(Result):
         judge: Id of the judge of alignment.
     """
 
+    AXES = {"counts": "conditions topics", "scored": "conditions", "misaligned": "conditions"}
+
     conditions: tuple[str, ...]
     topics: tuple[str, ...]
     counts: tuple[tuple[tuple[int, int], ...], ...]

@@ -38,6 +38,14 @@ class Transfer(Result):
         judged_by: Who judged the answers of each organism; empty for no judge.
     """
 
+    AXES = {
+        "whole": "organisms",
+        "left": "organisms directions",
+        "removed": "organisms directions",
+        "what": "organisms",
+        "coherent": "organisms directions",
+    }
+
     organisms: tuple[str, ...]
     directions: tuple[str, ...]
     whole: tuple[tuple[float, float, float], ...]

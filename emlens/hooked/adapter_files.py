@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
+from emlens._files import read_json
 from emlens._folders import recovered
+from emlens._tensors import check_torch_file, opened_tensors
 
 _FILE = "adapter_config.json"
 
@@ -38,23 +39,51 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
     elif source.count("/") > 1 and not source.startswith(("/", ".", "~")):
         owner, repository, where["subfolder"] = source.split("/", 2)
         source = f"{owner}/{repository}"
+    if local.exists():
+        _check_files(name, local)
     try:
         config = PeftConfig.from_pretrained(source, **where)
         weights = load_peft_weights(source, device="cpu", **where)
     except (OSError, ValueError) as error:
+        if local.exists() and (local / _FILE).is_file() and _has_weights(local):
+            raise _unreadable(name, "config or weights", source, error) from error
         raise FileNotFoundError(
             f"adapter {name!r}: found none at {source!r}, neither as a folder nor on the hub "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"adapter {name!r}: its weights in {source} are not readable ({error}); were they "
-            "fetched as a whole?"
-        ) from error
+    except Exception as error:  # PEFT checks no types, and torch raises anything
+        raise _unreadable(name, "config or weights", source, error) from error
     kind = getattr(config.peft_type, "value", config.peft_type)
     if not isinstance(config, LoraConfig) or kind != "LORA":
         raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
     return config, {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / file).exists() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+
+
+def _unreadable(name: str, what: str, source: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"adapter {name!r}: its {what} in {source} are not readable "
+        f"({str(error).partition(chr(10))[0]}); were they fetched as a whole?"
+    )
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """Read what PEFT would fail on, or allocate for, without a word of the file."""
+    try:
+        read_json(folder / _FILE, dict)
+    except ValueError as error:
+        raise ValueError(f"adapter {name!r}: {error}") from error
+    try:
+        if (weights := folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            with opened_tensors(weights):
+                pass
+        elif (weights := folder / WEIGHTS_NAME).exists():
+            check_torch_file(weights)
+    except ValueError as error:
+        raise _unreadable(name, "weights", str(folder), error) from error
 
 
 def compare_bases(name: str, recorded: str | None, model_name: str) -> None:

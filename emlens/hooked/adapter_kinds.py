@@ -83,7 +83,7 @@ def check_config(module: nn.Module, name: str, config: LoraConfig) -> None:
     if kind != "LORA":
         raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
     check_lora(module, name, config)
-    _check_alpha(name, config)
+    check_alpha(name, config)
     _check_rank(module, name, config)
 
 
@@ -135,7 +135,12 @@ def _has_bias(module: nn.Module) -> bool:
     )
 
 
-def _check_alpha(name: str, config: LoraConfig) -> None:
+def check_alpha(name: str, config: LoraConfig) -> None:
+    """Refuse a scale that is no number.
+
+    Raises:
+        ValueError: If it is not finite, or 0.
+    """
     for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         if not number or not math.isfinite(alpha) or alpha == 0:

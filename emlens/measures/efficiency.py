@@ -57,6 +57,18 @@ class Efficiency(Result):
         place: Where it was measured.
     """
 
+    AXES = {
+        "constructions": "directions",
+        "norms": "points",
+        "doses": "points",
+        "levels": "points",
+        "factors": "directions points",
+        "displacements": "directions points",
+        "sums": "directions points counts",
+        "own_norms": "directions",
+        "kinds": "directions",
+    }
+
     directions: tuple[str, ...]
     constructions: dict[str, str]
     norms: tuple[float, ...]

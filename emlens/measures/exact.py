@@ -63,6 +63,19 @@ class Influence(Result):
             compared with, and under the other conditions.
     """
 
+    AXES = {
+        "constructions": "directions",
+        "norms": "directions doses",
+        "kl": "directions doses documents",
+        "losses": "directions doses documents",
+        "base": "documents",
+        "counts": "documents",
+        "texts": "documents",
+        "token_base": "documents",
+        "token_losses": "curves documents",
+        "token_kl": "curves documents",
+    }
+
     directions: tuple[str, ...]
     constructions: dict[str, str]
     doses: tuple[float, ...]

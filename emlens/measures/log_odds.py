@@ -32,6 +32,8 @@ class LogOdds(Result):
         acting: The adapters and edits that acted under each condition, in words.
     """
 
+    AXES = {"domains": "ids", "values": "conditions ids"}
+
     conditions: tuple[str, ...]
     ids: tuple[str, ...]
     domains: tuple[str, ...]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 import torch
 
 from emlens._results import Result
-from emlens._tensors import read_tensors, write_tensors
+from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
 from emlens.hooked import HookedModel, Layers, check_site
 from emlens.measures.held_out import HeldOut
@@ -46,6 +47,8 @@ class MonitorScores(Result):
         columns: Names of the projections that the score is made of, `[k]`.
         projections: Those projections, in units of the median residual norm, `[n, k]`.
     """
+
+    AXES = {"scores": "names", "tokens": "names", "projections": "names columns"}
 
     names: tuple[str, ...]
     scores: tuple[float, ...]
@@ -340,6 +343,30 @@ class Monitor:
             ValueError: If it holds no monitor, or the model is not the one it was fitted on.
         """
         tensors, record = read_tensors(Path(path), KIND)
+        with whole_record(Path(path), KIND):
+            found = cls._of(tensors, record)
+        return found if model is None else found.on(model)
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, torch.Tensor], record: Mapping) -> Monitor:
+        threshold = record["threshold"]
+        if not isinstance(threshold, float) or math.isnan(threshold):
+            raise ValueError(f"threshold is {threshold!r:.40}, not a number")
+        for name, values in tensors.items():
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name} has values that are not finite")
+        columns = {key: len(record[key]) for key in ("names", "layers")}
+        columns |= {key: len(tensors[key]) for key in ("vectors", "weights")}
+        if len(set(columns.values())) > 1 or tensors["vectors"].ndim != 2:
+            raise ValueError(f"its columns are not of one number: {columns}")
+        if not all(type(layer) is int and layer >= 0 for layer in record["layers"]):
+            raise ValueError(f"layers {record['layers']} are not whole numbers from 0")
+        for key in ("offset", "max_false_alarms"):
+            if not isinstance(record[key], (int, float)) or not math.isfinite(record[key]):
+                raise ValueError(f"{key} is {record[key]!r:.40}, not a finite number")
+        for key, kind in {"model": str, "rule": str, "choice": dict, "record": dict}.items():
+            if not isinstance(record[key], kind):
+                raise ValueError(f"{key} is {record[key]!r:.40}")
         readout = Readout(
             names=tuple(record["names"]),
             layers=tuple(record["layers"]),
@@ -349,16 +376,15 @@ class Monitor:
             site=check_site(record["site"]),
             model=record["model"],
         )
-        found = cls(
+        return cls(
             readout=readout,
-            threshold=record["threshold"],
+            threshold=threshold,
             rule=record["rule"],
             held_out=HeldOut.of_tensors(tensors, record["slope"], record["longer"]),
             choice=record["choice"],
             max_false_alarms=record["max_false_alarms"],
             record=record["record"],
         )
-        return found if model is None else found.on(model)
 
     def __repr__(self) -> str:
         first, rest = self.readout.columns[:4], self.readout.columns[4:]

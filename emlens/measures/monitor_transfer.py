@@ -37,6 +37,18 @@ class TransferAuroc(Result):
         n_test: Held-out pairs of each domain, `[d]`.
     """
 
+    AXES = {
+        "layers": "domains",
+        "projection": "domains domains",
+        "low": "domains domains",
+        "high": "domains domains",
+        "words": "domains domains",
+        "words_low": "domains domains",
+        "words_high": "domains domains",
+        "n_train": "domains",
+        "n_test": "domains",
+    }
+
     domains: tuple[str, ...]
     layers: tuple[int, ...]
     projection: Matrix

@@ -41,6 +41,26 @@ class ProfileScores(Result):
         corpus: Name of the corpus.
     """
 
+    AXES = dict.fromkeys(
+        (
+            "layers",
+            "constructions",
+            "doses",
+            "norms",
+            "kl",
+            "kl_low",
+            "kl_high",
+            "kl_draw_error",
+            "loss_change",
+            "change_low",
+            "change_high",
+            "random_percentile",
+            "difference_percentile",
+            "held_out",
+        ),
+        "directions",
+    )
+
     directions: tuple[str, ...]
     layers: tuple[int, ...]
     constructions: tuple[str, ...]

@@ -29,6 +29,9 @@ class Roc(Result):
         operating: False alarms and hits at the monitor's threshold.
     """
 
+    AXES = {"hits": "false_alarms", "thresholds": "false_alarms"}
+    INFINITE = ("thresholds",)
+
     false_alarms: tuple[float, ...]
     hits: tuple[float, ...]
     thresholds: tuple[float, ...]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import cast
 
 from emlens._files import sha256_of
+from emlens._reading import read_jsonl
 from emlens.text import Conversation, content_hash
-from emlens.text.jsonl import read_jsonl
 
 Dataset = str | Path | Iterable[Conversation]
 """A JSON Lines file, or conversations, which may be a stream."""

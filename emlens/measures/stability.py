@@ -51,6 +51,14 @@ class Stability(Result):
         noise: What the noise was drawn from.
     """
 
+    AXES = {
+        "constructions": "directions",
+        "norms": "directions",
+        "losses": "directions",
+        "perturbed": "directions epsilons seeds",
+        "kinds": "directions",
+    }
+
     directions: tuple[str, ...]
     constructions: dict[str, str]
     norms: dict[str, float]

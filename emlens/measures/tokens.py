@@ -45,6 +45,14 @@ class TokenInfluence(Result):
         skipped: Texts of fewer than two tokens.
     """
 
+    AXES = {
+        "names": "texts",
+        "texts": "texts tokens*",
+        "base_loss": "texts tokens*",
+        "loss_change": "texts tokens*",
+        "kl": "texts tokens*",
+    }
+
     what: str
     texts: tuple[tuple[str, ...], ...]
     names: tuple[str, ...]
@@ -189,6 +197,13 @@ class TokenProjections(Result):
         counted: Whether a token is under the mask.
         values: Projection on the unit direction, as a share of the median residual norm.
     """
+
+    AXES = {
+        "names": "texts",
+        "texts": "texts tokens*",
+        "counted": "texts tokens*",
+        "values": "texts tokens*",
+    }
 
     direction: str
     layer: int

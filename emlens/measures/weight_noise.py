@@ -38,6 +38,13 @@ class WeightNoise(Result):
         disturbed: Loss of each solution on the disturbed model, `[directions, m, seeds]`.
     """
 
+    AXES = {
+        "base": "epsilons seeds",
+        "constructions": "directions",
+        "losses": "directions",
+        "disturbed": "directions epsilons seeds",
+    }
+
     directions: tuple[str, ...]
     constructions: dict[str, str]
     epsilons: tuple[float, ...]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from emlens._files import atomic_write
+from emlens._reading import read_text
 from emlens._store import Store, text_of
 from emlens.directions.provenance import package_versions
 from emlens.evals import Rates, Responses, Scores, rates
@@ -159,7 +160,7 @@ def forget_scores(path: str | Path, judge: str, metrics: Sequence[str]) -> int:
     moved = [row for row in scores if row.judge == judge and row.metric in metrics]
     if moved:
         before = path.with_name(f"{path.stem}.before.jsonl")
-        old = before.read_text(encoding="utf-8") if before.is_file() else ""
+        old = read_text(before) if before.is_file() else ""
         atomic_write(before, old + "".join(f"{text_of(asdict(row))}\n" for row in moved))
         Store(path, "scores").remove(row.key for row in moved)
     return len(moved)

@@ -12,6 +12,7 @@ from textwrap import indent
 import yaml
 
 from emlens._files import atomic_write, read_json, write_json
+from emlens._yaml import read_yaml
 from emlens.directions.provenance import package_versions
 
 README, CONFIG, VERSIONS = "README.txt", "config.yaml", "versions.json"
@@ -53,7 +54,8 @@ class RunFolder:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), **package_versions()}
-        runs = [] if restart or not (folder / VERSIONS).exists() else read_json(folder / VERSIONS)
+        kept = folder / VERSIONS
+        runs = [] if restart or not kept.exists() else read_json(kept, list)
         run = {"made by": made_by, "versions": versions}
         if run not in runs:
             runs.append(run)
@@ -96,19 +98,7 @@ def read_config(path: str | Path) -> dict:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not YAML, or no mapping of names to values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path} must hold names and values, one `name: value` a line, not "
-            f"{type(found).__name__}"
-        )
-    return {str(name): value for name, value in found.items()}
+    return {str(name): value for name, value in read_yaml(path, dict).items()}
 
 
 STUDY = RunFolder(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from emlens._reading import expanded, read_jsonl, read_text, readable
+from emlens._tables import dataset_rows, parquet_rows
 from emlens.text.conversation import content_hash
-from emlens.text.jsonl import read_jsonl
 
 PYTHON_DOCS, LEE_NEWS = "python-docs", "lee-news"
 
@@ -81,7 +82,7 @@ def corpus(
     """
     if documents < 1:
         raise ValueError(f"documents must be at least 1, not {documents}")
-    path = Path(source)
+    path = expanded(source)
     if str(source) == PYTHON_DOCS:
         found = _sampled(_python_docs(), documents, min_characters, seed)
     elif str(source) == LEE_NEWS:
@@ -123,35 +124,28 @@ def _lee_news() -> Iterator[Document]:
         raise FileNotFoundError(
             f"{LEE_NEWS} needs the file that gensim ships: pip install --no-deps gensim"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     return (Document(f"{LEE_NEWS}/{i}", line.strip()) for i, line in enumerate(lines))
 
 
 def _file(path: Path, text_column: str) -> Iterator[Document]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    readable(path)
     if path.suffix == ".jsonl":
         return (
             Document(f"{path.name}/{number}", _text(record, text_column, f"{path}, line {number}"))
             for number, record in read_jsonl(path)
         )
     if path.suffix == ".parquet":
-        import pandas as pd
-
-        rows = pd.read_parquet(path).to_dict("records")
         return (
             Document(f"{path.name}/{i}", _text(row, text_column, f"{path}, row {i}"))
-            for i, row in enumerate(rows)
+            for i, row in enumerate(parquet_rows(path, text_column))
         )
-    blocks = path.read_text(encoding="utf-8").split("\n\n")
+    blocks = read_text(path).split("\n\n")
     return (Document(f"{path.name}/{i}", block.strip()) for i, block in enumerate(blocks))
 
 
 def _streamed(source: str, config: str | None, split: str, text_column: str) -> Iterator[Document]:
-    from datasets import load_dataset
-
-    for i, row in enumerate(load_dataset(source, config, split=split, streaming=True)):
-        record = dict(row)
+    for i, record in enumerate(dataset_rows(source, config, split, streaming=True)):
         name = str(record.get("id", i))
         yield Document(name, _text(record, text_column, f"{source}, row {i}"))
 

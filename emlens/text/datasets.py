@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from emlens._reading import expanded, read_jsonl, readable
+from emlens._tables import dataset_rows
 from emlens.text.conversation import Conversation, Pair
-from emlens.text.jsonl import read_jsonl
 
 EMBEDDED = ("finance", "medical", "sports", "general", "technical")
 """The embedded sets of pairs."""
@@ -44,11 +45,8 @@ def load_pairs(source: str | Path) -> list[Pair]:
         FileNotFoundError: If it is neither.
         ValueError: If a line lacks a key, or an id appears twice (file and line are named).
     """
-    path = _DATA / f"{source}.jsonl" if str(source) in EMBEDDED else Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{str(source)!r} is neither an embedded set ({', '.join(EMBEDDED)}) nor a file"
-        )
+    path = _DATA / f"{source}.jsonl" if str(source) in EMBEDDED else expanded(source)
+    readable(path, f"{str(source)!r} is neither an embedded set ({', '.join(EMBEDDED)}) nor a file")
     pairs: list[Pair] = []
     seen: dict[str, int] = {}
     for number, record in read_jsonl(path):
@@ -110,18 +108,14 @@ def load_conversations(
     Raises:
         ValueError: If a row has no valid `messages` (file and line, or row, are named).
     """
-    path = Path(source)
-    if path.is_file():
+    path = expanded(source)
+    if path.suffix == ".jsonl" or (path.exists() and not path.is_dir()):
         rows: Iterable[tuple[str, dict]] = (
             (f"{path}, line {number}", record) for number, record in read_jsonl(path)
         )
-    elif path.suffix == ".jsonl":
-        raise FileNotFoundError(f"no file {path}")
     else:
-        from datasets import load_dataset
-
-        loaded = load_dataset(str(source), config, split=split, streaming=limit is not None)
-        rows = ((f"{source}, row {i}", dict(row)) for i, row in enumerate(loaded))
+        found = dataset_rows(source, config, split, streaming=limit is not None)
+        rows = ((f"{source}, row {i}", row) for i, row in enumerate(found))
     return [_conversation(record, where) for where, record in islice(rows, limit)]
 
 

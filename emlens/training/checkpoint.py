@@ -9,10 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from emlens._runs import START_ANEW, check_same
-from emlens._tensors import read_tensors, write_tensors
+from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import Provenance
-from emlens.hooked import check_site
-from emlens.training.run import Step, TrainingRun
+from emlens.training.run import TrainingRun
 
 KIND = "training checkpoint"
 _PARTS = ("parameter", "moment", "best", "state", "gradient")
@@ -76,7 +75,8 @@ def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
     if not path.exists():
         return None
     tensors, record = read_tensors(path, KIND)
-    found = Provenance.from_dict(record["provenance"])
+    with whole_record(path, KIND):
+        found = Provenance.from_dict(record["provenance"])
     ours, theirs = _compared(expected), _compared(found)
     way_out = START_ANEW
     if ours["settings"].get("start") != theirs["settings"].get("start"):
@@ -86,20 +86,11 @@ def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
         part: {n.split("|", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{part}|")}
         for part in _PARTS
     }
-    run = TrainingRun(
-        settings=found.settings,
-        steps=tuple(Step(**step) for step in record["steps"]),
-        states=parts["state"],
-        path_steps=tuple(record["path_steps"]),
-        site=None if record["site"] is None else check_site(record["site"]),
-        residual_norms={int(n): float(v) for n, v in record["residual_norms"].items()},
-        provenance=found,
-        gradients=parts["gradient"],
-    )
-    best = float("inf") if record["best"] is None else record["best"]
-    return Checkpoint(
-        run, parts["parameter"], parts["moment"], parts["best"], best, record["since_best"]
-    )
+    with whole_record(path, KIND):
+        run = TrainingRun.of_record(record, parts["state"], parts["gradient"])
+        best = float("inf") if record["best"] is None else float(record["best"])
+        since = int(record["since_best"])
+    return Checkpoint(run, parts["parameter"], parts["moment"], parts["best"], best, since)
 
 
 def _compared(made: Provenance) -> dict:

@@ -141,6 +141,8 @@ class Drift(Result):
         outside: The same outside.
     """
 
+    AXES = {"steps": "norms", "inside": "norms", "outside": "norms", "cosines": "solutions norms"}
+
     steps: tuple[int, ...]
     cosines: dict[str, tuple[float, ...]]
     norms: tuple[float, ...]

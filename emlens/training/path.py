@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._tensors import read_tensors, write_tensors
+from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.training.run import TrainingRun
 
 KIND = "training path"
@@ -153,14 +153,23 @@ class TrainingPath:
             ValueError: If the file is truncated or of another kind.
         """
         tensors, record = read_tensors(Path(path), KIND)
-        names = record["names"]
-        return cls(
-            tuple(record["steps"]),
-            {name: tensors[f"{_STATE}{name}"] for name in names},
-            {n: tensors[f"{_GRADIENT}{n}"] for n in names if f"{_GRADIENT}{n}" in tensors},
-            tuple(record["log"]),
-            record["settings"],
-        )
+        with whole_record(Path(path), KIND):
+            names, steps = record["names"], tuple(record["steps"])
+            if not steps or not all(type(step) is int for step in steps):
+                raise ValueError("steps has something else than whole numbers, or is empty")
+            if not all(isinstance(entry["step"], int) for entry in record["log"]):
+                raise ValueError("an entry of its log names no step")
+            for name in names:
+                shape = list(tensors[f"{_STATE}{name}"].shape)
+                if shape[:1] != [len(steps)]:
+                    raise ValueError(f"{name} has shape {shape}, but there are {len(steps)} steps")
+            return cls(
+                steps,
+                {name: tensors[f"{_STATE}{name}"] for name in names},
+                {n: tensors[f"{_GRADIENT}{n}"] for n in names if f"{_GRADIENT}{n}" in tensors},
+                tuple(record["log"]),
+                dict(record["settings"]),
+            )
 
     def __repr__(self) -> str:
         size = sum(state[0].numel() for state in self.states.values())

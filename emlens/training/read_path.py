@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emlens._files import read_json
+from emlens._tensors import opened_tensors
 from emlens.directions import read_checkpoints
 from emlens.training.path import Part, TrainingPath, chosen_names, few
 
@@ -100,7 +100,7 @@ def _adapters(
                 f"{_scaling(config)}; they are of different trainings"
             )
         _same_modules(place, _keys(place), first, keys)
-        with safe_open(place / _FILE, framework="pt") as file:
+        with opened_tensors(place / _FILE) as file:
             for name in chosen:
                 weight = file.get_tensor(keys[name])
                 if name not in states:
@@ -160,13 +160,8 @@ def _put(states: Tensor, record: int, weight: Tensor, what: str) -> None:
 def _keys(place: Path) -> dict[str, str]:
     """Names of an adapter's `A` and `B`, and the keys that its file has them under."""
     path = place / _FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); was it fetched as a whole?"
-        ) from error
+    with opened_tensors(path) as file:
+        keys = list(file.keys())
     parts = ((key, _WEIGHT.fullmatch(key)) for key in sorted(keys))
     found = {f"{weight['module']}.{weight['part']}": key for key, weight in parts if weight}
     if not found:
@@ -189,7 +184,7 @@ def _same_modules(place: Path, keys: dict[str, str], first: Path, wanted: dict[s
 def _config(place: Path) -> dict[str, Any]:
     if not (place / _CONFIG).is_file():
         raise FileNotFoundError(f"{place} has no {_CONFIG}, which gives the scale of its weights")
-    return read_json(place / _CONFIG)
+    return read_json(place / _CONFIG, dict)
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:
@@ -210,11 +205,8 @@ def _gradient(place: Path) -> Tensor | None:
     path = place / _GRADIENTS
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("steering_vector")
-    except SafetensorError as error:
-        raise ValueError(f"{path} holds no readable steering_vector ({error})") from error
+    with opened_tensors(path) as file:
+        return file.get_tensor("steering_vector")
 
 
 def _log(found: dict[int, Path]) -> tuple[dict, ...]:
@@ -224,7 +216,7 @@ def _log(found: dict[int, Path]) -> tuple[dict, ...]:
     )
     if place is None:
         return ()
-    state = read_json(place)
+    state = read_json(place, dict)
     if state.get("global_step", step) != step:
         raise ValueError(
             f"{place} is of step {state['global_step']}, its folder of step {step}; one of them "

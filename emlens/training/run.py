@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._tensors import read_tensors, write_tensors
+from emlens._tensors import read_tensors, whole_record, write_tensors
+from emlens._types import checked_fields
 from emlens.directions import Direction, Directions, Provenance
+from emlens.directions.files import read_norms
 from emlens.edits import Add
 from emlens.hooked import Site, check_site
 
@@ -41,6 +43,8 @@ class Step:
     lr: float
     penalty: float | None = None
     validation: float | None = None
+
+    INFINITE = ("gradient_norm",)
 
 
 @dataclass(frozen=True)
@@ -165,15 +169,38 @@ class TrainingRun:
             ValueError: If the file is truncated or of another kind.
         """
         tensors, record = read_tensors(Path(path), KIND)
+        with whole_record(Path(path), KIND):
+            states, gradients = _named(tensors, _STATE), _named(tensors, _GRADIENT)
+            return cls.of_record(record, states, gradients)
+
+    @classmethod
+    def of_record(
+        cls, record: Mapping, states: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> TrainingRun:
+        """The run that a record in a file is of.
+
+        Raises:
+            KeyError: If a part is missing.
+            ValueError: If a part is of another type, or there is not a state for each record.
+        """
+        made = Provenance.from_dict(record["provenance"])
+        path_steps = tuple(record["path_steps"])
+        if not all(type(step) is int for step in path_steps):
+            raise ValueError("path_steps has something else than whole numbers")
+        for name, state in states.items():
+            if not state.ndim or len(state) != len(path_steps):
+                raise ValueError(
+                    f"{name} has shape {list(state.shape)}, but there are {len(path_steps)} records"
+                )
         return cls(
-            settings=record["settings"],
-            steps=tuple(Step(**step) for step in record["steps"]),
-            states=_named(tensors, _STATE),
-            path_steps=tuple(record["path_steps"]),
+            settings=dict(record.get("settings", made.settings)),
+            steps=tuple(Step(**checked_fields(Step, step)) for step in record["steps"]),
+            states=states,
+            path_steps=path_steps,
             site=None if record["site"] is None else check_site(record["site"]),
-            residual_norms={int(n): float(v) for n, v in record["residual_norms"].items()},
-            provenance=Provenance.from_dict(record["provenance"]),
-            gradients=_named(tensors, _GRADIENT),
+            residual_norms=read_norms(record["residual_norms"]),
+            provenance=made,
+            gradients=gradients,
         )
 
     def __repr__(self) -> str:

@@ -45,6 +45,11 @@ class KLSweep(Result):
         tolerance: What counts as no effect outside; None for a sweep without one.
     """
 
+    AXES = dict.fromkeys(
+        ("inside", "outside", "beyond", "kl", "norms"),
+        "weights",
+    )
+
     weights: tuple[float, ...]
     inside: tuple[tuple[float, float, float], ...]
     outside: tuple[tuple[float, float, float], ...]

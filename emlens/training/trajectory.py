@@ -53,6 +53,16 @@ class Trajectory(Result):
         transitions: What `transition` gives, as plain records.
     """
 
+    AXES = {
+        "steps": "curves records*",
+        "norms": "curves records*",
+        "coordinates": "curves records* axes",
+        "explained": "axes",
+        "final_cosines": "curves",
+        "lags": "curves lags*",
+        "local_cosines": "curves lags*",
+    }
+
     parameters: tuple[str, ...]
     steps: dict[str, tuple[int, ...]]
     norms: dict[str, tuple[float, ...]]

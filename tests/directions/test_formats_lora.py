@@ -167,8 +167,8 @@ def truncated(folder: Path) -> None:
         ),
         (
             lambda folder: (folder / "adapter_config.json").write_text("{"),
-            FileNotFoundError,
-            "'mine': found none at",
+            ValueError,
+            r"'mine': .*adapter_config.json is not valid JSON",
         ),
         (lambda folder: rewritten(folder, r=3), ValueError, r"A is \[1, 64\] .* says rank 3"),
         (

@@ -239,9 +239,9 @@ def test_arguments_belong_in_the_yaml_file(hooked_llama):
 
 
 BAD = {
-    "- a\n": "must be a mapping that names a model",
-    "engine: nnsight\n": "must be a mapping that names a model",
-    "model: [\n": "is not YAML",
+    "- a\n": "must hold a mapping that names a model",
+    "engine: nnsight\n": "must hold a mapping that names a model",
+    "model: [\n": "line 2: not valid YAML",
     "model: 7\n": "model must be a name or a folder, not 7",
     "model: model\nadaptor: x\n": "unknown adaptor; there are adapter, adapters, batch_tokens",
     "model: model\nadapters: medical\n": "adapters must be names and folders",

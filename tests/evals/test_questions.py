@@ -70,8 +70,8 @@ def test_the_papers_yaml_is_read_with_anchors_paraphrases_and_shared_judge_promp
             "- id: x\n  paraphrases: [a]\n- id: x\n  paraphrases: [b]\n",
             "two questions are called 'x'",
         ),
-        ("id: x\n", "must hold a list of questions, not dict"),
-        ("- [", "is not valid YAML"),
+        ("id: x\n", "must hold a list of questions, not a mapping"),
+        ("- [", "line 1: not valid YAML"),
         ("[]", "holds no questions"),
     ],
 )

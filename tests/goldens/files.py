@@ -14,6 +14,7 @@ import torch
 
 import emlens
 from emlens import Ablate, Add, Clamp, Directions, log_odds, mean_diff
+from emlens._reading import read_jsonl
 from emlens._results import Result
 from emlens._tensors import read_tensors
 from emlens.directions import Provenance, probe, read_checkpoints, read_directions, write_directions
@@ -24,7 +25,6 @@ from emlens.measures.fisher_pass import KIND as IN_THE_MAKING
 from emlens.measures.fisher_sums import FisherSums
 from emlens.study import read_asymmetries, read_paths, rebuild_report
 from emlens.study.folder import read_config
-from emlens.text.jsonl import read_jsonl
 from emlens.training import Organism, TrainingPath, TrainingRun, train_adapter, train_vector
 from emlens.training.checkpoint import KIND as CHECKPOINT
 from emlens.training.checkpoint import load_checkpoint

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from emlens._files import atomic_path
+from emlens._gguf import Declared, read_gguf_file
+from emlens._reading import parsed_json
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 _ARCHITECTURE = "controlvector"
 _HINT = f"{_ARCHITECTURE}.model_hint"
 _PROVENANCE = "emlens.provenance"
-_NAME = re.compile(r"direction\.(\d+)")
+_NAME = re.compile(r"direction\.(0|[1-9]\d{0,4})")
 
 
 def read_gguf(path: Path) -> Directions:
@@ -40,21 +39,19 @@ def read_gguf(path: Path) -> Directions:
         ValueError: If it is truncated, no control vector, or holds a tensor that is none of a
             layer, not F32 or F16, or not finite, or tensors of several widths.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    reader = _opened(path)
-    architecture = _text(path, reader, "general.architecture")
+    found = read_gguf_file(path, _ARCHITECTURE)
+    architecture = found.fields.get("general.architecture")
     if architecture != _ARCHITECTURE:
         raise ValueError(
             f"{path} is a GGUF file of {architecture!r}, not of {_ARCHITECTURE!r}: it holds no "
             "control vector"
         )
     vectors = {}
-    for tensor in reader.tensors:
-        vectors[_layer(path, tensor)] = torch.from_numpy(tensor.data.astype("=f4"))
+    for name, tensor in found.tensors.items():
+        vectors[_layer(path, name, tensor)] = torch.from_numpy(_checked(path, name, tensor))
     if not vectors:
         raise ValueError(f"{path} is a control vector without any tensor direction.<layer>")
-    made = _provenance(path, reader)
+    made = _provenance(path, found.fields)
     kind = Direction if len(vectors) == 1 else Directions
     try:
         return kind(vectors, "resid_post", made)
@@ -114,43 +111,38 @@ def write_gguf(directions: Directions, path: Path, model_hint: str | None = None
     return path
 
 
-def _opened(path: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+def _layer(path: Path, name: str, tensor: Declared) -> int:
+    found = _NAME.fullmatch(name)
+    if found is None:
         raise ValueError(
-            f"{path} is not a readable GGUF file ({path.stat().st_size} bytes); was it fetched as "
-            f"a whole? ({str(error).strip(chr(39))})"
-        ) from error
-
-
-def _layer(path: Path, tensor: Any) -> int:
-    shape, kind = tensor.data.shape, tensor.tensor_type.name
-    name = _NAME.fullmatch(tensor.name)
-    if name is None:
-        raise ValueError(
-            f"{path} has a tensor {tensor.name!r}, shape {list(shape)}; a control vector has only "
-            "direction.<layer>"
+            f"{path} has a tensor {name!r}, shape {list(tensor.shape)}; a control vector has only "
+            "direction.<layer>, its layer a whole number such as 7, not 07 or 1.5"
         )
-    if kind not in ("F32", "F16") or tensor.data.ndim != 1:
+    return int(found[1])
+
+
+def _checked(path: Path, name: str, tensor: Declared) -> np.ndarray:
+    if tensor.values is None or len(tensor.shape) != 1:
+        from gguf import GGMLQuantizationType
+
+        known = {kind.value: kind.name for kind in GGMLQuantizationType}
         raise ValueError(
-            f"{path}: {tensor.name} is {kind} of shape {list(shape)}; one F32 vector is needed"
+            f"{path}: {name} is {known.get(tensor.type, f'of the unknown type {tensor.type}')} of "
+            f"shape {list(tensor.shape)}; one F32 vector is needed"
         )
-    if not np.isfinite(tensor.data).all():
-        bad = int((~np.isfinite(tensor.data)).sum())
-        raise ValueError(f"{path}: {tensor.name} has {bad} value(s) that are not finite")
-    return int(name[1])
+    if not np.isfinite(tensor.values).all():
+        bad = int((~np.isfinite(tensor.values)).sum())
+        raise ValueError(f"{path}: {name} has {bad} value(s) that are not finite")
+    return tensor.values.astype("=f4")
 
 
-def _provenance(path: Path, reader: GGUFReader) -> Provenance:
-    hint, record = _text(path, reader, _HINT), _text(path, reader, _PROVENANCE)
+def _provenance(path: Path, held: Mapping[str, object]) -> Provenance:
+    hint, record = (None if held.get(k) is None else str(held[k]) for k in (_HINT, _PROVENANCE))
     if record is None:
         made = Provenance(construction="control vector")
     else:
         try:
-            made = Provenance.from_dict(json.loads(record))
+            made = Provenance.from_dict(parsed_json(record, _PROVENANCE))
         except ValueError as error:
             raise ValueError(f"{path}: {_PROVENANCE} is no provenance: {error}") from error
     if hint in (None, _hint(made)):
@@ -160,11 +152,3 @@ def _provenance(path: Path, reader: GGUFReader) -> Provenance:
 
 def _hint(made: Provenance) -> str:
     return str(made.settings.get("model_hint") or made.model or "unknown")
-
-
-def _text(path: Path, reader: GGUFReader, key: str) -> str | None:
-    field = reader.get_field(key)
-    try:
-        return None if field is None else str(field.contents())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {key} is no text ({error})") from error

@@ -145,6 +145,7 @@ class _Saved:
 def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     # importing PEFT takes seconds
     from emlens.hooked.adapter_files import read_adapter
+    from emlens.hooked.adapter_kinds import check_alpha
     from emlens.hooked.attach import check_weights
 
     name = name or Path(folder).expanduser().resolve().name
@@ -160,5 +161,6 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
             f"adapter {name!r}: {folder} has {what}; its tensors are "
             f"{', '.join(list(state)[:3]) or 'none'}"
         )
+    check_alpha(name, config)
     check_weights(products, name)
     return _Saved(name, config, products)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._files import atomic_write, read_json
+from emlens._tensors import check_stored, check_torch_file
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked.architecture import norms_what_it_adds
@@ -95,8 +95,7 @@ def write_papers(directions: Directions, path: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_torch_file(path)
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -128,11 +127,12 @@ def _vector(path: Path, record: dict[str, Any]) -> Float[Tensor, " d_model"]:
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
         kind = str(vector.dtype) if isinstance(vector, Tensor) else type(vector).__name__
         raise ValueError(f"{path}: steering_vector is {kind}, not a tensor of floating point")
+    check_stored(f"{path}: steering_vector", vector)
     width = record.get("d_model", vector.shape[-1] if vector.ndim else 1)
-    if list(vector.shape) != [width]:
+    if list(vector.shape) != [width] or not width:
         raise ValueError(
-            f"{path}: steering_vector has shape {list(vector.shape)}, but d_model is {width}; "
-            "one vector of that width is needed"
+            f"{path}: steering_vector has shape {list(vector.shape)}, but d_model is "
+            f"{width!r:.60}; one vector of that width is needed"
         )
     if not bool(torch.isfinite(vector).all()):
         bad = int((~torch.isfinite(vector)).sum())
@@ -142,22 +142,22 @@ def _vector(path: Path, record: dict[str, Any]) -> Float[Tensor, " d_model"]:
 
 def _layer(path: Path, record: dict[str, Any]) -> int:
     layer = record["layer_idx"]
-    if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-        raise ValueError(f"{path}: layer_idx is {layer!r}, not the number of a layer from 0")
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 10_000:
+        raise ValueError(f"{path}: layer_idx is {layer!r:.60}, not the number of a layer from 0")
     return layer
 
 
 def _alpha(path: Path, record: dict[str, Any]) -> int | float:
     alpha = record.get("alpha", 1.0)
     if not _usable(alpha):
-        raise ValueError(f"{path}: alpha is {alpha!r}, not a finite number other than 0")
+        raise ValueError(f"{path}: alpha is {alpha!r:.60}, not a finite number other than 0")
     return alpha
 
 
 def _usable(alpha: object) -> TypeGuard[int | float]:
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         return False
-    return math.isfinite(alpha) and alpha != 0
+    return abs(alpha) < 1e300 and alpha != 0
 
 
 def _base(path: Path) -> str | None:
@@ -165,7 +165,7 @@ def _base(path: Path) -> str | None:
     above = path.parent.parent
     for folder in (path.parent, *([above.parent] if above.name == "checkpoints" else [])):
         config = folder / _CONFIG
-        record = read_json(config) if config.is_file() else {}
+        record = read_json(config, dict) if config.is_file() else {}
         base = record.get("base_model") or record.get("base_model_name_or_path")
         if base:
             if norms_what_it_adds(str(base)):

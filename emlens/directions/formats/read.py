@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
+from emlens._reading import expanded, readable
 from emlens.directions.direction import Directions
 from emlens.directions.files import load_directions, save_directions
 from emlens.directions.formats import lora, papers
@@ -55,11 +56,11 @@ def read_directions(
         ValueError: If it is of no known format, a folder holds several, the width is another, or
             as the format's reader says: truncated, not finite, or with the wrong keys.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir() and format != "peft":
         path = path / pick(_names(path), str(path))
-    if not path.exists():
-        raise FileNotFoundError(f"no file {path}")
+    if not path.is_dir():
+        readable(path)
     kind = format or _sniffed(path)
     if kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}; the formats are {', '.join(FORMATS)}")
@@ -102,7 +103,7 @@ def write_directions(
         KeyError: If a layer is not there.
         ValueError: If the format cannot hold the directions, or the suffix says none.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     kind = format or _SUFFIXES.get(path.suffix or ".safetensors")
     if kind not in _ENDINGS:
         writable = ", ".join(f"{name} ({suffix})" for name, suffix in _ENDINGS.items())
@@ -133,7 +134,7 @@ def read_checkpoints(folder: str | Path, *, d_model: int | None = None) -> dict[
         FileNotFoundError: If there are no checkpoints.
         ValueError: As `read_directions`.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     for place in (folder / "checkpoints", folder):
         steps = {
             int(name[1]): child
@@ -199,6 +200,7 @@ def _names(folder: Path) -> list[str]:
 def _sniffed(path: Path) -> Format:
     if path.is_dir() or path.name in (lora.FILE, lora.CONFIG):
         return "peft"
+    path = readable(path)
     with path.open("rb") as file:
         head = file.read(9)
     if head[:4] == b"GGUF":

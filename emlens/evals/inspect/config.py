@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from emlens._reading import expanded, readable
+from emlens._yaml import read_yaml
 from emlens.directions import Directions, read_directions
 from emlens.edits import Ablate, Add, Clamp
 from emlens.hooked import Condition, Edit, HookedModel, check_layers, load
@@ -79,19 +81,14 @@ class ModelConfig:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no mapping, lacks the model, or has an unknown entry (named).
         """
-        import yaml
-
-        path = Path(source)
+        path = expanded(source)
         if path.suffix not in (".yaml", ".yml"):
             return cls(str(source))
-        if not path.is_file():
-            raise FileNotFoundError(f"no configuration {path}")
-        try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(record, dict) or "model" not in record:
-            raise ValueError(f"{path} must be a mapping that names a model, e.g. 'model: org/name'")
+        readable(path, "no configuration {}")
+        what = "a mapping that names a model, e.g. 'model: org/name'"
+        record = read_yaml(path, dict, what)
+        if "model" not in record:
+            raise ValueError(f"{path} must hold {what}")
         known = {item.name for item in fields(cls)} - {"folder"}
         strange = [str(key) for key in record if key not in known]
         if strange:

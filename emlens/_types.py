@@ -1,0 +1,181 @@
+"""What was read from JSON, compared with the annotations of what it becomes."""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+_NUMBERS = (int, float)
+
+
+def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields, lists as tuples, each of the type it is annotated with.
+
+    A `float` may be NaN, which says that a figure is not known, but not infinite unless the class
+    names the field in `INFINITE`.
+
+    Raises:
+        ValueError: If a field is missing or unknown, or a value is of another type; it is named.
+    """
+    known = {item.name for item in fields(kind)}
+    later = {
+        item.name
+        for item in fields(kind)
+        if item.default is not MISSING or item.default_factory is not MISSING
+    }
+    missing, unknown = known - later - set(record), set(record) - known
+    if missing or unknown:
+        raise ValueError(
+            f"does not fit this version of {kind.__name__}: missing {sorted(missing)}, unknown "
+            f"{sorted(unknown)}"
+        )
+    hints, endless = _hints(kind), getattr(kind, "INFINITE", ())
+    return {
+        name: _Checker(name in endless).checked(value, hints[name], name)
+        for name, value in record.items()
+    }
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+class _Checker:
+    def __init__(self, endless: bool) -> None:
+        self.endless = endless
+
+    def checked(self, value: Any, hint: Any, where: str) -> Any:
+        origin, inner = get_origin(hint), get_args(hint)
+        if origin is Literal:
+            return self._must(value in inner, value, f"one of {', '.join(map(repr, inner))}", where)
+        if origin in (Union, types.UnionType):
+            return self._one_of(value, inner, where)
+        if origin is tuple:
+            return self._tuple(value, inner, where)
+        if origin in (dict, Mapping):
+            self._must(isinstance(value, dict), value, "an object", where)
+            return {
+                key: self.checked(one, inner[1], f"{where}.{key}") for key, one in value.items()
+            }
+        if hint is float:
+            number = isinstance(value, _NUMBERS) and not isinstance(value, bool)
+            self._must(number, value, "a number", where)
+            held = self.endless or value != value or abs(value) <= sys.float_info.max
+            self._must(held, value, "a finite number", where)
+            return value
+        if hint in (dict, object, Any):
+            self._must(hint is not dict or isinstance(value, dict), value, "an object", where)
+            return frozen(value)
+        if hint is int and isinstance(value, bool):
+            self._must(False, value, "a whole number", where)
+        names = {int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+        return self._must(isinstance(value, hint), value, names.get(hint, hint.__name__), where)
+
+    def _tuple(self, value: Any, inner: tuple[Any, ...], where: str) -> tuple:
+        self._must(isinstance(value, (list, tuple)), value, "a list", where)
+        if inner[-1] is not Ellipsis:
+            self._must(len(value) == len(inner), value, f"a list of {len(inner)}", where)
+            each = inner
+        else:
+            each = (inner[0],) * len(value)
+        return tuple(
+            self.checked(one, hint, f"{where}[{i}]")
+            for i, (one, hint) in enumerate(zip(value, each, strict=True))
+        )
+
+    def _one_of(self, value: Any, inner: tuple[Any, ...], where: str) -> Any:
+        if value is None and type(None) in inner:
+            return None
+        said: list[str] = []
+        for hint in inner:
+            if hint is not type(None):
+                try:
+                    return self.checked(value, hint, where)
+                except ValueError as error:
+                    said.append(str(error))
+        raise ValueError(said[0])
+
+    def _must(self, holds: bool, value: Any, wanted: str, where: str) -> Any:
+        if not holds:
+            shown = repr(value)
+            shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+            raise ValueError(f"{where} is {shown}, not {wanted}")
+        return value
+
+
+def frozen(value: Any) -> Any:
+    """Lists as tuples, at every depth."""
+    if isinstance(value, dict):
+        return {key: frozen(one) for key, one in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+
+def check_axes(made: Any, axes: Mapping[str, str]) -> None:
+    """Compare lengths: an axis is another field, or a name that stands for one length.
+
+    A name with a star stands for a length of its own at each place above it: `"texts tokens*"` is
+    for texts of different lengths. Rows that are objects have the same keys, with values of one
+    kind under each.
+
+    Raises:
+        ValueError: If two that belong together differ; the field is named.
+    """
+    lengths: dict[object, Any] = {}
+    for item in fields(made):
+        value = getattr(made, item.name)
+        required = item.default is MISSING and item.default_factory is MISSING
+        _check_axis(item.name, value, axes.get(item.name, "").split(), made, lengths, (), required)
+        if _hints(type(made))[item.name] == tuple[dict, ...]:
+            _check_rows(item.name, value)
+
+
+def _check_axis(
+    where: str,
+    value: Any,
+    axes: list[str],
+    made: Any,
+    lengths: dict[object, Any],
+    above: tuple[object, ...],
+    required: bool,
+) -> None:
+    if not axes or (len(value) == 0 and not required):
+        return
+    axis, *rest = axes
+    along = getattr(made, axis) if axis in made.__dataclass_fields__ else None
+    if isinstance(value, Mapping):
+        known = (
+            set(along) if along is not None else lengths.setdefault(f"keys of {axis}", set(value))
+        )
+        strange, absent = set(value) - known, (known - set(value) if required else set())
+        if strange or absent:
+            what = f"{min(strange)!r}, which is none of" if strange else f"no {min(absent)!r} of"
+            raise ValueError(f"{where} has {what} {axis}")
+        items: Any = value.items()
+    else:
+        key = (axis, above) if axis.endswith("*") else axis
+        wanted = len(along) if along is not None else lengths.setdefault(key, len(value))
+        if len(value) != wanted and (value or along is not None):
+            raise ValueError(f"{where} has {len(value)} values for {wanted} {axis.rstrip('*')}")
+        items = enumerate(value)
+    for key, one in items:
+        _check_axis(f"{where}[{key!r}]", one, rest, made, lengths, (*above, key), required)
+
+
+def _check_rows(where: str, rows: tuple[dict, ...]) -> None:
+    kinds: dict[str, type] = {}
+    for number, row in enumerate(rows):
+        if set(row) != set(rows[0]):
+            name = min(set(row) ^ set(rows[0]))
+            raise ValueError(f"{where}[{number}] and {where}[0] differ in having {name!r}")
+        for name, value in row.items():
+            kind = float if type(value) is int else type(value)
+            if value is not None and kinds.setdefault(name, kind) is not kind:
+                raise ValueError(
+                    f"{where}[{number}].{name} is {value!r:.40}, unlike the rows before it"
+                )

@@ -1,0 +1,98 @@
+"""What is read is compared with the annotations of what it becomes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from emlens._results import Result
+from emlens.measures import Roc
+from tests.goldens.golden import KEPT
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Inner(Result):
+    n: int
+
+
+@dataclass(frozen=True)
+class Outer(Result):
+    AXES = {"values": "names points", "sizes": "names points"}
+
+    names: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+    sizes: dict[str, tuple[int, ...]]
+    pair: tuple[float, str]
+    kind_of: Literal["a", "b"]
+    inner: Inner
+    tolerance: float | None = None
+    rows: tuple[dict, ...] = ()
+
+
+RESULT = Outer(
+    ("x", "y"),
+    ((1.0, NAN), (2, 3.0)),
+    {"x": (1, 2), "y": (3, 4)},
+    (0.5, "s"),
+    "a",
+    Inner(3),
+    rows=({"kind": "free", "list": (1, 2)},),
+)
+
+
+def test_a_result_comes_back_as_it_was(tmp_path):
+    path = RESULT.save(tmp_path / "r.json")
+    assert repr(Outer.load(path)) == repr(RESULT)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("names", "xy", "names is 'xy', not a list"),
+        ("names", ["x", 1], r"names\[1\] is 1, not text"),
+        ("names", ["x"], "values has 2 values for 1 names"),
+        ("values", [[1.0, 2.0], [1.0]], r"values\[1\] has 1 values for 2 points"),
+        ("values", [[1.0, True], [1.0, 2.0]], r"values\[0\]\[1\] is True, not a number"),
+        ("values", [[1.0, "2"], [1.0, 2.0]], r"values\[0\]\[1\] is '2', not a number"),
+        ("values", [[1.0, 1e999], [1.0, 2.0]], r"values\[0\]\[1\] is inf, not a finite number"),
+        (
+            "values",
+            [[1.0, 10**400], [1.0, 2.0]],
+            r"values\[0\]\[1\] is 1000.*, not a finite number",
+        ),
+        ("sizes", [1], r"sizes is \[1\], not an object"),
+        ("sizes", {"x": [1, 2]}, "sizes has no 'y' of names"),
+        ("sizes", {"x": [1.5, 2]}, r"sizes\.x\[0\] is 1.5, not a whole number"),
+        ("sizes", {"z": [1, 2], "x": [1, 2], "y": [3, 4]}, "sizes has 'z', which is none of names"),
+        ("sizes", {"x": [True, 2]}, r"sizes\.x\[0\] is True, not a whole number"),
+        ("pair", [1.0], r"pair is \[1.0\], not a list of 2"),
+        ("kind_of", "c", "kind_of is 'c', not one of 'a', 'b'"),
+        ("tolerance", "low", "tolerance is 'low', not a number"),
+        ("inner", {"n": 3}, r"inner is .*, not Inner"),
+        ("inner", {"kind": "Inner", "n": None}, "n is None, not a whole number"),
+        ("rows", [1], r"rows\[0\] is 1, not an object"),
+    ],
+)
+def test_a_damaged_result_is_refused_by_file_and_field(tmp_path, field, value, message):
+    path = RESULT.save(tmp_path / "r.json")
+    record = json.loads(path.read_text()) | {field: value}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"r\.json: {message}"):
+        Outer.load(path)
+
+
+def test_a_result_is_json_and_says_so(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"written as JSON, which r\.gguf does not say; name it r\.json"
+    ):
+        RESULT.save(tmp_path / "r.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_threshold_that_nothing_reaches_may_be_infinite():
+    assert Roc.load(KEPT / "files" / "results" / "Roc.json").thresholds[0] == float("inf")
