@@ -90,7 +90,8 @@ class Estimate:
         draws = self.draws
         if draws is None:
             random = np.random.default_rng(0).standard_normal((PLAIN_DRAWS, len(self.vector)))
-            draws = random * self.errors
+            errors = np.zeros_like(self.vector) if self.errors is None else self.errors
+            draws = random * errors
         square = float((draws**2).sum(1).mean())
         return draws * np.sqrt(max(self.false_square, 0.0) / square) if square else draws
 
