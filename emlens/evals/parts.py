@@ -49,6 +49,7 @@ def averaged(effect: Effect, name: str, members: Sequence[str]) -> Effect:
         conditions=replaced(names, name),
         values=replaced(effect.values, tuple(mean.tolist())),
         coherent=replaced(effect.coherent, coherent),
+        acting=effect.acting | {name: effect.acting.get(members[0], "")},
     )
 
 

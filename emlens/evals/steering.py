@@ -26,7 +26,8 @@ class SteeringSweep(Result):
 
     Attributes:
         rows: `layer`, `dose`, `value`, `low`, `high` (change against the base), `coherent`, and
-            `random`, `random low`, `random high` (the same for a random direction of equal norm).
+            `random`, `random low`, `random high` (the same for a random direction of equal norm);
+            `acting`, the adapters and edits that acted.
         what: What the effect is, with its unit.
         floor: Coherent share below which a dose does not count.
         judged_by: Who judged; empty for no judge.
@@ -133,6 +134,7 @@ def steering_sweep(
                     "random": beside.estimate,
                     "random low": beside.low,
                     "random high": beside.high,
+                    "acting": effect.acting.get(f"{layer} {dose}", ""),
                 }
             )
     return SteeringSweep(tuple(rows), effect.what, floor, effect.judged_by)

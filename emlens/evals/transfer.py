@@ -36,6 +36,7 @@ class Transfer(Result):
         coherent: Share of coherent answers, `[organisms][directions]`; NaN for an organism
             without generated answers, empty if there are none at all.
         judged_by: Who judged the answers of each organism; empty for no judge.
+        acting: The adapters and edits that acted, `[organisms][directions]`, in words.
     """
 
     AXES = {
@@ -54,6 +55,7 @@ class Transfer(Result):
     what: tuple[str, ...]
     coherent: tuple[tuple[float, ...], ...] = ()
     judged_by: tuple[str, ...] = ()
+    acting: tuple[tuple[str, ...], ...] = ()
 
     def table(self) -> pd.DataFrame:
         """One row per organism and direction.
@@ -89,6 +91,7 @@ class Transfer(Result):
                             self.coherent[i][j] if self.coherent else float("nan"),
                             self.judged_by[i] if self.judged_by else "",
                         ),
+                        "acting": self.acting[i][j] if self.acting else "",
                     }
                 )
         frame = pd.DataFrame(rows)
@@ -162,7 +165,7 @@ def transfer_table(
     first = next(iter(chosen.values()))
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)
-    whole, left, removed, what, coherent, judges = [], [], [], [], [], []
+    whole, left, removed, what, coherent, judges, acting = [], [], [], [], [], [], []
     for name, organism in conditions_of(model, organisms).items():
         behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
         if behaviour is None:
@@ -183,9 +186,10 @@ def transfer_table(
         shares = dict(zip(effect.conditions, effect.coherent, strict=True))
         coherent.append(tuple(shares[label] for label in columns))
         judges.append(effect.judged_by)
+        acting.append(tuple(effect.acting.get(label, "") for label in columns))
     columns = (*chosen, *(("random",) if chance else ()))
     generated = coherent if np.isfinite(coherent).any() else []
-    found = (tuple(part) for part in (whole, left, removed, what, generated, judges))
+    found = (tuple(part) for part in (whole, left, removed, what, generated, judges, acting))
     return Transfer(tuple(organisms), columns, *found)
 
 

@@ -15,7 +15,13 @@ from emlens.directions import Directions
 from emlens.hooked import BASE, HookedModel, check_layers
 from emlens.measures.grids import displaced_grid, norm_grid, own_grid, place_on
 from emlens.measures.scoring import row_losses
-from emlens.measures.solutions import construction_of, kind_of, norm_of, read_solutions
+from emlens.measures.solutions import (
+    acting_of,
+    construction_of,
+    kind_of,
+    norm_of,
+    read_solutions,
+)
 from emlens.text import Conversation, TokenMask
 
 Match = Literal["norm", "own", "displacement"]
@@ -55,6 +61,7 @@ class Efficiency(Result):
         displacements: Displacement that was measured at each point, `[m]` per solution, where
             that is matched.
         place: Where it was measured.
+        acting: The adapters and edits that acted under each solution and under `"base"`, in words.
     """
 
     AXES = {
@@ -84,6 +91,7 @@ class Efficiency(Result):
     factors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     displacements: dict[str, tuple[float, ...]] = field(default_factory=dict)
     place: str = ""
+    acting: dict[str, str] = field(default_factory=dict)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -179,6 +187,7 @@ class Efficiency(Result):
                     "low": loss.low,
                     "high": loss.high,
                     "loss / norm^2": loss.estimate / norm**2 if norm else float("nan"),
+                    "acting": self.acting.get(name, ""),
                 }
                 rows.append(row)
         return pd.DataFrame(rows)
@@ -333,6 +342,7 @@ def efficiency(
         factors=grid.factors,
         displacements=grid.displacements,
         place=grid.place,
+        acting=acting_of(model, solutions),
     )
 
 

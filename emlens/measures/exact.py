@@ -173,6 +173,7 @@ class Influence(Result):
                         "loss change [nats/token]": change.estimate,
                         "change low": change.low,
                         "change high": change.high,
+                        "acting": self._acting(name),
                     }
                 )
         return pd.DataFrame(rows)
@@ -199,6 +200,12 @@ class Influence(Result):
             curves[str(name)] = (x, y, low, high)
         unit = "dose [share of median residual norm]" if known else "norm of what is added"
         return line_bands(curves, x_label=unit, y_label=label, ax=ax)
+
+    def _acting(self, name: str) -> str:
+        if name in self.fixed or not self.acting:
+            return self.acting.get(name, "")
+        done = "ablated" if self.edit == "ablate" else "added"
+        return f"{self.acting[BASE]}, {name} {done}"
 
     def _shown(self) -> list[str]:
         own = [name for name in self.directions if name not in (*self.controls, *self.fixed)]

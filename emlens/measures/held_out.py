@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,7 +132,7 @@ class HeldOut:
         }
 
     @classmethod
-    def of_tensors(cls, tensors: dict[str, Tensor], slope: float, longer: bool) -> HeldOut:
+    def of_tensors(cls, tensors: Mapping[str, Tensor], slope: float, longer: bool) -> HeldOut:
         """Read what `tensors` gave."""
         kept = {name: tensors[f"held_out.{name}"].numpy() for name in _KEPT}
         return cls(**kept, slope=slope, longer=longer)

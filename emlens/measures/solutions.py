@@ -72,6 +72,12 @@ def read_solutions(
     return found
 
 
+def acting_of(model: HookedModel, solutions: Mapping[str, Condition]) -> dict[str, str]:
+    """What acts under each solution and without any, in words."""
+    named = {BASE: condition_of(model, []), **solutions}
+    return {name: condition.described(model) for name, condition in named.items()}
+
+
 def kind_of(solution: Condition) -> Kind:
     """Whether a solution is made of vectors or is an adapter."""
     return "vector" if solution.edits else "adapter"

@@ -17,6 +17,7 @@ from emlens.measures.grids import place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     Axes,
+    acting_of,
     construction_of,
     kind_of,
     noisy,
@@ -49,6 +50,7 @@ class Stability(Result):
         perturbed: `[directions, m, seeds]`, nats per token.
         kinds: `"vector"` or `"adapter"`, per solution; a vector where it is not said.
         noise: What the noise was drawn from.
+        acting: The adapters and edits that acted under each solution and under `"base"`, in words.
     """
 
     AXES = {
@@ -69,6 +71,7 @@ class Stability(Result):
     perturbed: tuple[tuple[tuple[float, ...], ...], ...]
     kinds: dict[str, str] = field(default_factory=dict)
     noise: str = "random"
+    acting: dict[str, str] = field(default_factory=dict)
 
     def gain(self, direction: str) -> float:
         """How much the untouched solution lowers the loss, nats per token."""
@@ -133,6 +136,7 @@ class Stability(Result):
                         "high": mean.high,
                         "seeds": len(self.seeds),
                         "gain lost at 100% [nats/token]": self.gain(name),
+                        "acting": self.acting.get(name, ""),
                     }
                 )
         return pd.DataFrame(rows)
@@ -270,6 +274,7 @@ def stability(
         ),
         kinds={name: kind_of(one) for name, one in solutions.items()},
         noise=drawn_from,
+        acting=acting_of(model, solutions),
     )
 
 

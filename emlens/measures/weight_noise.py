@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from emlens.hooked import BASE, HookedModel
 from emlens.hooked.altered import noisy_weights
 from emlens.measures.grids import checked_grid, place_on
 from emlens.measures.scoring import row_losses
-from emlens.measures.solutions import construction_of, read_solutions
+from emlens.measures.solutions import acting_of, construction_of, read_solutions
 from emlens.text import Conversation, TokenMask
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -36,6 +36,7 @@ class WeightNoise(Result):
         losses: Loss of each solution on the undisturbed model, nats per token.
         base: Loss of the disturbed model without any solution, `[m, seeds]`.
         disturbed: Loss of each solution on the disturbed model, `[directions, m, seeds]`.
+        acting: The adapters and edits that acted under each solution and under `"base"`, in words.
     """
 
     AXES = {
@@ -53,6 +54,7 @@ class WeightNoise(Result):
     losses: dict[str, float]
     base: tuple[tuple[float, ...], ...]
     disturbed: tuple[tuple[tuple[float, ...], ...], ...]
+    acting: dict[str, str] = field(default_factory=dict)
 
     def gain(self, direction: str) -> float:
         """How much a solution lowers the loss of the undisturbed model, nats per token."""
@@ -97,6 +99,7 @@ class WeightNoise(Result):
                         "base loss [nats/token]": float(np.mean(self.base[place])),
                         "seeds": len(self.seeds),
                         "gain lost at 100% [nats/token]": self.gain(name),
+                        "acting": self.acting.get(name, ""),
                     }
                 )
         return pd.DataFrame(rows)
@@ -194,4 +197,5 @@ def weight_noise(
         losses={name: untouched[name] for name in solutions},
         base=of(BASE),
         disturbed=tuple(of(name) for name in solutions),
+        acting=acting_of(model, solutions),
     )
