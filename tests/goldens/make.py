@@ -1,5 +1,7 @@
 """Make the goldens again, by hand, where a number is to change: `python -m tests.goldens.make`.
 
+Names of goldens make these alone, and say what changes.
+
 `--bits` writes nothing and says which numbers are not bit for bit the kept ones; that holds only
 on the machine, and for the versions, that they were made with.
 """
@@ -33,8 +35,11 @@ from tests.goldens.golden import (  # noqa: E402
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", action="store_true", help="compare bit for bit, write nothing")
+    parser.add_argument("names", nargs="*", help="goldens to make alone; all by default")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.names:
+        return some(asked.names)
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         computed = {name: one.compute(world) for name, one in GOLDENS.items()}
@@ -57,6 +62,19 @@ def main() -> int:
         write_numbers("files", numbers)
         print(f"files: {len(numbers)}")
     return 1 if lines else 0
+
+
+def some(names: list[str]) -> int:
+    """Make a few goldens again, and print what changes in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        for name in names:
+            group = name.partition(":")[0]
+            kept, found = read_numbers(group), plain(GOLDENS[name].compute(world))
+            one = GOLDENS[name]
+            print(*differences({name: kept[name]}, {name: found}, one.rtol, one.atol), sep="\n")
+            write_numbers(group, {**kept, name: found})
+    return 0
 
 
 if __name__ == "__main__":

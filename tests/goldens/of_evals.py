@@ -252,11 +252,11 @@ def _store(world: World):
     model, _ = organism()
     folder = world.folder / "store"
     for name in ("responses", "scores"):
-        (folder / name).with_suffix(".jsonl").unlink(missing_ok=True)
-    conditions, options = {"base": [], "bad": "bad"}, {"store": folder / "responses.jsonl", **QUICK}
+        (folder / name).with_suffix(".sqlite").unlink(missing_ok=True)
+    conditions, options = {"base": [], "bad": "bad"}, {"store": folder / "responses.sqlite", **QUICK}
     rows = respond(model, QUESTIONS, conditions, n=1, **options)
     again = respond(model, QUESTIONS, conditions, n=2, **options)
-    scores = judge(again, Wordy(), store=folder / "scores.jsonl", **QUIET)
+    scores = judge(again, Wordy(), store=folder / "scores.sqlite", **QUIET)
     first = {row.key for row in rows}
     assert first < {row.key for row in again}
     return {"answers": said(again), "scores": scores_of(scores, again)}
