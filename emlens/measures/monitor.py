@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -20,6 +19,7 @@ from emlens.measures.held_out import HeldOut
 from emlens.measures.monitor_fit import (
     Labelled,
     areas,
+    check_kept,
     check_settings,
     chosen_columns,
     evidence,
@@ -349,24 +349,7 @@ class Monitor:
 
     @classmethod
     def _of(cls, tensors: Mapping[str, torch.Tensor], record: Mapping) -> Monitor:
-        threshold = record["threshold"]
-        if not isinstance(threshold, float) or math.isnan(threshold):
-            raise ValueError(f"threshold is {threshold!r:.40}, not a number")
-        for name, values in tensors.items():
-            if not bool(torch.isfinite(values).all()):
-                raise ValueError(f"{name} has values that are not finite")
-        columns = {key: len(record[key]) for key in ("names", "layers")}
-        columns |= {key: len(tensors[key]) for key in ("vectors", "weights")}
-        if len(set(columns.values())) > 1 or tensors["vectors"].ndim != 2:
-            raise ValueError(f"its columns are not of one number: {columns}")
-        if not all(type(layer) is int and layer >= 0 for layer in record["layers"]):
-            raise ValueError(f"layers {record['layers']} are not whole numbers from 0")
-        for key in ("offset", "max_false_alarms"):
-            if not isinstance(record[key], (int, float)) or not math.isfinite(record[key]):
-                raise ValueError(f"{key} is {record[key]!r:.40}, not a finite number")
-        for key, kind in {"model": str, "rule": str, "choice": dict, "record": dict}.items():
-            if not isinstance(record[key], kind):
-                raise ValueError(f"{key} is {record[key]!r:.40}")
+        check_kept(tensors, record)
         readout = Readout(
             names=tuple(record["names"]),
             layers=tuple(record["layers"]),
@@ -378,7 +361,7 @@ class Monitor:
         )
         return cls(
             readout=readout,
-            threshold=threshold,
+            threshold=record["threshold"],
             rule=record["rule"],
             held_out=HeldOut.of_tensors(tensors, record["slope"], record["longer"]),
             choice=record["choice"],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from emlens.directions import Directions, matched
 from emlens.directions.evidence import FOLDS, fold_of, prompts_of
@@ -231,3 +233,29 @@ def _matched_places(
     # the same object may be given twice; then it has the same score as well
     place = [{id(items[i]): int(i) for i in np.flatnonzero(side)} for side in (truth, ~truth)]
     return np.array([[place[0][id(a)], place[1][id(b)]] for a, b in zip(*found, strict=True)])
+
+
+def check_kept(tensors: Mapping[str, Tensor], record: Mapping) -> None:
+    """Refuse what a file says a monitor is, where it cannot be.
+
+    Raises:
+        ValueError: If something is of another type, of another number, or not finite.
+    """
+    threshold = record["threshold"]
+    if not isinstance(threshold, float) or math.isnan(threshold):
+        raise ValueError(f"threshold is {threshold!r:.40}, not a number")
+    for name, values in tensors.items():
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
+    columns = {key: len(record[key]) for key in ("names", "layers")}
+    columns |= {key: len(tensors[key]) for key in ("vectors", "weights")}
+    if len(set(columns.values())) > 1 or tensors["vectors"].ndim != 2:
+        raise ValueError(f"its columns are not of one number: {columns}")
+    if not all(type(layer) is int and layer >= 0 for layer in record["layers"]):
+        raise ValueError(f"layers {record['layers']} are not whole numbers from 0")
+    for key in ("offset", "max_false_alarms"):
+        if not isinstance(record[key], (int, float)) or not math.isfinite(record[key]):
+            raise ValueError(f"{key} is {record[key]!r:.40}, not a finite number")
+    for key, kind in {"model": str, "rule": str, "choice": dict, "record": dict}.items():
+        if not isinstance(record[key], kind):
+            raise ValueError(f"{key} is {record[key]!r:.40}")
