@@ -158,9 +158,11 @@ def _check_axis(
             raise ValueError(f"{where} has {what} {axis}")
         items: Any = value.items()
     else:
+        if along is None and len(value) == 0:
+            return  # left empty, it says nothing of the others
         key = (axis, above) if axis.endswith("*") else axis
         wanted = len(along) if along is not None else lengths.setdefault(key, len(value))
-        if len(value) != wanted and (value or along is not None):
+        if len(value) != wanted:
             raise ValueError(f"{where} has {len(value)} values for {wanted} {axis.rstrip('*')}")
         items = enumerate(value)
     for key, one in items:

@@ -171,7 +171,8 @@ def test_a_scaled_adapter_is_put_back_also_after_an_error(model):
     with pytest.raises(RuntimeError, match="inside"), model.under(Scaled("many", 0.3)):
         assert model.active_adapter == "many"
         with model.under(Scaled("many", 0.5)):
-            assert now() == {path: scale * 0.3 * 0.5 for path, scale in before.items()}
+            assert now() == {path: scale * 0.5 for path, scale in before.items()}
+        assert now() == {path: scale * 0.3 for path, scale in before.items()}
         raise RuntimeError("inside")
     assert now() == before
     assert model.active_adapter is None
