@@ -144,7 +144,8 @@ def test_json_is_alone_on_standard_output_whatever_is_printed(call, monkeypatch,
         return load_pairs(source)
 
     monkeypatch.setattr(emlens, "load_pairs", noisy)
-    done = call("extract", few_pairs, "--out", few_pairs.with_suffix(".d"), "--json")
+    out = few_pairs.with_suffix(".safetensors")
+    done = call("extract", few_pairs, "--out", out, "--json")
     assert done.json["verb"] == "extract"
     assert "loading, loading" in done.err
 

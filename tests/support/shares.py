@@ -97,7 +97,7 @@ def measure(model: HookedModel, folder: Path) -> dict[str, list[str]]:
     paired.save(folder / "model_diff.safetensors")
     counting = reader.Counting(token_budget=BUDGET)
     reads = reader.Reader((0, 2), "resid_post", counting)
-    parts = keep("moments", lambda: reads.read(model, BAD, "positive").parts)
+    parts = keep("moments", lambda: reads.read(reader.side_of(model), BAD, "positive").parts)
     names = ("total", "total2", "square")
     sums = {f"{name} {i}": getattr(part, name) for i, part in enumerate(parts) for name in names}
     save_file(sums, folder / "moments.safetensors")
