@@ -140,7 +140,7 @@ def test_other_names_and_other_kinds_get_one_clear_error(base, tmp_path, tiny_to
         plain.adapter("x"),
     ):
         pass
-    with pytest.raises(ValueError, match="'a.b' cannot name an adapter; leave dots out"):
+    with pytest.raises(ValueError, match="'a.b' cannot name an adapter; give a name without dots"):
         emlens.load(base, adapters={"a.b": adapter})
     with pytest.raises(FileNotFoundError, match=r"adapter 'x': found none at 'no/where'"):
         emlens.load(base, adapters={"x": "no/where"})
