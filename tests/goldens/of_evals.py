@@ -253,7 +253,8 @@ def _store(world: World):
     folder = world.folder / "store"
     for name in ("responses", "scores"):
         (folder / name).with_suffix(".sqlite").unlink(missing_ok=True)
-    conditions, options = {"base": [], "bad": "bad"}, {"store": folder / "responses.sqlite", **QUICK}
+    conditions = {"base": [], "bad": "bad"}
+    options = {"store": folder / "responses.sqlite", **QUICK}
     rows = respond(model, QUESTIONS, conditions, n=1, **options)
     again = respond(model, QUESTIONS, conditions, n=2, **options)
     scores = judge(again, Wordy(), store=folder / "scores.sqlite", **QUIET)
