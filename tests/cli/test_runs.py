@@ -82,7 +82,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(ca
     [
         ("layers: 3\nlr: 1\nspeed: 2", "unknown key(s) layers, speed; known are"),
         ("- 1", "must hold names and values"),
-        ("lr: [1", "is not valid YAML"),
+        ("lr: [1", "not valid YAML"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_refused_with_what_is_wrong(call, tmp_path, text, message):

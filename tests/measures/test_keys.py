@@ -86,7 +86,7 @@ def test_names_of_several_parts_stay_tuples(hooked_llama):
         ("a", 0.1, 0),
         "a 0.1 0",
     ]
-    with pytest.raises(TypeError, match=r"condition \"\('a', 1\)\" is a int"):
+    with pytest.raises(TypeError, match=r"condition \"\('a', 1\)\" is an int"):
         conditions_of(hooked_llama, {("a", 1): 5})
 
 
