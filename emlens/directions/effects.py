@@ -14,7 +14,6 @@ from emlens.directions.direction import Directions, cosine
 from emlens.directions.evidence import prompts_of
 from emlens.directions.reader import Counting, Weighting
 from emlens.hooked import (
-    Condition,
     ConditionLike,
     Conditions,
     HookedModel,
@@ -138,7 +137,7 @@ def _effects(
     readings, paired = reader.read_together(sides, conversations, "conversations")
     groups, found = prompts_of(conversations), {}
     for (name, condition), edited, shift in zip(named.items(), readings[:-1], paired, strict=True):
-        with model.under(Condition(condition.adapters)):
+        with model.under(condition):
             made = provenance(
                 "difference caused by edits", model, counting, conversations=conversations
             )

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
@@ -44,15 +43,6 @@ class HookedModel(Conditioned, ABC):
     """
 
     engine: str
-
-    def __init__(
-        self,
-        module: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(module, tokenizer, name, revision)
 
     # -- what it is ---------------------------------------------------------------------------
 
