@@ -191,3 +191,11 @@ def test_an_activation_that_is_not_finite_names_its_conversation(hooked_llama):
         ValueError, match=r"the residual of (good|bad)-\d at layer \d is not finite"
     ):
         mean_diff(hooked_llama, BAD, GOOD, edits=[huge, huge])
+
+
+def test_the_effects_of_two_edits_are_of_two_conditions(hooked_llama):
+    first, second = (
+        edit_diff(hooked_llama, GOOD, Add(Direction.of(torch.eye(32)[i], 1))) for i in (0, 1)
+    )
+    assert first.provenance.condition != second.provenance.condition
+    assert first.provenance.identity == second.provenance.identity == hooked_llama.identity
