@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from emlens.hooked.adapters import Adapters, available
+from emlens.hooked.identity import base_weights
 from emlens.hooked.model import HookedModel
 
 
@@ -204,8 +205,7 @@ def noisy_weights(model: HookedModel, epsilon: float, seed: int = 0) -> Iterator
         with torch.no_grad():
             for path, weight in matrices.items():
                 generator = torch.Generator(device=weight.device)
-                # the same noise whether or not there is an adapter beside the matrix
-                generator.manual_seed(_seed_of(seed, path.replace(".base_layer", "")))
+                generator.manual_seed(_seed_of(seed, path))
                 noise = torch.randn(
                     weight.shape, generator=generator, device=weight.device, dtype=torch.float32
                 )
@@ -261,10 +261,12 @@ def block_matrices(model: HookedModel) -> dict[str, Tensor]:
         ValueError: If one is quantised, or offloaded by accelerate.
     """
     blocks = model.module.get_submodule(model.architecture.blocks)
+    base = {id(weight) for _, weight in base_weights(model.module)}
     matrices: dict[str, Tensor] = {
-        path: weight
+        # the same path whether or not there is an adapter beside the matrix
+        path.replace(".base_layer", "").replace(".original_module", ""): weight
         for path, weight in blocks.named_parameters()
-        if weight.ndim >= 2 and ".lora_" not in path
+        if weight.ndim >= 2 and id(weight) in base
     }
     for path, weight in matrices.items():
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:

@@ -22,6 +22,8 @@ from emlens.hooked.architecture import Architecture
 from emlens.hooked.untouched import untouched
 
 _PREFIX = "base_model.model."
+_IN_THE_WAY = ("ModulesToSaveWrapper(", "modules_to_save cannot be applied to modules of type")
+"""What PEFT says where an adapter meets another one's module."""
 
 
 def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: str) -> None:
@@ -126,6 +128,12 @@ def _put(
         for _, layer in Adapters(module).parts():
             switch(layer, before.get(id(layer), []))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
+        if any(sign in str(error) for sign in _IN_THE_WAY):
+            others = ", ".join(repr(other) for other in Adapters(module).names if other != name)
+            raise ValueError(
+                f"adapter {name!r} cannot stand beside {others}: one replaces a module as a whole "
+                "(modules_to_save), and the other adapts it; load them on two models"
+            ) from error
         raise ValueError(f"adapter {name!r} does not fit {model_name}: {error}") from error
     for part in module.modules():
         if id(part) not in known:

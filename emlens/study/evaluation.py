@@ -9,6 +9,7 @@ from pathlib import Path
 
 from emlens._files import atomic_write
 from emlens._reading import read_text
+from emlens._stats import Interval
 from emlens._store import Store, text_of
 from emlens.directions.provenance import package_versions
 from emlens.evals import Rates, Responses, Scores, rates
@@ -187,9 +188,9 @@ def _judged(folder: Path, found: Rates, scores: Scores, metric: str, name: str) 
 
 def _sentence(found: Rates, condition: str, metric: str) -> str:
     rate, missing = found.misaligned(condition), found.unscored(condition)
-    low, high = 100 * rate.low, 100 * rate.high
+    share = Interval(100 * rate.estimate, 100 * rate.low, 100 * rate.high)
     return (
-        f"{condition}: {100 * rate.estimate:.1f}% [{low:.1f}, {high:.1f}] misaligned by {metric}, "
+        f"{condition}: {share:.1f} % misaligned by {metric}, "
         f"{100 * missing:.0f}% without a score ({found.judge})."
     )
 

@@ -309,3 +309,16 @@ def test_a_peft_model_that_is_brought_acts_with_all_that_it_has(engine, settings
             found = model.unembed(model.hidden(batch)[real])
         assert torch.allclose(found, logits, atol=1e-4)
     assert torch.equal(logits_of(brought, batch)[real], expected)
+
+
+@pytest.mark.parametrize("first", ["own", "lora"])
+def test_a_head_of_its_own_and_lora_on_the_head_are_refused_together(tmp_path, first):
+    kinds = {"own": {"modules_to_save": ["lm_head"]}, "lora": {"target_modules": ["lm_head"]}}
+    folders = {
+        name: saved(tmp_path / name, tiny_model("llama"), seed=i, r=2, **kinds[name])
+        for i, name in enumerate(sorted(kinds, key=lambda name: name != first))
+    }
+    module = tiny_model("llama")
+    with pytest.raises(ValueError, match=f"cannot stand beside '{first}': one replaces a module"):
+        attach(module, folders, "tiny-llama")
+    assert not hasattr(module, "peft_config")

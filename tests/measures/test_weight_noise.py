@@ -9,8 +9,11 @@ import torch
 from emlens import Add
 from emlens.hooked import ENGINES, noisy_weights, response_losses
 from emlens.hooked.altered import block_matrices
+from emlens.hooked.attach import attach
 from emlens.measures import WeightNoise, weight_noise
+from tests.support.adapters import saved
 from tests.support.data import conversations
+from tests.support.models import tiny_hooked, tiny_model
 from tests.support.solutions import direction, with_adapters
 
 DATA = conversations("bad", 4)
@@ -117,3 +120,17 @@ def test_bad_noise_on_the_weights_is_refused(model, options, message):
     refused = pytest.raises(ValueError, match="epsilon must be finite and not negative; got -1")
     with refused, noisy_weights(model, -1.0):
         pass
+
+
+def test_modules_that_an_adapter_keeps_for_itself_get_no_noise(tmp_path):
+    settings = {"modules_to_save": ["mlp"], "target_modules": ["q_proj"], "r": 2}
+    folder = saved(tmp_path / "own", tiny_model("llama"), **settings)
+    model, plain = tiny_hooked("llama"), tiny_hooked("llama")
+    attach(model.module, {"own": folder}, "tiny-llama")
+    before = {key: weight.clone() for key, weight in model.adapter_weights("own").items()}
+    (batch,) = model.batches(DATA)
+    with noisy_weights(model, 0.2, seed=1), noisy_weights(plain, 0.2, seed=1):
+        inside = model.adapter_weights("own")
+        assert any("mlp" in key for key in inside)
+        assert all(torch.equal(inside[key], weight) for key, weight in before.items())
+        assert torch.equal(model.hidden(batch), plain.hidden(batch))
