@@ -155,7 +155,8 @@ sorted(os.listdir("finance"))
 
 # %% [markdown]
 # A PEFT model in memory is wrapped as it is, all its adapters with it. One copy of the base serves
-# all of them: an adapter is a condition, like an edit.
+# all of them: an adapter is a condition, like an edit. PEFT leaves the adapter active, and `wrap`
+# says so: calls without conditions run it, `None` is the base.
 
 # %%
 from peft import PeftModel
@@ -167,7 +168,7 @@ scores = emlens.log_odds(
     organism,
     finance.test[: N // 2],
     {
-        "base": [],
+        "base": None,
         "finetune": "finance",
         "finetune, ablated": (
             "finance",
@@ -193,7 +194,7 @@ for name in (None, "finance"):
 
 # %%
 loaded = emlens.load(NAME, adapters={"finance": "finance"})
-same = emlens.log_odds(loaded, finance.test[: N // 2], {"base": [], "finetune": "finance"})
+same = emlens.log_odds(loaded, finance.test[: N // 2], {"base": None, "finetune": "finance"})
 same.table()
 
 # %% [markdown]

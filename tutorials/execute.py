@@ -108,6 +108,7 @@ def cleaned(output: Any, places: dict[str, str]) -> Any | None:
 def without_paths(text: str, places: dict[str, str]) -> str:
     """The text with packages named from their own folder on, and known folders by short names."""
     text = re.sub(r"\S*/site-packages/", "", _COLOUR.sub("", text))
+    text = re.sub(r"\S*/ipykernel_\d+/\d+\.py:\d+:", "this cell:", text)
     for place, name in places.items():
         text = text.replace(place, name)
     return text
