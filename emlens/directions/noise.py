@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens._stats import Interval
 from emlens.directions.direction import Directions
 
@@ -90,6 +91,7 @@ class Estimate:
         return float(self.variances @ other.variances)
 
 
+@guarded
 def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
     """Return how far directions go along others, with 95% intervals, layer by layer.
 

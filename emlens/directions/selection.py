@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens.text import Conversation
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _NAMES = (
 )
 
 
+@guarded
 def select_answers(
     answers: pd.DataFrame | str | Path,
     *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens._results import Result, titled_table
 from emlens._stats import RESAMPLES, Interval
 from emlens.evals.responses import Response, Responses
@@ -269,6 +270,7 @@ class Rates(Result):
         return _interval(float(a.sum() / n.sum() - b.sum() / m.sum()), gaps, len(shared))
 
 
+@guarded
 def rates(
     responses: Responses | Sequence[Response],
     scores: Scores,
@@ -325,6 +327,7 @@ def rates(
     )
 
 
+@guarded
 def wilson(hits: int, n: int) -> Interval:
     """Wilson's 95% interval of a share; NaN where nothing was counted."""
     if n == 0:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens.text.conversation import content_hash
 from emlens.text.jsonl import read_jsonl
 
@@ -48,6 +49,7 @@ class Corpus:
         return content_hash(self.documents)
 
 
+@guarded
 def corpus(
     source: str | Path = PYTHON_DOCS,
     config: str | None = None,

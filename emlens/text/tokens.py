@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from emlens._arguments import guarded
 from emlens.text.conversation import Conversation, names
 from emlens.text.spans import Rendering, Turn, render
 
@@ -51,6 +52,7 @@ class TokenRow:
         return len(self.input_ids)
 
 
+@guarded
 def tokenize(
     conversations: Sequence[Conversation],
     tokenizer: PreTrainedTokenizerBase,
@@ -87,6 +89,7 @@ def tokenize(
     return rows
 
 
+@guarded
 def tokenize_documents(
     documents: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._files import read_json
 from emlens.directions import read_checkpoints
 from emlens.training.path import Part, TrainingPath, chosen_names, few
@@ -29,6 +30,7 @@ _LOGGED = {
 }
 
 
+@guarded
 def read_path(
     folder: str | Path, *, names: Iterable[str] | None = None, part: Part | None = None
 ) -> TrainingPath:
