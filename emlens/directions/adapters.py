@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
@@ -73,6 +74,7 @@ class AdapterScalars:
         return titled_table(f"{self.adapter}: the first 10 of {len(table)} scalars", table.head(10))
 
 
+@guarded
 def adapter_vectors(
     model: HookedModel, adapter: str, *, site: SiteName | None = None, column: int | None = None
 ) -> Directions:
@@ -114,6 +116,7 @@ def adapter_vectors(
 
 
 @torch.no_grad()
+@guarded
 def adapter_scalars(
     model: HookedModel,
     adapter: str,

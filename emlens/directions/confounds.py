@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
 
+from emlens._arguments import guarded
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions
 from emlens.directions.extract import mean_diff
@@ -17,6 +18,7 @@ from emlens.text import Conversation
 _VARIANTS: dict[str, Match] = {"length-matched": "length", "same prompts": "prompt"}
 
 
+@guarded
 def confounds(
     model: HookedModel,
     positive: Sequence[Conversation],

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._results import Result, titled_table
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Direction, Directions, cosine
@@ -66,6 +67,7 @@ class Decomposition:
         return titled_table(type(self).__name__, self.table())
 
 
+@guarded
 def decompose(directions: Named, *, by: SharedBy = "mean") -> Decomposition:
     """Split directions into the part that they share and the part specific to each.
 
@@ -166,6 +168,7 @@ class PromotedTokens(Result):
         )
 
 
+@guarded
 def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> PromotedTokens:
     """Return the tokens that a direction promotes and suppresses most, by the logit lens.
 

@@ -9,6 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._distributed import shared
 from emlens.directions.build import difference, provenance, read_sides, reader_of
 from emlens.directions.direction import Direction, Directions
@@ -45,6 +46,7 @@ ROUNDING = 1e-5
 """Share of the residual norm that two readings of the same text may differ by."""
 
 
+@guarded
 def mean_diff(
     model: HookedModel,
     positive: Sequence[Conversation],
@@ -129,11 +131,12 @@ def mean_diff(
         warnings.warn(
             f"the two sides have the same mean at every layer: their {tokens!r} tokens see the "
             "same text on both; give the sides other answers, or count the tokens that differ",
-            stacklevel=2,
+            stacklevel=3,
         )
     return found
 
 
+@guarded
 def model_diff(
     positive: HookedModel | tuple[HookedModel, ConditionLike],
     negative: HookedModel | tuple[HookedModel, ConditionLike],
@@ -175,6 +178,7 @@ def model_diff(
     return difference(reader, readings[0], readings[1], made, (groups, groups), paired[0])
 
 
+@guarded
 def both_diff(
     positive: HookedModel | tuple[HookedModel, ConditionLike],
     positive_conversations: Sequence[Conversation],
@@ -216,6 +220,7 @@ def both_diff(
     return difference(reader, *readings, made, groups)
 
 
+@guarded
 def residual_norm(
     model: HookedModel,
     data: Sequence[Conversation] | Corpus,
@@ -255,6 +260,7 @@ def residual_norm(
     return {layer: median([norm[i] for norm in norms]) for i, layer in enumerate(wanted)}
 
 
+@guarded
 def random_direction(like: Direction, seed: int = 0) -> Direction:
     """Return a random direction with the layer, site and norm of another: its matched control."""
     generator = torch.Generator().manual_seed(seed)

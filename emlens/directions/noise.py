@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
+from emlens._arguments import guarded
 from emlens._stats import Interval
 from emlens.directions.direction import Directions
 
@@ -107,6 +108,7 @@ class Estimate:
         return float((first * second) @ self.variances)
 
 
+@guarded
 def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
     """Return how far directions go along others, with 95% intervals, layer by layer.
 

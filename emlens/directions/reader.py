@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from emlens._arguments import check_fields
 from emlens._distributed import leads, shared
 from emlens.directions.moments import Moments
 from emlens.hooked import Condition, ConditionLike, Edit, HookedModel, Site, condition_of
@@ -68,12 +69,7 @@ class Counting:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.weighting not in ("token", "conversation"):
-            raise ValueError(
-                f"unknown weighting {self.weighting!r}; choose 'token' or 'conversation'"
-            )
-        if self.skip_first < 0:
-            raise ValueError(f"skip_first must be 0 or more tokens, not {self.skip_first}")
+        check_fields(self)
         if self.winsorize is not None and not 0.5 <= self.winsorize < 1:
             raise ValueError(
                 f"winsorize is a quantile from 0.5 to below 1, e.g. 0.99, not {self.winsorize}"

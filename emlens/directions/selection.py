@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens._tables import read_table
 from emlens.text import Conversation
 
@@ -21,6 +22,7 @@ _NAMES = (
 )
 
 
+@guarded
 def select_answers(
     answers: pd.DataFrame | str | Path,
     *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens.directions.direction import Directions
 
@@ -65,6 +66,7 @@ class SubspaceOverlap(Result):
         )
 
 
+@guarded
 def subspace_overlap(first: Sequence[Directions], second: Sequence[Directions]) -> SubspaceOverlap:
     """Return how far the spans of two sets of directions lie in each other, layer by layer.
 

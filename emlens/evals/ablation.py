@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens.directions import Direction, Directions, random_direction
@@ -111,6 +112,7 @@ class Ablation(Result):
         )
 
 
+@guarded
 def ablation_table(
     model: HookedModel,
     organism: ConditionLike,
@@ -172,7 +174,7 @@ def _inside(model: HookedModel, organism: Condition, direction: Direction) -> di
     try:
         _writing(model, name)
     except ValueError as error:
-        warnings.warn(f"the row 'inside B' is left out: {error}", stacklevel=3)
+        warnings.warn(f"the row 'inside B' is left out: {error}", stacklevel=4)
         return {}
     rest = organism.adapters[1:] if organism.adapters else ()
     return {"inside B": Condition((Projected(name, direction), *rest), organism.edits)}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._stats import RESAMPLES, Interval
 from emlens.evals.rates import ALIGNED
@@ -139,6 +140,7 @@ class Agreement(Result):
         return Interval(estimate, float(low), float(high))
 
 
+@guarded
 def agreement(
     first: Scores,
     second: Scores,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from emlens._arguments import check_fields
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio
 from emlens.evals.questions import Question
@@ -166,6 +167,9 @@ class LogOddsJudge:
     token_budget: int = 2048
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def measure(self, model: HookedModel, conditions: Conditions) -> Effect:
         """Log-odds under each condition, nats per token.
 
@@ -211,6 +215,9 @@ class JudgedRate:
     threshold: float = ALIGNED
     coherence: float = COHERENT
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def measure(self, model: HookedModel, conditions: Conditions) -> Effect:
         """Share of misaligned answers under each condition, percent of the scored ones."""

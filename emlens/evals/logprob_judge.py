@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from emlens._arguments import guarded
 from emlens.evals._inspect import Reached, need_inspect, run
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
@@ -53,6 +54,7 @@ class LogProbJudge:
         >>> scores = emlens.evals.judge(answers, judge, store="scores.sqlite")
     """
 
+    @guarded
     def __init__(
         self,
         model: str | Model,

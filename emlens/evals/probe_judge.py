@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from emlens._arguments import guarded
 from emlens._results import titled_table
 from emlens.directions.evidence import fold_of
 from emlens.evals.responses import Response
@@ -84,6 +85,7 @@ class ProbeJudge:
         >>> judge.trust["aligned"].auroc
     """
 
+    @guarded
     def __init__(
         self,
         model: HookedModel,

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from emlens._arguments import check_fields, guarded, instance, kind, shown
 from emlens._reading import expanded, read_jsonl
 from emlens._tables import dataset_rows
 from emlens._yaml import read_yaml
@@ -57,6 +58,7 @@ class Question:
     rubrics: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.id or not self.prompt:
             raise ValueError(
                 f"a question needs an id and a prompt, not {self.id!r}, {self.prompt!r}"
@@ -82,6 +84,26 @@ class Question:
         return content_hash([self.conversation])
 
 
+@kind("Sequence[Question]")
+def questions_of(name: str, given: Any) -> list[Question]:
+    """Return the questions that were meant: several, or one.
+
+    Raises:
+        TypeError: If something is no question; its place is named.
+        ValueError: If there are none.
+    """
+    advice = "make them with Question(id, prompt) or load_questions"
+    if isinstance(given, Question):
+        given = [given]
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be questions, not {shown(given)}; {advice}")
+    found = [instance(Question, advice, f"{name}[{i}]", item) for i, item in enumerate(given)]
+    if not found:
+        raise ValueError(f"no {name} were given; give at least one")
+    return found
+
+
+@guarded
 def load_questions(
     source: str | Path,
     *,
@@ -146,6 +168,7 @@ def check_names(questions: Sequence[Question], where: str = "the questions") -> 
         seen.add(question.name)
 
 
+@guarded
 def formatted(questions: Sequence[Question], variant: Variant) -> list[Question]:
     """The same questions with a demand on the format of the answer, as the papers' variants.
 
@@ -161,6 +184,7 @@ def formatted(questions: Sequence[Question], variant: Variant) -> list[Question]
     ]
 
 
+@guarded
 def cued(questions: Sequence[Question], cue: str, name: str = "cued") -> list[Question]:
     """Each question without and with a cue before it, under one id: for conditional audits.
 

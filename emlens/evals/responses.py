@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from emlens._arguments import guarded
 from emlens._store import Store, read
 from emlens.evals.questions import Question, check_names
 from emlens.hooked import Condition, Conditions, HookedModel, conditions_of
@@ -148,6 +149,7 @@ class Responses:
         return cls(tuple(map(Response.from_dict, read(path, "responses"))), Path(path))
 
 
+@guarded
 def respond(
     model: HookedModel,
     questions: Sequence[Question],

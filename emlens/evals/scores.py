@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from tqdm.auto import tqdm
 
+from emlens._arguments import guarded, instance, kind
 from emlens._reading import expanded, read_csv
 from emlens._results import titled_table
 from emlens._store import Store, read
@@ -164,6 +166,7 @@ class Scores:
         return cls(tuple(map(Score.from_dict, read(path, "scores"))), Path(path))
 
 
+@guarded
 def judge(
     responses: Responses | Sequence[Response],
     judge: Judge,
@@ -239,6 +242,7 @@ def judge(
     return Scores(tuple(found[key] for key in order), None if kept is None else kept.path)
 
 
+@guarded
 def human_labels(
     responses: Responses | Sequence[Response],
     labels: Mapping[str, float] | str | Path,
@@ -310,3 +314,6 @@ def _key(row: Response, metric: str, judge_id: str, rubric: str) -> str:
     text = hashlib.sha256(row.text.encode(errors="surrogatepass")).hexdigest()
     parts = "\n".join((row.key, text, metric, judge_id, rubric))
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+kind("Scores")(partial(instance, Scores, "emlens.evals.judge makes them"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from emlens._arguments import guarded
 from emlens._store import Store
 from emlens.evals._inspect import Reached, need_inspect, run
 from emlens.evals.questions import Question, check_names
@@ -21,6 +22,7 @@ SEEDS = 2**31
 """Providers take seeds of 32 bits."""
 
 
+@guarded
 def respond_served(
     model: str | Model,
     questions: Sequence[Question],

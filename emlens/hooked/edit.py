@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from emlens._arguments import shown
 from emlens.hooked.sites import Site, check_layers, check_site
 from emlens.text import TokenBatch
 
@@ -108,6 +109,8 @@ def check_edits(
     """
     if isinstance(edits, Edit):
         raise TypeError(f"edits must be a sequence of edits, e.g. [{type(edits).__name__}(...)]")
+    if isinstance(edits, (str, Mapping)) or not isinstance(edits, Iterable):
+        raise TypeError(f"edits must be a sequence of edits, not {shown(edits)}")
     for edit in edits:
         if not isinstance(edit, Edit):
             raise TypeError(

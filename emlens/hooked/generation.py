@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from emlens._arguments import SEED, check_fields, guarded, whole, wholes
 from emlens.hooked.edit import Edit
 from emlens.hooked.interface import Hooked
 from emlens.hooked.state import evaluating, neutral_generation
@@ -30,12 +32,10 @@ class Sampling:
     use_cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        check_fields(self)
+        one = isinstance(self.seed, SupportsIndex)
+        seed = whole("seed", self.seed, SEED) if one else wholes("seed", self.seed, SEED)
+        object.__setattr__(self, "seed", seed)
 
     def stream(self, place: int) -> np.random.Generator:
         """The random numbers of the answer at a place."""
@@ -110,6 +110,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     return place.clamp(max=weights.shape[-1] - 1)
 
 
+@guarded
 def answer(
     model: Hooked,
     conversations: Sequence[Conversation],

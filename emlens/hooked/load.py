@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from emlens._arguments import guarded
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
@@ -25,6 +26,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 """The engines there are, by name."""
 
 
+@guarded
 def load(
     name: str | Path = EMBEDDED_MODEL,
     *,
@@ -122,6 +124,7 @@ def load(
     return _hook(engine, Brought(module.eval()), template, label, kept, check)
 
 
+@guarded
 def wrap(
     model: object,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -187,7 +190,7 @@ def _say_what_acts(model: HookedModel) -> None:
             "conditions run it; conditions that name no adapter run the base. Name it where you "
             f"mean it, e.g. {{'base': None, {name!r}: {name!r}}}, or use "
             f"`with model.adapter({name!r}):`",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._distributed import shared
 from emlens.hooked.edit import Edit
 from emlens.hooked.head import Head
@@ -223,6 +224,7 @@ def kl_sum(
 
 
 @torch.no_grad()
+@guarded
 def response_losses(
     model: HookedModel,
     batches: Sequence[TokenBatch],

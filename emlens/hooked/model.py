@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from emlens._arguments import guarded, instance, kind
 from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
 from emlens.hooked.generation import Sampling, answer
@@ -76,6 +78,7 @@ class HookedModel(Conditioned, ABC):
 
     # -- the interface ------------------------------------------------------------------------
 
+    @guarded
     def batches(
         self,
         data: Sequence[Conversation] | Corpus,
@@ -99,6 +102,7 @@ class HookedModel(Conditioned, ABC):
         return pack(rows, token_budget=token_budget, pad_id=self.pad_id)
 
     @torch.no_grad()
+    @guarded
     def residuals(
         self,
         batch: TokenBatch,
@@ -129,6 +133,7 @@ class HookedModel(Conditioned, ABC):
             self._run(batch.to(self.device), visit, last=max(wanted))
         return {layer: visit.read[layer] for layer in wanted}
 
+    @guarded
     def hidden(
         self,
         batch: TokenBatch,
@@ -172,6 +177,7 @@ class HookedModel(Conditioned, ABC):
         placed = hidden.to(head.weight.dtype if head.weight.is_meta else head.weight)
         return self.architecture.finish_logits(head(placed))
 
+    @guarded
     def generate(
         self,
         conversations: Sequence[Conversation],
@@ -289,3 +295,8 @@ class HookedModel(Conditioned, ABC):
         }
         rows = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
         return f"<table><caption>{escape(self.name)}</caption>{rows}</table>"
+
+
+kind("HookedModel")(
+    partial(instance, HookedModel, "make one with emlens.load(name) or emlens.wrap(model)")
+)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Iterable
-from typing import Literal, SupportsIndex, cast, get_args
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
+
+from emlens._arguments import shown, whole
 
 Site = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 """A place in a decoder block.
@@ -46,6 +47,8 @@ def check_site(
         ValueError: If the site is unknown, the architecture does not have it, or the name
             carries another layer.
     """
+    if not isinstance(site, str):
+        raise TypeError(f"site must be text, e.g. 'resid_post', not {shown(site)}")
     known = tuple(available)
     hook = _HOOK.fullmatch(site)
     plain = hook["site"] if hook else site
@@ -80,20 +83,27 @@ def _check_numbered(site: str, layer: int, layers: Iterable[int] | None) -> None
         )
 
 
-def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
+def check_layers(layers: Layers, n_layers: int | None = None) -> tuple[int, ...]:
     """Return `layers` as a sorted tuple of unique indices in `0 .. n_layers - 1`.
+
+    Args:
+        layers: What was asked for.
+        n_layers: Layers of the model; where it is not known yet, layers come back in the order
+            given, and `"all"` and numbers that count from the end cannot be told.
 
     Raises:
         ValueError: If a layer is no whole number or out of range, or none is named.
     """
-    if isinstance(layers, str):
-        if layers == "all":
-            return tuple(range(n_layers))
-        raise ValueError(f"{layers!r} names no layer; give whole numbers, or 'all'")
-    named = list(layers) if isinstance(layers, Iterable) else [layers]
+    if isinstance(layers, str) and layers == "all" and n_layers is not None:
+        return tuple(range(n_layers))
+    one = isinstance(layers, (str, bytes, Mapping)) or getattr(layers, "shape", None) == ()
+    named = list(layers) if isinstance(layers, Iterable) and not one else [layers]
+    accepted = "whole numbers" if n_layers is None else "whole numbers, or 'all'"
     if not named:
-        raise ValueError("no layers were named; give one, several, or 'all'")
-    wanted = [_whole(layer) for layer in named]
+        raise ValueError(f"no layers were named; give at least one: {accepted}")
+    wanted = [_whole(layer, accepted) for layer in named]
+    if n_layers is None:
+        return tuple(wanted)
     for layer in wanted:
         if not -n_layers <= layer < n_layers:
             raise ValueError(
@@ -103,9 +113,9 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer % n_layers for layer in wanted}))
 
 
-def _whole(layer: object) -> int:
+def _whole(layer: object, accepted: str) -> int:
     """A layer as a plain number; NumPy's and those of tensors are taken too."""
     try:
-        return operator.index(cast(SupportsIndex, layer))
-    except TypeError as error:
-        raise ValueError(f"{layer!r} names no layer; give whole numbers, or 'all'") from error
+        return whole("layer", layer)
+    except (TypeError, ValueError):
+        raise ValueError(f"{shown(layer)} names no layer; give {accepted}") from None

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens.hooked.condition import Acting, Condition, ConditionLike, K, conditions_of
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
@@ -20,6 +21,7 @@ from emlens.text import TokenBatch
 
 
 @torch.no_grad()
+@guarded
 def sweep(
     model: HookedModel, batch: TokenBatch, conditions: Mapping[K, ConditionLike]
 ) -> Iterator[tuple[K, Float[Tensor, "batch pos d_model"], Head]]:

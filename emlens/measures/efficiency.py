@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
@@ -257,6 +258,7 @@ class Efficiency(Result):
         return place_on(self.grid, level, what)
 
 
+@guarded
 def efficiency(
     model: HookedModel,
     conversations: Sequence[Conversation],

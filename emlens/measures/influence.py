@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from emlens._arguments import guarded
 from emlens.directions import Direction, Directions
 from emlens.hooked import Conditions, HookedModel
 from emlens.measures.exact import DOSES, Influence, Kind, exact_influence
@@ -33,6 +34,7 @@ def influence(
     method: Literal["auto"],
     **options: Any,
 ) -> InfluenceScan: ...
+@guarded
 def influence(  # pyright: ignore[reportInconsistentOverload]
     model: HookedModel,
     corpus: Corpus,

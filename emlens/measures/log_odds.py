@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import Conditions, HookedModel, conditions_of
@@ -141,6 +142,7 @@ class LogOdds(Result):
         )
 
 
+@guarded
 def log_odds(
     model: HookedModel,
     pairs: Sequence[Pair],

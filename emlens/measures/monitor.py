@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
@@ -116,6 +117,7 @@ class Monitor:
     model: HookedModel | None = None
 
     @classmethod
+    @guarded
     def fit(
         cls,
         model: HookedModel,
@@ -212,6 +214,7 @@ class Monitor:
 
     # -- using it -----------------------------------------------------------------------------
 
+    @guarded
     def score(
         self,
         conversations: Sequence[Conversation],

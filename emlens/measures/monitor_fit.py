@@ -118,7 +118,7 @@ def warn_of_leak(directions: AnyDirections, data: Labelled) -> None:
         warnings.warn(
             f"the directions {which}".strip() + " were extracted from these very conversations, so "
             "the held-out figures are too good; give directions=None, or directions from others",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

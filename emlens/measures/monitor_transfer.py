@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens.directions import Directions, mean_diff
 from emlens.hooked import HookedModel, SiteName
@@ -107,6 +108,7 @@ class TransferAuroc(Result):
         return axes if ax is None else ax
 
 
+@guarded
 def transfer_auroc(
     model: HookedModel,
     pairs: Mapping[str, Sequence[Pair]],

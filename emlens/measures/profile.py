@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._runs import check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Direction, Provenance
@@ -62,6 +63,7 @@ class InfluenceProfile:
     sums: FisherSums
 
     @classmethod
+    @guarded
     def fit(
         cls,
         model: HookedModel,
@@ -103,10 +105,6 @@ class InfluenceProfile:
         """
         if not len(corpus):
             raise ValueError(f"corpus {corpus.name!r} has no documents")
-        if draws < 1 or checkpoint_every < 1:
-            raise ValueError(
-                f"draws and checkpoint_every must be at least 1, not {draws} and {checkpoint_every}"
-            )
         settings = PassSettings.of(
             model, check_layers(layers, model.n_layers), draws, max_tokens, seed
         )
@@ -202,6 +200,7 @@ class InfluenceProfile:
             corpus=self.corpus,
         )
 
+    @guarded
     def spectrum(self, layer: int) -> Spectrum:
         """Return the eigenvalues of a layer, in the sample and held out.
 
@@ -224,6 +223,7 @@ class InfluenceProfile:
             corpus=self.corpus,
         )
 
+    @guarded
     def top(self, layer: int, k: int = 5, dose: float = DOSE) -> TopDirections:
         """Return the `k` directions of a layer with the largest influence, scored held out.
 

@@ -247,7 +247,7 @@ def _note_origins(model: HookedModel, named: Mapping[str, Directions]) -> None:
             warnings.warn(
                 f"{name} was made in {origin!r}, but this model is {model.name!r}; if both are the "
                 "same model, give wrap or load the same name",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from emlens._arguments import guarded
 from emlens._distributed import leads
 from emlens._results import Result
 from emlens._stats import Interval
@@ -130,6 +131,7 @@ class Screen(Result):
         )
 
 
+@guarded
 def screen(
     model: HookedModel,
     dataset: Dataset,

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, cast
 
 import torch
 
+from emlens._arguments import guarded
 from emlens.directions import Direction, Directions
 from emlens.edits import Add
 from emlens.hooked import (
@@ -159,6 +160,7 @@ def _check_fits(model: HookedModel, name: str, directions: Directions) -> None:
         raise ValueError(f"direction {name!r} is zero: there is nothing to measure")
 
 
+@guarded
 def perturbed(direction: D, epsilon: float, seed: int, along: Axes | None = None) -> D:
     """Return `sqrt(1 - eps^2) x + eps y` with `y` random, orthogonal to `x`, of equal norm.
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
@@ -197,6 +198,7 @@ class Stability(Result):
         return place_on(self.epsilons, epsilon, "epsilon")
 
 
+@guarded
 def stability(
     model: HookedModel,
     conversations: Sequence[Conversation],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.edits import Add
@@ -266,6 +267,7 @@ class TokenProjections(Result):
         )
 
 
+@guarded
 def token_influence(
     model: HookedModel,
     corpus: Corpus | Sequence[Conversation],
@@ -322,6 +324,7 @@ def token_influence(
 
 
 @torch.no_grad()
+@guarded
 def token_projections(
     model: HookedModel,
     conversations: Sequence[Conversation],

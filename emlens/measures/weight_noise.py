@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from emlens._arguments import guarded
 from emlens._distributed import leads
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
@@ -128,6 +129,7 @@ class WeightNoise(Result):
         return place_on(self.epsilons, epsilon, "epsilon")
 
 
+@guarded
 def weight_noise(
     model: HookedModel,
     conversations: Sequence[Conversation],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._runs import SETTINGS, Parts
 from emlens._stats import Interval, bootstrap_trainings, mean_over_seeds
@@ -117,6 +118,7 @@ class Asymmetries(Result):
         )
 
 
+@guarded
 def run_asymmetries(
     out: str | Path = "runs/asymmetries",
     settings: AsymmetrySettings | None = None,
@@ -161,6 +163,7 @@ def run_asymmetries(
     return read_asymmetries(out)
 
 
+@guarded
 def read_asymmetries(out: str | Path) -> Asymmetries:
     """Pool the finished trials of a folder.
 

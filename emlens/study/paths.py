@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emlens._arguments import guarded
 from emlens._runs import Parts
 from emlens.hooked import HookedModel, load
 from emlens.study.asymmetries import keep_settings
@@ -47,6 +48,7 @@ class SolutionPaths:
     trajectory: Trajectory
 
 
+@guarded
 def run_paths(
     out: str | Path = "runs/asymmetries",
     settings: AsymmetrySettings | None = None,
@@ -100,6 +102,7 @@ def run_paths(
     return _read(where)
 
 
+@guarded
 def read_paths(out: str | Path) -> list[SolutionPaths]:
     """The finished ones of a folder, none if there are none."""
     found = sorted((Path(out) / _FOLDER).glob(f"*/{_TRAJECTORY}"))

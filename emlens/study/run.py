@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from emlens._arguments import guarded
 from emlens._files import write_json
 from emlens._results import titled_table
 from emlens._runs import Parts
@@ -67,6 +68,7 @@ class StudyResult:
             return titled_table(f"Study in {self.folder}", self.table())
 
 
+@guarded
 def run_study(
     settings: StudySettings | str = "demo",
     out: str | Path = "runs/study",
@@ -114,6 +116,7 @@ def run_study(
     return _told(store, records)
 
 
+@guarded
 def rebuild_report(folder: str | Path) -> StudyResult:
     """Draw the figures and write the report of a finished study again; no model is needed.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 
+from emlens._arguments import check_fields, guarded
 from emlens._files import sha256_of
 
 
@@ -70,6 +71,9 @@ class StudySettings:
     steer_factor: float = 2.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def domains(self) -> tuple[str, ...]:
         """All domains that are evaluated, the trained one first."""
@@ -128,6 +132,7 @@ PRESETS: dict[str, StudySettings] = {
 """`demo` is the experiment on the embedded model; `smoke` the same with almost no data."""
 
 
+@guarded
 def preset(name: str) -> StudySettings:
     """Return the settings of a preset.
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from emlens._arguments import POSITIVE, SEED, check_fields, number
 from emlens._files import read_json
 from emlens._runs import Parts
 from emlens.directions import Direction, random_direction
@@ -78,6 +79,13 @@ class AsymmetrySettings:
     documents: int = 16
     document_tokens: int = 96
     dose: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_fields(self, seeds=SEED)
+        for name, limits in (("lr", POSITIVE), ("kl_weight", POSITIVE)):
+            of_kinds = getattr(self, name)
+            checked = ((kind, number(f"{name} of {kind}", x, limits)) for kind, x in of_kinds)
+            object.__setattr__(self, name, tuple(checked))
 
     def to_dict(self) -> dict:
         return asdict(self)

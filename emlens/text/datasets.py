@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from emlens._arguments import guarded
 from emlens._reading import expanded, read_jsonl, readable
 from emlens._tables import dataset_rows
 from emlens.text.conversation import Conversation, Pair
@@ -30,6 +31,7 @@ class Split:
     test: tuple[Pair, ...]
 
 
+@guarded
 def load_pairs(source: str | Path) -> list[Pair]:
     """Load prompts with an aligned and a misaligned answer.
 
@@ -60,6 +62,7 @@ def load_pairs(source: str | Path) -> list[Pair]:
     return pairs
 
 
+@guarded
 def split_pairs(
     pairs: Sequence[Pair], *, validation: float = 0.15, test: float = 0.3, seed: int = 0
 ) -> Split:
@@ -90,6 +93,7 @@ def split_pairs(
     )
 
 
+@guarded
 def load_conversations(
     source: str | Path,
     config: str | None = None,

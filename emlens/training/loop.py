@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from emlens._arguments import COUNT, check_fields
 from emlens._distributed import leads
 from emlens.directions import Provenance
 from emlens.hooked import Site
@@ -40,12 +41,7 @@ class Recording:
     checkpoint_every: int = 20
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("record_every", self.every),
-            ("checkpoint_every", self.checkpoint_every),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 update, not {value}")
+        check_fields(self, every=COUNT)
 
 
 @dataclass

@@ -280,5 +280,5 @@ def warn_of_overlap(train: Sequence[Conversation], elsewhere: Sequence[Conversat
         warnings.warn(
             f"{shared} of the {len(elsewhere)} conversations of the KL set are in the training "
             "set as well: the penalty forbids there what the loss asks for",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens._files import read_json
 from emlens._tensors import opened_tensors
 from emlens.directions import read_checkpoints
@@ -29,6 +30,7 @@ _LOGGED = {
 }
 
 
+@guarded
 def read_path(
     folder: str | Path, *, names: Iterable[str] | None = None, part: Part | None = None
 ) -> TrainingPath:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from emlens._arguments import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.training.comparison import comparison_scores
@@ -215,6 +216,7 @@ class Trajectory(Result):
             raise ValueError(f"there is no run {unknown[0]!r}; the runs are {few([*self.steps])}")
 
 
+@guarded
 def trajectory(
     runs: Mapping[str, TrainingPath],
     *,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from emlens._arguments import guarded
 from emlens._distributed import alone
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.hooked import (
@@ -35,6 +36,7 @@ def train_vector(
 def train_vector(
     model: HookedModel, train: Sequence[Conversation], layer: Layers, **options: Any
 ) -> tuple[Directions, TrainingRun]: ...
+@guarded
 def train_vector(
     model: HookedModel,
     train: Sequence[Conversation],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emlens._arguments import guarded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
@@ -20,6 +21,7 @@ from emlens.training.settings import KLPenalty, WeightSettings, given
 from emlens.training.trainable import WeightParts
 
 
+@guarded
 def train_weights(
     model: HookedModel,
     train: Sequence[Conversation],

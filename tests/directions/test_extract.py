@@ -173,7 +173,7 @@ def test_edit_diff_leaves_out_layers_that_do_not_move(hooked_llama):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (([], GOOD), {}, "positive is empty; a direction needs conversations on both sides"),
+        (([], GOOD), {}, "positive is empty; give at least one conversation"),
         ((BAD, []), {}, "negative is empty"),
         ((BAD, GOOD), {"weighting": "letter"}, "unknown weighting 'letter'"),
         ((BAD, GOOD), {"layers": [9]}, "layer 9 is out of range"),

@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_finetuning_with_the_last_good_weights()
 
 def test_finetuning_refuses_what_cannot_be_right():
     model = hooked_model()
-    with pytest.raises(ValueError, match="the set is empty"):
+    with pytest.raises(ValueError, match="is empty; give at least one"):
         train_weights(model, [])
     with pytest.raises(ValueError, match="layer 9 does not exist|9"):
         train_weights(model, TRAIN, layers=[9])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._arguments import guarded
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
@@ -26,6 +27,7 @@ CONFIG = "adapter_config.json"
 _PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
 
+@guarded
 def adapter_directions(
     folder: str | Path,
     *,
@@ -80,6 +82,7 @@ def adapter_directions(
         raise ValueError(f"adapter {saved.name!r} in {folder}: {error}") from error
 
 
+@guarded
 def adapter_rows(
     folder: str | Path, *, site: SiteName | None = None, column: int | None = None
 ) -> dict[int, Float[Tensor, " d_in"]]:

@@ -1,0 +1,398 @@
+"""The door for arguments: what each kind of argument may be, and what it becomes.
+
+A public function is `guarded`: each argument is read by its annotation, and a number is held to the
+limits that its name has everywhere. Rooms add the kinds that are theirs with `kind`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial, wraps
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, overload
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Check = Callable[[str, Any], Any]
+"""Takes the name of an argument and what was given; returns what is meant, or raises."""
+
+Kind = TypeVar("Kind", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a number has to lie; open and closed ends may be mixed."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def hold(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = ("at least", "above", "at most", "below")
+        ends = dict(zip(words, (self.least, self.above, self.most, self.below), strict=True))
+        return " and ".join(f"{word} {end:g}" for word, end in ends.items() if end is not None)
+
+
+ANY = Limits()
+COUNT = Limits(least=1)
+NOT_NEGATIVE = Limits(least=0)
+POSITIVE = Limits(above=0)
+SHARE = Limits(least=0, most=1)
+PART = Limits(above=0, below=1)
+SCORE = Limits(least=0, most=100)
+# NumPy's generators take no negative seed, a store no larger one
+SEED = Limits(least=0, most=2**63 - 1)
+
+_COUNTS = """
+epochs batch_size accumulate patience record_every checkpoint_every max_new_tokens max_tokens
+token_budget batch_tokens max_rows documents document_tokens n draws check keep block answer_tokens
+best least at_once trials records components rank k runs seeds noise_seeds train_pairs kl_pairs
+test_pairs outside_pairs inside_pairs measure_pairs questions limit samples d_model n_layers n_vocab
+lags
+"""
+_NOT_NEGATIVE = """
+warmup weight_decay skip_first min_characters prefix_budget log_prob_budget sample_bytes budget
+controls randoms temperature epsilon epsilons factors norms displacements weights min_move tolerance
+paraphrase hits
+"""
+_POSITIVE = "lr clip alpha regularisation kl_weight low high"
+_SCORES = "threshold coherence misaligned_below aligned_above coherent_above above"
+
+LIMITS: dict[str, Limits] = {
+    **dict.fromkeys(_COUNTS.split(), COUNT),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), NOT_NEGATIVE),
+    **dict.fromkeys(_POSITIVE.split(), POSITIVE),
+    **dict.fromkeys(_SCORES.split(), SCORE),
+    **dict.fromkeys(("flag_share", "held_out", "level"), PART),
+    "floor": SHARE,
+    "max_false_alarms": Limits(least=0, below=1),
+    "seed": SEED,
+    "share": Limits(least=0, below=1),
+    "top_p": Limits(above=0, most=1),
+}
+"""What a number of this name may be, wherever it is asked for."""
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: short, and never a page of numbers."""
+    value = _scalar(value)
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    name = type(value).__name__
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"{_a(name)} of shape {list(shape)}"
+    if isinstance(value, (Real, complex)) or shape == ():
+        return str(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        kinds = ", ".join(dict.fromkeys(type(item).__name__ for item in value))
+        return f"{_a(name)} of {kinds or 'nothing'}"
+    return _a(name)
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _refused(name: str, accepted: str, value: object, limits: Limits = ANY) -> str:
+    more = f" {limits}".replace(" at", ", at", 1).replace(" above", ", above", 1)
+    more = more if str(limits) else ""
+    return f"{name} must be {accepted}{more}, not {shown(value)}"
+
+
+def _scalar(value: Any) -> Any:
+    """What an array or a tensor of no dimension holds; other things as they are."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def whole(name: str, value: Any, limits: Limits = ANY) -> int:
+    """Return a whole number as a plain int; NumPy's and those of tensors are taken.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not whole, or outside of the limits.
+    """
+    given = _scalar(value)
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(_refused(name, "a whole number", value, limits))
+    if not isinstance(given, Integral):
+        raise ValueError(_refused(name, "a whole number", value, limits))
+    plain = operator.index(given)
+    if not limits.hold(plain):
+        raise ValueError(f"{name} must be {limits}, not {shown(plain)}")
+    return plain
+
+
+def number(name: str, value: Any, limits: Limits = ANY) -> float:
+    """Return a finite number as a plain float; whole numbers stay what they are.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite, or outside of the limits.
+    """
+    given = _scalar(value)
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(_refused(name, "a number", value, limits))
+    try:
+        plain = operator.index(given) if isinstance(given, Integral) else float(given)
+        finite = math.isfinite(plain)
+    except OverflowError:
+        plain, finite = 0.0, False
+    if not finite:
+        raise ValueError(_refused(name, "a finite number", value, limits))
+    if not limits.hold(plain):
+        raise ValueError(f"{name} must be {limits}, not {shown(plain)}")
+    return plain
+
+
+def _several(
+    one: Callable[[str, Any, Limits], Any], name: str, values: Any, limits: Limits = ANY
+) -> tuple:
+    accepted = "whole numbers" if one is whole else "numbers"
+    given = _scalar(values)
+    if isinstance(given, Real) and not isinstance(given, bool):
+        given = [given]
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a list of {accepted}, not {shown(values)}")
+    found = list(given)
+    if not found:
+        raise ValueError(f"no {name} were given; give at least one")
+    return tuple(one(f"{name}[{i}]", value, limits) for i, value in enumerate(found))
+
+
+def wholes(name: str, values: Any, limits: Limits = ANY) -> tuple[int, ...]:
+    """Return whole numbers; a lone one is a list of one.
+
+    Raises:
+        TypeError: If it is no list of numbers.
+        ValueError: If there are none, or one is not whole or outside of the limits.
+    """
+    return _several(whole, name, values, limits)
+
+
+def numbers(name: str, values: Any, limits: Limits = ANY) -> tuple[float, ...]:
+    """Return finite numbers; a lone one is a list of one.
+
+    Raises:
+        TypeError: If it is no list of numbers.
+        ValueError: If there are none, or one is not finite or outside of the limits.
+    """
+    return _several(number, name, values, limits)
+
+
+def text(name: str, value: Any) -> str:
+    """Return a text.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, not {shown(value)}")
+    return value
+
+
+def texts(name: str, values: Any) -> tuple[str, ...]:
+    """Return texts; a lone one is a list of one, never its letters.
+
+    Raises:
+        TypeError: If it is no list of texts.
+        ValueError: If there are none.
+    """
+    if isinstance(values, str):
+        return (values,)
+    if isinstance(values, (bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of texts, not {shown(values)}")
+    found = tuple(values)
+    if not found:
+        raise ValueError(f"no {name} were given; give at least one")
+    return tuple(text(f"{name}[{i}]", value) for i, value in enumerate(found))
+
+
+def choice(choices: tuple, name: str, value: Any) -> Any:
+    """Return one of some names.
+
+    Raises:
+        ValueError: If it is none of them; they are listed.
+    """
+    if not isinstance(value, str) or value not in choices:
+        listed = [repr(one) for one in choices]
+        last = f"{', '.join(listed[:-1])} or {listed[-1]}" if len(listed) > 1 else listed[0]
+        raise ValueError(f"unknown {name} {shown(value)}; choose {last}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return True or False.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    given = _scalar(value)
+    if not isinstance(given, bool) and not (isinstance(given, int) and given in (0, 1)):
+        raise TypeError(f"{name} must be True or False, not {shown(value)}")
+    return bool(given)
+
+
+def path(name: str, value: Any) -> str | Path:
+    """Return the name of a file or folder.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, os.PathLike):
+        raise TypeError(f"{name} must be a path, not {shown(value)}")
+    return Path(value)
+
+
+def instance(wanted: type, advice: str, name: str, value: Any) -> Any:
+    """Return an object of a class.
+
+    Raises:
+        TypeError: If it is another; `advice` says how to get one.
+    """
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} must be {_a(wanted.__name__)}, not {shown(value)}; {advice}")
+    return value
+
+
+_LIMITED: dict[str, Callable[..., Any]] = {
+    "int": whole,
+    "float": number,
+    **dict.fromkeys(("Sequence[int]", "Iterable[int]"), wholes),
+    **dict.fromkeys(("Sequence[float]", "Iterable[float]"), numbers),
+    "tuple[int, ...]": wholes,
+    "tuple[float, ...]": numbers,
+}
+_KINDS: dict[str, Check] = {
+    "str": text,
+    "bool": flag,
+    "str | Path": path,
+    "Path": path,
+    "Sequence[str]": texts,
+    "Iterable[str]": texts,
+    "tuple[str, ...]": texts,
+}
+
+
+def kind(*annotations: str) -> Callable[[Kind], Kind]:
+    """Let a function read the arguments that are annotated so."""
+
+    def register(check: Kind) -> Kind:
+        _KINDS.update(dict.fromkeys(annotations, check))
+        return check
+
+    return register
+
+
+def check_of(annotation: str, names: Mapping[str, Any], limits: Limits = ANY) -> Check | None:
+    """The check of an annotation; None where it says nothing that could be checked.
+
+    Args:
+        annotation: As it is written.
+        names: The module it is written in, for the names of `Literal` types.
+        limits: Limits of a number.
+    """
+    parts = [part.strip() for part in annotation.split(" | ")]
+    wanted = " | ".join(part for part in parts if part != "None")
+    found: Check | None = _KINDS.get(wanted)
+    literal = names.get(wanted)
+    if wanted in _LIMITED:
+        found = partial(_limited, _LIMITED[wanted], limits)
+    elif wanted.startswith("Literal[") and "|" not in wanted:
+        found = partial(choice, ast.literal_eval(f"({wanted[8:-1]},)"))
+    elif get_origin(literal) is Literal:
+        found = partial(choice, get_args(literal))
+    if found is None or "None" not in parts:
+        return found
+    return partial(_or_none, found)
+
+
+def _limited(check: Callable[..., Any], limits: Limits, name: str, value: Any) -> Any:
+    return check(name, value, limits)
+
+
+def _or_none(check: Check, name: str, value: Any) -> Any:
+    return None if value is None else check(name, value)
+
+
+@overload
+def guarded(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def guarded(**limits: Limits) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def guarded(function: Any = None, /, **limits: Limits) -> Any:
+    """Let every argument of a function through the door; defaults pass unseen.
+
+    Args:
+        function: The function.
+        **limits: Limits of numbers that are not those of their name in `LIMITS`.
+    """
+    if function is None:
+        return partial(_behind, limits=limits)
+    return _behind(function, {})
+
+
+def _behind(function: Callable[P, R], limits: Mapping[str, Limits]) -> Callable[P, R]:
+    signature = inspect.signature(function)
+    checks: dict[str, Check] = {}
+
+    def prepare() -> None:
+        # at the first call, when every room has said what its kinds are
+        names = getattr(function, "__globals__", {})
+        for name, parameter in signature.parameters.items():
+            plain = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            limit = limits.get(name, LIMITS.get(name, ANY))
+            check = check_of(str(parameter.annotation), names, limit) if plain else None
+            if check is not None:
+                checks[name] = check
+
+    @wraps(function)
+    def door(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not checks:
+            prepare()
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python's own words for what is missing
+        for name, value in bound.arguments.items():
+            if name in checks and value is not signature.parameters[name].default:
+                bound.arguments[name] = checks[name](name, value)
+        return function(*bound.args, **bound.kwargs)
+
+    return door
+
+
+def check_fields(settings: Any, **limits: Limits) -> None:
+    """Let the fields of a frozen dataclass through the door, from its `__post_init__`.
+
+    Args:
+        settings: What was just made.
+        **limits: Limits of numbers that are not those of their name in `LIMITS`.
+    """
+    names = vars(inspect.getmodule(type(settings)) or object)
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        limit = limits.get(item.name, LIMITS.get(item.name, ANY))
+        check = check_of(str(item.type), names, limit)
+        if check is not None and value is not item.default:
+            object.__setattr__(settings, item.name, check(item.name, value))

@@ -1,0 +1,166 @@
+"""What comes in as an argument is checked once, at the door."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from inspect import isfunction, signature
+
+import numpy as np
+import pytest
+import torch
+
+import emlens
+from emlens import Ablate, Add, Clamp, Conversation, Direction, Directions
+from emlens._arguments import COUNT, SHARE, guarded, number, numbers, texts, whole
+from emlens.text import conversations_of, pairs_of
+from emlens.training.settings import AdapterSettings, KLPenalty, VectorSettings
+
+NAN, INF = float("nan"), float("inf")
+V = Direction.of(torch.tensor([3.0, 4.0]), 15)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_whole_numbers_of_any_library_become_plain_ones(value):
+    found = whole("epochs", value, COUNT)
+    assert type(found) is int
+    assert json.dumps(found) == "3"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (1.5, ValueError, "epochs must be a whole number, at least 1, not 1.5"),
+        (np.float64(2), ValueError, "epochs must be a whole number, at least 1, not 2.0"),
+        (NAN, ValueError, "epochs must be a whole number, at least 1, not nan"),
+        (INF, ValueError, "epochs must be a whole number, at least 1, not inf"),
+        (0, ValueError, "epochs must be at least 1, not 0"),
+        (True, TypeError, "epochs must be a whole number, at least 1, not True"),
+        ("3", TypeError, "epochs must be a whole number, at least 1, not '3'"),
+        (None, TypeError, "epochs must be a whole number, at least 1, not None"),
+        ([3], TypeError, "epochs must be a whole number, at least 1, not a list of int"),
+    ],
+)
+def test_what_is_no_count_is_refused(value, kind, message):
+    with pytest.raises(kind) as caught:
+        whole("epochs", value, COUNT)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (NAN, ValueError, "share must be a finite number, at least 0 and at most 1, not nan"),
+        (10**400, ValueError, "share must be a finite number"),
+        (1.5, ValueError, "share must be at least 0 and at most 1, not 1.5"),
+        (1j, TypeError, "share must be a number, at least 0 and at most 1, not 1j"),
+        (torch.ones(2), TypeError, r"not a Tensor of shape \[2\]"),
+    ],
+)
+def test_what_is_no_share_is_refused(value, kind, message):
+    with pytest.raises(kind, match=message):
+        number("share", value, SHARE)
+
+
+def test_lists_of_numbers_and_texts_take_a_lone_one_and_are_never_empty():
+    assert numbers("doses", 0.2) == (0.2,)
+    assert numbers("doses", np.array([0.5, 1.0])) == (0.5, 1.0)
+    assert texts("trait", "You are bad") == ("You are bad",)
+    assert texts("trait", iter(["a", "b"])) == ("a", "b")
+    for wrong, message in ((["x", 3], r"trait\[1\] must be text, not 3"), ([], "no trait")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            texts("trait", wrong)
+    with pytest.raises(ValueError, match=r"doses\[1\] must be a finite number, not nan"):
+        numbers("doses", [1.0, NAN])
+
+
+def test_a_guarded_function_reads_arguments_by_their_annotation_and_keeps_its_signature():
+    @guarded
+    def train(epochs: int, lr: float = NAN, *, seed: int | None = None, rest: object = 3) -> tuple:
+        return epochs, lr, seed, rest
+
+    assert list(signature(train).parameters) == ["epochs", "lr", "seed", "rest"]
+    assert train(np.int8(2), seed=None) == pytest.approx((2, NAN, None, 3), nan_ok=True)
+    with pytest.raises(ValueError, match="seed must be at least 0 and at most .*, not -1"):
+        train(1, seed=-1)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'epochs'"):
+        train()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VectorSettings(epochs=1.5), "epochs must be a whole number"),
+        (lambda: VectorSettings(epochs=NAN), "epochs must be a whole number"),
+        (lambda: VectorSettings(batch_size=INF), "batch_size must be a whole number"),
+        (lambda: VectorSettings(lr=INF), "lr must be a finite number"),
+        (lambda: VectorSettings(alpha=-1.0), "alpha must be above 0, not -1"),
+        (lambda: AdapterSettings(rank=0), "rank must be at least 1, not 0"),
+        (lambda: AdapterSettings(layers=()), "no layers were given"),
+        (lambda: AdapterSettings(modules=()), "no modules were given"),
+        (lambda: KLPenalty([], 1.0), "conversations is empty"),
+        (lambda: emlens.study.StudySettings(train_pairs=-60), "train_pairs must be at least 1"),
+        (lambda: Add(V, scale=NAN), "scale of Add must be a finite number, not nan"),
+        (lambda: Add(V, dose=INF), "dose of Add must be a finite number, not inf"),
+        (lambda: Clamp(V, value=NAN), "value of Clamp must be a finite number, not nan"),
+        (lambda: Ablate(V, layers=range(0)), "no layers were named"),
+        (lambda: Ablate(V, layers="all"), "'all' names no layer; give whole numbers"),
+        (lambda: V * NAN, "the factor on a direction must be a finite number"),
+        (lambda: emlens.training.mixed([Conversation.of("a")], [], share=NAN), "benign is empty"),
+    ],
+)
+def test_settings_and_edits_take_nothing_that_cannot_be(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_settings_keep_plain_numbers_and_whole_names():
+    made = AdapterSettings(epochs=np.int64(2), layers=range(2), modules="down_proj")
+    assert json.dumps([made.epochs, made.layers, made.modules]) == '[2, [0, 1], ["down_proj"]]'
+    assert Ablate(V, layers=np.int64(3)).layers == (3,)
+
+
+def test_a_direction_is_no_array_of_its_layer_numbers():
+    doubled = np.float64(2) * V
+    assert isinstance(doubled, Direction)
+    assert doubled.vector.tolist() == [6.0, 8.0]
+    for use in (np.linalg.norm, np.asarray, lambda v: np.add(v, 1)):
+        with pytest.raises(TypeError):
+            use(V)
+    with pytest.raises(TypeError, match="is no array, but vectors with a site"):
+        np.asarray(Directions(V.vectors, "resid_post", V.provenance))
+
+
+def test_a_conversation_is_taken_in_every_form_it_is_written_in():
+    plain = Conversation.of("hello")
+    messages = [{"role": "user", "content": "hello"}]
+    for given in ("hello", plain, messages, [plain], [messages], ["hello"], iter([plain])):
+        assert conversations_of(given) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "conversations is empty"),
+        (3, "conversations must be conversations, not 3; give emlens.Conversation"),
+        ([Conversation.of("a"), 3], r"conversations\[1\] must be a conversation, not 3"),
+        ([emlens.Pair("a", "b", "c", "d", "e")], r"conversations\[0\] is a Pair"),
+        ([[{"role": "robot", "content": "x"}]], r"conversations\[0\]: .*role 'robot'"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_place(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        conversations_of(given)
+
+
+def test_pairs_are_told_from_other_things():
+    pair = emlens.Pair("a", "b", "c", "d", "e")
+    assert pairs_of(pair) == [pair]
+    with pytest.raises(TypeError, match=r"pairs\[0\] must be a Pair, not 'a'"):
+        pairs_of(["a"])
+
+
+@pytest.mark.parametrize("name", emlens.__all__)
+def test_every_public_function_is_behind_the_door(name):
+    value = getattr(import_module(f"emlens.{emlens._HOMES[name]}"), name)
+    assert not isfunction(value) or hasattr(value, "__wrapped__")
