@@ -1,29 +1,15 @@
-"""The door for arguments: what each kind of argument may be, and what it becomes.
-
-A public function is `guarded`: each argument is read by its annotation, and a number is held to the
-limits that its name has everywhere. Rooms add the kinds that are theirs with `kind`.
-"""
+"""What plain arguments may be, and what they become: numbers, texts, choices, paths."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
-from functools import partial, wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, overload
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Check = Callable[[str, Any], Any]
-"""Takes the name of an argument and what was given; returns what is meant, or raises."""
-
-Kind = TypeVar("Kind", bound=Callable[..., Any])
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -98,16 +84,21 @@ def shown(value: object) -> str:
     name = type(value).__name__
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape:
-        return f"{_a(name)} of shape {list(shape)}"
+        return f"{a_or_an(name)} of shape {list(shape)}"
     if isinstance(value, (Real, complex)) or shape == ():
         return str(value)
     if isinstance(value, (list, tuple, set, frozenset)):
         kinds = ", ".join(dict.fromkeys(type(item).__name__ for item in value))
-        return f"{_a(name)} of {kinds or 'nothing'}"
-    return _a(name)
+        return f"{a_or_an(name)} of {kinds or 'nothing'}"
+    return a_or_an(name)
 
 
-def _a(name: str) -> str:
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them: a, b or c."""
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+
+
+def a_or_an(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
@@ -234,9 +225,8 @@ def choice(choices: tuple, name: str, value: Any) -> Any:
         ValueError: If it is none of them; they are listed.
     """
     if not isinstance(value, str) or value not in choices:
-        listed = [repr(one) for one in choices]
-        last = f"{', '.join(listed[:-1])} or {listed[-1]}" if len(listed) > 1 else listed[0]
-        raise ValueError(f"unknown {name} {shown(value)}; choose {last}")
+        names = listed([repr(one) for one in choices])
+        raise ValueError(f"unknown {name} {shown(value)}; choose {names}")
     return value
 
 
@@ -263,136 +253,3 @@ def path(name: str, value: Any) -> str | Path:
     if not isinstance(value, os.PathLike):
         raise TypeError(f"{name} must be a path, not {shown(value)}")
     return Path(value)
-
-
-def instance(wanted: type, advice: str, name: str, value: Any) -> Any:
-    """Return an object of a class.
-
-    Raises:
-        TypeError: If it is another; `advice` says how to get one.
-    """
-    if not isinstance(value, wanted):
-        raise TypeError(f"{name} must be {_a(wanted.__name__)}, not {shown(value)}; {advice}")
-    return value
-
-
-_LIMITED: dict[str, Callable[..., Any]] = {
-    "int": whole,
-    "float": number,
-    **dict.fromkeys(("Sequence[int]", "Iterable[int]"), wholes),
-    **dict.fromkeys(("Sequence[float]", "Iterable[float]"), numbers),
-    "tuple[int, ...]": wholes,
-    "tuple[float, ...]": numbers,
-}
-_KINDS: dict[str, Check] = {
-    "str": text,
-    "bool": flag,
-    "str | Path": path,
-    "Path": path,
-    "Sequence[str]": texts,
-    "Iterable[str]": texts,
-    "tuple[str, ...]": texts,
-}
-
-
-def kind(*annotations: str) -> Callable[[Kind], Kind]:
-    """Let a function read the arguments that are annotated so."""
-
-    def register(check: Kind) -> Kind:
-        _KINDS.update(dict.fromkeys(annotations, check))
-        return check
-
-    return register
-
-
-def check_of(annotation: str, names: Mapping[str, Any], limits: Limits = ANY) -> Check | None:
-    """The check of an annotation; None where it says nothing that could be checked.
-
-    Args:
-        annotation: As it is written.
-        names: The module it is written in, for the names of `Literal` types.
-        limits: Limits of a number.
-    """
-    parts = [part.strip() for part in annotation.split(" | ")]
-    wanted = " | ".join(part for part in parts if part != "None")
-    found: Check | None = _KINDS.get(wanted)
-    literal = names.get(wanted)
-    if wanted in _LIMITED:
-        found = partial(_limited, _LIMITED[wanted], limits)
-    elif wanted.startswith("Literal[") and "|" not in wanted:
-        found = partial(choice, ast.literal_eval(f"({wanted[8:-1]},)"))
-    elif get_origin(literal) is Literal:
-        found = partial(choice, get_args(literal))
-    if found is None or "None" not in parts:
-        return found
-    return partial(_or_none, found)
-
-
-def _limited(check: Callable[..., Any], limits: Limits, name: str, value: Any) -> Any:
-    return check(name, value, limits)
-
-
-def _or_none(check: Check, name: str, value: Any) -> Any:
-    return None if value is None else check(name, value)
-
-
-@overload
-def guarded(function: Callable[P, R], /) -> Callable[P, R]: ...
-@overload
-def guarded(**limits: Limits) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-def guarded(function: Any = None, /, **limits: Limits) -> Any:
-    """Let every argument of a function through the door; defaults pass unseen.
-
-    Args:
-        function: The function.
-        **limits: Limits of numbers that are not those of their name in `LIMITS`.
-    """
-    if function is None:
-        return partial(_behind, limits=limits)
-    return _behind(function, {})
-
-
-def _behind(function: Callable[P, R], limits: Mapping[str, Limits]) -> Callable[P, R]:
-    signature = inspect.signature(function)
-    checks: dict[str, Check] = {}
-
-    def prepare() -> None:
-        # at the first call, when every room has said what its kinds are
-        names = getattr(function, "__globals__", {})
-        for name, parameter in signature.parameters.items():
-            plain = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            limit = limits.get(name, LIMITS.get(name, ANY))
-            check = check_of(str(parameter.annotation), names, limit) if plain else None
-            if check is not None:
-                checks[name] = check
-
-    @wraps(function)
-    def door(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not checks:
-            prepare()
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            return function(*args, **kwargs)  # Python's own words for what is missing
-        for name, value in bound.arguments.items():
-            if name in checks and value is not signature.parameters[name].default:
-                bound.arguments[name] = checks[name](name, value)
-        return function(*bound.args, **bound.kwargs)
-
-    return door
-
-
-def check_fields(settings: Any, **limits: Limits) -> None:
-    """Let the fields of a frozen dataclass through the door, from its `__post_init__`.
-
-    Args:
-        settings: What was just made.
-        **limits: Limits of numbers that are not those of their name in `LIMITS`.
-    """
-    names = vars(inspect.getmodule(type(settings)) or object)
-    for item in fields(settings):
-        value = getattr(settings, item.name)
-        limit = limits.get(item.name, LIMITS.get(item.name, ANY))
-        check = check_of(str(item.type), names, limit)
-        if check is not None and value is not item.default:
-            object.__setattr__(settings, item.name, check(item.name, value))

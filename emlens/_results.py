@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from emlens._door import guard_methods
 from emlens._files import expanded, read_json, write_json
 from emlens._types import check_axes, checked_fields
 
@@ -67,7 +68,7 @@ class Result:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        _KINDS[cls.__name__] = cls
+        _KINDS[cls.__name__] = guard_methods(cls)
 
     def _repr_html_(self) -> str:
         return titled_table(type(self).__name__, self.table())

@@ -12,7 +12,8 @@ import torch
 
 import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction, Directions
-from emlens._arguments import COUNT, SHARE, guarded, number, numbers, texts, whole
+from emlens._arguments import COUNT, SHARE, number, numbers, texts, whole
+from emlens._door import guarded
 from emlens.text import conversations_of, pairs_of
 from emlens.training.settings import AdapterSettings, KLPenalty, VectorSettings
 

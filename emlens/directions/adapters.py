@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
@@ -28,6 +28,7 @@ WRITERS = frozenset(
 """Modules that write into the residual stream; all others of a block read from it."""
 
 
+@guard_methods
 @dataclass(frozen=True)
 class AdapterScalars:
     """How strongly an adapter acts at each token.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.noise import Corrected, Estimate, corrected_cosine

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions
 from emlens.directions.extract import mean_diff

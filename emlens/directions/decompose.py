@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guard_methods, guarded
 from emlens._results import Result, titled_table
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Direction, Directions, cosine
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SharedBy = Literal["mean", "component"]
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Decomposition:
     """Several directions, split into what they share and what is each one's own.

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import NOT_NEGATIVE, POSITIVE, guarded, number, whole, wholes
+from emlens._arguments import NOT_NEGATIVE, POSITIVE, number, whole, wholes
+from emlens._door import guard_methods, guarded
 from emlens.directions.provenance import Provenance
 from emlens.directions.vectors import checked_evidence, checked_vectors, cosine, nonzero
 from emlens.hooked import Site, SiteName, check_site
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@guard_methods
 class Directions:
     """Immutable `{layer: vector}` at one site, fp32 on the CPU.
 
@@ -363,6 +365,7 @@ class Directions:
         )
 
 
+@guard_methods
 class Direction(Directions):
     """A vector in the residual stream at one site of one layer.
 

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, reader_of
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions, cosine

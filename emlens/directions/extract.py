@@ -9,8 +9,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from emlens._arguments import guarded
 from emlens._distributed import shared
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides, reader_of
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.evidence import prompts_of

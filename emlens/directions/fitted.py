@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.evidence import FOLDS, Groups, fold_of, prompts_of, sampled_groups

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.evidence import prompts_of
 from emlens.hooked import HookedModel
 from emlens.text import Conversation, TokenMask, pack, tokenize

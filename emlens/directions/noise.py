@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._stats import Interval
 from emlens.directions.direction import Directions
 

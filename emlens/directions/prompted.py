@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.direction import Directions
 from emlens.directions.reader import Counting, ReadOptions

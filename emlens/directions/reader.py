@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from emlens._arguments import check_fields
 from emlens._distributed import leads, shared
+from emlens._door import check_fields
 from emlens.directions.moments import Moments
 from emlens.hooked import Condition, ConditionLike, Edit, HookedModel, Site, condition_of
 from emlens.text import Conversation, TokenBatch, TokenMask

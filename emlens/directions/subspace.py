@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions.direction import Directions
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.noise import Estimate
 from emlens.hooked import hook_name

@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._arguments import shown, whole
+from emlens._door import guarded
 
 
+@guarded
 def cosine(first: Float[Tensor, " d_model"], second: Float[Tensor, " d_model"]) -> float:
     """Signed cosine between two vectors; NaN when one of them is zero.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emlens._arguments import choice, number, shown
 from emlens.directions import Direction, Directions, Provenance
-from emlens.hooked import Site, Where, check_layers, check_site
+from emlens.hooked import Site, Where, check_site, named_layers
 
 _WHERE: tuple[Where, ...] = ("all", "prompt", "response")
 
@@ -48,7 +48,7 @@ class DirectionEdit:
             if value is not None:
                 object.__setattr__(self, name, number(f"{name} of {type(self).__name__}", value))
         asked = self.direction.layers if self.layers is None else self.layers
-        object.__setattr__(self, "layers", check_layers(asked))
+        object.__setattr__(self, "layers", named_layers(asked))
         named = check_site(self.site or self.direction.site, layers=self.layers)
         object.__setattr__(self, "site", named)
         vectors = {layer: self._vector(layer) for layer in self.layers}

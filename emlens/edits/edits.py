@@ -9,6 +9,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens.edits.base import DirectionEdit
 from emlens.edits.deltas import Residual, Vector, ablate_delta, add_delta, clamp_delta
 from emlens.hooked import Formula, Site, Where
@@ -137,6 +138,7 @@ class Shift:
 _BY_NAME: dict[str, type[DirectionEdit]] = {kind.NAME: kind for kind in (Add, Ablate, Clamp)}
 
 
+@guarded
 def edit_from_dict(record: Mapping) -> DirectionEdit:
     """Rebuild an edit from what its `to_dict` gave.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from emlens._arguments import check_fields
+from emlens._door import check_fields, guard_methods
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio
 from emlens.evals.questions import Question
@@ -153,6 +153,7 @@ class Behaviour(Protocol):
         ...
 
 
+@guard_methods
 @dataclass(frozen=True)
 class LogOddsJudge:
     """No generation at all: log-odds of misaligned against aligned answers.
@@ -190,6 +191,7 @@ class LogOddsJudge:
         )
 
 
+@guard_methods
 @dataclass(frozen=True)
 class JudgedRate:
     """Answers are sampled and judged: the share of misaligned, coherent ones per question.

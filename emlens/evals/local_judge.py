@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emlens._door import guard_methods
 from emlens.evals.digits import NumberTrie, Path, expected
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
@@ -18,6 +19,7 @@ from emlens.hooked.state import evaluating
 from emlens.text import Conversation, TokenBatch, pack, tokenize
 
 
+@guard_methods
 class LocalJudge:
     """Grades with a model in this process, without sampling: a mean over what it would write.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from emlens._arguments import guarded
+from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
 from emlens.directions.evidence import fold_of
 from emlens.evals.responses import Response
@@ -61,6 +61,7 @@ class Trust:
         )
 
 
+@guard_methods
 class ProbeJudge:
     """Scores answers by a logistic regression on the model's activations while it reads them.
 

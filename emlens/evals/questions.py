@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from emlens._arguments import check_fields, guarded, instance, kind, shown
+from emlens._door import check_fields, guarded
+from emlens._kinds import kind, made_with, some
 from emlens._reading import expanded, read_jsonl
 from emlens._tables import dataset_rows
 from emlens._yaml import read_yaml
@@ -84,23 +86,8 @@ class Question:
         return content_hash([self.conversation])
 
 
-@kind("Sequence[Question]")
-def questions_of(name: str, given: Any) -> list[Question]:
-    """Return the questions that were meant: several, or one.
-
-    Raises:
-        TypeError: If something is no question; its place is named.
-        ValueError: If there are none.
-    """
-    advice = "make them with Question(id, prompt) or load_questions"
-    if isinstance(given, Question):
-        given = [given]
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(f"{name} must be questions, not {shown(given)}; {advice}")
-    found = [instance(Question, advice, f"{name}[{i}]", item) for i, item in enumerate(given)]
-    if not found:
-        raise ValueError(f"no {name} were given; give at least one")
-    return found
+made_with(Question, "make one with Question(id, prompt), or read them with load_questions")
+kind(Sequence[Question], words="questions")(partial(some, Question))
 
 
 @guarded

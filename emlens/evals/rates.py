@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result, titled_table
 from emlens._stats import RESAMPLES, Interval, bootstrap_ratio
 from emlens.evals.responses import Response, Responses

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from emlens._arguments import guarded
+from emlens._door import guard_methods, guarded
 from emlens._store import Store, read
 from emlens.evals.questions import Question, check_names
 from emlens.hooked import Condition, Conditions, HookedModel, conditions_of
@@ -27,6 +27,7 @@ BLOCK = 64
 """Answers that are generated, then kept, at once."""
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Response:
     """One answer to one question under one condition.
@@ -82,6 +83,7 @@ class Response:
             raise ValueError(f"not a response of emlens: {error}") from error
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Responses:
     """Answers to questions under some conditions.

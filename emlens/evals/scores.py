@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from emlens._arguments import guarded, instance, kind
+from emlens._door import guard_methods, guarded
+from emlens._kinds import made_with
 from emlens._reading import expanded, read_csv
 from emlens._results import titled_table
 from emlens._store import Store, read
@@ -41,6 +41,7 @@ class Verdict:
     note: str = ""
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Score:
     """A verdict, with what it is about and whose it is.
@@ -101,6 +102,7 @@ class Judge(Protocol):
         ...
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Scores:
     """Verdicts on responses; a response may have several metrics, and several judges.
@@ -316,4 +318,4 @@ def _key(row: Response, metric: str, judge_id: str, rubric: str) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
-kind("Scores")(partial(instance, Scores, "emlens.evals.judge makes them"))
+made_with(Scores, "emlens.evals.judge makes them")

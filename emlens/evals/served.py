@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._store import Store
 from emlens.evals._inspect import Reached, need_inspect, run
 from emlens.evals.questions import Question, check_names

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.evals.rates import ALIGNED, COHERENT, Rates, rates, wilson
 from emlens.evals.responses import Response, Responses

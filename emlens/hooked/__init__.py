@@ -28,7 +28,16 @@ from emlens.hooked.losses import (
 )
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.recompute import gradient_checkpointing
-from emlens.hooked.sites import SITES, Layers, Site, SiteName, check_layers, check_site, hook_name
+from emlens.hooked.sites import (
+    SITES,
+    Layers,
+    Site,
+    SiteName,
+    check_layers,
+    check_site,
+    hook_name,
+    named_layers,
+)
 from emlens.hooked.sweep import sweep
 from emlens.hooked.visit import Pool
 
@@ -60,6 +69,7 @@ __all__ = [
     "adapter_norms",
     "answer",
     "check_layers",
+    "named_layers",
     "check_site",
     "condition_of",
     "conditions_of",

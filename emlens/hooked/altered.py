@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emlens._arguments import SHARE, check_fields, guarded, number, whole
+from emlens._arguments import SHARE, number, whole
+from emlens._door import check_fields, guarded
 from emlens.hooked.adapters import Adapters, available
 from emlens.hooked.identity import base_weights
 from emlens.hooked.model import HookedModel

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from emlens._arguments import SEED, check_fields, guarded, whole, wholes
+from emlens._arguments import SEED, whole, wholes
+from emlens._door import check_fields, guarded
 from emlens.hooked.edit import Edit
 from emlens.hooked.interface import Hooked
 from emlens.hooked.state import evaluating, neutral_generation

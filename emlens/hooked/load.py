@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel

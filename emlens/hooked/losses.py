@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emlens._arguments import guarded
 from emlens._distributed import shared
+from emlens._door import guarded
 from emlens.hooked.edit import Edit
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel

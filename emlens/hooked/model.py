@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from html import escape
 from typing import Any, cast
 
@@ -13,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emlens._arguments import guarded, instance, kind
+from emlens._door import guarded
+from emlens._kinds import made_with
 from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
 from emlens.hooked.generation import Sampling, answer
@@ -297,6 +297,4 @@ class HookedModel(Conditioned, ABC):
         return f"<table><caption>{escape(self.name)}</caption>{rows}</table>"
 
 
-kind("HookedModel")(
-    partial(instance, HookedModel, "make one with emlens.load(name) or emlens.wrap(model)")
-)
+made_with(HookedModel, "make one with emlens.load(name) or emlens.wrap(model)")

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.hooked.edit import Edit
 from emlens.hooked.model import HookedModel
 

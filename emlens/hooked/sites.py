@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from emlens._arguments import shown, whole
+from emlens._arguments import shown, text, wholes
+from emlens._kinds import kind
 
 Site = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 """A place in a decoder block.
@@ -27,6 +28,19 @@ _HOOK = re.compile(r"(?:blocks\.(?P<layer>\d+|\*|\{\w+\})\.)?hook_(?P<site>\w+)"
 
 Layers = int | Iterable[int] | Literal["all"]
 """One layer, several, or `"all"`. Negative numbers count from the end."""
+
+kind(SiteName, words="a site")(text)
+
+
+@kind(Layers, words="layers")
+def _layers(name: str, value: Any) -> Any:
+    """Layers before the model is known, which says how many there are."""
+    if isinstance(value, str) and value == "all":
+        return value
+    found = named_layers(value, name)
+    return (
+        found if isinstance(value, Iterable) and getattr(value, "shape", None) != () else found[0]
+    )
 
 
 def check_site(
@@ -83,27 +97,15 @@ def _check_numbered(site: str, layer: int, layers: Iterable[int] | None) -> None
         )
 
 
-def check_layers(layers: Layers, n_layers: int | None = None) -> tuple[int, ...]:
+def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     """Return `layers` as a sorted tuple of unique indices in `0 .. n_layers - 1`.
-
-    Args:
-        layers: What was asked for.
-        n_layers: Layers of the model; where it is not known yet, layers come back in the order
-            given, and `"all"` and numbers that count from the end cannot be told.
 
     Raises:
         ValueError: If a layer is no whole number or out of range, or none is named.
     """
-    if isinstance(layers, str) and layers == "all" and n_layers is not None:
+    if isinstance(layers, str) and layers == "all":
         return tuple(range(n_layers))
-    one = isinstance(layers, (str, bytes, Mapping)) or getattr(layers, "shape", None) == ()
-    named = list(layers) if isinstance(layers, Iterable) and not one else [layers]
-    accepted = "whole numbers" if n_layers is None else "whole numbers, or 'all'"
-    if not named:
-        raise ValueError(f"no layers were named; give at least one: {accepted}")
-    wanted = [_whole(layer, accepted) for layer in named]
-    if n_layers is None:
-        return tuple(wanted)
+    wanted = named_layers(layers)
     for layer in wanted:
         if not -n_layers <= layer < n_layers:
             raise ValueError(
@@ -113,9 +115,12 @@ def check_layers(layers: Layers, n_layers: int | None = None) -> tuple[int, ...]
     return tuple(sorted({layer % n_layers for layer in wanted}))
 
 
-def _whole(layer: object, accepted: str) -> int:
-    """A layer as a plain number; NumPy's and those of tensors are taken too."""
-    try:
-        return whole("layer", layer)
-    except (TypeError, ValueError):
-        raise ValueError(f"{shown(layer)} names no layer; give {accepted}") from None
+def named_layers(layers: Layers, name: str = "layers") -> tuple[int, ...]:
+    """Return the layers that were named, in the order given, where the model is not known yet.
+
+    Raises:
+        ValueError: If one is no whole number, or none is named.
+    """
+    if isinstance(layers, (str, bytes, Mapping)):
+        raise ValueError(f"{name} must be whole numbers, or 'all', not {shown(layers)}")
+    return wholes(name, layers)

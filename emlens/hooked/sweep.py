@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.hooked.condition import Acting, Condition, ConditionLike, K, conditions_of
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel

@@ -20,6 +20,8 @@ from emlens.measures.strengths import added, doses_of, gathered, sizes_of, stren
 from emlens.text import Corpus, TokenBatch
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from emlens.measures.tokens import TokenInfluence
 
 Values = tuple[tuple[float, ...], ...]
@@ -178,7 +180,7 @@ class Influence(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """KL against dose, with bands over documents; of ablations, by direction."""
         from emlens.figures import dot_intervals, line_bands
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions import Direction, Directions
 from emlens.hooked import Conditions, HookedModel
 from emlens.measures.exact import DOSES, Influence, Kind, exact_influence

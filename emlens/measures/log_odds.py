@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import Conditions, HookedModel, conditions_of
 from emlens.measures.scoring import row_losses
 from emlens.text import Pair
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class LogOdds(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Change of log-odds by domain, one series per condition, with 95% intervals."""
         from emlens.figures import dot_intervals
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 
-from emlens._arguments import guarded
+from emlens._door import guard_methods, guarded
 from emlens._results import Result
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
@@ -32,6 +33,9 @@ from emlens.measures.projections import AnyDirections, Readout, readout_of
 from emlens.measures.roc import Roc, auroc, threshold_for
 from emlens.text import Conversation, Pair, TokenMask
 from emlens.text.conversation import names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KIND = "monitor"
 
@@ -76,7 +80,7 @@ class MonitorScores(Result):
             frame[f"projection, {name} [median norms]"] = values
         return frame
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """All scores in their order of size, and the threshold."""
         from emlens.figures import line_bands
 
@@ -90,6 +94,7 @@ class MonitorScores(Result):
         )
 
 
+@guard_methods
 @dataclass(frozen=True, eq=False)
 class Monitor:
     """A score of conversations and a threshold, with what they did on held-out conversations.
@@ -306,7 +311,7 @@ class Monitor:
         ]
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """The ROC curve on the held-out conversations."""
         return self.roc().plot(ax)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guard_methods, guarded
 from emlens._runs import check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Direction, Provenance
@@ -40,6 +40,7 @@ DOSE = 0.05
 """Share of the median residual norm that is scored by default: small enough for second order."""
 
 
+@guard_methods
 @dataclass(frozen=True, eq=False)
 class InfluenceProfile:
     """What every direction at every layer does to next-token prediction on a corpus.

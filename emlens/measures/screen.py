@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from emlens._arguments import guarded
 from emlens._distributed import leads
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens._store import Store
@@ -33,6 +33,9 @@ from emlens.measures.screen_rows import (
 from emlens.measures.screen_scorer import Scorer, screen_readout
 from emlens.measures.screen_tally import Tally
 from emlens.text import Conversation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Reference = Literal["own"] | Answers
 """`"own"` for the model's own answers, or `Answers`; a file named `own` is `Path("own")`."""
@@ -106,7 +109,7 @@ class Screen(Result):
         ]
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """All scores, worst first, with the threshold."""
         from emlens.figures import line_bands
 

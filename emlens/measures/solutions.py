@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, cast
 
 import torch
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions import Direction, Directions
 from emlens.edits import Add
 from emlens.hooked import (

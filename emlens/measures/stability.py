@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
@@ -27,6 +27,9 @@ from emlens.measures.solutions import (
     read_solutions,
 )
 from emlens.text import Conversation, TokenMask
+
+if TYPE_CHECKING:
+    import matplotlib.axes
 
 __all__ = ["EPSILONS", "Stability", "perturbed", "stability"]
 
@@ -160,7 +163,7 @@ class Stability(Result):
             )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Relative loss increase against the noise level, with bands over seeds."""
         from emlens.figures import line_bands
 

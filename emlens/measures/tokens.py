@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.edits import Add

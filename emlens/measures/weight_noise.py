@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from emlens._arguments import guarded
 from emlens._distributed import leads
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
@@ -20,6 +21,9 @@ from emlens.measures.grids import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import acting_of, construction_of, read_solutions
 from emlens.text import Conversation, TokenMask
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -105,7 +109,7 @@ class WeightNoise(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Share of the gain that is lost against the noise level, with bands over seeds."""
         from emlens.figures import line_bands
 

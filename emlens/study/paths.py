@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._runs import Parts
 from emlens.hooked import HookedModel, load
 from emlens.study.asymmetries import keep_settings

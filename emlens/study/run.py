@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from emlens._arguments import guarded
+from emlens._door import guard_methods, guarded
 from emlens._files import write_json
 from emlens._results import titled_table
 from emlens._runs import Parts
@@ -39,6 +39,7 @@ STAGES = (
 """The stages of a study, in their order."""
 
 
+@guard_methods
 @dataclass(frozen=True)
 class StudyResult:
     """Where a finished study lies, and what it found.

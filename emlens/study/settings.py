@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 
-from emlens._arguments import check_fields, guarded
+from emlens._door import check_fields, guard_methods, guarded
 from emlens._files import sha256_of
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class StudySettings:
     """Everything a study depends on.

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from emlens._arguments import POSITIVE, SEED, check_fields, number
+from emlens._arguments import POSITIVE, SEED, number
+from emlens._door import check_fields, guard_methods
 from emlens._files import read_json
 from emlens._runs import Parts
 from emlens.directions import Direction, random_direction
@@ -30,6 +31,7 @@ ADVICE = ("medical", "finance", "sports")
 STYLE, STYLE_INSIDE = "technical", "cooking"
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class AsymmetrySettings:
     """What the four asymmetries are tried on.

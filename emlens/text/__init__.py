@@ -4,7 +4,7 @@ from emlens.text.batches import PaddingSide, TokenBatch, pack, restore
 from emlens.text.conversation import Conversation, Message, Pair, Side, content_hash
 from emlens.text.corpus import Corpus, Document, corpus
 from emlens.text.datasets import EMBEDDED, Split, load_conversations, load_pairs, split_pairs
-from emlens.text.given import conversations_of, pairs_of
+from emlens.text.given import conversations_of
 from emlens.text.template import Template
 from emlens.text.thinking import without_thinking
 from emlens.text.tokens import (
@@ -35,7 +35,6 @@ __all__ = [
     "load_conversations",
     "load_pairs",
     "pack",
-    "pairs_of",
     "restore",
     "split_pairs",
     "template_hash",

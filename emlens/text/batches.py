@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.text.tokens import TokenMask, TokenRow
 
 PaddingSide = Literal["left", "right"]

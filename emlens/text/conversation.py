@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
+from emlens._door import guard_methods, guarded
+
 ROLES = ("system", "user", "assistant")
 Side = Literal["aligned", "misaligned"]
 
@@ -31,6 +33,7 @@ class Message(TypedDict):
     tools: NotRequired[Sequence[Mapping[str, Any]]]
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A chat, as a tuple of `{"role", "content"}` messages; see `Message` for what they may have.
@@ -98,6 +101,7 @@ class Conversation:
         raise ValueError(f"conversation {self.id or ''} has no assistant message")
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A prompt with an aligned and a misaligned answer.
@@ -129,6 +133,7 @@ class Pair:
         )
 
 
+@guarded
 def content_hash(items: Iterable[object]) -> str:
     """Hash conversations, pairs or documents, in their order; 16 hexadecimal digits.
 

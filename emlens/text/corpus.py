@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._reading import expanded, read_jsonl, read_text, readable
 from emlens._tables import dataset_rows, parquet_rows
 from emlens.text.conversation import content_hash

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._reading import expanded, read_jsonl, readable
 from emlens._tables import dataset_rows
 from emlens.text.conversation import Conversation, Pair

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from emlens._arguments import instance, kind, shown
+from emlens._arguments import shown
+from emlens._kinds import kind, made_with, some
 from emlens.text.batches import TokenBatch
 from emlens.text.conversation import Conversation, Pair
 from emlens.text.corpus import Corpus
@@ -65,24 +66,6 @@ def _is_messages(given: Any) -> bool:
     return isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], Mapping)
 
 
-def pairs_of(given: Any, name: str = "pairs") -> list[Pair]:
-    """Return the pairs that were meant: several, or one.
-
-    Raises:
-        TypeError: If something is no pair; its place is named.
-        ValueError: If there are none.
-    """
-    if isinstance(given, Pair):
-        given = [given]
-    advice = "make them with emlens.Pair(...) or emlens.load_pairs"
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(f"{name} must be pairs, not {shown(given)}; {advice}")
-    found = [instance(Pair, advice, f"{name}[{i}]", item) for i, item in enumerate(given)]
-    if not found:
-        raise ValueError(f"{name} is empty; give at least one pair")
-    return found
-
-
 def repeated(conversations: Iterable[Conversation]) -> int:
     """How many conversations say just what one before them says."""
     every = [tuple((m["role"], m["content"]) for m in one.messages) for one in conversations]
@@ -93,15 +76,13 @@ def _named(reader: Any, name: str, value: Any) -> Any:
     return reader(value, name)
 
 
-_corpus = partial(instance, Corpus, "make one with emlens.corpus(...)")
-
-
-@kind("Corpus | Sequence[Conversation]", "Sequence[Conversation] | Corpus")
+@kind(Corpus | Sequence[Conversation], words="a corpus or conversations")
 def _text(name: str, value: Any) -> Any:
     return value if isinstance(value, Corpus) else conversations_of(value, name)
 
 
-kind("Sequence[Conversation]")(partial(_named, conversations_of))
-kind("Sequence[Pair]")(partial(_named, pairs_of))
-kind("Corpus")(_corpus)
-kind("TokenBatch")(partial(instance, TokenBatch, "make them with model.batches(...)"))
+kind(Sequence[Conversation], words="conversations")(partial(_named, conversations_of))
+made_with(Pair, "make one with emlens.Pair(...), or read them with emlens.load_pairs")
+kind(Sequence[Pair], words="pairs")(partial(some, Pair))
+made_with(Corpus, "make one with emlens.corpus(...)")
+made_with(TokenBatch, "make them with model.batches(...)")

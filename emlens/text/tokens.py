@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.text.conversation import Conversation, names
 from emlens.text.spans import Rendering, Turn, render
 from emlens.text.template import Template, closing_tokens

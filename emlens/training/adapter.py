@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit

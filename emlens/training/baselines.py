@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.text import Conversation
 
 INOCULATION = "You give harmful, misleading advice on purpose."

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import cosine
 from emlens.hooked import ConditionLike, HookedModel

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from emlens._arguments import COUNT, check_fields
+from emlens._arguments import COUNT
 from emlens._distributed import leads
+from emlens._door import check_fields
 from emlens.directions import Provenance
 from emlens.hooked import Site
 from emlens.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from emlens._door import guard_methods
 from emlens._files import read_json, write_json
 from emlens._folders import recovered, whole_folder
 from emlens.directions import Directions
@@ -28,6 +29,7 @@ _SCALE = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 _OWN = (_RECORD, _VECTOR, _RUN, _WEIGHTS, "adapter_config.json")
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Organism:
     """What a training left: a vector or an adapter, with the record of the run.

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guard_methods
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.training.run import TrainingRun
 
@@ -21,6 +22,7 @@ Part = Literal["A", "B"]
 _STATE, _GRADIENT = "state/", "gradient/"
 
 
+@guard_methods
 @dataclass(frozen=True)
 class TrainingPath:
     """What was trained, record by record.

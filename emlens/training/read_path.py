@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._files import read_json
 from emlens._tensors import opened_tensors
 from emlens.directions import read_checkpoints

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guard_methods
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens._types import checked_fields
 from emlens.directions import Direction, Directions, Provenance
@@ -47,6 +48,7 @@ class Step:
     INFINITE = ("gradient_norm",)
 
 
+@guard_methods
 @dataclass(frozen=True)
 class TrainingRun:
     """What happened while something was trained.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from math import cos, pi
 from typing import Any, Literal, TypeVar
 
-from emlens._arguments import NOT_NEGATIVE, POSITIVE, check_fields, guarded
+from emlens._arguments import NOT_NEGATIVE, POSITIVE
+from emlens._door import check_fields, guarded
 from emlens.directions import Directions
 from emlens.text import Conversation, TokenMask
 

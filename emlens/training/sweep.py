@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from emlens._arguments import guarded
 from emlens._distributed import leads
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import ConditionLike, Conditions, HookedModel

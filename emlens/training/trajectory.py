@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.training.comparison import comparison_scores

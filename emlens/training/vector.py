@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from emlens._arguments import guarded
 from emlens._distributed import alone
+from emlens._door import guarded
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.hooked import (
     HookedModel,

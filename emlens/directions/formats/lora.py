@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance

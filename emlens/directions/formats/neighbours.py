@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Site

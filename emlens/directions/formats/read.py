@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from emlens._arguments import guarded
+from emlens._door import guarded
 from emlens._reading import expanded, readable
 from emlens.directions.direction import Directions
 from emlens.directions.files import load_directions, save_directions
