@@ -42,8 +42,6 @@ POSITIVE = Limits(above=0)
 SHARE = Limits(least=0, most=1)
 PART = Limits(above=0, below=1)
 SCORE = Limits(least=0, most=100)
-# NumPy's generators take no negative seed, a store no larger one
-SEED = Limits(least=0, most=2**63 - 1)
 
 _COUNTS = """
 epochs batch_size accumulate patience record_every checkpoint_every max_new_tokens max_tokens
@@ -68,7 +66,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("flag_share", "held_out", "level"), PART),
     "floor": SHARE,
     "max_false_alarms": Limits(least=0, below=1),
-    "seed": SEED,
+    "seed": NOT_NEGATIVE,
     "share": Limits(least=0, below=1),
     "top_p": Limits(above=0, most=1),
 }
@@ -130,6 +128,8 @@ def whole(name: str, value: Any, limits: Limits = ANY) -> int:
     plain = operator.index(given)
     if not limits.hold(plain):
         raise ValueError(f"{name} must be {limits}, not {shown(plain)}")
+    if abs(plain) >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, not {shown(plain)}")
     return plain
 
 
@@ -155,6 +155,12 @@ def number(name: str, value: Any, limits: Limits = ANY) -> float:
     return plain
 
 
+def is_list(value: object) -> bool:
+    """Whether a value holds items: text, dicts and arrays of no dimension do not."""
+    plain = isinstance(value, (str, bytes, Mapping)) or getattr(value, "shape", None) == ()
+    return isinstance(value, Iterable) and not plain
+
+
 def _several(
     one: Callable[[str, Any, Limits], Any], name: str, values: Any, limits: Limits = ANY
 ) -> tuple:
@@ -162,7 +168,7 @@ def _several(
     given = _scalar(values)
     if isinstance(given, Real) and not isinstance(given, bool):
         given = [given]
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+    if not is_list(given):
         raise TypeError(f"{name} must be a list of {accepted}, not {shown(values)}")
     found = list(given)
     if not found:
@@ -195,9 +201,17 @@ def text(name: str, value: Any) -> str:
 
     Raises:
         TypeError: If it is none.
+        ValueError: If it holds half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise TypeError(f"{name} must be text, not {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half of a surrogate pair (character {error.start}), which no tokenizer "
+            "reads; take it out"
+        ) from None
     return value
 
 
@@ -209,8 +223,8 @@ def texts(name: str, values: Any) -> tuple[str, ...]:
         ValueError: If there are none.
     """
     if isinstance(values, str):
-        return (values,)
-    if isinstance(values, (bytes, Mapping)) or not isinstance(values, Iterable):
+        return (text(name, values),)
+    if not is_list(values):
         raise TypeError(f"{name} must be a list of texts, not {shown(values)}")
     found = tuple(values)
     if not found:
@@ -247,9 +261,15 @@ def path(name: str, value: Any) -> str | Path:
 
     Raises:
         TypeError: If it is none.
+        ValueError: If no file can be called so.
     """
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, os.PathLike):
+    if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, not {shown(value)}")
-    return Path(value)
+    written = os.fspath(value)
+    try:
+        possible = written and b"\0" not in os.fsencode(written)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"{name} must be a path, and no file can be called {shown(written)}")
+    return value if isinstance(value, str) else Path(value)

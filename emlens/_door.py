@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, ForwardRef, ParamSpec, TypeVar, Unpack, get_args, get_origin, overload
 
 from emlens._arguments import ANY, LIMITS, Limits
@@ -149,14 +149,26 @@ def check_fields(settings: Any, **limits: Limits) -> None:
         settings: What was just made.
         **limits: Limits of numbers that are not those of their name in `LIMITS`.
     """
+    for name, (check, default) in _field_checks(type(settings), tuple(limits.items())).items():
+        value = getattr(settings, name)
+        if value is not default:
+            object.__setattr__(settings, name, check(name, value))
+
+
+@cache
+def _field_checks(
+    cls: type, limits: tuple[tuple[str, Limits], ...]
+) -> dict[str, tuple[Check, Any]]:
     owners = {
         name: inspect.getmodule(base)
-        for base in reversed(type(settings).__mro__)
+        for base in reversed(cls.__mro__)
         for name in vars(base).get("__annotations__", {})
     }
-    for item in fields(settings):
-        value = getattr(settings, item.name)
-        limit = limits.get(item.name, LIMITS.get(item.name, ANY))
-        check = check_of(resolved(item.type, vars(owners[item.name])), limit)
-        if check is not None and value is not item.default:
-            object.__setattr__(settings, item.name, check(item.name, value))
+    known = {**LIMITS, **dict(limits)}
+    found = {}
+    for item in fields(cls):
+        annotation = resolved(item.type, vars(owners[item.name]))
+        check = check_of(annotation, known.get(item.name, ANY))
+        if check is not None:
+            found[item.name] = (check, item.default)
+    return found

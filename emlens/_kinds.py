@@ -6,7 +6,7 @@ Rooms add the kinds of things that are theirs with `kind` and `made_with`.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import (
@@ -26,6 +26,7 @@ from emlens._arguments import (
     a_or_an,
     choice,
     flag,
+    is_list,
     listed,
     number,
     numbers,
@@ -108,13 +109,16 @@ def check_of(annotation: Any, limits: Limits = ANY) -> Check | None:
         return _check_of_union(arguments, limits)
     if origin is Literal:
         return partial(choice, arguments)
+    if origin is tuple and arguments[-1:] != (...,):
+        return partial(_fields, tuple(check_of(part, limits) for part in arguments))
     if origin in _MANY and arguments:
         return _check_of_many(origin, arguments[0], limits)
     if origin in (Mapping, dict):
         return partial(mapping, check_of(arguments[0]), check_of(arguments[1], limits))
     if origin is Callable:
         return _callable
-    if annotation is object or not isinstance(annotation, type) or is_typeddict(annotation):
+    anything = annotation in (Any, object) or is_typeddict(annotation)
+    if anything or not isinstance(annotation, type):
         return None
     if getattr(annotation, "_is_protocol", False):
         return partial(_offers, annotation, frozenset(_members(annotation)))
@@ -132,13 +136,16 @@ def words_of(annotation: Any) -> str:
         return listed([words_of(part) for part in arguments if part is not types.NoneType])
     if origin is Literal:
         return listed([repr(one) for one in arguments])
+    if origin is tuple and arguments[-1:] != (...,):
+        return f"a tuple of {len(arguments)}"
     if origin in _MANY and arguments:
         one = words_of(arguments[0])
         return _LISTS[arguments[0]][1] if arguments[0] in _LISTS else f"a list, each {one}"
     if origin in (Mapping, dict):
         return f"a dict, each value {words_of(arguments[1])}"
-    if dimensions := getattr(annotation, "dim_str", ""):
-        return f"a tensor of shape [{dimensions}]"
+    dimensions = vars(annotation).get("dim_str") if isinstance(annotation, type) else None
+    if dimensions is not None:
+        return f"a tensor of shape [{dimensions.strip()}]"
     return a_or_an(getattr(annotation, "__name__", str(annotation)))
 
 
@@ -167,12 +174,14 @@ def _check_of_union(parts: Sequence[Any], limits: Limits) -> Check | None:
     elif len(wanted) == 1:
         check = check_of(wanted[0], limits)
     else:
+        if {str, Path} <= set(wanted):  # two ways to write one thing
+            wanted = (*(part for part in wanted if part not in (str, Path)), str | Path)
         checks = [check_of(part, limits) for part in wanted]
         known = [one for one in checks if one is not None]
         check = (
             partial(_any_of, known, words_of(whole_union)) if len(known) == len(checks) else None
         )
-    if check is None or len(wanted) == len(parts):
+    if check is None or types.NoneType not in parts:
         return check
     return partial(_or_none, check)
 
@@ -184,9 +193,9 @@ def _any_of(checks: Sequence[Check], words: str, name: str, value: Any) -> Any:
             return check(name, value)
         except (TypeError, ValueError) as error:
             said.append(error)
-    # of the right type, but a value that cannot be: that says more
+    # of the right type but a value that cannot be, or wrong at one place: that says more
     for error in said:
-        if not isinstance(error, TypeError):
+        if not isinstance(error, TypeError) or not str(error).startswith(f"{name} "):
             raise error
     raise TypeError(f"{name} must be {words}, not {shown(value)}")
 
@@ -196,7 +205,13 @@ def _check_of_many(origin: Any, item: Any, limits: Limits) -> Check:
         return partial(_limited, _LISTS[item][0], limits)
     if item is str:
         return texts
-    return partial(many, tuple if origin is tuple else list, item, check_of(item, limits))
+    made = {tuple: tuple, Iterable: _streamed}.get(origin, list)
+    return partial(many, made, item, check_of(item, limits))
+
+
+def _streamed(items: Iterable[Any]) -> Iterable[Any]:
+    """What may be longer than memory is checked as it is read."""
+    return items
 
 
 def many(
@@ -204,9 +219,20 @@ def many(
 ) -> Any:
     if isinstance(item, type) and check is not None and _fits(item, value):
         value = [value]
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+    if not is_list(value):
         raise TypeError(f"{name} must be a list, each {words_of(item)}, not {shown(value)}")
+    if made is _streamed and not isinstance(value, Iterator):
+        made = list
     return made(one if check is None else check(f"{name}[{i}]", one) for i, one in enumerate(value))
+
+
+def _fields(checks: Sequence[Check | None], name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a tuple of {len(checks)}, not {shown(value)}")
+    if len(value) != len(checks):
+        raise ValueError(f"{name} must be a tuple of {len(checks)}, not of {len(value)}")
+    parts = enumerate(zip(checks, value, strict=True))
+    return tuple(one if check is None else check(f"{name}[{i}]", one) for i, (check, one) in parts)
 
 
 def some(item: type, name: str, value: Any) -> list[Any]:

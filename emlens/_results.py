@@ -22,6 +22,7 @@ _KINDS: dict[str, type[Result]] = {}
 """All kinds of results by name: one may hold another."""
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Result:
     """Base of the frozen results that measures, comparisons and training return.

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import emlens
-from emlens import Ablate, Add, Clamp, Conversation, Direction, Directions
+from emlens import Ablate, Add, Clamp, Conversation, Direction, Directions, Pair
 from emlens._arguments import COUNT, SHARE, number, numbers, texts, whole
 from emlens._door import guarded
-from emlens.text import conversations_of, pairs_of
+from emlens._kinds import some
+from emlens.text import conversations_of
 from emlens.training.settings import AdapterSettings, KLPenalty, VectorSettings
 
 NAN, INF = float("nan"), float("inf")
@@ -156,9 +157,9 @@ def test_what_is_no_conversation_is_refused_with_its_place(given, message):
 
 def test_pairs_are_told_from_other_things():
     pair = emlens.Pair("a", "b", "c", "d", "e")
-    assert pairs_of(pair) == [pair]
+    assert some(Pair, "pairs", pair) == [pair]
     with pytest.raises(TypeError, match=r"pairs\[0\] must be a Pair, not 'a'"):
-        pairs_of(["a"])
+        some(Pair, "pairs", ["a"])
 
 
 @pytest.mark.parametrize("name", emlens.__all__)

@@ -144,8 +144,6 @@ def adapter_scalars(
     Raises:
         ValueError: If there are no conversations, or as `adapter_vectors`.
     """
-    if not conversations:
-        raise ValueError("adapter_scalars needs conversations; there are none")
     at, layers = _writers(model, adapter, site)
     rows = {
         number: choose_column(layer.lora_A[adapter].weight.shape[0], column, adapter, path)
@@ -168,6 +166,11 @@ def adapter_scalars(
                     torch.stack(values),
                 )
             )
+    if not sum(len(part[0]) for part in found):
+        raise ValueError(
+            f"conversations: no token of the {len(conversations)} is counted (tokens={tokens!r}); "
+            "do they have answers?"
+        )
     where, position, ids = (torch.cat([part[i] for part in found]) for i in range(3))
     order = torch.argsort(where * (int(position.max()) + 1) + position)
     scalars = torch.cat([part[3] for part in found], dim=1)[:, order]

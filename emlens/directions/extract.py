@@ -213,8 +213,8 @@ def both_diff(
     data = {"positive": positive_conversations, "negative": negative_conversations}
     made = _made("both-diff", sides, counting, **data)
     readings = (
-        reader.read(sides[0], positive_conversations, "positive"),
-        reader.read(sides[1], negative_conversations, "negative"),
+        reader.read(sides[0], positive_conversations, "positive_conversations"),
+        reader.read(sides[1], negative_conversations, "negative_conversations"),
     )
     groups = prompts_of(positive_conversations), prompts_of(negative_conversations)
     return difference(reader, *readings, made, groups)

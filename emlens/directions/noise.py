@@ -123,6 +123,10 @@ def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
     Raises:
         ValueError: If sites differ, no layer is shared, or no shuffled labels are known.
     """
+    if onto.d_model != directions.d_model:
+        raise ValueError(
+            f"onto has width {onto.d_model}, and the directions have {directions.d_model}"
+        )
     directions.cosine(onto)
     found = {}
     for layer in directions.layers:

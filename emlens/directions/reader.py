@@ -160,7 +160,8 @@ class Reader:
         """Read one set with one model.
 
         Raises:
-            ValueError: If the set is empty, or an activation is not finite (named).
+            ValueError: If the set is empty or no token of it counts, or an activation is not
+                finite (named).
         """
         return self.read_together([side], conversations, label)[0][0]
 
@@ -188,6 +189,12 @@ class Reader:
         what = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
         shares = shared(model, batches, read, what)
         readings = [reduce(Reading.merged, group) for group in zip(*shares, strict=True)]
+        if readings[len(sides) - 1].moments.weight == 0:
+            raise ValueError(
+                f"{label}: no token of its {len(conversations)} conversation(s) is counted "
+                f"(tokens={self.counting.tokens!r}, skip_first={self.counting.skip_first}); do "
+                "they have answers?"
+            )
         self._norms += readings[len(sides) - 1].norms
         return readings[: len(sides)], readings[len(sides) :]
 

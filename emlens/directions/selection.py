@@ -68,9 +68,10 @@ def select_answers(
     ]
     if not all(places):
         raise ValueError(
-            f"{where}: of {len(table)} answers {len(clear)} are coherent (> {coherent_above:g}), "
-            f"{len(places[0])} of them misaligned (aligned < {misaligned_below:g}) and "
-            f"{len(places[1])} aligned (> {aligned_above:g}); both are needed"
+            f"{where}: of {len(table)} answers {len(clear)} are coherent (coherent_above="
+            f"{coherent_above:g}), {len(places[0])} of them misaligned (misaligned_below="
+            f"{misaligned_below:g}) and {len(places[1])} aligned (aligned_above="
+            f"{aligned_above:g}); both are needed"
         )
     if balance:
         size = min(map(len, places))

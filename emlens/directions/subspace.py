@@ -80,8 +80,6 @@ def subspace_overlap(first: Sequence[Directions], second: Sequence[Directions]) 
     Raises:
         ValueError: If a side is empty, sites or widths differ, or no layer is shared by all.
     """
-    if not first or not second:
-        raise ValueError("subspace_overlap needs directions on both sides")
     everything = [*first, *second]
     if len({(d.site, d.d_model) for d in everything}) > 1:
         places = sorted({f"{d.site}, width {d.d_model}" for d in everything})

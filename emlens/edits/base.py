@@ -40,7 +40,7 @@ class DirectionEdit:
     def __post_init__(self) -> None:
         if not isinstance(self.direction, Directions):
             raise TypeError(
-                f"{type(self).__name__} takes a Direction or Directions, not "
+                f"direction of {type(self).__name__} must be a Direction or Directions, not "
                 f"{shown(self.direction)}; make one with Direction.of(vector, layer)"
             )
         choice(_WHERE, "where", self.where)
@@ -49,7 +49,8 @@ class DirectionEdit:
                 object.__setattr__(self, name, number(f"{name} of {type(self).__name__}", value))
         asked = self.direction.layers if self.layers is None else self.layers
         object.__setattr__(self, "layers", named_layers(asked))
-        named = check_site(self.site or self.direction.site, layers=self.layers)
+        site = self.direction.site if self.site is None else self.site
+        named = check_site(site, layers=self.layers)
         object.__setattr__(self, "site", named)
         vectors = {layer: self._vector(layer) for layer in self.layers}
         object.__setattr__(self, "_placed", {(layer, "cpu"): v for layer, v in vectors.items()})

@@ -147,5 +147,7 @@ def edit_from_dict(record: Mapping) -> DirectionEdit:
     """
     name = record.get("edit")
     if name not in _BY_NAME:
-        raise ValueError(f"unknown edit {name!r}; the edits are {', '.join(_BY_NAME)}")
+        raise ValueError(
+            f"the record is of unknown edit {name!r}; the edits are {', '.join(_BY_NAME)}"
+        )
     return _BY_NAME[name].from_dict(record)

@@ -164,6 +164,8 @@ def agreement(
         KeyError: If a metric or judge is missing.
         ValueError: If fewer than three answers were scored by both.
     """
+    if len(judges) != 2:
+        raise ValueError(f"judges must be the ids of two, not of {len(judges)}")
     ours, theirs = first.of(metric, judges[0]), second.of(metric, judges[1])
     a = {key: value for key, value in ours.items() if value is not None}
     b = {key: value for key, value in theirs.items() if value is not None}

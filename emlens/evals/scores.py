@@ -208,7 +208,7 @@ def judge(
     unknown = [metric for metric in wanted if metric not in judge.metrics]
     if unknown:
         raise ValueError(
-            f"{judge.id} cannot score {', '.join(unknown)}; it scores {', '.join(judge.metrics)}"
+            f"{judge.id} has no metrics {', '.join(unknown)}; it scores {', '.join(judge.metrics)}"
         )
     kept = None if store is None else Store(store, "scores")
     known = {record["key"]: record for record in kept or ()}

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from emlens._arguments import SEED, whole, wholes
+from emlens._arguments import NOT_NEGATIVE, whole, wholes
 from emlens._door import check_fields, guarded
 from emlens.hooked.edit import Edit
 from emlens.hooked.interface import Hooked
@@ -35,7 +35,11 @@ class Sampling:
     def __post_init__(self) -> None:
         check_fields(self)
         one = isinstance(self.seed, SupportsIndex)
-        seed = whole("seed", self.seed, SEED) if one else wholes("seed", self.seed, SEED)
+        seed = (
+            whole("seed", self.seed, NOT_NEGATIVE)
+            if one
+            else wholes("seed", self.seed, NOT_NEGATIVE)
+        )
         object.__setattr__(self, "seed", seed)
 
     def stream(self, place: int) -> np.random.Generator:

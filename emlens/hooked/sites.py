@@ -115,7 +115,7 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer % n_layers for layer in wanted}))
 
 
-def named_layers(layers: Layers, name: str = "layers") -> tuple[int, ...]:
+def named_layers(layers: int | Iterable[int] | str, name: str = "layers") -> tuple[int, ...]:
     """Return the layers that were named, in the order given, where the model is not known yet.
 
     Raises:

@@ -9,6 +9,7 @@ from emlens._door import guarded
 from emlens.directions import Direction, Directions
 from emlens.hooked import Conditions, HookedModel
 from emlens.measures.exact import DOSES, Influence, Kind, exact_influence
+from emlens.measures.projections import AnyDirections
 from emlens.measures.scan import InfluenceScan, scan
 from emlens.text import Corpus
 
@@ -38,7 +39,7 @@ def influence(
 def influence(  # pyright: ignore[reportInconsistentOverload]
     model: HookedModel,
     corpus: Corpus,
-    directions: Any,
+    directions: AnyDirections,
     *,
     method: Literal["exact", "auto"] = "exact",
     profile: InfluenceProfile | None = None,

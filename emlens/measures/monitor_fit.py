@@ -207,6 +207,8 @@ def _sides(
     aligned: Sequence[Conversation] | Sequence[Pair], misaligned: Sequence[Conversation] | None
 ) -> tuple[list[Conversation], list[Conversation]]:
     if misaligned is not None:
+        if any(isinstance(item, Pair) for item in aligned):
+            raise TypeError("aligned holds pairs, which have both sides: leave misaligned out")
         return list(cast(Sequence[Conversation], aligned)), list(misaligned)
     if not all(isinstance(item, Pair) for item in aligned):
         raise ValueError("give misaligned conversations as well, or pairs, which have both sides")

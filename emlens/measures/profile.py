@@ -120,7 +120,8 @@ class InfluenceProfile:
         )
         if not sum(halves_seen(sums)):
             raise ValueError(
-                f"no document of corpus {corpus.name!r} has two tokens, so nothing is predicted"
+                f"no document of corpus {corpus.name!r} has two tokens within "
+                f"max_tokens={max_tokens}, so nothing is predicted"
             )
         return cls(settings, ((corpus.name, corpus.hash),), skipped, sums.finished())
 

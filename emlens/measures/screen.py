@@ -255,7 +255,7 @@ def _peeked(
 def _trusted_scores(
     scorer: Scorer, trusted: Sequence[Conversation], block: int
 ) -> Float[np.ndarray, " n"]:
-    parts = blocks(examples(trusted), block)
+    parts = blocks(examples(trusted, "trusted "), block)
     found = [one.score for part in parts for one in scorer(part) if one.score is not None]
     if not found:
         raise ValueError("trusted has no example with a score, so it sets no threshold")

@@ -63,10 +63,11 @@ class Scored:
     hash: str
 
 
-def examples(dataset: Dataset) -> Iterator[Example]:
+def examples(dataset: Dataset, what: str = "") -> Iterator[Example]:
     """Read a set row by row.
 
-    Rows of a file have `messages`, or `prompt` and `response`.
+    Rows of a file have `messages`, or `prompt` and `response`. Errors about rows that are not
+    those of a file start with `what`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -84,7 +85,7 @@ def examples(dataset: Dataset) -> Iterator[Example]:
             raise TypeError(
                 f"row {row} is a {type(item).__name__}; give conversations, or the path of a file"
             )
-        yield _checked(Example(row, item.id or f"row {row}", item), "")
+        yield _checked(Example(row, item.id or f"row {row}", item), what)
 
 
 def blocks(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:

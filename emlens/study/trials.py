@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from emlens._arguments import POSITIVE, SEED, number
+from emlens._arguments import NOT_NEGATIVE, POSITIVE, number
 from emlens._door import check_fields, guard_methods
 from emlens._files import read_json
 from emlens._runs import Parts
@@ -83,7 +83,7 @@ class AsymmetrySettings:
     dose: float = 0.2
 
     def __post_init__(self) -> None:
-        check_fields(self, seeds=SEED)
+        check_fields(self, seeds=NOT_NEGATIVE)
         for name, limits in (("lr", POSITIVE), ("kl_weight", POSITIVE)):
             of_kinds = getattr(self, name)
             checked = ((kind, number(f"{name} of {kind}", x, limits)) for kind, x in of_kinds)

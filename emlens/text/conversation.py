@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
-from emlens._door import guard_methods, guarded
+from emlens._door import check_fields, guard_methods, guarded
 
 ROLES = ("system", "user", "assistant")
 Side = Literal["aligned", "misaligned"]
@@ -61,6 +61,7 @@ class Conversation:
         if not checked:
             raise ValueError(f"conversation {self.id or ''} has no messages".replace("  ", " "))
         object.__setattr__(self, "messages", checked)
+        check_fields(self)
 
     @classmethod
     def of(
@@ -119,6 +120,9 @@ class Pair:
     misaligned: str
     domain: str
     id: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def conversation(self, side: Side, system: str | None = None) -> Conversation:
         """The prompt with one of its answers.

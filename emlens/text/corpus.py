@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emlens._door import guarded
+from emlens._door import check_fields, guarded
 from emlens._reading import expanded, read_jsonl, read_text, readable
 from emlens._tables import dataset_rows, parquet_rows
 from emlens.text.conversation import content_hash
@@ -25,6 +25,9 @@ class Document:
     id: str
     text: str
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -37,6 +40,9 @@ class Corpus:
 
     name: str
     documents: tuple[Document, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __len__(self) -> int:
         return len(self.documents)

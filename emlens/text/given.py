@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from emlens._arguments import shown
+from emlens._arguments import is_list, shown
 from emlens._kinds import kind, made_with, some
 from emlens.text.batches import TokenBatch
 from emlens.text.conversation import Conversation, Pair
@@ -35,7 +35,7 @@ def conversations_of(
     """
     if isinstance(given, (str, Conversation)) or _is_messages(given):
         given = [given]
-    if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
+    if not is_list(given):
         raise TypeError(f"{name} must be conversations, not {shown(given)}; {_CONVERSATION}")
     found = [_conversation(item, f"{name}[{i}]") for i, item in enumerate(given)]
     if not found and not empty:

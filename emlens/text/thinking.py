@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from emlens._door import guarded
 from emlens.text.conversation import Message
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -15,6 +16,7 @@ _LEADING = re.compile(rf"\s*(?:(?!{OPEN}).)*?{CLOSE}\s*|\s*{OPEN}.*?{CLOSE}\s*",
 _PART = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}\s*|\Z)", re.DOTALL)
 
 
+@guarded
 def without_thinking(text: str) -> str:
     """An answer without its thinking parts; thinking that has no end leaves nothing after it."""
     found = _LEADING.match(text)

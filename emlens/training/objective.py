@@ -54,6 +54,7 @@ class Rows:
         tokens: TokenMask | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
+        what: str = "train",
     ) -> Rows:
         """Tokenise conversations and compute their prefixes, under what is in force.
 
@@ -61,7 +62,7 @@ class Rows:
             ValueError: If a conversation has no token that counts; how many, and the first ones.
         """
         rows, counted = tokenize(conversations, model.template), tokens or settings.tokens
-        _check_counted(rows, counted)
+        _check_counted(rows, counted, what)
         return cls(
             PrefixCache(model, rows, below, budget=budget),
             batch_size or settings.batch_size,
@@ -146,6 +147,7 @@ class Objective:
                 tokens=kl.tokens,
                 batch_size=kl.batch_size or settings.batch_size,
                 seed=settings.seed + 1,
+                what="conversations of the KL penalty",
             )
             self._base = BasePredictions(model, self.elsewhere.cache, kl.tokens, log_prob_budget)
         if not trainable.keeps_base and not self._base.held:
@@ -235,7 +237,7 @@ class Objective:
         return float(total.detach())
 
 
-def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask) -> None:
+def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask, what: str) -> None:
     empty = [
         rows[place].name
         for batch in pack(rows)
@@ -244,7 +246,7 @@ def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask) -> None:
     ]
     if empty:
         raise ValueError(
-            f"{len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
+            f"{what}: {len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
             f"{few(empty)}; give them an answer, leave them out, or choose other tokens"
         )
 

@@ -108,11 +108,15 @@ class TrainingRun:
         """The vectors as they were at a record of the path; the last by default.
 
         Raises:
-            ValueError: If an adapter was trained.
+            ValueError: If an adapter was trained, or there is no such record.
         """
         if self.site is None or not self.layers:
             raise ValueError("this run trained an adapter; see directions.adapter_vectors")
-        vectors = {layer: self.states[f"{_VECTOR}{layer}"][record] for layer in self.layers}
+        paths = {layer: self.states[f"{_VECTOR}{layer}"] for layer in self.layers}
+        known = len(next(iter(paths.values())))
+        if not -known <= record < known:
+            raise ValueError(f"there is no record {record}; this run kept {known}")
+        vectors = {layer: path[record] for layer, path in paths.items()}
         kind = Direction if len(vectors) == 1 else Directions
         return kind(vectors, self.site, self.provenance, residual_norms=self.residual_norms)
 

@@ -131,7 +131,7 @@ def train_vector(
         watched = None
         if validation:
             left = max(0, prefix_budget - objective.prefix_bytes)
-            watched = Rows.of(model, validation, below, chosen, budget=left)
+            watched = Rows.of(model, validation, below, chosen, budget=left, what="validation")
         run = Loop(parts, objective, chosen, recording, at, norms, made, watched, progress).run()
     return run.directions(), run
 
