@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set, ValuesView
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -52,7 +52,7 @@ lags
 """
 _NOT_NEGATIVE = """
 warmup weight_decay skip_first min_characters prefix_budget log_prob_budget sample_bytes budget
-controls randoms temperature epsilon epsilons factors norms displacements weights min_move tolerance
+controls randoms temperature factors norms displacements weights min_move tolerance
 paraphrase hits
 """
 _POSITIVE = "lr clip alpha regularisation kl_weight low high"
@@ -64,7 +64,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(_POSITIVE.split(), POSITIVE),
     **dict.fromkeys(_SCORES.split(), SCORE),
     **dict.fromkeys(("flag_share", "held_out", "level"), PART),
-    "floor": SHARE,
+    **dict.fromkeys(("floor", "epsilon", "epsilons"), SHARE),
     "max_false_alarms": Limits(least=0, below=1),
     "seed": NOT_NEGATIVE,
     "share": Limits(least=0, below=1),
@@ -156,9 +156,13 @@ def number(name: str, value: Any, limits: Limits = ANY) -> float:
 
 
 def is_list(value: object) -> bool:
-    """Whether a value holds items: text, dicts and arrays of no dimension do not."""
-    plain = isinstance(value, (str, bytes, Mapping)) or getattr(value, "shape", None) == ()
-    return isinstance(value, Iterable) and not plain
+    """Whether a value is a list of items: text, dicts and arrays of no dimension are not.
+
+    Nor is an object that iterates over something of its own, as directions do over their layers.
+    """
+    array = hasattr(value, "tolist") and getattr(value, "shape", None) != ()
+    plain = isinstance(value, (str, bytes))
+    return array or (isinstance(value, (Sequence, Set, Iterator, ValuesView)) and not plain)
 
 
 def _several(

@@ -98,6 +98,8 @@ def check_of(annotation: Any, limits: Limits = ANY) -> Check | None:
         annotation: The type.
         limits: Limits of a number.
     """
+    if annotation is Any:
+        return None
     if annotation in _KINDS:
         return _KINDS[annotation]
     if annotation in _NUMBERS:
@@ -117,8 +119,7 @@ def check_of(annotation: Any, limits: Limits = ANY) -> Check | None:
         return partial(mapping, check_of(arguments[0]), check_of(arguments[1], limits))
     if origin is Callable:
         return _callable
-    anything = annotation in (Any, object) or is_typeddict(annotation)
-    if anything or not isinstance(annotation, type):
+    if not isinstance(annotation, type) or annotation is object or is_typeddict(annotation):
         return None
     if getattr(annotation, "_is_protocol", False):
         return partial(_offers, annotation, frozenset(_members(annotation)))

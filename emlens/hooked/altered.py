@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emlens._arguments import SHARE, number, whole
+from emlens._arguments import NOT_NEGATIVE, number, whole
 from emlens._door import check_fields, guarded
 from emlens.hooked.adapters import Adapters, available
 from emlens.hooked.identity import base_weights
@@ -158,7 +158,7 @@ class Noisy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, epsilon=SHARE)
+        check_fields(self)
 
     def __str__(self) -> str:
         return f"{self.adapter} (noise {self.epsilon:g}, seed {self.seed})"
@@ -181,7 +181,7 @@ class Noisy:
 
 
 @contextmanager
-@guarded
+@guarded(epsilon=NOT_NEGATIVE)
 def noisy_weights(model: HookedModel, epsilon: float, seed: int = 0) -> Iterator[HookedModel]:
     """Add Gaussian noise to the weight matrices of all blocks, inside the block.
 

@@ -121,6 +121,11 @@ def named_layers(layers: int | Iterable[int] | str, name: str = "layers") -> tup
     Raises:
         ValueError: If one is no whole number, or none is named.
     """
+    if isinstance(layers, str) and layers == "all":
+        raise ValueError(
+            f"{name} 'all' needs a model, which says how many there are; name them, e.g. "
+            "range(model.n_layers)"
+        )
     if isinstance(layers, (str, bytes, Mapping)):
         raise ValueError(f"{name} must be whole numbers, or 'all', not {shown(layers)}")
     return wholes(name, layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from emlens._door import guarded
 from emlens.directions import Direction, Directions
@@ -115,7 +115,8 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
         "controls": controls,
     }
     if method == "exact":
-        return exact_influence(model, corpus, directions, edit=edit, **exact_only, **shared)
+        lone = cast(Mapping[str, Direction], directions)
+        return exact_influence(model, corpus, lone, edit=edit, **exact_only, **shared)
     asked = [name for name, value in exact_only.items() if value]
     unused = [*asked, *(["edit"] if edit != "add" else [])]
     if unused:

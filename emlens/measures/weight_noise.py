@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from emlens._arguments import NOT_NEGATIVE
 from emlens._distributed import leads
 from emlens._door import guarded
 from emlens._results import Result
@@ -133,7 +134,7 @@ class WeightNoise(Result):
         return place_on(self.epsilons, epsilon, "epsilon")
 
 
-@guarded
+@guarded(epsilons=NOT_NEGATIVE)
 def weight_noise(
     model: HookedModel,
     conversations: Sequence[Conversation],

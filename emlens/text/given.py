@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,12 +64,6 @@ def _conversation(item: Any, place: str) -> Conversation:
 def _is_messages(given: Any) -> bool:
     """Whether a list is the messages of one conversation."""
     return isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], Mapping)
-
-
-def repeated(conversations: Iterable[Conversation]) -> int:
-    """How many conversations say just what one before them says."""
-    every = [tuple((m["role"], m["content"]) for m in one.messages) for one in conversations]
-    return len(every) - len(set(every))
 
 
 def _named(reader: Any, name: str, value: Any) -> Any:

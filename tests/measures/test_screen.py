@@ -386,7 +386,7 @@ def test_a_screen_killed_at_random_times_ends_with_the_same_rows_and_numbers(tmp
 
 def test_a_model_that_says_nothing_is_named(planted, monkeypatch):
     monkeypatch.setattr(type(planted), "generate", lambda self, prompts, **_: [" "] * len(prompts))
-    with pytest.raises(ValueError, match="none of the 4 examples of conversations has a score"):
+    with pytest.raises(ValueError, match="none of the 4 examples of the dataset has a score"):
         screen(planted, mixture(4, 1), AT)
 
 
