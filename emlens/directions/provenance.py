@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from emlens._door import guard_methods
-
 _FIELDS: dict[str, type] = {
     **dict.fromkeys(("data", "n", "settings", "versions"), dict),
     **dict.fromkeys(("model", "revision", "tokens", "weighting", "template"), str),
@@ -18,7 +16,6 @@ _FIELDS: dict[str, type] = {
 _VERSIONED = ("emlens", "torch", "transformers", "nnsight")
 
 
-@guard_methods
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """How a direction was made.

@@ -470,7 +470,10 @@ def test_the_papers_selection_of_judged_answers(tmp_path):
         ),
         (lambda m: pca(m, BAD, BAD, layers=1), "the means of the two sides are the same"),
         (lambda m: pca(m, BAD, GOOD[:3]), "there are 24 positive and 3 negative conversations"),
-        (lambda m: extract_all(m, BAD, GOOD, constructions=["ica"]), "unknown construction 'ica'"),
+        (
+            lambda m: extract_all(m, BAD, GOOD, constructions=["ica"]),
+            r"unknown constructions\[0\] 'ica'",
+        ),
         (lambda m: extract_all(m, BAD, GOOD[:3]), "PCA takes pairs, but there are 24 positive"),
         (
             lambda m: system_prompt_diff(m, [], ["a"], ["b"]),
