@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from inspect import isfunction, signature
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Float
 
 import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction, Directions, Pair
@@ -83,7 +87,7 @@ def test_a_guarded_function_reads_arguments_by_their_annotation_and_keeps_its_si
 
     assert list(signature(train).parameters) == ["epochs", "lr", "seed", "rest"]
     assert train(np.int8(2), seed=None) == pytest.approx((2, NAN, None, 3), nan_ok=True)
-    with pytest.raises(ValueError, match="seed must be at least 0 and at most .*, not -1"):
+    with pytest.raises(ValueError, match="seed must be at least 0, not -1"):
         train(1, seed=-1)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'epochs'"):
         train()
@@ -105,8 +109,8 @@ def test_a_guarded_function_reads_arguments_by_their_annotation_and_keeps_its_si
         (lambda: Add(V, scale=NAN), "scale of Add must be a finite number, not nan"),
         (lambda: Add(V, dose=INF), "dose of Add must be a finite number, not inf"),
         (lambda: Clamp(V, value=NAN), "value of Clamp must be a finite number, not nan"),
-        (lambda: Ablate(V, layers=range(0)), "no layers were named"),
-        (lambda: Ablate(V, layers="all"), "'all' names no layer; give whole numbers"),
+        (lambda: Ablate(V, layers=range(0)), "no layers were given"),
+        (lambda: Ablate(V, layers="all"), "layers 'all' needs a model, which says how many"),
         (lambda: V * NAN, "the factor on a direction must be a finite number"),
         (lambda: emlens.training.mixed([Conversation.of("a")], [], share=NAN), "benign is empty"),
     ],
@@ -160,6 +164,73 @@ def test_pairs_are_told_from_other_things():
     assert some(Pair, "pairs", pair) == [pair]
     with pytest.raises(TypeError, match=r"pairs\[0\] must be a Pair, not 'a'"):
         some(Pair, "pairs", ["a"])
+
+
+class Named(TypedDict, total=False):
+    limit: int
+    where: Literal["here", "there"]
+
+
+@guarded
+def takes(
+    numbers: Mapping[str, Sequence[float]] | None = None,
+    sides: tuple[tuple[str, float], ...] = (),
+    one: Direction | Sequence[Direction] | None = None,
+    file: str | Path | None = None,
+    stream: Iterable[Conversation] = (),
+    when: Callable[[int], int] | None = None,
+    tensor: Float[torch.Tensor, "n d"] | None = None,
+    later: NotImported | None = None,  # noqa: F821, as names that type checkers alone import
+    *edits: Ablate,
+    **options: Unpack[Named],
+) -> Any:
+    return locals()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"numbers": 3}, "numbers must be a dict, not 3"),
+        ({"numbers": {"a": [NAN]}}, r"numbers\['a'\]\[0\] must be a finite number, not nan"),
+        ({"numbers": {1: [1.0]}}, "a key of numbers must be text, not 1"),
+        ({"sides": [("a", 1.0, 2)]}, r"sides\[0\] must be a tuple of 2, not of 3"),
+        ({"sides": [("a", "b")]}, r"sides\[0\]\[1\] must be a number, not 'b'"),
+        ({"one": 3}, "one must be a Direction or a list, each a Direction, not 3"),
+        ({"one": [V, 3]}, r"one\[1\] must be a Direction, not 3; take one"),
+        ({"file": 3}, "file must be a path, not 3"),
+        ({"file": ""}, "file must be a path, and no file can be called ''"),
+        ({"when": 3}, "when must be a function, not 3"),
+        ({"tensor": torch.ones(2)}, r"tensor must be a tensor of shape \[n d\], not a Tensor of"),
+        ({"later": 3}, "later must be a NotImported, not 3"),
+        ({"limit": 1.5}, r"limit\] must be a whole number|limit must be a whole number"),
+        ({"where": "nowhere"}, "unknown where 'nowhere'; choose 'here' or 'there'"),
+        ({"there": 1}, "unknown option 'there'; there are limit, where"),
+    ],
+)
+def test_values_of_every_kind_of_annotation_are_read(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        takes(**given)
+
+
+def test_what_fits_an_annotation_comes_in_as_what_is_meant():
+    class NotImported:
+        pass
+
+    lazy = (one for one in ["hello"])
+    later = NotImported()
+    found = takes({"a": np.arange(2)}, [("a", 1)], V, Path("x"), lazy, int, None, later, limit=2)
+    assert found["numbers"] == {"a": (0, 1)}
+    assert found["sides"] == (("a", 1),)
+    assert found["one"] is V
+    assert found["later"] is later
+    assert found["options"] == {"limit": 2}
+    assert next(lazy) == "hello"  # a stream is read by the function, not by the door
+
+
+def test_text_of_half_a_surrogate_pair_is_refused_wherever_text_is_taken():
+    for make in (lambda t: Conversation.of(t), lambda t: Pair("a", t, "c", "d", "e")):
+        with pytest.raises(ValueError, match="holds half of a surrogate pair"):
+            make("\ud800")
 
 
 @pytest.mark.parametrize("name", emlens.__all__)
