@@ -164,7 +164,8 @@ class Reader:
         """Read one set with one model.
 
         Raises:
-            ValueError: If the set is empty, or an activation is not finite (named).
+            ValueError: If the set is empty.
+            NonFiniteError: If an activation is not finite.
         """
         return self.read_together([side], conversations, label)[0][0]
 
@@ -251,7 +252,6 @@ class Reader:
         read = model.residuals(batch, self.layers, self.site, pool, self.counting.edits)
         pooled = torch.stack([read[layer].cpu() for layer in self.layers])
         means, norms = pooled[..., : model.d_model], pooled[..., model.d_model :]
-        _check_finite(means, batch, self.layers)
         return means, counts.cpu().double(), [norms[:, mask.cpu()]] if keep_norms else []
 
 
@@ -349,14 +349,3 @@ def _random_parts(n: int, seed: int) -> list[int]:
     part = np.zeros(n, dtype=int)
     part[order] = np.arange(n) % PARTS
     return part.tolist()
-
-
-def _check_finite(means: Tensor, batch: TokenBatch, layers: tuple[int, ...]) -> None:
-    finite = torch.isfinite(means).all(-1)
-    if bool(finite.all()):
-        return
-    layer, row = (~finite).nonzero()[0].tolist()
-    raise ValueError(
-        f"the residual of {batch.names[row]} at layer {layers[layer]} is not finite; "
-        "look at that conversation, or load the model in another dtype"
-    )

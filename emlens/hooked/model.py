@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from html import escape
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
+from emlens.hooked.finite import check_finite
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
 from emlens.hooked.sites import Layers, SiteName, check_layers, check_site
@@ -121,12 +123,15 @@ class HookedModel(Conditioned, ABC):
 
         Raises:
             ValueError: If a layer or site does not exist.
+            NonFiniteError: If a residual is not finite; condition, row and layer are named.
         """
         wanted = check_layers(layers, self.n_layers)
         at = check_site(site, self.sites, self.name, wanted)
-        visit = Visit.of(batch.to(self.device), self.edits_in_force(edits), wanted, at, pool)
+        active = self.edits_in_force(edits)
+        visit = Visit.of(batch.to(self.device), active, wanted, at, pool)
         with evaluating(self.module):
             self._run(batch.to(self.device), visit, last=max(wanted))
+        self._check_finite(batch, visit, active)
         return {layer: visit.read[layer] for layer in wanted}
 
     def hidden(
@@ -149,13 +154,17 @@ class HookedModel(Conditioned, ABC):
         Raises:
             ValueError: If an edit lies below the layer resumed from, or the residual's shape
                 does not fit the batch.
+            NonFiniteError: If they are not finite; condition and row are named.
         """
         active = self.edits_in_force(edits)
         if resume is not None:
             self._check_resume(batch, active, resume)
         batch = batch.to(self.device)
         with torch.set_grad_enabled(grad), evaluating(self.module):
-            return self._run(batch, Visit.of(batch, active), last=None, resume=resume)
+            visit = Visit.of(batch, active)
+            hidden = self._run(batch, visit, last=None, resume=resume)
+        self._check_finite(batch, visit, active, hidden)
+        return hidden
 
     def normalize(self, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """Return residuals after the final norm: what `unembed` takes."""
@@ -207,6 +216,7 @@ class HookedModel(Conditioned, ABC):
         Raises:
             ValueError: If a conversation ends with an answer that is not to be continued, or a
                 setting is out of range.
+            NonFiniteError: If logits are not finite; condition and conversation are named.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
         answers = answer(self, conversations, edits, sampling, batch_tokens, continue_final_message)
@@ -253,6 +263,19 @@ class HookedModel(Conditioned, ABC):
         """Generate from a left-padded batch with `visit` at every step; token ids."""
 
     # -- checks -------------------------------------------------------------------------------
+
+    def _check_finite(
+        self,
+        batch: TokenBatch,
+        visit: Visit,
+        edits: Sequence[Edit],
+        hidden: Tensor | None = None,
+    ) -> None:
+        values = visit.found()
+        if hidden is not None:
+            values["the final hidden state of {}"] = hidden.detach().sum(-1, dtype=torch.float32)
+        condition = replace(self.condition_in_force, edits=tuple(edits))
+        check_finite(self, values, batch.names, batch.mask("all"), condition)
 
     def _check_resume(self, batch: TokenBatch, edits: Sequence[Edit], resume: Resume) -> None:
         layer, residual = resume
