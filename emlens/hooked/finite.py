@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import NoReturn
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from emlens.hooked.condition import Condition
 from emlens.hooked.interface import Hooked
+
+SHOWN = 160
+"""Letters of what acts that an error shows."""
 
 
 class NonFiniteError(ValueError):
@@ -62,16 +66,16 @@ def refuse(model: Hooked, what: str, condition: Condition | None = None) -> NoRe
         NonFiniteError: Always.
     """
     under = condition or model.condition_in_force
-    named = f"condition {under.name!r} ({under})" if under.name else str(under)
-    advice = []
+    said = shorten(str(under), SHOWN)
+    named = f"condition {under.name!r} ({said})" if under.name else said
+    advice: list[str] = []
     if under.edits:
         advice.append("make the scale, dose or value of the edit smaller")
     if model.dtype == torch.float16:
         advice.append("load the model with dtype=torch.bfloat16 or torch.float32")
     elif model.dtype != torch.float32:
         advice.append("load the model with dtype=torch.float32")
-    advice.append("look for weights that are damaged" if not advice else "")
     raise NonFiniteError(
         f"{what} under {named} is not finite in {str(model.dtype).removeprefix('torch.')}; "
-        + ", or ".join(filter(None, advice))
+        + (", or ".join(advice) or "look for damaged weights")
     )

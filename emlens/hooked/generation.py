@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from emlens.hooked.edit import Edit
 from emlens.hooked.finite import check_finite
 from emlens.hooked.interface import Hooked
+from emlens.hooked.positions import check_positions
 from emlens.hooked.state import evaluating, neutral_generation
 from emlens.hooked.visit import Visit
 from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
@@ -166,6 +167,7 @@ def answer(
         generation_prompt=True,
         continue_final_message=continue_final_message,
     )
+    check_positions(model, [r.name for r in rows], list(map(len, rows)), sampling.max_new_tokens)
     thinking = model.template.opened_thinking if rows else ""
     for batch in _prompt_batches(model, rows, sampling, batch_tokens):
         visit = Visit.of_generation(batch, edits, sampling.max_new_tokens)

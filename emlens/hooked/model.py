@@ -18,10 +18,19 @@ from emlens.hooked.edit import Edit, deepest_prefix
 from emlens.hooked.finite import check_finite
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
+from emlens.hooked.positions import check_positions, max_positions
 from emlens.hooked.sites import Layers, SiteName, check_layers, check_site
 from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.visit import Pool, Visit
-from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
+from emlens.text import (
+    Conversation,
+    Corpus,
+    TokenBatch,
+    TokenRow,
+    pack,
+    tokenize,
+    tokenize_documents,
+)
 
 Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
 """A layer, and the output of that layer to resume from: blocks `0 .. layer` do not run."""
@@ -51,6 +60,11 @@ class HookedModel(Conditioned, ABC):
     @property
     def n_vocab(self) -> int:
         return int(self._head.weight.shape[0])
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens a text may have; None where the model sets no limit."""
+        return max_positions(self.module.config)
 
     @property
     def device(self) -> torch.device:
@@ -93,12 +107,24 @@ class HookedModel(Conditioned, ABC):
             token_budget: Padded tokens a batch may have.
             max_tokens: Tokens a conversation may have, or that documents are cut to.
             truncate: Cut an over-long conversation instead of refusing it.
+
+        Raises:
+            ValueError: If a row is longer than `max_tokens` or than the model's positions.
         """
         if isinstance(data, Corpus):
             rows = tokenize_documents(data.documents, self.tokenizer, max_tokens=max_tokens)
         else:
             rows = tokenize(data, self.template, max_tokens=max_tokens, truncate=truncate)
+        self.check_fits(rows)
         return pack(rows, token_budget=token_budget, pad_id=self.pad_id)
+
+    def check_fits(self, rows: Sequence[TokenRow], new_tokens: int = 0) -> None:
+        """Refuse rows that are longer than the model's positions, new tokens included.
+
+        Raises:
+            ValueError: Naming the longest row and its length.
+        """
+        check_positions(self, [row.name for row in rows], list(map(len, rows)), new_tokens)
 
     @torch.no_grad()
     def residuals(
@@ -122,12 +148,14 @@ class HookedModel(Conditioned, ABC):
             `{layer: [batch, pos, d_model]}`, or what `pool` returns.
 
         Raises:
-            ValueError: If a layer or site does not exist.
+            ValueError: If a layer or site does not exist, or a row is longer than the model's
+                positions.
             NonFiniteError: If a residual is not finite; condition, row and layer are named.
         """
         wanted = check_layers(layers, self.n_layers)
         at = check_site(site, self.sites, self.name, wanted)
         active = self.edits_in_force(edits)
+        self._check_length(batch)
         visit = Visit.of(batch.to(self.device), active, wanted, at, pool)
         with evaluating(self.module):
             self._run(batch.to(self.device), visit, last=max(wanted))
@@ -152,13 +180,14 @@ class HookedModel(Conditioned, ABC):
             grad: Keep the graph, for the gradient of an edit's tensors.
 
         Raises:
-            ValueError: If an edit lies below the layer resumed from, or the residual's shape
-                does not fit the batch.
+            ValueError: If an edit lies below the layer resumed from, the residual's shape does
+                not fit the batch, or a row is longer than the model's positions.
             NonFiniteError: If they are not finite; condition and row are named.
         """
         active = self.edits_in_force(edits)
         if resume is not None:
             self._check_resume(batch, active, resume)
+        self._check_length(batch)
         batch = batch.to(self.device)
         with torch.set_grad_enabled(grad), evaluating(self.module):
             visit = Visit.of(batch, active)
@@ -214,8 +243,9 @@ class HookedModel(Conditioned, ABC):
             opened the thinking, the answer begins with `<think>`.
 
         Raises:
-            ValueError: If a conversation ends with an answer that is not to be continued, or a
-                setting is out of range.
+            ValueError: If a conversation ends with an answer that is not to be continued, a
+                prompt leaves no room for `max_new_tokens` in the model's positions, or a setting
+                is out of range.
             NonFiniteError: If logits are not finite; condition and conversation are named.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
@@ -263,6 +293,11 @@ class HookedModel(Conditioned, ABC):
         """Generate from a left-padded batch with `visit` at every step; token ids."""
 
     # -- checks -------------------------------------------------------------------------------
+
+    def _check_length(self, batch: TokenBatch) -> None:
+        limit = self.max_positions
+        if limit is not None and batch.shape[1] > limit:
+            check_positions(self, batch.names, batch.attention_mask.sum(1).tolist())
 
     def _check_finite(
         self,

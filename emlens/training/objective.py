@@ -58,9 +58,11 @@ class Rows:
         """Tokenise conversations and compute their prefixes, under what is in force.
 
         Raises:
-            ValueError: If a conversation has no token that counts; how many, and the first ones.
+            ValueError: If a conversation has no token that counts (how many, and the first ones),
+                or one is longer than the model's positions.
         """
         rows, counted = tokenize(conversations, model.template), tokens or settings.tokens
+        model.check_fits(rows)
         _check_counted(rows, counted)
         return cls(
             PrefixCache(model, rows, below, budget=budget),
