@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads, shared
 from emlens.directions.moments import Moments
 from emlens.hooked import Condition, ConditionLike, Edit, HookedModel, Site, condition_of
-from emlens.text import Conversation, TokenBatch, TokenMask
+from emlens.text import Conversation, TokenBatch, TokenMask, warn_of_repeats
 
 Weighting = Literal["token", "conversation"]
 
@@ -180,6 +180,8 @@ class Reader:
         """
         if not conversations:
             raise ValueError(f"{label} is empty; a direction needs conversations on both sides")
+        what = label if label == "conversations" else f"{label} conversations"
+        warn_of_repeats(conversations, what)
         model = sides[-1][0]
         batches = model.batches(conversations, token_budget=self.counting.token_budget)
         part = _random_parts(len(conversations), self.counting.seed)

@@ -22,7 +22,7 @@ from emlens.measures.solutions import (
     norm_of,
     read_solutions,
 )
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, TokenMask, warn_of_repeats
 
 Match = Literal["norm", "own", "displacement"]
 """What is the same for all solutions at a point of the grid: the norm, the factor on the norm
@@ -306,6 +306,7 @@ def efficiency(
     _check_match(match, norms, displacements, layer)
     solutions = read_solutions(model, directions)
     own = {name: norm_of(model, one) for name, one in solutions.items()}
+    warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)
     if match == "norm":
         grid = norm_grid(solutions, own, norms, factors)

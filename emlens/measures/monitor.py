@@ -29,7 +29,7 @@ from emlens.measures.monitor_fit import (
 )
 from emlens.measures.projections import AnyDirections, Readout, readout_of
 from emlens.measures.roc import Roc, auroc, threshold_for
-from emlens.text import Conversation, Pair, TokenMask
+from emlens.text import Conversation, Pair, TokenMask, repeats_told, warn_of_repeats
 from emlens.text.conversation import names
 
 KIND = "monitor"
@@ -169,11 +169,14 @@ class Monitor:
         """
         check_settings(best, max_false_alarms, held_out, pooled)
         data = Labelled.of(aligned, misaligned)
+        for side, name in ((data.truth, "misaligned"), (~data.truth, "aligned")):
+            warn_of_repeats(data.items_of(side), f"{name} conversations")
         fitted, truth = data.fitted(held_out, seed), data.truth
         reading, own = {"tokens": tokens, "token_budget": token_budget}, None
         if directions is None:
             sides = (data.items_of(fitted & side) for side in (truth, ~truth))
-            directions = own = mean_diff(model, *sides, seed=seed, progress=progress, **reading)
+            with repeats_told():
+                directions = own = mean_diff(model, *sides, seed=seed, progress=progress, **reading)
         else:
             warn_of_leak(directions, data)
         columns = readout_of(model, directions, data.items_of(fitted), **reading)

@@ -4,6 +4,7 @@ from emlens.text.batches import PaddingSide, TokenBatch, pack, restore
 from emlens.text.conversation import Conversation, Message, Pair, Side, content_hash
 from emlens.text.corpus import Corpus, Document, corpus
 from emlens.text.datasets import EMBEDDED, Split, load_conversations, load_pairs, split_pairs
+from emlens.text.repeats import repeats, repeats_told, warn_of_repeats
 from emlens.text.template import Template
 from emlens.text.thinking import without_thinking
 from emlens.text.tokens import (
@@ -33,10 +34,13 @@ __all__ = [
     "load_conversations",
     "load_pairs",
     "pack",
+    "repeats",
+    "repeats_told",
     "restore",
     "split_pairs",
     "template_hash",
     "tokenize",
     "tokenize_documents",
+    "warn_of_repeats",
     "without_thinking",
 ]
