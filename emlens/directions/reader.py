@@ -192,9 +192,14 @@ class Reader:
         def read(batches: Sequence[TokenBatch]) -> list[Reading]:
             return self._pass(sides, batches, part, kept, norms, label)
 
-        what = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
-        shares = shared(model, batches, read, what)
+        done = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
+        shares = shared(model, batches, read, done)
         readings = [reduce(Reading.merged, group) for group in zip(*shares, strict=True)]
+        if not readings[0].moments.n:
+            raise ValueError(
+                f"none of the {len(conversations)} {what} has {self.counting.tokens} tokens that "
+                "count; give them answers, or count other tokens"
+            )
         self._norms += readings[len(sides) - 1].norms
         return readings[: len(sides)], readings[len(sides) :]
 

@@ -109,10 +109,12 @@ def row_losses(
     """Return summed loss in nats per row and condition, and the counted tokens per row.
 
     Raises:
-        ValueError: If a row has no counted token.
+        ValueError: If there are no rows, or one has no counted token.
         NonFiniteError: If a loss is not finite; condition and row are named.
     """
     n_rows, named = sum(len(batch) for batch in batches), conditions_of(model, conditions)
+    if not n_rows:
+        raise ValueError("there are no conversations to measure")
 
     def score(batches: Sequence[TokenBatch]) -> np.ndarray:
         table = np.zeros((1 + len(named), n_rows))
