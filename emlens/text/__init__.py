@@ -6,7 +6,7 @@ from emlens.text.corpus import Corpus, Document, corpus
 from emlens.text.datasets import EMBEDDED, Split, load_conversations, load_pairs, split_pairs
 from emlens.text.repeats import repeats, repeats_told, warn_of_repeats
 from emlens.text.template import Template
-from emlens.text.thinking import without_thinking
+from emlens.text.thinking import parted, without_thinking
 from emlens.text.tokens import (
     TokenMask,
     TokenRow,
@@ -34,6 +34,7 @@ __all__ = [
     "load_conversations",
     "load_pairs",
     "pack",
+    "parted",
     "repeats",
     "repeats_told",
     "restore",
