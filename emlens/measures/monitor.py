@@ -29,7 +29,7 @@ from emlens.measures.monitor_fit import (
 )
 from emlens.measures.projections import AnyDirections, Readout, readout_of
 from emlens.measures.roc import Roc, auroc, threshold_for
-from emlens.text import Conversation, Pair, TokenMask, repeats_told, warn_of_repeats
+from emlens.text import Conversation, Pair, TokenMask, repeats_told
 from emlens.text.conversation import names
 
 KIND = "monitor"
@@ -169,8 +169,6 @@ class Monitor:
         """
         check_settings(best, max_false_alarms, held_out, pooled)
         data = Labelled.of(aligned, misaligned)
-        for side, name in ((data.truth, "misaligned"), (~data.truth, "aligned")):
-            warn_of_repeats(data.items_of(side), f"{name} conversations")
         fitted, truth = data.fitted(held_out, seed), data.truth
         reading, own = {"tokens": tokens, "token_budget": token_budget}, None
         if directions is None:
