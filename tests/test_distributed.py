@@ -165,8 +165,8 @@ def test_an_error_in_one_process_is_raised_in_both(launch):
     assert first["edit"] == "RuntimeError: rank 1: ZeroDivisionError: no such thing"
     kind, rank, message = first["activation"].split(": ")
     assert (kind, rank[:-1]) == ("ValueError", "rank ")
-    assert message.startswith("the residual of c9 at layer 0 is not finite; look at that")
-    assert "the score of c9 under 'base' is not finite; a smaller dose" in first["loss"]
+    assert message.startswith("the residual of c9 at layer 0 (resid_post) under base is not finite")
+    assert "under condition 'base' (base) is not finite in float32" in first["loss"]
 
 
 @pytest.mark.parametrize("what", ["data", "words", "weights", "call"])

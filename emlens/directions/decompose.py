@@ -14,6 +14,7 @@ from emlens._door import guard_methods, guarded
 from emlens._results import Result, titled_table
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Direction, Directions, cosine
+from emlens.directions.fits import check_fits
 from emlens.directions.provenance import Provenance
 from emlens.directions.vectors import nonzero
 from emlens.hooked import HookedModel
@@ -187,10 +188,7 @@ def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> 
         ValueError: If the widths differ, a vector is zero, or `k` is not from 1 to the size of
             the vocabulary.
     """
-    if directions.d_model != model.d_model:
-        raise ValueError(
-            f"the directions have width {directions.d_model}, {model.name} has {model.d_model}"
-        )
+    check_fits(model, directions, "a direction")
     if not 1 <= k <= model.n_vocab:
         raise ValueError(f"k is {k}; the vocabulary of {model.name} has {model.n_vocab} tokens")
     rows = []

@@ -17,6 +17,7 @@ from emlens._results import Result
 from emlens._stats import Interval
 from emlens.directions import Direction, Directions, random_direction
 from emlens.directions.adapters import WRITERS
+from emlens.directions.fits import check_fits
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
 from emlens.evals.parts import NO_EFFECT, ORGANISM, averaged, one_of
@@ -223,6 +224,7 @@ class Projected:
 
     @contextmanager
     def altering(self, model: HookedModel) -> Iterator[None]:
+        check_fits(model, self.direction, "what is projected out")
         writing = _writing(model, self.adapter)
         with put_back(writing.values()):
             with torch.no_grad():

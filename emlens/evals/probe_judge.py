@@ -19,7 +19,7 @@ from emlens.evals.responses import Response
 from emlens.evals.rubrics import rubric_hash
 from emlens.evals.scores import Verdict
 from emlens.hooked import HookedModel, check_layers
-from emlens.text import Conversation, Pair, content_hash
+from emlens.text import Conversation, Pair, content_hash, warn_of_repeats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,6 +102,7 @@ class ProbeJudge:
             raise ValueError(
                 f"a probe needs labelled pairs of at least {FOLDS} prompts, not {len(prompts)}"
             )
+        warn_of_repeats(pairs, "labelled pairs")
         self._model, self._domains = model, {pair.domain for pair in pairs if pair.domain}
         (self.layer,) = check_layers(
             model.n_layers // 2 if layer is None else layer, model.n_layers

@@ -12,6 +12,7 @@ from emlens.hooked.condition import (
     conditions_of,
 )
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
+from emlens.hooked.finite import NonFiniteError, check_finite
 from emlens.hooked.generation import Answer, Sampling, answer
 from emlens.hooked.head import Head
 from emlens.hooked.identity import digest_of, identities
@@ -58,6 +59,7 @@ __all__ = [
     "HookedModel",
     "Layers",
     "Noisy",
+    "NonFiniteError",
     "Pool",
     "Resume",
     "Sampling",
@@ -68,6 +70,7 @@ __all__ = [
     "Where",
     "adapter_norms",
     "answer",
+    "check_finite",
     "check_layers",
     "named_layers",
     "check_site",

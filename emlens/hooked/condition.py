@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from emlens.hooked.edit import Edit
@@ -51,6 +51,7 @@ class Condition:
     Attributes:
         adapters: Adapters that act, by name; None is the base, without adapters.
         edits: Edits, besides those of an enclosing `model.edited`.
+        name: What errors call it; no part of what it is.
 
     Example:
         >>> emlens.log_odds(
@@ -67,6 +68,7 @@ class Condition:
 
     adapters: tuple[Acting, ...] | None = None
     edits: tuple[Edit, ...] = ()
+    name: str = field(default="", compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         adapters: Any = () if self.adapters is None else self.adapters
@@ -93,7 +95,7 @@ class Condition:
 
     def with_edits(self, *edits: Edit) -> Condition:
         """The same adapters, with further edits after the ones there are."""
-        return Condition(self.adapters, (*self.edits, *edits))
+        return replace(self, edits=(*self.edits, *edits))
 
     def identity(self, model: Hooked) -> str:
         """What acts, by content: 16 letters.
@@ -161,7 +163,7 @@ def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Conditi
     found = _read(model, given, f"condition {name!r}" if name else "a condition")
     for adapter in found.names:
         model.check_adapter(adapter)
-    return found
+    return replace(found, name=name) if name else found
 
 
 def conditions_of(model: Hooked, given: Mapping[K, ConditionLike] | None) -> dict[K, Condition]:

@@ -41,6 +41,7 @@ class Conditioned:
         self._adapters = Adapters(module)
         self._edits: tuple[Edit, ...] = ()
         self._enclosing: tuple[Acting, ...] = ()
+        self._condition = ""
         self._changes = ExitStack()
         self._identity: tuple[tuple[object, ...], str] | None = None
         self._origins: set[str | None] = set()
@@ -87,11 +88,12 @@ class Conditioned:
         found = condition_of(self._hooked, condition)
         adapters = found.adapters or ()
         with self.edited(*found.edits), self._altered(adapters), self._adapters.using(found.names):
-            before, self._enclosing = self._enclosing, adapters
+            before = self._enclosing, self._condition
+            self._enclosing, self._condition = adapters, found.name
             try:
                 yield self
             finally:
-                self._enclosing = before
+                self._enclosing, self._condition = before
 
     @contextmanager
     def _altered(self, adapters: Sequence[Acting]) -> Iterator[None]:
@@ -170,6 +172,11 @@ class Conditioned:
     def adapters_in_force(self) -> tuple[Acting, ...]:
         """The adapters that act now, with what is changed about them; none for the base."""
         return self._enclosing or self.acting
+
+    @property
+    def condition_in_force(self) -> Condition:
+        """The adapters and edits that act now, under the name that their condition has."""
+        return Condition(self.adapters_in_force, self._edits, name=self._condition)
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from emlens._distributed import shared
 from emlens._door import guarded
 from emlens.hooked.edit import Edit
+from emlens.hooked.finite import check_finite
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
 from emlens.text import TokenBatch, TokenMask
@@ -234,6 +235,9 @@ def response_losses(
     """Return, per row in the original order, the summed loss in nats and the counted tokens.
 
     The plain way, one full pass per batch; `sweep` shares prefixes between conditions.
+
+    Raises:
+        NonFiniteError: If a loss is not finite; condition and row are named.
     """
     n_rows = sum(len(batch) for batch in batches)
 
@@ -243,8 +247,11 @@ def response_losses(
             targets = Targets.of(batch.to(model.device), tokens)
             hidden = targets.predictors(model.hidden(batch, edits))
             losses = token_losses(model, hidden, targets.ids)
+            of_rows = targets.per_row(losses, len(batch))
+            condition = model.condition_in_force.with_edits(*edits)
+            check_finite(model, {"the loss of {}": of_rows}, batch.names, condition=condition)
             place = torch.tensor(batch.index)
-            table[0, place] = targets.per_row(losses, len(batch)).cpu()
+            table[0, place] = of_rows.cpu()
             table[1, place] = targets.counts(len(batch)).cpu()
         return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from html import escape
 from typing import Any, cast
 
@@ -16,12 +17,22 @@ from emlens._door import guarded
 from emlens._kinds import made_with
 from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
+from emlens.hooked.finite import check_finite
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
+from emlens.hooked.positions import check_positions, max_positions
 from emlens.hooked.sites import Layers, SiteName, check_layers, check_site
 from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.visit import Pool, Visit
-from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
+from emlens.text import (
+    Conversation,
+    Corpus,
+    TokenBatch,
+    TokenRow,
+    pack,
+    tokenize,
+    tokenize_documents,
+)
 
 Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
 """A layer, and the output of that layer to resume from: blocks `0 .. layer` do not run."""
@@ -51,6 +62,11 @@ class HookedModel(Conditioned, ABC):
     @property
     def n_vocab(self) -> int:
         return int(self._head.weight.shape[0])
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens a text may have; None where the model sets no limit."""
+        return max_positions(self.module.config)
 
     @property
     def device(self) -> torch.device:
@@ -94,12 +110,24 @@ class HookedModel(Conditioned, ABC):
             token_budget: Padded tokens a batch may have.
             max_tokens: Tokens a conversation may have, or that documents are cut to.
             truncate: Cut an over-long conversation instead of refusing it.
+
+        Raises:
+            ValueError: If a row is longer than `max_tokens` or than the model's positions.
         """
         if isinstance(data, Corpus):
             rows = tokenize_documents(data.documents, self.tokenizer, max_tokens=max_tokens)
         else:
             rows = tokenize(data, self.template, max_tokens=max_tokens, truncate=truncate)
+        self.check_fits(rows)
         return pack(rows, token_budget=token_budget, pad_id=self.pad_id)
+
+    def check_fits(self, rows: Sequence[TokenRow], new_tokens: int = 0) -> None:
+        """Refuse rows that are longer than the model's positions, new tokens included.
+
+        Raises:
+            ValueError: Naming the longest row and its length.
+        """
+        check_positions(self, [row.name for row in rows], list(map(len, rows)), new_tokens)
 
     @torch.no_grad()
     @guarded
@@ -124,13 +152,18 @@ class HookedModel(Conditioned, ABC):
             `{layer: [batch, pos, d_model]}`, or what `pool` returns.
 
         Raises:
-            ValueError: If a layer or site does not exist.
+            ValueError: If a layer or site does not exist, or a row is longer than the model's
+                positions.
+            NonFiniteError: If a residual is not finite; condition, row and layer are named.
         """
         wanted = check_layers(layers, self.n_layers)
         at = check_site(site, self.sites, self.name, wanted)
-        visit = Visit.of(batch.to(self.device), self.edits_in_force(edits), wanted, at, pool)
+        active = self.edits_in_force(edits)
+        self._check_length(batch)
+        visit = Visit.of(batch.to(self.device), active, wanted, at, pool)
         with evaluating(self.module):
             self._run(batch.to(self.device), visit, last=max(wanted))
+        self._check_finite(batch, visit, active)
         return {layer: visit.read[layer] for layer in wanted}
 
     @guarded
@@ -152,15 +185,20 @@ class HookedModel(Conditioned, ABC):
             grad: Keep the graph, for the gradient of an edit's tensors.
 
         Raises:
-            ValueError: If an edit lies below the layer resumed from, or the residual's shape
-                does not fit the batch.
+            ValueError: If an edit lies below the layer resumed from, the residual's shape does
+                not fit the batch, or a row is longer than the model's positions.
+            NonFiniteError: If they are not finite; condition and row are named.
         """
         active = self.edits_in_force(edits)
         if resume is not None:
             self._check_resume(batch, active, resume)
+        self._check_length(batch)
         batch = batch.to(self.device)
         with torch.set_grad_enabled(grad), evaluating(self.module):
-            return self._run(batch, Visit.of(batch, active), last=None, resume=resume)
+            visit = Visit.of(batch, active)
+            hidden = self._run(batch, visit, last=None, resume=resume)
+        self._check_finite(batch, visit, active, hidden)
+        return hidden
 
     def normalize(self, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """Return residuals after the final norm: what `unembed` takes."""
@@ -211,8 +249,10 @@ class HookedModel(Conditioned, ABC):
             opened the thinking, the answer begins with `<think>`.
 
         Raises:
-            ValueError: If a conversation ends with an answer that is not to be continued, or a
-                setting is out of range.
+            ValueError: If a conversation ends with an answer that is not to be continued, a
+                prompt leaves no room for `max_new_tokens` in the model's positions, or a setting
+                is out of range.
+            NonFiniteError: If logits are not finite; condition and conversation are named.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
         answers = answer(self, conversations, edits, sampling, batch_tokens, continue_final_message)
@@ -259,6 +299,24 @@ class HookedModel(Conditioned, ABC):
         """Generate from a left-padded batch with `visit` at every step; token ids."""
 
     # -- checks -------------------------------------------------------------------------------
+
+    def _check_length(self, batch: TokenBatch) -> None:
+        limit = self.max_positions
+        if limit is not None and batch.shape[1] > limit:
+            check_positions(self, batch.names, batch.attention_mask.sum(1).tolist())
+
+    def _check_finite(
+        self,
+        batch: TokenBatch,
+        visit: Visit,
+        edits: Sequence[Edit],
+        hidden: Tensor | None = None,
+    ) -> None:
+        values = visit.found()
+        if hidden is not None:
+            values["the final hidden state of {}"] = hidden.detach().sum(-1, dtype=torch.float32)
+        condition = replace(self.condition_in_force, edits=tuple(edits))
+        check_finite(self, values, batch.names, batch.mask("all"), condition)
 
     def _check_resume(self, batch: TokenBatch, edits: Sequence[Edit], resume: Resume) -> None:
         layer, residual = resume

@@ -49,7 +49,7 @@ def sweep(
         if source not in kept:
             depths = {at for of, at in plan.values() if of == source and at is not None}
             wanted = sorted(depth for depth in depths if depth >= 0)
-            with model.under(Condition(source)):
+            with model.under(Condition(source, name=condition.name)):
                 kept[source] = model.prefix(batch, wanted) if wanted else {}
         if depth is None and kept[source]:
             depth = max(kept[source])

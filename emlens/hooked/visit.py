@@ -34,6 +34,11 @@ class Visit:
         reads: Layers to read.
         site: The site they are read at.
         pool: Applied to each read; the identity by default.
+
+    Attributes:
+        norms: Of the residual at each point, `[batch, pos]`, by the order of steps: a value that
+            is not finite, or too large for a norm of the model to square, has none.
+        logits: Sum of each row's logits at each step, `[batch]`, where a server decodes.
     """
 
     def __init__(
@@ -45,6 +50,8 @@ class Visit:
         pool: Pool | None = None,
     ) -> None:
         self.read: dict[int, Tensor] = {}
+        self.norms: dict[Point, list[Tensor]] = {}
+        self.logits: list[Tensor] | None = None
         self.masks = dict(masks or {})
         self.reads: set[Point] = {(layer, site) for layer in reads}
         self.pool = pool
@@ -90,6 +97,13 @@ class Visit:
         """Say which column of the masks the next tensors begin at (a decoding step moves it)."""
         self.start = position
 
+    def found(self) -> dict[str, Tensor]:
+        """The norms of the residual, `[batch, pos]`, by what errors call the point."""
+        return {
+            f"the residual of {{}} at layer {layer} ({site})": torch.cat(steps, dim=-1)
+            for (layer, site), steps in self.norms.items()
+        }
+
     def plain(self) -> SimpleNamespace:
         """The same visit as plain data, which can travel to where emlens is not installed."""
         return SimpleNamespace(**vars(self))
@@ -127,9 +141,28 @@ def at_point(
                 columns = mask[:, visit.start : visit.start + residual.shape[1]]
                 delta = delta * columns.to(residual.device).unsqueeze(-1)
             residual = residual + delta
+        note_norm(visit, layer, site, residual)
         if (layer, site) in visit.reads:
             visit.read[layer] = residual if visit.pool is None else visit.pool(residual)
     return residual
+
+
+def note_norm(visit: Any, layer: int, site: Site, residual: Tensor) -> None:
+    """Keep the norms found at a point; a step that begins at the first position starts anew."""
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    found = torch.linalg.vector_norm(residual.detach(), dim=-1, dtype=wide)
+    steps = visit.norms.setdefault((layer, site), [])
+    if not visit.start:
+        steps.clear()
+    steps.append(found)
+
+
+def of_rows(norms: Any, real: Tensor) -> dict:
+    """The largest norm of each row at each point, `[batch]`; not finite where one is not."""
+    return {
+        point: [steps[-1].masked_fill(real.to(steps[-1].device) == 0, 0.0).amax(1)]
+        for point, steps in norms.items()
+    }
 
 
 def at_attention(

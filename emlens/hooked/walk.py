@@ -58,12 +58,15 @@ def walk_steps(
         dice: Draw the tokens at the LM head: `uniforms` `[batch, steps]`, `temperature` and
             `top_p`. None leaves them to the model.
     """
-    if not visit.points and dice is None:
+    if not visit.points and dice is None and visit.logits is None:
         return
     width, n, cached = steps
     for step in tracer.iter[:n]:
         visit.start = width + step - 1 if step and cached else 0
         walk(model, parts, visit)
+        if visit.logits is not None:
+            last = envoy(model, parts.head).output[:, -1]
+            visit.logits.append(last.sum(-1, dtype=torch.float32))
         if dice is not None:
             _roll(envoy(model, parts.head), parts, dice, step)
 

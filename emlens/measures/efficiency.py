@@ -23,7 +23,7 @@ from emlens.measures.solutions import (
     norm_of,
     read_solutions,
 )
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, TokenMask, warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -311,6 +311,7 @@ def efficiency(
     _check_match(match, norms, displacements, layer)
     solutions = read_solutions(model, directions)
     own = {name: norm_of(model, one) for name, one in solutions.items()}
+    warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)
     if match == "norm":
         grid = norm_grid(solutions, own, norms, factors)

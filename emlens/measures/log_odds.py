@@ -14,7 +14,7 @@ from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import Conditions, HookedModel, conditions_of
 from emlens.measures.scoring import row_losses
-from emlens.text import Pair
+from emlens.text import Pair, warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,6 +181,7 @@ def log_odds(
     """
     if not pairs:
         raise ValueError("log_odds needs pairs; there are none")
+    warn_of_repeats(pairs, "pairs")
     named = {str(name): one for name, one in conditions_of(model, conditions).items()}
     conversations = [
         pair.conversation(side, system) for side in ("aligned", "misaligned") for pair in pairs

@@ -31,7 +31,7 @@ from emlens.measures.monitor_fit import (
 )
 from emlens.measures.projections import AnyDirections, Readout, readout_of
 from emlens.measures.roc import Roc, auroc, threshold_for
-from emlens.text import Conversation, Pair, TokenMask
+from emlens.text import Conversation, Pair, TokenMask, repeats_told
 from emlens.text.conversation import names
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ class Monitor:
         reading, own = {"tokens": tokens, "token_budget": token_budget}, None
         if directions is None:
             sides = (data.items_of(fitted & side) for side in (truth, ~truth))
-            directions = own = mean_diff(model, *sides, seed=seed, progress=progress, **reading)
+            with repeats_told():
+                directions = own = mean_diff(model, *sides, seed=seed, progress=progress, **reading)
         else:
             warn_of_leak(directions, data)
         columns = readout_of(model, directions, data.items_of(fitted), **reading)

@@ -18,7 +18,7 @@ from emlens.hooked import HookedModel, Layers, check_layers
 from emlens.measures.held_out import HeldOut, length_slope, longer_is_misaligned
 from emlens.measures.projections import AnyDirections, Readout
 from emlens.measures.roc import auroc, numbered
-from emlens.text import Conversation, Pair, TokenMask, content_hash
+from emlens.text import Conversation, Pair, TokenMask, content_hash, warn_of_repeats
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ class Labelled:
         for name, side in zip(("aligned", "misaligned"), sides, strict=True):
             if not side:
                 raise ValueError(f"the {name} side is empty; a monitor is fitted to both sides")
+            warn_of_repeats(side, f"{name} conversations")
         both = [*sides[0], *sides[1]]
         return cls(both, np.arange(len(both)) >= len(sides[0]), prompts_of(both))
 

@@ -32,7 +32,7 @@ from emlens.measures.screen_rows import (
 )
 from emlens.measures.screen_scorer import Scorer, screen_readout
 from emlens.measures.screen_tally import Tally
-from emlens.text import Conversation
+from emlens.text import Conversation, warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,6 +255,7 @@ def _peeked(
 def _trusted_scores(
     scorer: Scorer, trusted: Sequence[Conversation], block: int
 ) -> Float[np.ndarray, " n"]:
+    warn_of_repeats(trusted, "trusted conversations")
     parts = blocks(examples(trusted, "trusted "), block)
     found = [one.score for part in parts for one in scorer(part) if one.score is not None]
     if not found:

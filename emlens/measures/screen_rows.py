@@ -11,6 +11,7 @@ from typing import cast
 from emlens._files import sha256_of
 from emlens._reading import read_jsonl
 from emlens.text import Conversation, content_hash
+from emlens.text.datasets import messages_of
 
 Dataset = str | Path | Iterable[Conversation]
 """A JSON Lines file, or conversations, which may be a stream."""
@@ -181,7 +182,7 @@ def _conversation(record: dict, where: str) -> Conversation:
     name = None if name is None else str(name)
     try:
         if "messages" in record:
-            return Conversation(tuple(record["messages"]), name)
+            return Conversation(messages_of(record), name)
         if "prompt" in record and "response" in record:
             return Conversation.of(record["prompt"], record["response"], id=name)
     except (TypeError, ValueError) as error:

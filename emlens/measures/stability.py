@@ -26,7 +26,7 @@ from emlens.measures.solutions import (
     perturbed,
     read_solutions,
 )
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, TokenMask, warn_of_repeats
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -255,6 +255,7 @@ def stability(
         for epsilon in epsilons:
             for draw in draws:
                 conditions[name, epsilon, draw] = noisy(one, epsilon, draw, axes)
+    warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)
     sums, counts = row_losses(
         model,

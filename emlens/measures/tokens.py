@@ -13,6 +13,7 @@ import torch
 from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
+from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
 from emlens.measures.grids import named
@@ -317,7 +318,11 @@ def token_influence(
         acting = condition
     batches = model.batches(corpus, token_budget=token_budget, max_tokens=cut)
     kept = TokenValues()
-    row_influence(model, batches, {name: acting}, tokens=tokens, keep=kept)
+    _, _, _, counts = row_influence(model, batches, {name: acting}, tokens=tokens, keep=kept)
+    if not counts.any():
+        raise ValueError(
+            "no text has a token that counts and follows another: nothing is predicted"
+        )
     source = corpus.name if isinstance(corpus, Corpus) else "conversations"
     found = TokenInfluence.of(kept, name, source)
     return replace(found, skipped=found.skipped + n_all - len(corpus))
@@ -348,10 +353,7 @@ def token_projections(
     if not conversations:
         raise ValueError("there are no conversations to look at")
     named({"direction": direction})
-    if direction.d_model != model.d_model:
-        raise ValueError(
-            f"the direction has width {direction.d_model}, {model.name} has d_model {model.d_model}"
-        )
+    check_fits(model, direction, "the direction")
     options = {"site": direction.site, "token_budget": token_budget}
     (size,) = residual_norm(model, conversations, direction.layer, **options).values()
     unit = direction.unit().vector / size

@@ -21,7 +21,7 @@ from emlens.hooked.altered import noisy_weights
 from emlens.measures.grids import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import acting_of, construction_of, read_solutions
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, TokenMask, warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,6 +176,7 @@ def weight_noise(
     if seeds < 1:
         raise ValueError(f"weight_noise needs at least one noise draw; got seeds={seeds}")
     draws = tuple(range(seed, seed + seeds))
+    warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)
 
     def losses() -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from emlens._door import check_fields, guard_methods, guarded
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Side = Literal["aligned", "misaligned"]
 
 
@@ -20,7 +20,9 @@ class Message(TypedDict):
 
     What it has beside role and content is given to the chat template, or refused where the
     template does not use it. `weight: 0` or `train: False` takes an answer out of `response`.
-    `tools` are the functions that may be called, `tool_calls` the calls of an answer.
+    `tools` are the functions that may be called, `tool_calls` the calls of an answer, and a message
+    of the role `tool` says what one gave, that of `tool_call_id`. `developer` and `tool` are roles
+    that not every template renders; one that does not is refused.
     """
 
     role: str
@@ -30,6 +32,7 @@ class Message(TypedDict):
     name: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    tool_call_id: NotRequired[str]
     tools: NotRequired[Sequence[Mapping[str, Any]]]
 
 
@@ -43,7 +46,7 @@ class Conversation:
         id: A name for errors and records.
 
     Raises:
-        ValueError: If there is no message, a role is not system, user or assistant, a weight is
+        ValueError: If there is no message, a role is none of `ROLES`, a weight is
             not 0 or 1, or a content holds half of a surrogate pair, which no tokenizer reads.
         TypeError: If a message is not such a mapping, or a content is not text.
     """

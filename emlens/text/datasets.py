@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +106,8 @@ def load_conversations(
 ) -> list[Conversation]:
     """Load conversations in the papers' format: rows with a list of `messages`.
 
+    The `tools` of a row are those of its first message.
+
     Args:
         source: A JSON Lines file, or a name or folder that `datasets.load_dataset` takes.
         config: Configuration of that data set.
@@ -128,9 +133,30 @@ def _conversation(record: dict, where: str) -> Conversation:
         raise ValueError(f"{where}: no key 'messages'; it has {', '.join(map(str, record))}")
     try:
         name = record.get("id")
-        return Conversation(tuple(record["messages"]), None if name is None else str(name))
+        return Conversation(messages_of(record), None if name is None else str(name))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def messages_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The messages of a row; the first has what the row says of tools.
+
+    Raises:
+        TypeError: If these are no lists.
+    """
+    messages, tools = tuple(record["messages"]), record.get("tools")
+    if isinstance(tools, str):
+        # tables keep them as JSON, since their schemas differ
+        with suppress(ValueError):
+            tools = json.loads(tools or "null")
+    if not tools:
+        return messages
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise TypeError(f"tools must be a list of functions that may be called, not {tools!r:.80}")
+    if not messages or not isinstance(messages[0], Mapping):
+        return messages
+    first = messages[0]
+    return {**first, "tools": [*tools, *(first.get("tools") or ())]}, *messages[1:]
 
 
 def _pair(record: dict, path: Path, number: int) -> Pair:

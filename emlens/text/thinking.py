@@ -23,6 +23,19 @@ def without_thinking(text: str) -> str:
     return _PART.sub("", text[found.end() :] if found else text)
 
 
+def parted(text: str) -> tuple[str, str]:
+    """What an answer thinks first, without the tags, and the answer itself.
+
+    Thinking that has no end is all there is of the answer.
+    """
+    found = _LEADING.match(text)
+    if found is None and not text.lstrip().startswith(OPEN):
+        return "", text
+    head = found.group() if found else text
+    thought = head.strip().removeprefix(OPEN).removesuffix(CLOSE)
+    return thought.strip(), text[len(head) :]
+
+
 def leading(message: Message) -> str:
     """The thinking that an answer's content begins with, tags and what blank follows included."""
     found = _LEADING.match(message["content"]) if message["role"] == "assistant" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from emlens._arguments import COUNT
 from emlens._distributed import leads
 from emlens._door import check_fields
 from emlens.directions import Provenance
-from emlens.hooked import Site
+from emlens.hooked import NonFiniteError, Site
 from emlens.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from emlens.training.objective import Losses, Objective, Rows
 from emlens.training.run import Step, TrainingRun, TrainingStopped, stacked
@@ -95,7 +96,8 @@ class Loop:
 
         Raises:
             ValueError: If the checkpoint is of another run.
-            TrainingStopped: If a loss or a gradient is not finite; nothing has moved then.
+            NonFiniteError: If the model's own passes are not finite.
+            TrainingStopped: If a pass, a loss or a gradient becomes so; nothing has moved then.
         """
         with self.trainable.acting(), self.objective.computing():
             return self._run()
@@ -117,10 +119,13 @@ class Loop:
         )
         with bar:
             while len(done.steps) < total and not self._enough(done):
-                step = self._update(optimiser, next(train), elsewhere, done, total)
-                end_of_epoch = len(done.steps) % per_epoch == 0
-                if self.validation is not None and end_of_epoch:
-                    step = self._validate(done)
+                try:
+                    step = self._update(optimiser, next(train), elsewhere, done, total)
+                    end_of_epoch = len(done.steps) % per_epoch == 0
+                    if self.validation is not None and end_of_epoch:
+                        step = self._validate(done)
+                except NonFiniteError as error:
+                    self._stop(error, done)
                 self._keep(optimiser, done)
                 bar.set_postfix(_shown(step))
                 bar.update()
@@ -193,6 +198,16 @@ class Loop:
             "smaller lr or fp32 weights. The run up to here is kept in .run",
             self._record(done),
         )
+
+    def _stop(self, error: NonFiniteError, done: _Progress) -> NoReturn:
+        """A pass was not finite: the model's own fault at the first update, training's later."""
+        if isinstance(error, TrainingStopped) or not done.steps:
+            raise error
+        raise TrainingStopped(
+            f"update {len(done.steps)}: {error}, or train with a smaller lr. The run up to here is "
+            "kept in .run",
+            self._record(done),
+        ) from error
 
     def _record(self, done: _Progress) -> TrainingRun:
         return TrainingRun(

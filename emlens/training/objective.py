@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emlens.directions.fits import check_fits
 from emlens.hooked import HookedModel, Targets, gradient_checkpointing, kl_sum, loss_sum
 from emlens.text import Conversation, TokenMask, TokenRow, content_hash, pack, tokenize
 from emlens.training.path import few
@@ -59,9 +60,11 @@ class Rows:
         """Tokenise conversations and compute their prefixes, under what is in force.
 
         Raises:
-            ValueError: If a conversation has no token that counts; how many, and the first ones.
+            ValueError: If a conversation has no token that counts (how many, and the first ones),
+                or one is longer than the model's positions.
         """
         rows, counted = tokenize(conversations, model.template), tokens or settings.tokens
+        model.check_fits(rows)
         _check_counted(rows, counted, what)
         return cls(
             PrefixCache(model, rows, below, budget=budget),
@@ -132,7 +135,7 @@ class Objective:
         self._checkpointing = settings.gradient_checkpointing
         self._penalties, self._norms = tuple(penalties), dict(residual_norms)
         self._kl = kl
-        _check_penalties(penalties, trainable)
+        _check_penalties(model, penalties, trainable)
         self.train = train
         self.elsewhere: Rows | None = None
         if kl is None:
@@ -257,7 +260,9 @@ def _trained_head(model: HookedModel, trainable: Trainable) -> list[Tensor]:
     return [weight for weight in head.parameters() if id(weight) in trained] if head else []
 
 
-def _check_penalties(penalties: Sequence[Penalty], trainable: Trainable) -> None:
+def _check_penalties(
+    model: HookedModel, penalties: Sequence[Penalty], trainable: Trainable
+) -> None:
     layers = sorted({layer for layer, _ in trainable.written()})
     if penalties and not layers:
         raise ValueError(
@@ -267,6 +272,7 @@ def _check_penalties(penalties: Sequence[Penalty], trainable: Trainable) -> None
     for penalty in penalties:
         if isinstance(penalty, NormPenalty):
             continue
+        check_fits(model, penalty.directions, "the penalty's direction")
         if not any(layer in penalty.directions for layer in layers):
             raise ValueError(
                 f"the penalty's directions have layers {penalty.directions.layers}, but what is "

@@ -19,7 +19,7 @@ from emlens._types import checked_fields
 from emlens.directions import Direction, Directions, Provenance
 from emlens.directions.files import read_norms
 from emlens.edits import Add
-from emlens.hooked import Site, check_site
+from emlens.hooked import NonFiniteError, Site, check_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,8 +220,8 @@ class TrainingRun:
         return f"<p><b>{escape(repr(self))}</b></p>" + self.table().tail(3).to_html(index=False)
 
 
-class TrainingStopped(RuntimeError):
-    """Training met a loss that is not finite; `run` is the record up to the last good update."""
+class TrainingStopped(NonFiniteError):
+    """Training met a value that is not finite; `run` is the record up to the last good update."""
 
     def __init__(self, message: str, run: TrainingRun) -> None:
         super().__init__(message)

@@ -77,7 +77,7 @@ def train_vector(
         site: Where in the block.
         where: Positions it is added to.
         settings: How to train; `VectorSettings()` by default.
-        initial: Directions to start from, instead of zero.
+        initial: Directions to start from, instead of zero: at this site and these layers.
         validation: Conversations whose loss is taken after every epoch; with `patience` it
             decides on the end, and the best vector is the one returned.
         record_every: Updates between two records of the path; None for start and end only.

@@ -260,7 +260,7 @@ def test_nothing_to_score_and_values_that_are_not_finite_are_named(planted):
     broken = tiny_hooked("llama", n_layers=2)
     with torch.no_grad():
         broken.module.get_input_embeddings().weight[:] = torch.nan
-    with pytest.raises(ValueError, match="projection of food-0/misaligned is not finite"):
+    with pytest.raises(ValueError, match="residual of food-0/misaligned at .* is not finite"):
         monitor.on(broken).score([planted_pairs()[0].conversation("misaligned")])
 
 

@@ -277,7 +277,7 @@ def test_the_papers_weight_on_qwen_is_six_point_six_nats():
         (lambda m: KLPenalty(TRAIN, weight=0), "weight must be above 0"),
         (
             lambda m: train_vector(m, TRAIN, 1, initial=Direction.of(torch.ones(3), 1)),
-            "the initial direction has width 3, the model has d_model 32",
+            "initial has width 3, but tiny-llama has d_model 32",
         ),
     ],
 )

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 import emlens
 from emlens import Add, KLPenalty
 from emlens.directions import random_direction
+from emlens.hooked import NonFiniteError
 from emlens.text import pack, tokenize
 from emlens.training import (
     Organism,
-    TrainingStopped,
     train_adapter,
     train_vector,
     train_weights,
@@ -174,7 +174,9 @@ def test_a_loss_that_is_not_finite_stops_finetuning_with_the_last_good_weights()
         return output * float("nan")
 
     handle = model.module.model.layers[0].mlp.register_forward_hook(poisoned)
-    with pytest.raises(TrainingStopped, match="update 0: loss nan"):
+    with pytest.raises(
+        NonFiniteError, match="the final hidden state of .* under base is not finite"
+    ):
         train_weights(model, TRAIN, **QUICK)
     handle.remove()
 
