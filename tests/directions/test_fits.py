@@ -93,25 +93,25 @@ def test_a_start_is_what_the_path_begins_with(model):
 EMPTY = {
     "mean_diff": ("positive is empty", lambda m: directions.mean_diff(m, [], GOOD)),
     "mean_diff of prompts": (
-        "none of the 10 positive conversations has response tokens",
+        "positive: none of its 10 conversation",
         lambda m: directions.mean_diff(m, [one.prompt for one in BAD], GOOD),
     ),
     "its other side": ("negative is empty", lambda m: directions.mean_diff(m, GOOD, [])),
     "probe": ("positive is empty", lambda m: directions.probe(m, [], GOOD)),
-    "log_odds": ("there are none", lambda m: emlens.log_odds(m, [], {"a": None})),
+    "log_odds": ("pairs is empty", lambda m: emlens.log_odds(m, [], {"a": None})),
     "efficiency": (
-        "there are no conversations",
+        "conversations is empty",
         lambda m: emlens.efficiency(m, [], {"a": of()}, norms=[0.0, 1.0]),
     ),
     "stability": (
-        "there are no conversations",
+        "conversations is empty",
         lambda m: emlens.stability(m, [], {"a": of()}, epsilons=[0.1], seeds=1),
     ),
     "weight_noise": (
-        "there are no conversations",
+        "conversations is empty",
         lambda m: measures.weight_noise(m, [], {"a": of()}, epsilons=[0.1], seeds=1),
     ),
-    "Monitor.fit": ("misaligned side is empty", lambda m: measures.Monitor.fit(m, of(), GOOD, [])),
+    "Monitor.fit": ("misaligned is empty", lambda m: measures.Monitor.fit(m, of(), GOOD, [])),
     "screen": ("no examples", lambda m: measures.screen(m, [], of())),
     "influence": (
         "no document has two tokens",
@@ -123,7 +123,7 @@ EMPTY = {
         "no text has a token that counts",
         lambda m: measures.token_influence(m, ONES, Add(of())),
     ),
-    "train_vector": ("the set is empty", lambda m: training.train_vector(m, [], 1, **QUICK)),
+    "train_vector": ("train is empty", lambda m: training.train_vector(m, [], 1, **QUICK)),
 }
 
 
