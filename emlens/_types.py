@@ -8,8 +8,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+T = TypeVar("T")
 _NUMBERS = (int, float)
 
 
@@ -22,13 +23,8 @@ def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If a field is missing or unknown, or a value is of another type; it is named.
     """
-    known = {item.name for item in fields(kind)}
-    later = {
-        item.name
-        for item in fields(kind)
-        if item.default is not MISSING or item.default_factory is not MISSING
-    }
-    missing, unknown = known - later - set(record), set(record) - known
+    known, needed = _names(kind)
+    missing, unknown = needed - set(record), set(record) - known
     if missing or unknown:
         raise ValueError(
             f"does not fit this version of {kind.__name__}: missing {sorted(missing)}, unknown "
@@ -39,6 +35,45 @@ def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
         name: _Checker(name in endless).checked(value, hints[name], name)
         for name, value in record.items()
     }
+
+
+def checked_row(kind: type[T], record: Mapping[str, Any], what: str) -> T:
+    """A dataclass from a row of a store.
+
+    Half of a character, which a store may keep of an answer and no table can show, becomes U+FFFD.
+
+    Raises:
+        ValueError: As `checked_fields`; `what` says what the row is not.
+    """
+    try:
+        found = checked_fields(kind, record)
+    except ValueError as error:
+        raise ValueError(f"not {what} of emlens: {error}") from error
+    return kind(
+        **{
+            name: value if not isinstance(value, str) or _whole(value) else _mended(value)
+            for name, value in found.items()
+        }
+    )
+
+
+def _whole(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= mark <= "\udfff" for mark in text)
+
+
+def _mended(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@cache
+def _names(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """All fields, and those without a default."""
+    needed = (
+        item.name
+        for item in fields(kind)
+        if item.default is MISSING and item.default_factory is MISSING
+    )
+    return frozenset(item.name for item in fields(kind)), frozenset(needed)
 
 
 @cache

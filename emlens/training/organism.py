@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import read_json, write_json
+from emlens._files import write_json
 from emlens._folders import recovered, whole_folder
+from emlens._reading import expanded, read_json
 from emlens.directions import Directions
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
@@ -80,7 +81,7 @@ class Organism:
         An organism that is there is replaced when the new one is complete; if that fails, it
         stays.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         with whole_folder(folder, _OWN) as new:
             self.run.save(new / _RUN)
             if self.directions is not None:
@@ -109,20 +110,21 @@ class Organism:
             FileNotFoundError: If the folder holds no whole organism.
             ValueError: If a file in it is damaged.
         """
-        folder = recovered(Path(folder).expanduser())
+        folder = recovered(expanded(folder))
         if not (folder / _RECORD).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no organism (no {_RECORD}); a LoRA adapter of others is loaded "
                 "with emlens.load(base, adapters={name: folder})"
             )
-        record, run = read_json(folder / _RECORD), TrainingRun.load(folder / _RUN)
-        if record["kind"] == "vector":
-            return cls(record["name"], run, directions=Directions.load(folder / _VECTOR))
+        name, kind = _kept(folder / _RECORD)
+        run = TrainingRun.load(folder / _RUN)
+        if kind == "vector":
+            return cls(name, run, directions=Directions.load(folder / _VECTOR))
         from emlens.hooked.adapter_files import read_adapter
 
-        config, weights = read_adapter(record["name"], str(folder))
-        named = {f"{_PREFIX}{name}": weight for name, weight in weights.items()}
-        return cls(record["name"], run, weights=named, config=config)
+        config, weights = read_adapter(name, str(folder))
+        named = {f"{_PREFIX}{key}": weight for key, weight in weights.items()}
+        return cls(name, run, weights=named, config=config)
 
     def on(self, model: HookedModel) -> ConditionLike:
         """What makes the model this organism, for measures: edits, or the adapter's name.
@@ -155,3 +157,14 @@ class Organism:
         return there.keys() <= ours.keys() and all(
             torch.equal(weight, ours[key].to(weight)) for key, weight in there.items()
         )
+
+
+def _kept(path: Path) -> tuple[str, str]:
+    """Name and kind of an organism, by its record."""
+    record = read_json(path, dict)
+    name, kind = record.get("name"), record.get("kind")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path}: name is {name!r:.60}, not text; name the organism")
+    if kind not in ("vector", "adapter"):
+        raise ValueError(f"{path}: kind is {kind!r:.60}, neither 'vector' nor 'adapter'")
+    return name, kind

@@ -129,7 +129,7 @@ def _vector(path: Path, record: dict[str, Any]) -> Float[Tensor, " d_model"]:
         raise ValueError(f"{path}: steering_vector is {kind}, not a tensor of floating point")
     check_stored(f"{path}: steering_vector", vector)
     width = record.get("d_model", vector.shape[-1] if vector.ndim else 1)
-    if list(vector.shape) != [width] or not width:
+    if type(width) is not int or list(vector.shape) != [width] or not width:
         raise ValueError(
             f"{path}: steering_vector has shape {list(vector.shape)}, but d_model is "
             f"{width!r:.60}; one vector of that width is needed"
