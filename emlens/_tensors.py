@@ -128,7 +128,14 @@ def check_torch_file(path: Path) -> None:
         else:
             # a stream of pickles: the sizes of its storages are in the first ones
             _check_numbers(path.read_bytes(), size)
-    except (zipfile.BadZipFile, _More, NotImplementedError, EOFError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        _More,
+        OSError,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"{path} is not a readable torch file ({size} bytes); was it fetched as a whole? "
             f"({error})"

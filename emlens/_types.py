@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, is_typeddict
 
 T = TypeVar("T")
 _NUMBERS = (int, float)
@@ -93,6 +93,8 @@ class _Checker:
             return self._one_of(value, inner, where)
         if origin is tuple:
             return self._tuple(value, inner, where)
+        if is_typeddict(hint):
+            return self._row(value, _hints(hint), where)
         if origin in (dict, Mapping):
             self._must(isinstance(value, dict), value, "an object", where)
             return {
@@ -124,6 +126,11 @@ class _Checker:
             for i, (one, hint) in enumerate(zip(value, each, strict=True))
         )
 
+    def _row(self, value: Any, hints: dict[str, Any], where: str) -> dict[str, Any]:
+        held = isinstance(value, dict) and set(value) == set(hints)
+        self._must(held, value, f"an object with {', '.join(hints)}", where)
+        return {key: self.checked(one, hints[key], f"{where}.{key}") for key, one in value.items()}
+
     def _one_of(self, value: Any, inner: tuple[Any, ...], where: str) -> Any:
         if value is None and type(None) in inner:
             return None
@@ -154,9 +161,9 @@ def frozen(value: Any) -> Any:
 def check_axes(made: Any, axes: Mapping[str, str]) -> None:
     """Compare lengths: an axis is another field, or a name that stands for one length.
 
-    A name with a star stands for a length of its own at each place above it: `"texts tokens*"` is
-    for texts of different lengths. Rows that are objects have the same keys, with values of one
-    kind under each.
+    A name with a star stands for a length of its own at each place of the first axis:
+    `"texts tokens*"` is for texts of different lengths. Of a name with a question mark, keys may
+    be missing. Rows that are objects have the same keys, with values of one kind under each.
 
     Raises:
         ValueError: If two that belong together differ; the field is named.
@@ -182,6 +189,7 @@ def _check_axis(
     if not axes or (len(value) == 0 and not required):
         return
     axis, *rest = axes
+    required, axis = required and not axis.endswith("?"), axis.rstrip("?")
     along = getattr(made, axis) if axis in made.__dataclass_fields__ else None
     if isinstance(value, Mapping):
         known = (
@@ -195,7 +203,7 @@ def _check_axis(
     else:
         if along is None and len(value) == 0:
             return  # left empty, it says nothing of the others
-        key = (axis, above) if axis.endswith("*") else axis
+        key = (axis, above[:1]) if axis.endswith("*") else axis
         wanted = len(along) if along is not None else lengths.setdefault(key, len(value))
         if len(value) != wanted:
             raise ValueError(f"{where} has {len(value)} values for {wanted} {axis.rstrip('*')}")

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from emlens._files import read_json
+from emlens._reading import read_json
 from emlens._runs import Parts
+from emlens._types import checked_fields
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel, Scaled, adapter_norms
@@ -87,7 +88,8 @@ class AsymmetrySettings:
         """Read what `to_dict` gave, from JSON as well.
 
         Raises:
-            ValueError: If a setting does not exist; those that do are listed.
+            ValueError: If a setting does not exist (those that do are listed), or is of another
+                type.
         """
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(record) - set(known))
@@ -95,7 +97,7 @@ class AsymmetrySettings:
             raise ValueError(
                 f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(known)}"
             )
-        return cls(**{k: _frozen(v) for k, v in record.items()})
+        return cls(**checked_fields(cls, record))
 
 
 @dataclass(frozen=True)
@@ -321,9 +323,18 @@ def read_trials(
                     LogOdds.load(at / "log_odds.json"),
                     Efficiency.load(at / "efficiency.json"),
                     Stability.load(at / "stability.json"),
-                    read_json(at / "influence.json"),
+                    _influence(at / "influence.json"),
                 )
             )
+    return found
+
+
+def _influence(path: Path) -> dict[str, list[float]]:
+    found = read_json(path, dict)
+    for name, values in found.items():
+        numbers = isinstance(values, list) and all(isinstance(n, (int, float)) for n in values)
+        if not numbers or len(values) != len(found.get("counts", ())):
+            raise ValueError(f"{path}: {name} is no list of a number for each of its counts")
     return found
 
 
@@ -334,7 +345,3 @@ def trial_folder(folder: Path, domain: str, kind: Kind, seed: int) -> Path:
 
 def _norms(model: HookedModel, name: str) -> list[float]:
     return list(adapter_norms(model, name).values())
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens._files import read_json
+from emlens._reading import expanded, read_json
 from emlens._tensors import opened_tensors
 from emlens.directions import read_checkpoints
 from emlens.training.path import Part, TrainingPath, chosen_names, few
@@ -53,7 +53,7 @@ def read_path(
         ValueError: If a checkpoint is truncated, not finite, or differs from the first in modules,
             shapes or scale; or a chosen parameter is not there.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     found = _checkpoints(folder)
     adapters = [step for step, place in found.items() if (place / _FILE).is_file()]
     log = _log(found)
@@ -223,7 +223,10 @@ def _log(found: dict[int, Path]) -> tuple[dict, ...]:
             "is misplaced"
         )
     entries: dict[int, dict] = {}
-    for entry in state.get("log_history", ()):
+    history = state.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"{place}: log_history is no list of objects")
+    for entry in history:
         kept = {ours: entry[key] for key, ours in _LOGGED.items() if key in entry}
         if kept and "step" in entry:
             entries.setdefault(entry["step"], {"step": entry["step"]}).update(kept)

@@ -146,7 +146,7 @@ def _corpus(path: Path) -> Any:
 
 
 def _study(folder: Path) -> Any:
-    store = StudyStore(folder, settings_of(Parts(folder).settings))
+    store = StudyStore(folder, Parts(folder).settings_as(settings_of))
     return store.record("behaviour"), store.seconds()
 
 
