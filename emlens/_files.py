@@ -17,18 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 from uuid import uuid4
 
-from emlens._reading import expanded, read_json
-
-__all__ = [
-    "atomic_path",
-    "atomic_write",
-    "expanded",
-    "raise_about",
-    "read_json",
-    "sha256_of",
-    "temporary_beside",
-    "write_json",
-]
+from emlens._reading import expanded
 
 _DAY = 24 * 60 * 60.0
 _OURS = re.compile(r"\..+\.emlens-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from emlens._files import expanded, raise_about, temporary_beside
+from emlens._files import raise_about, temporary_beside
+from emlens._reading import expanded
 
 
 @contextmanager

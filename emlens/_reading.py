@@ -80,6 +80,12 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return readable(path).read_bytes()
 
 
+def read_head(path: str | os.PathLike[str], size: int) -> bytes:
+    """The first bytes of a file."""
+    with readable(path).open("rb") as file:
+        return file.read(size)
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read UTF-8, with or without a byte order mark; line ends become one newline.
 
@@ -219,8 +225,7 @@ def parsed_json(text: str, where: str, line: int | None = None) -> Any:
 
 
 def _opened(path: Path) -> TextIO:
-    with path.open("rb") as file:
-        head = file.read(8)
+    head = read_head(path, 8)
     for mark, what in _MARKS.items():
         if head.startswith(mark):
             raise ValueError(f"{path}, line 1, byte 1: this is {what}; UTF-8 text is needed")

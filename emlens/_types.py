@@ -109,8 +109,9 @@ class _Checker:
         if hint in (dict, object, Any):
             self._must(hint is not dict or isinstance(value, dict), value, "an object", where)
             return frozen(value)
-        if hint is int and isinstance(value, bool):
-            self._must(False, value, "a whole number", where)
+        if hint is int and isinstance(value, int):
+            held = not isinstance(value, bool) and abs(value) < 2**63
+            self._must(held, value, "a whole number of 64 bits", where)
         names = {int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
         return self._must(isinstance(value, hint), value, names.get(hint, hint.__name__), where)
 
@@ -191,6 +192,8 @@ def _check_axis(
     axis, *rest = axes
     required, axis = required and not axis.endswith("?"), axis.rstrip("?")
     along = getattr(made, axis) if axis in made.__dataclass_fields__ else None
+    if along is not None and any(one != one for one in along):
+        raise ValueError(f"{axis} has NaN, which is no place for {where}")
     if isinstance(value, Mapping):
         known = (
             set(along) if along is not None else lengths.setdefault(f"keys of {axis}", set(value))

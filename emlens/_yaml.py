@@ -58,6 +58,11 @@ def read_yaml(path: str | os.PathLike[str], kind: type[dict] | type[list], what:
     return value
 
 
+def yaml_text(value: dict) -> str:
+    """Plain values as YAML, in their order."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
 class _Found(Exception):
     def __init__(self, mark: yaml.Mark, what: str) -> None:
         super().__init__(what)

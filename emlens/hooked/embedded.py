@@ -80,9 +80,11 @@ def cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "emlens"
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "emlens" / "Cache"
+        return (
+            (expanded(local) if local else Path.home() / "AppData" / "Local") / "emlens" / "Cache"
+        )
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "emlens"
+    return (expanded(base) if base else Path.home() / ".cache") / "emlens"
 
 
 def gguf_file() -> Path | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from emlens._files import sha256_of
-from emlens._reading import read_jsonl
+from emlens._reading import expanded, read_jsonl
 from emlens.text import Conversation, content_hash
 
 Dataset = str | Path | Iterable[Conversation]
@@ -74,7 +74,7 @@ def examples(dataset: Dataset) -> Iterator[Example]:
         TypeError: If something is no conversation.
     """
     if isinstance(dataset, (str, Path)):
-        path = Path(dataset)
+        path = expanded(dataset)
         for row, (number, record) in enumerate(read_jsonl(path)):
             found = _conversation(record, f"{path}, line {number}")
             yield _checked(Example(row, found.id or f"line {number}", found), f"{path}, ")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from emlens._reading import read_json
+from emlens._reading import expanded, read_json
 from emlens._runs import SETTINGS, Parts
 from emlens.directions import Directions
 from emlens.study.settings import StudySettings
@@ -36,7 +36,7 @@ class StudyStore:
         *,
         restart: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder = folder = expanded(folder)
         self.settings = settings
         self.stages = folder / "stages"
         self.stages.mkdir(parents=True, exist_ok=True)

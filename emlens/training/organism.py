@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import write_json
+from emlens._files import atomic_write, write_json
 from emlens._folders import recovered, whole_folder
 from emlens._reading import expanded, read_json
 from emlens.directions import Directions
@@ -89,7 +89,7 @@ class Organism:
             if self.weights is not None and self.config is not None:
                 # tied weights are written twice, as safetensors has to have it
                 plain = {name: tensor.clone().contiguous() for name, tensor in self.weights.items()}
-                (new / _WEIGHTS).write_bytes(save(plain, metadata={"format": "pt"}))
+                atomic_write(new / _WEIGHTS, save(plain, metadata={"format": "pt"}))
                 config = deepcopy(self.config)
                 config.inference_mode = True
                 config.save_pretrained(str(new))

@@ -227,6 +227,9 @@ def _log(found: dict[int, Path]) -> tuple[dict, ...]:
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise ValueError(f"{place}: log_history is no list of objects")
     for entry in history:
+        if type(entry.get("step", 0)) is not int:
+            raise ValueError(f"{place}: step is {entry['step']!r:.40}, not a whole number")
+    for entry in history:
         kept = {ours: entry[key] for key, ours in _LOGGED.items() if key in entry}
         if kept and "step" in entry:
             entries.setdefault(entry["step"], {"step": entry["step"]}).update(kept)

@@ -25,6 +25,7 @@ WRONG = (
     None, True, -1, 0, 1.5, 10**400, 1e999, -1e999, float("nan"), "", "x", "1", "07", "\ud800",
     [], {}, [[]], [None], {"a": 1}, 2**50, -0.5, "resid_post", [1, 2, 3],
 )  # fmt: skip
+INSTEAD = ("missing", "folder", "pipe", "loop")
 DEEP = '{"a":' * 3000 + "1" + "}" * 3000
 WORDS = (b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 2**50), struct.pack("<Q", 2**31), b"\x7f" * 4)
 
@@ -249,14 +250,12 @@ def of_store(data: bytes, random_: random.Random) -> bytes:
         return path.read_bytes()
 
 
-def in_place_of(path: Path, random_: random.Random) -> str:
+def in_place_of(path: Path, way: str) -> None:
     """Something else where the file was."""
     path.unlink()
-    way = random_.choice(("missing", "folder", "pipe", "loop"))
     if way == "folder":
         path.mkdir()
     elif way == "pipe":
         os.mkfifo(path)
     elif way == "loop":
         path.symlink_to(path.name)
-    return way

@@ -21,7 +21,8 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -53,24 +54,27 @@ def outcomes(cases: int, seed: int = 0) -> tuple[Counter[tuple[str, str]], list[
         kinds = readers(places[0])
         for number, (name, reader) in enumerate(kinds.items()):
             share = cases // len(kinds) + (number < cases % len(kinds))
-            for case, (kind, said) in enumerate(_child(name, reader, places[1], share, seed)):
+            damages = [partial(_at_random, reader, f"{name} {seed} {n}") for n in range(share)]
+            for case, (kind, said) in enumerate(_child(name, reader, places[1], damages)):
                 counts[name, kind] += 1
                 if kind not in ("clear", "right"):
                     faults.append(f"{kind}: {name}, case {case} of seed {seed}: {said}")
     return counts, faults
 
 
-def _child(name: str, reader: Reader, place: Path, cases: int, seed: int) -> list[tuple[str, str]]:
-    """Run the cases of a reader in a process of its own, which may take only so much memory."""
+def _child(
+    name: str, reader: Reader, place: Path, damages: Sequence[Callable[[Path], object]]
+) -> list[tuple[str, str]]:
+    """Damage the file and read it, in a process of its own that may take only so much memory."""
     found: list[tuple[str, str]] = []
-    while len(found) < cases:
+    while len(found) < len(damages):
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe(duplex=False)
-        work = (name, reader, place, range(len(found), cases), seed, theirs)
+        work = (reader, place, damages[len(found) :], theirs)
         process = context.Process(target=_work, args=work)
         process.start()
         theirs.close()
-        while len(found) < cases:
+        while len(found) < len(damages):
             if not ours.poll(2 * SECONDS):
                 found.append(("hanging", "the process had to be killed"))
                 break
@@ -81,7 +85,7 @@ def _child(name: str, reader: Reader, place: Path, cases: int, seed: int) -> lis
                 found.append(("hungry", f"the process died ({process.exitcode})"))
                 break
             if isinstance(said, str):
-                raise RuntimeError(f"{name}, case {len(found)} of seed {seed} was not made: {said}")
+                raise RuntimeError(f"case {len(found)} of {name} was not made: {said}")
             found.append(said)
         process.kill()
         process.join()
@@ -89,7 +93,7 @@ def _child(name: str, reader: Reader, place: Path, cases: int, seed: int) -> lis
 
 
 def _work(
-    name: str, reader: Reader, place: Path, cases: range, seed: int, pipe: Connection
+    reader: Reader, place: Path, damages: Sequence[Callable[[Path], object]], pipe: Connection
 ) -> None:
     try:
         # what is imported on the way is no memory of the file's
@@ -99,8 +103,8 @@ def _work(
         signal.signal(signal.SIGALRM, _too_long)
         warnings.simplefilter("ignore")
         sys.stderr = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
-        for case in cases:
-            pipe.send(_outcome(reader, place, random.Random(f"{name} {seed} {case}")))
+        for damaged in damages:
+            pipe.send(_outcome(reader, place, damaged))
     except Exception:
         pipe.send(traceback.format_exc())
     pipe.close()
@@ -114,17 +118,10 @@ def _copied(reader: Reader, place: Path) -> Path:
     return whole
 
 
-def _outcome(reader: Reader, place: Path, random_: random.Random) -> tuple[str, str]:
+def _outcome(reader: Reader, place: Path, damaged: Callable[[Path], object]) -> tuple[str, str]:
     whole = _copied(reader, place)
     path = whole / reader.inside if reader.inside else whole
-    data = path.read_bytes()
-    draw = random_.random()
-    if draw < 0.05:
-        damage.in_place_of(path, random_)
-    elif reader.damages and draw < 0.6:
-        path.write_bytes(random_.choice(reader.damages)(data, random_))
-    else:
-        path.write_bytes(damage.of_bytes(data, random_))
+    damaged(path)
     size = path.stat().st_size if path.is_file() else 0
     before = _peak(reset=True)
     kind, said = _read(reader, whole, path)
@@ -132,6 +129,19 @@ def _outcome(reader: Reader, place: Path, random_: random.Random) -> tuple[str, 
     if kind in ("clear", "right") and taken > TIMES * size + FREE:
         return "hungry", f"{taken:,} bytes for a file of {size:,} ({kind}; {said})"
     return kind, said
+
+
+def _at_random(reader: Reader, drawn: str, path: Path) -> None:
+    """One damage, the same for the same words."""
+    random_ = random.Random(drawn)
+    data = path.read_bytes()
+    draw = random_.random()
+    if draw < 0.05:
+        damage.in_place_of(path, random_.choice(damage.INSTEAD))
+    elif reader.damages and draw < 0.6:
+        path.write_bytes(random_.choice(reader.damages)(data, random_))
+    else:
+        path.write_bytes(damage.of_bytes(data, random_))
 
 
 def _peak(reset: bool = False) -> int:
@@ -178,7 +188,7 @@ def _too_long(*_: object) -> None:
 
 def _account(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {str(error)[:160]} ({Path(last.filename).name}:{last.lineno})"
+    return f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
 
 
 def lines_of(counts: Counter[tuple[str, str]]) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 
 import emlens
 from emlens import Directions
+from emlens._reading import expanded
 from emlens._runs import Parts
 from emlens._store import Store, read
 from emlens.directions import read_directions
@@ -68,7 +69,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     directions, training = FILES / "directions", FILES / "training"
     adapter, vector = FILES / "organisms" / "adapter", FILES / "organisms" / "vector"
     answers, steps, study = FILES / "answers", whole["steps"], FILES / "study"
-    expected = _provenance(training / "checkpoint-vector.safetensors")
+    expected, shapes = _provenance(training / "checkpoint-vector.safetensors")
     return results | {
         "directions": Reader(directions / "probe.safetensors", Directions.load, _described, safe),
         "gguf": Reader(directions / "control.gguf", read_directions, _described, head),
@@ -77,7 +78,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "path": Reader(training / "path.safetensors", TrainingPath.load, repr, safe),
         "checkpoint": Reader(
             training / "checkpoint-vector.safetensors",
-            lambda path: load_checkpoint(path, expected),
+            lambda path: load_checkpoint(path, expected, shapes),
             lambda kept: kept and _run(kept.run),
             safe,
         ),
@@ -146,14 +147,21 @@ def _corpus(path: Path) -> Any:
 
 
 def _study(folder: Path) -> Any:
+    folder = expanded(folder)
     store = StudyStore(folder, Parts(folder).settings_as(settings_of))
     return store.record("behaviour"), store.seconds()
 
 
-def _provenance(path: Path) -> Provenance:
+def _provenance(path: Path) -> tuple[Provenance, dict[str, torch.Size]]:
     data = path.read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return Provenance.from_dict(json.loads(header["__metadata__"]["emlens"])["provenance"])
+    record = json.loads(header.pop("__metadata__")["emlens"])
+    shapes = {
+        name.removeprefix("parameter|"): torch.Size(declared["shape"])
+        for name, declared in header.items()
+        if name.startswith("parameter|")
+    }
+    return Provenance.from_dict(record["provenance"]), shapes
 
 
 def _written(folder: Path) -> dict[str, Path]:

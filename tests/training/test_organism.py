@@ -8,7 +8,7 @@ from peft import PeftModel
 
 import emlens
 from emlens import Directions, train_vector
-from emlens._files import read_json
+from emlens._reading import read_json
 from emlens.text import content_hash, pack, tokenize
 from emlens.training import Organism, train_adapter
 from tests.support.data import conversations, pairs

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._reading import expanded
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
@@ -148,7 +149,7 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     from emlens.hooked.adapter_kinds import check_alpha
     from emlens.hooked.attach import check_weights
 
-    name = name or Path(folder).expanduser().resolve().name
+    name = name or expanded(folder).resolve().name
     config, state = read_adapter(name, str(folder))
     products: dict[str, dict[str, Tensor]] = {}
     for key, weight in state.items():
