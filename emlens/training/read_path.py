@@ -203,7 +203,7 @@ def _scale(config: dict[str, Any], module: str) -> float:
 
 def _gradient(place: Path) -> Tensor | None:
     path = place / _GRADIENTS
-    if not path.is_file():
+    if not path.exists():
         return None
     with opened_tensors(path) as file:
         return file.get_tensor("steering_vector")
@@ -212,7 +212,7 @@ def _gradient(place: Path) -> Tensor | None:
 def _log(found: dict[int, Path]) -> tuple[dict, ...]:
     """What the last checkpoint with a log says; the entries of one step are put together."""
     step, place = max(
-        ((s, p / _LOG) for s, p in found.items() if (p / _LOG).is_file()), default=(0, None)
+        ((s, p / _LOG) for s, p in found.items() if (p / _LOG).exists()), default=(0, None)
     )
     if place is None:
         return ()

@@ -29,9 +29,8 @@ def test_a_folder_a_pipe_a_loop_and_nothing_in_place_of_a_file_are_said_at_once(
         damages = [partial(damage.in_place_of, way=way) for way in damage.INSTEAD]
         found = files._child(name, kinds[name], place, damages)
         for way, (kind, said) in zip(damage.INSTEAD, found, strict=True):
-            # a run has no checkpoint yet; a log beside the weights need not be there
-            none = way == "missing" or (way == "loop" and name == "checkpoint")
-            free = none and (kinds[name].inside or name == "checkpoint")
+            # where there is nothing: a run may have no checkpoint yet, weights no log beside them
+            free = way in ("missing", "loop") and name in ("checkpoint", "steps' log")
             assert kind == "clear" or (free and kind == "right"), f"{name}, {way}: {kind}, {said}"
 
 

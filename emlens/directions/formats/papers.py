@@ -149,7 +149,7 @@ def _base(path: Path) -> str | None:
     above = path.parent.parent
     for folder in (path.parent, *([above.parent] if above.name == "checkpoints" else [])):
         config = folder / _CONFIG
-        record = read_json(config, dict) if config.is_file() else {}
+        record = read_json(config, dict) if config.exists() else {}
         base = record.get("base_model") or record.get("base_model_name_or_path")
         if base:
             if norms_what_it_adds(str(base)):
