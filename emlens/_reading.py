@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -166,7 +165,7 @@ def read_csv(
     import csv
 
     path = expanded(path)
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = csv.reader((line for _, line in read_lines(path)), strict=True)
     try:
         names = next(rows, [])
         if not names or len(set(names)) < len(names):
