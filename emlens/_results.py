@@ -115,5 +115,8 @@ def _built(value: Any) -> Any:
     del held["kind"]
     made = _KINDS[kind](**checked_fields(_KINDS[kind], held))
     check_axes(made, made.AXES)
+    seed = getattr(made, "seed", 0)
+    if isinstance(seed, int) and seed < 0:
+        raise ValueError(f"seed is {seed}, not a whole number from 0")
     made._verify()
     return made

@@ -135,7 +135,9 @@ class Organism:
             ValueError: If it does not fit the model, or the model has another of that name.
         """
         if self.directions is not None:
-            return [Add(self.directions, where=self.run.settings.get("where", "all"))]
+            edits = [Add(self.directions, where=self.run.settings.get("where", "all"))]
+            model.edits_in_force(edits)  # refuses a layer or a width that is not the model's
+            return edits
         if self.config is None or self.weights is None:
             raise ValueError(f"organism {self.name!r} has neither a vector nor an adapter")
         if self.name not in model.adapters:

@@ -4,7 +4,8 @@
 
 clear: an error of emlens that names the file. right: it is read, and what was read can be used.
 unclear: another's error, or one without the file's name. silent: it is read, and its use fails.
-hanging: no answer in ten seconds. hungry: more than ten times the file, and 32 MB, in memory.
+hanging: no answer in ten seconds of the processor, or a minute of waiting.
+hungry: it takes more memory than ten times the file, and 32 MB besides.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _child(
         process.start()
         theirs.close()
         while len(found) < len(damages):
-            if not ours.poll(2 * SECONDS):
+            if not ours.poll(6 * SECONDS):
                 found.append(("hanging", "the process had to be killed"))
                 break
             try:
@@ -100,7 +101,7 @@ def _work(
         reader.use(reader.read(_copied(reader, place)))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEGABYTES * 2**20,) * 2)
-        signal.signal(signal.SIGALRM, _too_long)
+        signal.signal(signal.SIGPROF, _too_long)
         warnings.simplefilter("ignore")
         sys.stderr = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
         for damaged in damages:
@@ -153,7 +154,7 @@ def _peak(reset: bool = False) -> int:
 
 
 def _read(reader: Reader, whole: Path, damaged: Path) -> tuple[str, str]:
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         found = reader.read(whole)
         try:
@@ -175,7 +176,7 @@ def _read(reader: Reader, whole: Path, damaged: Path) -> tuple[str, str]:
         named = any(path.name in str(error) for path in (whole, damaged))
         return "clear" if ours and told and named else "unclear", _account(error)
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 class _TooLong(BaseException):
@@ -187,7 +188,7 @@ def _too_long(*_: object) -> None:
 
 
 def _account(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    *_, last = (f for f in traceback.extract_tb(error.__traceback__) if f.name != "_too_long")
     return f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
 
 
