@@ -10,6 +10,7 @@ from typing import cast
 
 from emlens._files import sha256_of
 from emlens._reading import expanded, read_jsonl
+from emlens._types import checked_row
 from emlens.text import Conversation, content_hash
 
 Dataset = str | Path | Iterable[Conversation]
@@ -163,8 +164,8 @@ def kept_rows(
     found = []
     for record, example in zip(records, block, strict=False):
         try:
-            one = Scored(**record)
-        except TypeError as error:
+            one = checked_row(Scored, record, "a score")
+        except ValueError as error:
             raise ValueError(f"{path} holds a row that is not a score ({error})") from error
         if (one.row, one.hash) != (example.row, example.hash):
             raise ValueError(

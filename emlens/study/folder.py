@@ -54,7 +54,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), **package_versions()}
         kept = folder / VERSIONS
-        runs = [] if restart or not kept.exists() else read_json(kept, list)
+        runs = [] if restart or not kept.exists() else _runs(kept)
         run = {"made by": made_by, "versions": versions}
         if run not in runs:
             runs.append(run)
@@ -81,6 +81,14 @@ class RunFolder:
             *(f"  {name:<{width}}  {what}" for name, what in files.items()),
         ]
         return "\n".join(lines) + "\n"
+
+
+def _runs(path: Path) -> list[dict]:
+    runs = read_json(path, list)
+    for run in runs:
+        if not isinstance(run, dict) or not isinstance(run.get("made by"), str):
+            raise ValueError(f"{path}: {run!r:.60} names no command under 'made by'")
+    return runs
 
 
 def config_text(config: Mapping, title: str = "") -> str:

@@ -315,7 +315,8 @@ def read_trials(
 ) -> list[tuple[LogOdds, Efficiency, Stability, dict]]:
     """The results of the finished trials of a domain and a kind, by seed."""
     found, start = [], f"{domain}-{kind}-"
-    places = {int(at.name.removeprefix(start)): at for at in folder.glob(f"trials/{start}*")}
+    seeds = {at.name.removeprefix(start): at for at in folder.glob(f"trials/{start}*")}
+    places = {int(seed): at for seed, at in seeds.items() if seed.isdecimal()}
     for _, at in sorted(places.items()):
         if (at / "influence.json").exists():
             found.append(
@@ -326,14 +327,23 @@ def read_trials(
                     _influence(at / "influence.json"),
                 )
             )
+            one, other = found[0][3], found[-1][3]
+            if one["counts"] != other["counts"] or one.keys() != other.keys():
+                raise ValueError(
+                    f"{at / 'influence.json'} is of other documents or conditions than those of "
+                    "the seeds before; delete it, and the trial goes on"
+                )
     return found
 
 
 def _influence(path: Path) -> dict[str, list[float]]:
     found = read_json(path, dict)
+    missing = {*SOLUTIONS, "counts"} - set(found)
+    if missing:
+        raise ValueError(f"{path} has no {min(missing)}; delete it, and the trial goes on")
     for name, values in found.items():
         numbers = isinstance(values, list) and all(isinstance(n, (int, float)) for n in values)
-        if not numbers or len(values) != len(found.get("counts", ())):
+        if not numbers or len(values) != len(found["counts"]):
             raise ValueError(f"{path}: {name} is no list of a number for each of its counts")
     return found
 

@@ -16,6 +16,7 @@ import torch
 import emlens
 from emlens import Directions
 from emlens._reading import expanded
+from emlens._results import Result
 from emlens._runs import Parts
 from emlens._store import Store, read
 from emlens.directions import read_directions
@@ -25,7 +26,8 @@ from emlens.evals import Responses, Scores, load_questions
 from emlens.evals.inspect.config import ModelConfig
 from emlens.evals.scores import _read_labels
 from emlens.measures import InfluenceProfile, Monitor
-from emlens.study.folder import read_config
+from emlens.study import read_asymmetries, read_paths
+from emlens.study.folder import STUDY, read_config
 from emlens.study.settings import settings_of
 from emlens.study.store import StudyStore
 from emlens.text import corpus, load_conversations, load_pairs
@@ -68,6 +70,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     }
     directions, training = FILES / "directions", FILES / "training"
     adapter, vector = FILES / "organisms" / "adapter", FILES / "organisms" / "vector"
+    trials = FILES / "asymmetries"
     answers, steps, study = FILES / "answers", whole["steps"], FILES / "study"
     expected, shapes = _provenance(training / "checkpoint-vector.safetensors")
     return results | {
@@ -94,6 +97,15 @@ def readers(folder: Path) -> dict[str, Reader]:
         "papers' steps": Reader(
             directions, read_path, repr, torch_, "checkpoints/checkpoint-10/steering_vector.pt"
         ),
+        "asymmetries": Reader(trials, read_asymmetries, _tabled, json_, "settings.json"),
+        "trial's influence": Reader(
+            trials, read_asymmetries, _tabled, json_, "trials/finance-vector-1/influence.json"
+        ),
+        "trial's log-odds": Reader(
+            trials, read_asymmetries, _tabled, json_, "trials/finance-vector-1/log_odds.json"
+        ),
+        "paths": Reader(trials, read_paths, repr, json_, "paths/finance/trajectory.json"),
+        "versions": Reader(study, _again, repr, json_, "versions.json"),
         "study": Reader(study, _study, repr, json_, "settings.json"),
         "stage": Reader(study, _study, repr, json_, "stages/behaviour.json"),
         "config": Reader(study / "config.yaml", read_config, repr, yaml),
@@ -144,6 +156,14 @@ def _columns(folder: Path) -> Directions:
 
 def _corpus(path: Path) -> Any:
     return corpus(path, min_characters=1)
+
+
+def _tabled(result: Result) -> Any:
+    return result.table()
+
+
+def _again(folder: Path) -> None:
+    STUDY.write(folder, {"a": 1}, "another command")
 
 
 def _study(folder: Path) -> Any:
