@@ -187,13 +187,14 @@ def _check_axis(
     above: tuple[object, ...],
     required: bool,
 ) -> None:
-    if not axes or (len(value) == 0 and not required):
+    if not axes:
+        return
+    empty = not above and len(value) == 0
+    if empty and not required:
         return
     axis, *rest = axes
     required, axis = required and not axis.endswith("?"), axis.rstrip("?")
     along = getattr(made, axis) if axis in made.__dataclass_fields__ else None
-    if along is not None and any(one != one for one in along):
-        raise ValueError(f"{axis} has NaN, which is no place for {where}")
     if isinstance(value, Mapping):
         known = (
             set(along) if along is not None else lengths.setdefault(f"keys of {axis}", set(value))
@@ -204,7 +205,7 @@ def _check_axis(
             raise ValueError(f"{where} has {what} {axis}")
         items: Any = value.items()
     else:
-        if along is None and len(value) == 0:
+        if along is None and empty:
             return  # left empty, it says nothing of the others
         key = (axis, above[:1]) if axis.endswith("*") else axis
         wanted = len(along) if along is not None else lengths.setdefault(key, len(value))

@@ -159,7 +159,7 @@ def test_a_result_of_ragged_parts_comes_back_as_it_was(tmp_path):
             {"a": [1, 2**64], "b": [1, 2, 3]},
             r"steps\.a\[1\] is .*, not a whole number",
         ),
-        ("levels", [NAN, 0.5], "levels has NaN, which is no place for curve"),
+        ("scores", {"b": []}, r"scores\['b'\] has 0 values for 3 steps"),
         ("rows", [{"name": "a"}], r"rows\[0\] is .*, not an object with name, seeds"),
         ("rows", [{"name": "a", "seeds": "1"}], r"rows\[0\]\.seeds is '1', not a list"),
         ("rows", [], "rows is empty; one is needed"),

@@ -251,6 +251,8 @@ def check_kept(tensors: Mapping[str, Tensor], record: Mapping) -> None:
     columns |= {key: len(tensors[key]) for key in ("vectors", "weights")}
     if len(set(columns.values())) > 1 or tensors["vectors"].ndim != 2:
         raise ValueError(f"its columns are not of one number: {columns}")
+    if not all(isinstance(name, str) for name in record["names"]):
+        raise ValueError(f"names {record['names']!r:.60} are not all text")
     if not all(type(layer) is int and layer >= 0 for layer in record["layers"]):
         raise ValueError(f"layers {record['layers']} are not whole numbers from 0")
     for key, lowest in {"offset": -math.inf, "max_false_alarms": 0}.items():
