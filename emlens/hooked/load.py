@@ -83,8 +83,8 @@ def load(
     _check_engine(engine)
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
-    if expanded(name).exists():
-        name = expanded(name)
+    if str(name).startswith("~"):
+        name = str(expanded(name))
     source, label = name, _label(name)
     if str(name) == EMBEDDED_MODEL:
         source, label = embedded_model_path(), EMBEDDED_MODEL

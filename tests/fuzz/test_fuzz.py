@@ -12,6 +12,10 @@ from tests.fuzz import damage, files
 from tests.fuzz.readers import Reader, readers
 
 
+NEED_NOT_BE_THERE = {"checkpoint", "steps' log", "trial's influence", "paths", "versions"}
+"""Without them a run begins anew, a trial is not finished, and nothing is known beside weights."""
+
+
 def test_every_damaged_file_is_refused_by_name_or_read_and_usable():
     counts, faults = files.outcomes(cases=300, seed=7)
     assert not faults, "\n".join(faults)
@@ -29,8 +33,7 @@ def test_a_folder_a_pipe_a_loop_and_nothing_in_place_of_a_file_are_said_at_once(
         damages = [partial(damage.in_place_of, way=way) for way in damage.INSTEAD]
         found = files._child(name, kinds[name], place, damages)
         for way, (kind, said) in zip(damage.INSTEAD, found, strict=True):
-            # where there is nothing: a run may have no checkpoint yet, weights no log beside them
-            free = way in ("missing", "loop") and name in ("checkpoint", "steps' log")
+            free = way in ("missing", "loop") and name in NEED_NOT_BE_THERE
             assert kind == "clear" or (free and kind == "right"), f"{name}, {way}: {kind}, {said}"
 
 
