@@ -310,9 +310,11 @@ class Trial:
         return {**{name: kl[name].tolist() for name in SOLUTIONS}, "counts": counts.tolist()}
 
 
-def read_trials(
-    folder: Path, domain: str, kind: Kind
-) -> list[tuple[LogOdds, Efficiency, Stability, dict]]:
+Results = tuple[LogOdds, Efficiency, Stability, dict]
+"""Those of a trial."""
+
+
+def read_trials(folder: Path, domain: str, kind: Kind) -> list[Results]:
     """The results of the finished trials of a domain and a kind, by seed."""
     found, start = [], f"{domain}-{kind}-"
     seeds = {at.name.removeprefix(start): at for at in folder.glob(f"trials/{start}*")}
@@ -327,13 +329,32 @@ def read_trials(
                     _influence(at / "influence.json"),
                 )
             )
-            one, other = found[0][3], found[-1][3]
-            if one["counts"] != other["counts"] or one.keys() != other.keys():
-                raise ValueError(
-                    f"{at / 'influence.json'} is of other documents or conditions than those of "
-                    "the seeds before; delete it, and the trial goes on"
-                )
+            _compare(found[-1], found[0], at)
     return found
+
+
+def _compare(trial: Results, first: Results, at: Path) -> None:
+    """Refuse a trial that cannot be pooled with the first one."""
+    odds, efficiency, stability, influence = trial
+    named = {
+        "log_odds": ({"base", *SOLUTIONS} - {*odds.conditions}, odds.ids, first[0].ids),
+        "efficiency": ({*SOLUTIONS} - {*efficiency.directions}, efficiency.counts, first[1].counts),
+        "stability": ({*SOLUTIONS} - {*stability.directions}, 0, 0),
+        "influence": (set(), influence["counts"], first[3]["counts"]),
+    }
+    for name, (missing, own, others) in named.items():
+        if missing:
+            raise ValueError(f"{at / name}.json has no {min(missing)}; delete it to go on with it")
+        if own != others:
+            raise ValueError(
+                f"{at / name}.json is of other texts than that of the seeds before; delete it to "
+                "go on with it"
+            )
+    if influence.keys() != first[3].keys():
+        raise ValueError(
+            f"{at / 'influence.json'} has other conditions than that of the seeds before; delete "
+            "it to go on with it"
+        )
 
 
 def _influence(path: Path) -> dict[str, list[float]]:
@@ -341,9 +362,10 @@ def _influence(path: Path) -> dict[str, list[float]]:
     missing = {*SOLUTIONS, "counts"} - set(found)
     if missing:
         raise ValueError(f"{path} has no {min(missing)}; delete it, and the trial goes on")
+    size = len(found["counts"]) if isinstance(found["counts"], list) else None
     for name, values in found.items():
         numbers = isinstance(values, list) and all(isinstance(n, (int, float)) for n in values)
-        if not numbers or len(values) != len(found["counts"]):
+        if not numbers or len(values) != size:
             raise ValueError(f"{path}: {name} is no list of a number for each of its counts")
     return found
 

@@ -104,6 +104,12 @@ def readers(folder: Path) -> dict[str, Reader]:
         "trial's log-odds": Reader(
             trials, read_asymmetries, _tabled, json_, "trials/finance-vector-1/log_odds.json"
         ),
+        "trial's efficiency": Reader(
+            trials, read_asymmetries, _tabled, json_, "trials/finance-vector-1/efficiency.json"
+        ),
+        "trial's stability": Reader(
+            trials, read_asymmetries, _tabled, json_, "trials/finance-adapter-0/stability.json"
+        ),
         "paths": Reader(trials, read_paths, repr, json_, "paths/finance/trajectory.json"),
         "versions": Reader(study, _again, repr, json_, "versions.json"),
         "study": Reader(study, _study, repr, json_, "settings.json"),
