@@ -8,16 +8,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?= runs/demo
 # Two processes of one thread each: threads of one process wait for each other on a busy machine.
 WORKERS ?= 2
+# Of `make fuzz`: how many, and which.
+CASES ?= 5000
+SEED ?= 0
 SOURCES := emlens tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo assets test lint format bench tutorials docs clean
+.PHONY: help setup demo assets test fuzz lint format bench tutorials docs clean
 
 help:
 	@echo "make setup     create .venv with all that emlens and its checks need; the others do it, too"
 	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
 	@echo "make assets    run the demo and copy its figures to where the README shows them"
 	@echo "make test      lint, types and tests, the real model and pages in Chromium included"
+	@echo "make fuzz      read thousands of damaged files (CASES=5000) and count how each reading ends"
 	@echo "make lint      ruff and pyright only"
 	@echo "make format    let ruff format and fix what it can"
 	@echo "make bench     run the benchmarks"
@@ -56,6 +60,10 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Each line prints its outcomes and fails where one is unclear, silent, hanging or hungry.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.files --cases $(CASES) --seed $(SEED)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))

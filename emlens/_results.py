@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from emlens._door import guard_methods
-from emlens._files import expanded, read_json, write_json
+from emlens._files import write_json
+from emlens._reading import expanded, read_json
 from emlens._types import check_axes, checked_fields
 
 if TYPE_CHECKING:
@@ -67,6 +68,13 @@ class Result:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def _verify(self) -> None:
+        """Refuse what types and `AXES` let pass and the methods could not use.
+
+        Raises:
+            ValueError: If there is such a thing; it is named.
+        """
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         _KINDS[cls.__name__] = guard_methods(cls)
@@ -109,4 +117,8 @@ def _built(value: Any) -> Any:
     del held["kind"]
     made = _KINDS[kind](**checked_fields(_KINDS[kind], held))
     check_axes(made, made.AXES)
+    seed = getattr(made, "seed", 0)
+    if isinstance(seed, int) and seed < 0:
+        raise ValueError(f"seed is {seed}, not a whole number from 0")
+    made._verify()
     return made

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emlens._arguments import NOT_NEGATIVE, POSITIVE, number, whole, wholes
 from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
 from emlens.directions.provenance import Provenance
 from emlens.directions.vectors import checked_evidence, checked_vectors, cosine, nonzero
 from emlens.hooked import Site, SiteName, check_site
@@ -259,7 +260,7 @@ class Directions:
         from emlens.directions.files import load_directions
         from emlens.directions.formats.read import read_directions
 
-        path = Path(path)
+        path = expanded(path)
         return read_directions(path) if path.suffix in (".gguf", ".pt") else load_directions(path)
 
     def push_to_hub(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emlens._door import guarded
-from emlens._tables import read_table
+from emlens._reading import expanded, read_csv
 from emlens.text import Conversation
 
 if TYPE_CHECKING:
@@ -56,8 +56,11 @@ def select_answers(
     """
     import pandas as pd
 
-    given = isinstance(answers, pd.DataFrame)
-    table, where = (answers, "the answers") if given else (read_table(answers), str(answers))
+    if isinstance(answers, pd.DataFrame):
+        table, where = answers, "the answers"
+    else:
+        table = pd.DataFrame([row for _, row in read_csv(answers)])
+        where = str(expanded(answers))
     question, response, aligned, coherent = (
         table[_column(table, names, where)].tolist() for names in _NAMES
     )

@@ -39,6 +39,10 @@ class SubspaceOverlap(Result):
     angles: tuple[tuple[float, ...], ...]
     chance: tuple[float, ...]
 
+    def _verify(self) -> None:
+        if not all(self.angles):
+            raise ValueError("angles has a layer without an angle; two subspaces have at least one")
+
     def table(self) -> pd.DataFrame:
         """One row per layer."""
         import pandas as pd

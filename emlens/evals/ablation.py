@@ -47,6 +47,13 @@ class Ablation(Result):
     effect: Effect
     direction: str
 
+    def _verify(self) -> None:
+        for name in (BASE, ORGANISM):
+            if name not in self.effect.conditions:
+                raise ValueError(
+                    f"effect.conditions has no {name!r}, which the others are compared with"
+                )
+
     def left(self, condition: str) -> Interval:
         """Share of the organism's effect that is left, in percent.
 

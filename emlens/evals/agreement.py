@@ -43,6 +43,10 @@ class Agreement(Result):
     threshold: float = ALIGNED
     seed: int = 0
 
+    def _verify(self) -> None:
+        if len(self.pairs) < 3:
+            raise ValueError(f"pairs has {len(self.pairs)} values; three or more are needed")
+
     @property
     def correlation(self) -> Interval:
         """Spearman's rank correlation; NaN where one of the two gave every answer one score."""

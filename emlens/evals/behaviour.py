@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from emlens._door import check_fields, guard_methods
+from emlens._reading import expanded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio
 from emlens.evals.questions import Question
@@ -228,7 +229,7 @@ class JudgedRate:
             self.questions,
             conditions,
             n=self.n,
-            store=None if self.store is None else Path(self.store) / "responses.sqlite",
+            store=None if self.store is None else expanded(self.store) / "responses.sqlite",
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             progress=False,
@@ -237,7 +238,7 @@ class JudgedRate:
             answers,
             self.judge,
             [self.metric, "coherent"],
-            store=None if self.store is None else Path(self.store) / "scores.sqlite",
+            store=None if self.store is None else expanded(self.store) / "scores.sqlite",
             progress=False,
         )
         found = rates(

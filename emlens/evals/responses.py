@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from emlens._door import guard_methods, guarded
-from emlens._store import Store, read
+from emlens._reading import expanded
+from emlens._store import Store, read_rows
+from emlens._types import checked_row
 from emlens.evals.questions import Question, check_names
 from emlens.hooked import Condition, Conditions, HookedModel, conditions_of
 
@@ -75,12 +77,9 @@ class Response:
         """Read one that was kept.
 
         Raises:
-            ValueError: If a field is missing or unknown.
+            ValueError: If a field is missing, unknown, or of another type.
         """
-        try:
-            return cls(**record)
-        except TypeError as error:
-            raise ValueError(f"not a response of emlens: {error}") from error
+        return checked_row(cls, record, "a response")
 
 
 @guard_methods
@@ -148,7 +147,7 @@ class Responses:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no store of responses, or damaged (the line is named).
         """
-        return cls(tuple(map(Response.from_dict, read(path, "responses"))), Path(path))
+        return cls(read_rows(path, "responses", Response.from_dict), expanded(path))
 
 
 @guarded

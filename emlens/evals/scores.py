@@ -14,7 +14,8 @@ from emlens._door import guard_methods, guarded
 from emlens._kinds import made_with
 from emlens._reading import expanded, read_csv
 from emlens._results import titled_table
-from emlens._store import Store, read
+from emlens._store import Store, read_rows
+from emlens._types import checked_row
 from emlens.evals.responses import Response, Responses
 from emlens.text import without_thinking
 
@@ -71,12 +72,9 @@ class Score:
         """Read one that was kept.
 
         Raises:
-            ValueError: If a field is missing or unknown.
+            ValueError: If a field is missing, unknown, or of another type.
         """
-        try:
-            return cls(**record)
-        except TypeError as error:
-            raise ValueError(f"not a score of emlens: {error}") from error
+        return checked_row(cls, record, "a score")
 
 
 class Judge(Protocol):
@@ -165,7 +163,7 @@ class Scores:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no store of scores, or damaged (the line is named).
         """
-        return cls(tuple(map(Score.from_dict, read(path, "scores"))), Path(path))
+        return cls(read_rows(path, "scores", Score.from_dict), expanded(path))
 
 
 @guarded

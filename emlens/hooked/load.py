@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
@@ -84,6 +85,8 @@ def load(
     _check_engine(engine)
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
+    if str(name).startswith("~"):
+        name = str(expanded(name))
     source, label = name, _label(name)
     if str(name) == EMBEDDED_MODEL:
         source, label = embedded_model_path(), EMBEDDED_MODEL
@@ -243,4 +246,4 @@ def _check_decoder(
 
 def _label(name: str | Path) -> str:
     """A folder goes by its last part, so that no path of a machine lands in a file."""
-    return Path(name).name if Path(name).exists() else str(name)
+    return expanded(name).name if expanded(name).exists() else str(name)

@@ -100,6 +100,16 @@ class Influence(Result):
     token_kl: dict[str, Values] = field(default_factory=dict)
     acting: dict[str, str] = field(default_factory=dict)
 
+    def _verify(self) -> None:
+        members = [name for group in self.groups.values() for name in group]
+        strange = {*self.controls, *self.fixed, *members} - set(self.directions)
+        if strange:
+            raise ValueError(f"{min(strange)!r} is none of the directions")
+        if not all(self.groups.values()):
+            raise ValueError("groups has one without members")
+        if self.acting and BASE not in self.acting:
+            raise ValueError(f"acting has no {BASE!r}, which all is compared with")
+
     def divergence(self, direction: str, dose: float) -> Interval:
         """Mean KL in nats per token, with its interval over documents."""
         return self._ratio(self._kl(direction)[self._place(dose)])

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
 from emlens._results import Result
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
@@ -320,7 +321,7 @@ class Monitor:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: vectors, weights and the held-out scores; atomic."""
-        path = Path(path)
+        path = expanded(path)
         path = path if path.suffix else path.with_suffix(".safetensors")
         tensors = {
             "vectors": self.readout.vectors,
@@ -351,8 +352,9 @@ class Monitor:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds no monitor, or the model is not the one it was fitted on.
         """
-        tensors, record = read_tensors(Path(path), KIND)
-        with whole_record(Path(path), KIND):
+        path = expanded(path)
+        tensors, record = read_tensors(path, KIND)
+        with whole_record(path, KIND):
             found = cls._of(tensors, record)
         return found if model is None else found.on(model)
 

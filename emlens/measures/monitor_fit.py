@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -254,11 +254,21 @@ def check_kept(tensors: Mapping[str, Tensor], record: Mapping) -> None:
     columns |= {key: len(tensors[key]) for key in ("vectors", "weights")}
     if len(set(columns.values())) > 1 or tensors["vectors"].ndim != 2:
         raise ValueError(f"its columns are not of one number: {columns}")
+    if not all(isinstance(name, str) for name in record["names"]):
+        raise ValueError(f"names {record['names']!r:.60} are not all text")
     if not all(type(layer) is int and layer >= 0 for layer in record["layers"]):
         raise ValueError(f"layers {record['layers']} are not whole numbers from 0")
-    for key in ("offset", "max_false_alarms"):
-        if not isinstance(record[key], (int, float)) or not math.isfinite(record[key]):
-            raise ValueError(f"{key} is {record[key]!r:.40}, not a finite number")
+    for key, lowest in {"offset": -math.inf, "max_false_alarms": 0}.items():
+        value = record[key]
+        youden = key == "max_false_alarms" and value is None
+        number = isinstance(value, (int, float)) and math.isfinite(value) and value >= lowest
+        if not youden and not number:
+            raise ValueError(f"{key} is {value!r:.40}, not a finite number in its range")
     for key, kind in {"model": str, "rule": str, "choice": dict, "record": dict}.items():
         if not isinstance(record[key], kind):
             raise ValueError(f"{key} is {record[key]!r:.40}")
+    seed, tokens = record["record"]["seed"], record["record"]["tokens"]
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed is {seed!r:.40}, not a whole number from 0")
+    if tokens not in get_args(TokenMask):
+        raise ValueError(f"tokens is {tokens!r:.40}, none of {', '.join(get_args(TokenMask))}")

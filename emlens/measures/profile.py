@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
 from emlens._runs import check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Direction, Provenance
@@ -114,7 +115,7 @@ class InfluenceProfile:
             corpus,
             settings,
             token_budget=token_budget,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint=None if checkpoint is None else expanded(checkpoint),
             every=checkpoint_every,
             progress=progress,
         )
@@ -296,7 +297,7 @@ class InfluenceProfile:
             "corpora": [list(pair) for pair in self.corpora],
             "skipped": self.skipped,
         }
-        return write_tensors(Path(path), KIND, self.sums.tensors(), record)
+        return write_tensors(expanded(path), KIND, self.sums.tensors(), record)
 
     @classmethod
     def load(cls, path: str | Path) -> InfluenceProfile:
@@ -306,7 +307,7 @@ class InfluenceProfile:
             FileNotFoundError: If there is no such file.
             ValueError: If it is truncated, of another kind, or does not hold together.
         """
-        path = Path(path)
+        path = expanded(path)
         tensors, record = read_tensors(path, KIND)
         try:
             settings = PassSettings.from_dict(record["settings"])

@@ -175,6 +175,12 @@ class Spectrum(Result):
     sample_rank: float
     corpus: str
 
+    def _verify(self) -> None:
+        if len(self.held_out) > len(self.eigenvalues):
+            raise ValueError(
+                f"held_out has {len(self.held_out)} values for {len(self.eigenvalues)} eigenvalues"
+            )
+
     def table(self) -> pd.DataFrame:
         """One row per rank."""
         values = np.asarray(self.eigenvalues)

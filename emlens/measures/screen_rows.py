@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import cast
 
 from emlens._files import sha256_of
-from emlens._reading import read_jsonl
+from emlens._reading import expanded, read_jsonl
+from emlens._types import checked_row
 from emlens.text import Conversation, content_hash
 from emlens.text.datasets import messages_of
 
@@ -76,7 +77,7 @@ def examples(dataset: Dataset, what: str = "") -> Iterator[Example]:
         TypeError: If something is no conversation.
     """
     if isinstance(dataset, (str, Path)):
-        path = Path(dataset)
+        path = expanded(dataset)
         for row, (number, record) in enumerate(read_jsonl(path)):
             found = _conversation(record, f"{path}, line {number}")
             yield _checked(Example(row, found.id or f"line {number}", found), f"{path}, ")
@@ -165,8 +166,8 @@ def kept_rows(
     found = []
     for record, example in zip(records, block, strict=False):
         try:
-            one = Scored(**record)
-        except TypeError as error:
+            one = checked_row(Scored, record, "a score")
+        except ValueError as error:
             raise ValueError(f"{path} holds a row that is not a score ({error})") from error
         if (one.row, one.hash) != (example.row, example.hash):
             raise ValueError(

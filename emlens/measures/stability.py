@@ -14,7 +14,7 @@ from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
 from emlens.hooked import BASE, Condition, HookedModel
-from emlens.measures.grids import place_on
+from emlens.measures.grids import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     Axes,
@@ -76,6 +76,9 @@ class Stability(Result):
     kinds: dict[str, str] = field(default_factory=dict)
     noise: str = "random"
     acting: dict[str, str] = field(default_factory=dict)
+
+    def _verify(self) -> None:
+        checked_grid(self.epsilons, "epsilons")
 
     def gain(self, direction: str) -> float:
         """How much the untouched solution lowers the loss, nats per token."""

@@ -62,6 +62,9 @@ class WeightNoise(Result):
     disturbed: tuple[tuple[tuple[float, ...], ...], ...]
     acting: dict[str, str] = field(default_factory=dict)
 
+    def _verify(self) -> None:
+        checked_grid(self.epsilons, "epsilons")
+
     def gain(self, direction: str) -> float:
         """How much a solution lowers the loss of the undisturbed model, nats per token."""
         self._check(direction)

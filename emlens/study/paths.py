@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emlens._door import guarded
+from emlens._reading import expanded
 from emlens._runs import Parts
 from emlens.hooked import HookedModel, load
 from emlens.study.asymmetries import keep_settings
@@ -76,7 +77,7 @@ def run_paths(
         ValueError: If the folder was made with other settings, seed, weights or records, or there
             is no such domain.
     """
-    out, chosen = Path(out), settings or AsymmetrySettings()
+    out, chosen = expanded(out), settings or AsymmetrySettings()
     if model is not None:
         chosen = replace(chosen, model=model.name)
     hooked = model or load(chosen.model)
@@ -105,7 +106,7 @@ def run_paths(
 @guarded
 def read_paths(out: str | Path) -> list[SolutionPaths]:
     """The finished ones of a folder, none if there are none."""
-    found = sorted((Path(out) / _FOLDER).glob(f"*/{_TRAJECTORY}"))
+    found = sorted((expanded(out) / _FOLDER).glob(f"*/{_TRAJECTORY}"))
     return [_read(path.parent) for path in found]
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from emlens._door import guard_methods, guarded
 from emlens._files import write_json
+from emlens._reading import expanded
 from emlens._results import titled_table
 from emlens._runs import Parts
 from emlens.directions.provenance import package_versions
@@ -108,7 +109,7 @@ def run_study(
     if model is not None:
         chosen = replace(chosen, model=model.name)
     hooked = model or load(chosen.model)
-    store = StudyStore(Path(out), chosen, identities(hooked), restart=restart)
+    store = StudyStore(expanded(out), chosen, identities(hooked), restart=restart)
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(hooked, chosen, StudyData.of(chosen), store, progress)
     # the base of the study is the model as it was brought
@@ -128,10 +129,10 @@ def rebuild_report(folder: str | Path) -> StudyResult:
         FileNotFoundError: If the folder holds no study.
         ValueError: If the study is not finished; what is missing is named.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if not (folder / SETTINGS).is_file() or not (folder / "stages").is_dir():
         raise FileNotFoundError(f"{folder} holds no study; run one into it first")
-    store = StudyStore(folder, settings_of(Parts(folder).settings))
+    store = StudyStore(folder, Parts(folder).settings_as(settings_of))
     missing = [name for name in STAGES if not store.finished(name)]
     if missing:
         raise ValueError(

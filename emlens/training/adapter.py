@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
@@ -107,7 +108,7 @@ def train_adapter(
                 Recording(
                     every=record_every,
                     gradients=record_gradients,
-                    checkpoint=None if checkpoint is None else Path(checkpoint),
+                    checkpoint=None if checkpoint is None else expanded(checkpoint),
                     checkpoint_every=checkpoint_every,
                 ),
                 (prefix_budget, log_prob_budget),

@@ -246,7 +246,10 @@ class Loop:
 
     def _resumed(self, optimiser: torch.optim.Optimizer) -> _Progress | None:
         where = self.recording.checkpoint
-        kept = None if where is None else load_checkpoint(where, self.provenance)
+        if where is None:
+            return None
+        shapes = {name: p.shape for name, p in self.trainable.parameters.items()}
+        kept = load_checkpoint(where, self.provenance, shapes)
         if kept is None:
             return None
         self._load(kept.parameters)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guard_methods
+from emlens._reading import expanded
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens._types import checked_fields
 from emlens.directions import Direction, Directions, Provenance
@@ -164,7 +165,7 @@ class TrainingRun:
         }
         tensors = {f"{_STATE}{name}": value for name, value in self.states.items()}
         tensors |= {f"{_GRADIENT}{name}": value for name, value in self.gradients.items()}
-        return write_tensors(Path(path), KIND, tensors, record)
+        return write_tensors(expanded(path), KIND, tensors, record)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingRun:
@@ -174,8 +175,9 @@ class TrainingRun:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is truncated or of another kind.
         """
-        tensors, record = read_tensors(Path(path), KIND)
-        with whole_record(Path(path), KIND):
+        path = expanded(path)
+        tensors, record = read_tensors(path, KIND)
+        with whole_record(path, KIND):
             states, gradients = _named(tensors, _STATE), _named(tensors, _GRADIENT)
             return cls.of_record(record, states, gradients)
 

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from emlens._distributed import alone
 from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.hooked import (
     HookedModel,
@@ -125,7 +126,7 @@ def train_vector(
         recording = Recording(
             every=record_every,
             gradients=record_gradients,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint=None if checkpoint is None else expanded(checkpoint),
             checkpoint_every=checkpoint_every,
         )
         watched = None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
@@ -90,7 +91,7 @@ def train_weights(
         warn_of_overlap(train, kl.conversations)
     recording = Recording(
         every=None,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint=None if checkpoint is None else expanded(checkpoint),
         checkpoint_every=checkpoint_every,
     )
     with model.frozen(), model.adapter(None):

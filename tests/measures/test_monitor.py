@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 import emlens
 from emlens import Conversation, Direction, Directions, Pair, mean_diff
+from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Provenance
 from emlens.measures import Monitor, Roc, transfer_auroc
 from emlens.measures.held_out import HeldOut, length_slope
@@ -211,6 +212,50 @@ def test_save_and_load_keep_scores_and_figures(planted, tmp_path):
     assert loaded.record == monitor.record and loaded.choice == monitor.choice
     roc = monitor.roc()
     assert Roc.load(roc.save(tmp_path / "roc.json")).auroc == roc.auroc
+
+
+def test_a_monitor_by_youdens_rule_is_kept_as_well(planted, tmp_path):
+    monitor = Monitor.fit(planted, axis(), planted_pairs(), max_false_alarms=None)
+    assert Monitor.load(monitor.save(tmp_path / "m")).table().equals(monitor.table())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("record", {"seed": ""}, "seed is '', not a whole number"),
+        ("record", {"tokens": "words"}, "tokens is 'words', none of"),
+        ("slope", float("nan"), "slope is nan, not a finite number"),
+        ("longer", 1, "longer is 1, neither true nor false"),
+        (
+            "held_out.groups",
+            torch.full((20,), 2**40),
+            "held_out.groups has numbers that",
+        ),
+        (
+            "held_out.tokens",
+            torch.zeros(20, dtype=torch.int64),
+            "held_out.tokens has a",
+        ),
+        ("held_out.truth", torch.ones(20, dtype=torch.bool), "held_out.truth knows one side only"),
+        (
+            "held_out.scores",
+            torch.ones(20, dtype=torch.int64),
+            "held_out.scores has shape",
+        ),
+    ],
+)
+def test_a_monitor_that_cannot_be_is_refused_by_file_and_name(
+    planted, tmp_path, part, change, message
+):
+    path = Monitor.fit(planted, axis(), planted_pairs()).save(tmp_path / "m.safetensors")
+    tensors, kept = read_tensors(path, "monitor")
+    if part in tensors:
+        tensors[part] = change
+    else:
+        kept[part] = {**kept[part], **change} if part == "record" else change
+    write_tensors(path, "monitor", tensors, kept)
+    with pytest.raises(ValueError, match=rf"m\.safetensors holds no whole monitor: {message}"):
+        Monitor.load(path)
 
 
 def test_a_monitor_refuses_another_model(planted, hooked_llama, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from emlens import Conversation, Direction, KLPenalty, train_vector
 from emlens.training import (
@@ -174,3 +176,18 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path):
     (tmp_path / "c").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="c is not a readable safetensors file"):
         vector_run(tmp_path / "c", epochs=1)
+
+
+@pytest.mark.parametrize("name", ["parameter|", "moment|", "best|"])
+def test_a_checkpoint_with_smaller_tensors_is_refused_and_not_spread_over_the_parameters(
+    tmp_path, name
+):
+    path, watched = tmp_path / "c", {"epochs": 1, "validation": HELD_OUT, "patience": 1}
+    vector_run(path, **watched)
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.startswith(name) and not key.endswith("/step"))
+    with safe_open(path, framework="pt") as file:
+        kept = file.metadata()
+    save_file({**tensors, key: tensors[key].flatten()[:1].clone()}, path, metadata=kept)
+    with pytest.raises(ValueError, match="holds no whole training checkpoint: .* has shape"):
+        vector_run(path, **watched)

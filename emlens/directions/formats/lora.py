@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
@@ -151,7 +152,7 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     from emlens.hooked.adapter_kinds import check_alpha
     from emlens.hooked.attach import check_weights
 
-    name = name or Path(folder).expanduser().resolve().name
+    name = name or expanded(folder).resolve().name
     config, state = read_adapter(name, str(folder))
     products: dict[str, dict[str, Tensor]] = {}
     for key, weight in state.items():

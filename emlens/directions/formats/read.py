@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from emlens._door import guarded
-from emlens._reading import expanded, readable
+from emlens._reading import expanded, read_head, readable
 from emlens.directions.direction import Directions
 from emlens.directions.files import load_directions, save_directions
 from emlens.directions.formats import lora, papers
@@ -204,9 +204,8 @@ def _names(folder: Path) -> list[str]:
 def _sniffed(path: Path) -> Format:
     if path.is_dir() or path.name in (lora.FILE, lora.CONFIG):
         return "peft"
-    path = readable(path)
-    with path.open("rb") as file:
-        head = file.read(9)
+    path = expanded(path)
+    head = read_head(path, 9)
     if head[:4] == b"GGUF":
         return "gguf"
     if head[8:9] == b"{":
