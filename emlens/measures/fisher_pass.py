@@ -84,6 +84,8 @@ class PassSettings:
         Raises:
             ValueError: If a setting is missing, or of another type; it is named.
         """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"settings is {record!r:.60}, not an object")
         known = {item.name for item in fields(cls)}
         return cls(**checked_fields(cls, {k: v for k, v in record.items() if k in known}))
 

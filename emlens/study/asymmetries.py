@@ -210,7 +210,12 @@ def _pooled(
     data = TrialData.of(domain, settings)
     rows: dict[str, tuple[Interval, list[float]]] = {}
     odds = [trial[0] for trial in trials]
-    n_inside = len(data.inside)
+    n_inside, n_outside = len(data.inside), len(data.outside)
+    if len(odds[0].ids) != n_inside + n_outside or not n_inside or not n_outside:
+        raise ValueError(
+            f"the trials of {domain!r} have {len(odds[0].ids)} pairs, but {SETTINGS} says "
+            f"{n_inside} inside and {n_outside} outside; bring back the one they were made with"
+        )
     shifts = {}
     for name in (*SOLUTIONS, BENIGN, RANDOM):
         with_it = [scores for scores in odds if name in scores.conditions]
