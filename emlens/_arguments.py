@@ -52,7 +52,7 @@ lags
 """
 _NOT_NEGATIVE = """
 warmup weight_decay skip_first min_characters prefix_budget log_prob_budget sample_bytes budget
-controls randoms temperature factors norms displacements weights min_move tolerance
+controls randoms temperature factors norms displacements weights min_move tolerance floor
 paraphrase hits
 """
 _POSITIVE = "lr clip alpha regularisation kl_weight low high"
@@ -64,7 +64,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(_POSITIVE.split(), POSITIVE),
     **dict.fromkeys(_SCORES.split(), SCORE),
     **dict.fromkeys(("flag_share", "held_out", "level"), PART),
-    **dict.fromkeys(("floor", "epsilon", "epsilons"), SHARE),
+    **dict.fromkeys(("epsilon", "epsilons"), SHARE),
     "max_false_alarms": Limits(least=0, below=1),
     "seed": NOT_NEGATIVE,
     "share": Limits(least=0, below=1),

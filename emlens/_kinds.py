@@ -116,7 +116,12 @@ def check_of(annotation: Any, limits: Limits = ANY) -> Check | None:
     if origin in _MANY and arguments:
         return _check_of_many(origin, arguments[0], limits)
     if origin in (Mapping, dict):
-        return partial(mapping, check_of(arguments[0]), check_of(arguments[1], limits))
+        value = arguments[1]
+        # an entry may be an empty list, where an argument may not
+        loose = get_origin(value) in _MANY and get_args(value)[0] is str
+        made = _MADE.get(get_origin(value), list)
+        read = partial(many, made, str, text) if loose else check_of(value, limits)
+        return partial(mapping, check_of(arguments[0]), read)
     if origin is Callable:
         return _callable
     if not isinstance(annotation, type) or annotation is object or is_typeddict(annotation):
@@ -177,6 +182,7 @@ def _check_of_union(parts: Sequence[Any], limits: Limits) -> Check | None:
     else:
         if {str, Path} <= set(wanted):  # two ways to write one thing
             wanted = (*(part for part in wanted if part not in (str, Path)), str | Path)
+        wanted = _one_mapping(wanted)
         checks = [check_of(part, limits) for part in wanted]
         known = [one for one in checks if one is not None]
         check = (
@@ -185,6 +191,16 @@ def _check_of_union(parts: Sequence[Any], limits: Limits) -> Check | None:
     if check is None or types.NoneType not in parts:
         return check
     return partial(_or_none, check)
+
+
+def _one_mapping(parts: Sequence[Any]) -> tuple[Any, ...]:
+    """Several types of dicts as one, whose values may be of any of their types."""
+    dicts = [part for part in parts if get_origin(part) in (Mapping, dict)]
+    if len(dicts) < 2:
+        return tuple(parts)
+    values = Union[tuple(get_args(part)[1] for part in dicts)]  # noqa: UP007
+    rest = (part for part in parts if part not in dicts)
+    return (*rest, Mapping[get_args(dicts[0])[0], values])
 
 
 def _any_of(checks: Sequence[Check], words: str, name: str, value: Any) -> Any:
@@ -206,13 +222,18 @@ def _check_of_many(origin: Any, item: Any, limits: Limits) -> Check:
         return partial(_limited, _LISTS[item][0], limits)
     if item is str:
         return texts
-    made = {tuple: tuple, Iterable: _streamed}.get(origin, list)
-    return partial(many, made, item, check_of(item, limits))
+    return partial(many, _MADE.get(origin, list), item, check_of(item, limits))
 
 
 def _streamed(items: Iterable[Any]) -> Iterable[Any]:
     """What may be longer than memory is checked as it is read."""
     return items
+
+
+_MADE: dict[Any, Callable[[Iterable[Any]], Any]] = {
+    **{kind: kind for kind in (tuple, set, frozenset)},
+    Iterable: _streamed,
+}
 
 
 def many(

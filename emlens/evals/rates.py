@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._arguments import NOT_NEGATIVE
 from emlens._door import guarded
 from emlens._results import Result, titled_table
 from emlens._stats import RESAMPLES, Interval, bootstrap_ratio
@@ -336,7 +337,7 @@ def rates(
     )
 
 
-@guarded
+@guarded(n=NOT_NEGATIVE)
 def wilson(hits: int, n: int) -> Interval:
     """Wilson's 95% interval of a share; NaN where nothing was counted."""
     if n == 0:

@@ -132,8 +132,8 @@ ConditionLike: TypeAlias = (
 )
 """What users may write for a condition; `condition_of` says what each means."""
 
-Conditions: TypeAlias = Mapping[str, ConditionLike]
-"""Named conditions."""
+Conditions: TypeAlias = Mapping[Any, ConditionLike]
+"""Named conditions; a name that is not text, such as a step, is shown as text."""
 
 K = TypeVar("K", bound=Hashable)
 

@@ -121,8 +121,10 @@ class Conditioned:
         They act before those of the call. A call of `model.module` itself is not edited.
         """
         before = self._edits
-        lists = [item if isinstance(item, (list, tuple)) else [item] for item in edits]
-        self._edits = (*before, *self._checked([edit for item in lists for edit in item]))
+        given: list[Any] = []
+        for item in edits:
+            given += item if isinstance(item, (list, tuple)) else [item]
+        self._edits = (*before, *self._checked(given))
         try:
             yield self
         finally:

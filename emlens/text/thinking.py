@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from emlens._door import guarded
 from emlens.text.conversation import Message
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -16,9 +15,14 @@ _LEADING = re.compile(rf"\s*(?:(?!{OPEN}).)*?{CLOSE}\s*|\s*{OPEN}.*?{CLOSE}\s*",
 _PART = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}\s*|\Z)", re.DOTALL)
 
 
-@guarded
 def without_thinking(text: str) -> str:
-    """An answer without its thinking parts; thinking that has no end leaves nothing after it."""
+    """An answer without its thinking parts; thinking that has no end leaves nothing after it.
+
+    Raises:
+        TypeError: If it is no text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be text, not {shown(text)}")
     found = _LEADING.match(text)
     return _PART.sub("", text[found.end() :] if found else text)
 
