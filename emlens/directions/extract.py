@@ -103,8 +103,9 @@ def mean_diff(
         tokens.
 
     Raises:
-        ValueError: If a set is empty, a setting is unknown, or an activation is not finite (the
-            conversation is named).
+        ValueError: If a set is empty or has no tokens that count, or a setting is unknown.
+        NonFiniteError: If an activation is not finite; condition, conversation and layer are
+            named.
     """
     counting = Counting(
         tokens=tokens,

@@ -189,6 +189,7 @@ def respond(
     Raises:
         ValueError: If there are no questions, two share a name, a setting is out of range, or the
             store is another file.
+        NonFiniteError: If logits are not finite; what was answered before is kept.
 
     Example:
         >>> questions = load_questions("general")

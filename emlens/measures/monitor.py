@@ -180,15 +180,14 @@ class Monitor:
         fitted, truth = data.fitted(held_out, seed), data.truth
         reading, own = {"tokens": tokens, "token_budget": token_budget}, None
         if directions is None:
-            sides = (data.items_of(fitted & side) for side in (truth, ~truth))
+            sides, how = data.sides_of(fitted), {"seed": seed, "progress": progress, **reading}
             with repeats_told():
-                directions = own = mean_diff(model, *sides, seed=seed, progress=progress, **reading)
+                directions = own = mean_diff(model, *sides, **how)
         else:
             warn_of_leak(directions, data)
         columns = readout_of(model, directions, data.items_of(fitted), **reading)
-        values, counts = columns.read(
-            model, data.conversations, progress=progress, description="monitor", **reading
-        )
+        reading |= {"progress": progress, "description": "monitor"}
+        values, counts = columns.read(model, data.conversations, **reading)
         choice = areas(values[fitted], truth[fitted], data.keys_of(fitted), seed)
         if own is not None and own.auroc:
             # these directions have seen the fitted part; their own figures are cross-fitted

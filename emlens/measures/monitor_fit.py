@@ -57,6 +57,10 @@ class Labelled:
     def items_of(self, chosen: Bool[np.ndarray, " n"]) -> list[Conversation]:
         return [self.conversations[i] for i in np.flatnonzero(chosen)]
 
+    def sides_of(self, chosen: Bool[np.ndarray, " n"]) -> tuple[list[Conversation], ...]:
+        """Those that are misaligned, and those that are not."""
+        return tuple(self.items_of(chosen & side) for side in (self.truth, ~self.truth))
+
     def keys_of(self, chosen: Bool[np.ndarray, " n"]) -> list[str]:
         return [self.keys[i] for i in np.flatnonzero(chosen)]
 

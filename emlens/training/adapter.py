@@ -76,7 +76,8 @@ def train_adapter(
             that an adapter of that name does not have. After this and any other error but the
             last, the model has no new adapter.
         NotImplementedError: If a new adapter is asked for on a `TransformerBridge`.
-        TrainingStopped: If a loss is not finite. The adapter keeps its last good state.
+        NonFiniteError: If the model's own passes are not finite.
+        TrainingStopped: If training leaves what is finite. The adapter keeps its last good state.
 
     Example:
         >>> run = emlens.train_adapter(model, conversations, "finance", layers=[15], epochs=3)

@@ -94,9 +94,10 @@ def train_vector(
         What is really added (at scale 1), a `Direction` if it is one layer, and the record.
 
     Raises:
-        ValueError: If a set is empty, a layer, site or setting does not exist, or the checkpoint
-            is of another run.
-        TrainingStopped: If a loss is not finite; it names the batch and carries the run so far.
+        ValueError: If a set is empty, a layer, site or setting does not exist, a text or `initial`
+            does not fit the model, or the checkpoint is of another run.
+        NonFiniteError: If the model's own passes are not finite.
+        TrainingStopped: If training leaves what is finite; it carries the run so far.
 
     Example:
         >>> general, run = emlens.train_vector(model, conversations, layer=15, epochs=3)

@@ -66,7 +66,8 @@ def train_weights(
             predictions on the KL set do not fit into the budget.
         NotImplementedError: If the model is a `TransformerBridge`, which runs on copies of some
             weights.
-        TrainingStopped: If a loss is not finite. The weights keep their last good state.
+        NonFiniteError: If the model's own passes are not finite.
+        TrainingStopped: If training leaves what is finite. The weights keep their last good state.
 
     Example:
         >>> run = train_weights(model, conversations, epochs=1, gradient_checkpointing=True)

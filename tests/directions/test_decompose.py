@@ -117,7 +117,7 @@ def test_a_direction_that_is_a_row_of_the_unembedding_promotes_its_token(hooked)
         ),
         (
             lambda m: promoted_tokens(m, planted()["d0"]),
-            "the directions have width 48, tiny-llama has 32",
+            "a direction has width 48, but tiny-llama has d_model 32",
         ),
         (
             lambda m: promoted_tokens(m, Direction.of(torch.zeros(32), 1)),

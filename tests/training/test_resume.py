@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from emlens import Conversation, Direction, KLPenalty, train_vector
+from emlens import Conversation, Direction, Directions, KLPenalty, train_vector
+from emlens.directions import Provenance
 from emlens.training import (
     NormPenalty,
     ProjectionPenalty,
@@ -134,6 +135,9 @@ def test_the_best_vector_is_the_one_returned():
     assert torch.equal(run.states["vector.1"][-1], run.states["vector.1"][at_best])
 
 
+START = Directions({n: torch.ones(32) for n in (1, 2)}, "resid_post", Provenance("given"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -142,7 +146,7 @@ def test_the_best_vector_is_the_one_returned():
         ({"layers": [1]}, "layers"),
         ({"settings": VectorSettings(weight_decay=0.1)}, "weight_decay"),
         ({"penalties": [NormPenalty(1.0)]}, "penalties"),
-        ({"initial": Direction.of(torch.ones(32), 1)}, "start"),
+        ({"initial": START}, "start"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused_with_what_differs(change, words, tmp_path):
