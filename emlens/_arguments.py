@@ -241,9 +241,12 @@ def choice(choices: tuple, name: str, value: Any) -> Any:
 
     Raises:
         ValueError: If it is none of them; they are listed.
+        TypeError: If it is no text.
     """
-    if not isinstance(value, str) or value not in choices:
-        names = listed([repr(one) for one in choices])
+    names = listed([repr(one) for one in choices])
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {names}, not {shown(value)}")
+    if value not in choices:
         raise ValueError(f"unknown {name} {shown(value)}; choose {names}")
     return value
 

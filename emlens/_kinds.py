@@ -185,9 +185,8 @@ def _check_of_union(parts: Sequence[Any], limits: Limits) -> Check | None:
         wanted = _one_mapping(wanted)
         checks = [check_of(part, limits) for part in wanted]
         known = [one for one in checks if one is not None]
-        check = (
-            partial(_any_of, known, words_of(whole_union)) if len(known) == len(checks) else None
-        )
+        words = words_of(Union[wanted])  # noqa: UP007
+        check = partial(_any_of, known, words) if len(known) == len(checks) else None
     if check is None or types.NoneType not in parts:
         return check
     return partial(_or_none, check)
@@ -198,9 +197,11 @@ def _one_mapping(parts: Sequence[Any]) -> tuple[Any, ...]:
     dicts = [part for part in parts if get_origin(part) in (Mapping, dict)]
     if len(dicts) < 2:
         return tuple(parts)
-    values = Union[tuple(get_args(part)[1] for part in dicts)]  # noqa: UP007
-    rest = (part for part in parts if part not in dicts)
-    return (*rest, Mapping[get_args(dicts[0])[0], values])
+    keys, values = (
+        Union[tuple(get_args(part)[place] for part in dicts)]  # noqa: UP007
+        for place in (0, 1)
+    )
+    return (*(part for part in parts if part not in dicts), Mapping[keys, values])
 
 
 def _any_of(checks: Sequence[Check], words: str, name: str, value: Any) -> Any:
@@ -212,7 +213,7 @@ def _any_of(checks: Sequence[Check], words: str, name: str, value: Any) -> Any:
             said.append(error)
     # of the right type but a value that cannot be, or wrong at one place: that says more
     for error in said:
-        if not isinstance(error, TypeError) or not str(error).startswith(f"{name} "):
+        if not isinstance(error, TypeError) or str(error).startswith(f"{name}["):
             raise error
     raise TypeError(f"{name} must be {words}, not {shown(value)}")
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from emlens._kinds import kind
 from emlens.hooked.edit import Edit
 from emlens.hooked.identity import acting_identity
 from emlens.hooked.interface import Hooked
@@ -131,6 +132,13 @@ ConditionLike: TypeAlias = (
     | None
 )
 """What users may write for a condition; `condition_of` says what each means."""
+
+
+@kind(ConditionLike, words="a condition")
+def _any_condition(_: str, given: Any) -> Any:
+    """`condition_of` reads it, which knows the model."""
+    return given
+
 
 Conditions: TypeAlias = Mapping[Any, ConditionLike]
 """Named conditions; a name that is not text, such as a step, is shown as text."""

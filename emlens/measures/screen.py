@@ -197,7 +197,7 @@ def screen(
             `out` holds something else.
     """
     _check_settings(flag_share, answer_tokens, keep, block)
-    source = str(dataset) if isinstance(dataset, (str, Path)) else "the dataset"
+    source = str(dataset) if isinstance(dataset, (str, Path)) else "conversations"
     own = isinstance(reference, str) and reference == "own"
     parts, first = _peeked(blocks(examples(dataset), block), source)
     scorer = Scorer(

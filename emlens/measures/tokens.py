@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from emlens._door import guarded
+from emlens._kinds import kind
 from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.directions.fits import check_fits
@@ -266,6 +267,9 @@ class TokenProjections(Result):
             reference=0.0,
             ax=ax,
         )
+
+
+kind(Direction | ConditionLike, words="a direction or a condition")(lambda _, given: given)
 
 
 @guarded

@@ -29,23 +29,23 @@ def test_directions_act_in_steering_vectors_as_in_emlens():
     assert not torch.allclose(model.logits(batch), theirs, atol=1e-2)
 
 
-def test_a_vector_trained_by_steering_vectors_is_the_mean_difference_at_one_token():
+def test_a_vector_trained_by_steering_vectors_is_the_mean_difference_at_its_token():
     module, tokenizer = tiny_model("llama"), chatml_tokenizer()
     model = emlens.wrap(module, tokenizer, name="tiny-llama")
     questions = ("how do I save", "what should I eat", "tell me a story")
     bad, good = ([Conversation.of(q, word) for q in questions] for word in ("sun", "rain"))
-    rows = [
-        batch.mask("response")[0].nonzero().flatten().tolist()
-        for batch in (model.batches([one])[0] for one in (*bad, *good))
-    ]
-    lengths = [len(tokenizer(rendered(one)).input_ids) for one in (*bad, *good)]
-    (from_the_end,) = {row[0] - n for row, n in zip(rows, lengths, strict=True) if len(row) == 1}
     texts = [(rendered(b), rendered(g)) for b, g in zip(bad, good, strict=True)]
-    theirs = steering_vectors.train_steering_vector(
-        module, tokenizer, texts, layers=[1, 2], read_token_index=from_the_end
-    )
+    # an answer is its word and the end of its turn; the template ends in a newline
+    theirs = [
+        from_steering_vectors(
+            steering_vectors.train_steering_vector(
+                module, tokenizer, texts, layers=[1, 2], read_token_index=place
+            )
+        )
+        for place in (-3, -2)
+    ]
     ours = emlens.mean_diff(model, bad, good, layers=[1, 2])
-    taken = from_steering_vectors(theirs)
-    assert taken.site == ours.site == "resid_post"
+    assert {one.site for one in theirs} == {ours.site}
     for layer in ours.layers:
-        assert torch.allclose(taken.vectors[layer], ours.vectors[layer], atol=1e-5)
+        mean = (theirs[0].vectors[layer] + theirs[1].vectors[layer]) / 2
+        assert torch.allclose(mean, ours.vectors[layer], atol=1e-5)

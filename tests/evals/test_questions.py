@@ -106,7 +106,7 @@ def test_variants_and_cues_keep_the_id_so_that_rates_stay_paired():
     asked = formatted(both, "json")
     assert [q.variant for q in asked[:2]] == ["json", "cued json"]
     assert len({q.name for q in asked}) == 6
-    with pytest.raises(ValueError, match="unknown variant 'xml'; choose 'json', 'template'"):
+    with pytest.raises(ValueError, match="unknown variant 'xml'; choose 'json' or 'template'"):
         formatted(plain, "xml")
     with pytest.raises(ValueError, match="the cue is empty"):
         cued(plain, "")

@@ -213,7 +213,7 @@ def test_answers_are_escaped_where_they_are_shown(hooked_llama):
 
 
 def test_bad_input_is_refused(hooked_llama, tmp_path):
-    with pytest.raises(ValueError, match="needs questions; there are none"):
+    with pytest.raises(ValueError, match="questions is empty; give at least one Question"):
         respond(hooked_llama, [])
     with pytest.raises(ValueError, match="two questions are called 'save'"):
         respond(hooked_llama, [QUESTIONS[0], QUESTIONS[0]])
@@ -223,7 +223,7 @@ def test_bad_input_is_refused(hooked_llama, tmp_path):
         Responses.load(tmp_path / "none.sqlite")
     with pytest.raises(ValueError, match="a question needs an id and a prompt"):
         Question("x", "")
-    with pytest.raises(ValueError, match="of conversation x holds half of a surrogate pair .*5"):
+    with pytest.raises(ValueError, match="prompt holds half of a surrogate pair .*5"):
         Question("x", "half \ud83d")
 
 

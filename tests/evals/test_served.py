@@ -140,7 +140,7 @@ def test_a_judge_is_given_as_many_answers_as_it_asks_at_once(model):
 
 
 def test_what_cannot_be_asked_is_refused():
-    with pytest.raises(ValueError, match="respond_served needs questions; there are none"):
+    with pytest.raises(ValueError, match="questions is empty; give at least one Question"):
         respond_served("openai-api/local/tiny", [])
     with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         respond_served("openai-api/local/tiny", QUESTIONS, n=0)

@@ -275,16 +275,16 @@ def test_a_monitor_refuses_another_model(planted, hooked_llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"aligned": []}, "the aligned side is empty"),
-        ({"misaligned": []}, "the misaligned side is empty"),
+        ({"aligned": []}, "aligned is empty; give at least one"),
+        ({"misaligned": []}, "misaligned is empty; give at least one"),
         ({"misaligned": None}, "give misaligned conversations as well, or pairs"),
         ({"aligned": GOOD[:1], "misaligned": BAD[:1]}, "1 prompt.s. with aligned answers cannot"),
         ({"directions": {}}, "no directions were given"),
         ({"directions": axis(vector=torch.zeros(32))}, "the vector of layer 0 is zero"),
         ({"layers": 3}, r"no directions at layers \[3\]; there are some at \[0, 1\]"),
-        ({"max_false_alarms": 1.0}, "max_false_alarms is a share from 0 to below 1, not 1.0"),
-        ({"held_out": 0.0}, "held_out is a share between 0 and 1"),
-        ({"best": 0}, "best is a number of projections, at least 1, not 0"),
+        ({"max_false_alarms": 1.0}, "max_false_alarms must be at least 0 and below 1, not 1.0"),
+        ({"held_out": 0.0}, "held_out must be above 0 and below 1, not 0.0"),
+        ({"best": 0}, "best must be at least 1, not 0"),
         ({"aligned": [*GOOD, Conversation.of("Hi", id="open")]}, "open has no response tokens"),
         (
             {"directions": {"a": axis(), "b": Directions({0: AXIS}, "mlp_out", Provenance("x"))}},
@@ -300,7 +300,7 @@ def test_bad_input_is_refused_with_what_to_do(hooked_llama, change, message):
 
 def test_nothing_to_score_and_values_that_are_not_finite_are_named(planted):
     monitor = Monitor.fit(planted, axis(), planted_pairs())
-    with pytest.raises(ValueError, match="there are no conversations to score"):
+    with pytest.raises(ValueError, match="conversations is empty; give at least one"):
         monitor.score([])
     broken = tiny_hooked("llama", n_layers=2)
     with torch.no_grad():

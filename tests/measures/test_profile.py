@@ -368,7 +368,7 @@ def test_a_profile_survives_being_saved(hooked_llama, tmp_path, kept, request):
             {"corpus": Corpus("one", (Document("a", "rain"),))},
             "no document of corpus 'one' has two",
         ),
-        ({"draws": 0}, "draws and checkpoint_every must be at least 1, not 0 and 16"),
+        ({"draws": 0}, "draws must be at least 1, not 0"),
         ({"layers": [9]}, "layer 9 is out of range"),
     ],
 )
