@@ -226,9 +226,7 @@ def choose_writers(
     Raises:
         ValueError: If it does not write into the stream, or not at one place.
     """
-    asked = (
-        None if site is None else check_site(site, ("attn_out", "mlp_out"), f"adapter {adapter!r}")
-    )
+    asked = None if site is None else check_site(site, _ELSEWHERE, f"adapter {adapter!r}")
     found: dict[Site, dict[int, str]] = {}
     for path, place in places.items():
         if place is None:

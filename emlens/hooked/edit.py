@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -97,7 +97,11 @@ def where_mask(batch: TokenBatch, where: Where) -> Bool[Tensor, "batch pos"] | N
 
 
 def check_edits(
-    edits: Sequence[Edit], model: str, sites: tuple[Site, ...], n_layers: int, d_model: int
+    edits: Sequence[Edit],
+    model: str,
+    missing: Mapping[Site, str],
+    n_layers: int,
+    d_model: int,
 ) -> None:
     """Refuse edits that a model cannot carry out.
 
@@ -114,7 +118,7 @@ def check_edits(
                 f"{type(edit).__name__} is not an edit: it needs site, layers, where and "
                 "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
             )
-        check_site(edit.site, sites, model, edit.layers)
+        check_site(edit.site, missing, model, edit.layers)
         _check_depths(edit, n_layers)
         width = getattr(edit, "d_model", d_model)
         if width != d_model:

@@ -15,7 +15,8 @@ from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
 from emlens.hooked.nnsight_engine import NNsightModel
-from emlens.hooked.wrap import Brought, shadow, unwrap
+from emlens.hooked.truth import truth_of
+from emlens.hooked.wrap import Brought, check_weights_are_there, shadow, unwrap
 from emlens.text.template import Template, settled
 
 Engine = Literal["nnsight", "transformer_lens"]
@@ -201,6 +202,8 @@ def _hook(
 ) -> HookedModel:
     hooked: HookedModel
     tokenizer = template.tokenizer
+    check_weights_are_there(brought.module, name)
+    truth = truth_of(brought.module, name) if check and brought.bridge is None else None
     if engine == "transformer_lens":
         # imported here, since it takes a second
         from emlens.hooked.transformer_lens_engine import TransformerLensModel, bridge_of
@@ -213,7 +216,7 @@ def _hook(
         hooked = NNsightModel(brought.module, tokenizer, name, revision)
     hooked._template = template
     if check:
-        self_check(hooked)
+        self_check(hooked, truth)
     return hooked
 
 

@@ -16,9 +16,11 @@ from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
-from emlens.hooked.sites import Layers, SiteName, check_layers, check_site
+from emlens.hooked.rows import by_rows
+from emlens.hooked.sites import Layers, Site, SiteName, check_layers
 from emlens.hooked.state import evaluating, frozen_weights
-from emlens.hooked.visit import Pool, Visit
+from emlens.hooked.truth import input_device
+from emlens.hooked.visit import Pool, Tap, Visit
 from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
 
 Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
@@ -53,11 +55,7 @@ class HookedModel(Conditioned, ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device that the embedding runs on."""
-        embedding: Any = self.module.get_input_embeddings()
-        if embedding.weight.is_meta:
-            # offloaded by accelerate, which brings the weights in for the time of a pass
-            return torch.device(embedding._hf_hook.execution_device)
-        return embedding.weight.device
+        return input_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,9 +68,13 @@ class HookedModel(Conditioned, ABC):
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch; never attended to, never counted."""
-        pad = self.tokenizer.pad_token_id
-        found: Any = pad if pad is not None else self.tokenizer.eos_token_id or 0
-        return int(found)
+        embedding: Any = self.module.get_input_embeddings()
+        n_tokens = getattr(embedding, "num_embeddings", self.n_vocab)
+        for found in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            # a token that was added to the tokenizer alone has no row in the embedding
+            if isinstance(found, int) and found < n_tokens:
+                return found
+        return 0
 
     # -- the interface ------------------------------------------------------------------------
 
@@ -123,10 +125,10 @@ class HookedModel(Conditioned, ABC):
             ValueError: If a layer or site does not exist.
         """
         wanted = check_layers(layers, self.n_layers)
-        at = check_site(site, self.sites, self.name, wanted)
+        at = self.check_site(site, wanted)
         visit = Visit.of(batch.to(self.device), self.edits_in_force(edits), wanted, at, pool)
         with evaluating(self.module):
-            self._run(batch.to(self.device), visit, last=max(wanted))
+            self._pass(batch.to(self.device), visit, last=max(wanted))
         return {layer: visit.read[layer] for layer in wanted}
 
     def hidden(
@@ -155,7 +157,7 @@ class HookedModel(Conditioned, ABC):
             self._check_resume(batch, active, resume)
         batch = batch.to(self.device)
         with torch.set_grad_enabled(grad), evaluating(self.module):
-            return self._run(batch, Visit.of(batch, active), last=None, resume=resume)
+            return self._pass(batch, Visit.of(batch, active), None, resume)
 
     def normalize(self, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """Return residuals after the final norm: what `unembed` takes."""
@@ -240,6 +242,24 @@ class HookedModel(Conditioned, ABC):
         """
         return deepest_prefix(self.edits_in_force(edits))
 
+    def _pass(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        """Run a batch as a whole where that gives the numbers of its rows, else row by row."""
+        run = self._run if self.architecture.norm_runs == 1 or last is not None else self._to_end
+        if self.architecture.runs_whole(batch):
+            return run(batch, visit, last, resume)
+        return by_rows(run, batch, visit, last, resume)
+
+    def _to_end(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        """A pass to the end of a model whose final norm runs elsewhere, too."""
+        end = Tap(self.n_layers - 1)
+        visit.add(end)
+        self._run(batch, visit, self.n_layers - 1, resume)
+        return self.normalize(end.seen)
+
     # -- what an engine provides --------------------------------------------------------------
 
     @abstractmethod
@@ -251,6 +271,10 @@ class HookedModel(Conditioned, ABC):
     @abstractmethod
     def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
         """Generate from a left-padded batch with `visit` at every step; token ids."""
+
+    def _lacks(self, site: Site) -> str:
+        """Why the engine cannot reach a site in every block; empty where it can."""
+        return self.architecture.missing.get(site, "") if site != "resid_mid" else ""
 
     # -- checks -------------------------------------------------------------------------------
 

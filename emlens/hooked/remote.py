@@ -83,6 +83,8 @@ class RemoteModel(HookedModel):
             norm=found.norm,
             attn_out=found.attn_out,
             mlp_out=found.mlp_out,
+            skips=found.skips,
+            returns=found.returns,
             head=next(path for path, part in module.named_modules() if part is self._head),
             soft_cap=found.soft_cap,
             logit_scale=found.logit_scale,

@@ -21,6 +21,21 @@ Pool = Callable[[Tensor], Tensor]
 Point = tuple[int, Site]
 
 
+class Tap:
+    """An edit that changes nothing and keeps the residual that it sees."""
+
+    where: Where = "all"
+
+    def __init__(self, layer: int, site: Site = "resid_post") -> None:
+        self.site: Site = site
+        self.layers: tuple[int, ...] = (layer,)
+        self.seen = torch.empty(0)
+
+    def delta(self, residual: Tensor, layer: int) -> Tensor:
+        self.seen = residual
+        return torch.zeros_like(residual)
+
+
 class Visit:
     """The points a forward pass has to stop at, and what happens at each.
 
@@ -52,9 +67,7 @@ class Visit:
         for edit in edits:
             for layer in edit.layers:
                 self.edits[layer, check_site(edit.site)].append(edit)
-        self.points: list[Point] = sorted(
-            self.reads | set(self.edits), key=lambda point: (point[0], SITES.index(point[1]))
-        )
+        self.points = _in_order(self.reads | set(self.edits))
         self.start = 0
 
     @classmethod
@@ -86,6 +99,12 @@ class Visit:
             masks[edit.where] = mask
         return cls(edits, masks)
 
+    def add(self, tap: Tap) -> None:
+        """Keep a residual as it is after the edits there are."""
+        for layer in tap.layers:
+            self.edits[layer, tap.site].append(tap)
+        self.points = _in_order(self.reads | set(self.edits))
+
     def starts_at(self, position: int) -> None:
         """Say which column of the masks the next tensors begin at (a decoding step moves it)."""
         self.start = position
@@ -108,6 +127,10 @@ class Visit:
     ) -> Float[Tensor, "batch pos d_model"]:
         """Visit `attn_out`, and `resid_mid` where `before`, the block's input, is given."""
         return at_attention(self, layer, before, contribution)
+
+
+def _in_order(points: Iterable[Point]) -> list[Point]:
+    return sorted(points, key=lambda point: (point[0], SITES.index(point[1])))
 
 
 # Written as functions of a visit's data, with nothing but torch in them: on a server, where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,12 +49,37 @@ def unwrap(model: object) -> Brought:
         )
     if _is(model, "nnsight.intervention.envoy", "Envoy"):
         return _of_nnsight(model)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
     if isinstance(model, nn.Module):
         return Brought(_bare(model), None)
     raise TypeError(
         f"cannot wrap a {kind}; give a TransformerBridge, an nnsight or nnterp model, a PEFT "
         "model or a transformers causal language model"
     )
+
+
+def check_weights_are_there(module: nn.Module, name: str) -> None:
+    """Refuse a model on the meta device that nothing brings weights for.
+
+    Raises:
+        ValueError: Naming the first weight that is missing.
+    """
+    for owner in module.modules():
+        if "_hf_hook" in owner.__dict__:
+            continue
+        for path, weight in owner.named_parameters(recurse=False):
+            if weight.is_meta and not _is_brought_in(module, owner):
+                raise ValueError(
+                    f"{name} has no weights: {path} of {type(owner).__name__} is on the meta "
+                    "device; load them with from_pretrained, or use emlens.load(..., remote=...)"
+                )
+
+
+def _is_brought_in(module: nn.Module, owner: nn.Module) -> bool:
+    """Whether a hook of accelerate above a module brings its weights in."""
+    above = (part for part in module.modules() if "_hf_hook" in part.__dict__)
+    return any(owner is part for hooked in above for part in hooked.modules())
 
 
 def shadow(module: PreTrainedModel) -> PreTrainedModel:
@@ -65,9 +91,24 @@ def shadow(module: PreTrainedModel) -> PreTrainedModel:
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in module.parameters()}
     shared |= {id(tensor): tensor for tensor in module.buffers()}
+    shared |= {id(state): state for state in _quantised_states(module)}
     offloading = [part.__dict__.get("_hf_hook") for part in module.modules()]
     shared |= {id(hook): hook for hook in offloading if hook is not None}
     return copy.deepcopy(module, shared)
+
+
+def _quantised_states(module: nn.Module) -> Iterator[Any]:
+    """What bitsandbytes keeps beside 8-bit weights, taken over from them as at a first pass.
+
+    Its layers move it there when they first run, and a second tree of modules would take it away.
+    """
+    for part in module.modules():
+        if type(part).__name__ != "Linear8bitLt" or not hasattr(part, "init_8bit_state"):
+            continue
+        layer: Any = part
+        if getattr(layer.weight, "CB", None) is not None:
+            layer.init_8bit_state()
+        yield layer.state
 
 
 def _of_bridge(bridge: Any) -> Brought:
