@@ -21,6 +21,9 @@ from emlens.text import Conversation, TokenMask
 if TYPE_CHECKING:
     import pandas as pd
 
+_ELSEWHERE: Mapping[Site, str] = dict.fromkeys(
+    ("resid_pre", "resid_mid", "resid_post"), "what it adapts adds at attn_out or mlp_out"
+)
 WRITERS = frozenset(
     {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2"}
 )

@@ -40,6 +40,7 @@ _INSIDE = re.compile(
     r"(?P<block>\d+)\.((?P<attention>self_attn|attn|attention)|mlp|block_sparse_moe|feed_forward)"
     r"\..+"
 )
+_CAP = re.compile(r"(final_|output_)?logits?_soft_?cap(ping)?")
 _ARGUMENTS = ("attention_mask", "position_ids", "use_cache")
 PARALLEL = "attention and MLP read the same input, so it is never formed"
 
@@ -68,6 +69,7 @@ class Architecture:
         skips: Whether blocks below a residual to resume from may be left out.
         returns: Length of the tuple that a block returns; 0 for a tensor.
         norm_runs: How often the final norm runs in a pass.
+        steady: Whether what follows a token leaves its logits as they are.
     """
 
     blocks: str
@@ -86,6 +88,7 @@ class Architecture:
     skips: bool = False
     returns: int = 0
     norm_runs: int = 1
+    steady: bool = True
 
     @classmethod
     def of(cls, module: nn.Module) -> Architecture:
@@ -124,9 +127,11 @@ class Architecture:
             sites=tuple(site for site in SITES if site not in missing),
             missing=missing,
             kinds=_kinds(stack, getattr(text, "layer_types", None)),
-            soft_cap=getattr(text, "final_logit_softcapping", None),
+            soft_cap=_soft_cap(text),
             logit_scale=_logit_scale(text),
             told=arguments_of(module),
+            padding=_paddable(text),
+            steady=getattr(text, "index_topk", None) is None,
         )
 
     def inputs(self, batch: TokenBatch) -> dict[str, Any]:
@@ -137,6 +142,13 @@ class Architecture:
             "use_cache": False,
         }
         return {"input_ids": batch.input_ids} | {name: given[name] for name in self.told}
+
+    def prompt(self, batch: TokenBatch) -> dict[str, Any]:
+        """What generation is given."""
+        given = {"input_ids": batch.input_ids}
+        if "attention_mask" in self.told:
+            given["attention_mask"] = batch.attention_mask
+        return given
 
     def runs_whole(self, batch: TokenBatch) -> bool:
         """Whether a batch runs as it is, and not one row at a time."""
@@ -214,6 +226,21 @@ def _logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0)
 
 
+def _soft_cap(config: Any) -> float | None:
+    """The cap of the final logits, whatever the configuration calls it."""
+    caps = (value for key, value in vars(config).items() if _CAP.fullmatch(key))
+    return next((float(value) for value in caps if value), None)
+
+
+def _paddable(config: Any) -> tuple[PaddingSide, ...]:
+    """The sides to pad on, where only texts longer than a probe would show it."""
+    if getattr(config, "index_topk", None) is not None:
+        return ()  # attention to the best columns, those of padding included
+    if getattr(config, "attn_temperature_tuning", False):
+        return ("right",)  # which goes by the column, not by the position
+    return ("left", "right")
+
+
 def arguments_of(module: nn.Module) -> tuple[str, ...]:
     """The arguments, of those that emlens gives, that the module's forward takes."""
     parameters = inspect.signature(module.forward).parameters
@@ -269,8 +296,12 @@ def _is_norm(part: nn.Module) -> bool:
 
 
 def _own(part: Any) -> nn.Module:
-    """The model's own module, where TransformerLens has put one around it."""
-    return part.__dict__.get("_modules", {}).get("_original_component") or part
+    """The model's own module, where TransformerLens or PEFT has put one around it."""
+    inside = part.__dict__.get("_modules", {})
+    for name in ("_original_component", "base_layer", "original_module"):
+        if name in inside:
+            return _own(inside[name])
+    return part
 
 
 def _kinds(stack: Sequence[nn.Module], layer_types: Sequence[str] | None) -> tuple[int, ...]:

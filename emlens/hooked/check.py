@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +65,7 @@ def _cannot(model: HookedModel, error: Exception) -> RuntimeError:
 def _find_how_it_runs(model: HookedModel, said: Said) -> None:
     """Set which batches run as they are, and what a pass is told, so that the logits are right."""
     plain = model.architecture
-    if all(_padded_is_right(model, said, side) for side in _SIDES):
+    if plain.padding and _padded_is_right(model, said, *plain.padding):
         return
     first = ""
     for told in _less_and_less(plain.told):
@@ -82,7 +82,7 @@ def _find_how_it_runs(model: HookedModel, said: Said) -> None:
         raise RuntimeError(_refusal(model, first))
     alone = model.architecture
     sides = []
-    for side in _SIDES:
+    for side in plain.padding:
         model.architecture = replace(alone, padding=_SIDES)
         if _padded_is_right(model, said, side):
             sides.append(side)
@@ -95,16 +95,20 @@ def _less_and_less(told: tuple[str, ...]) -> list[tuple[str, ...]]:
     return list(dict.fromkeys((told, without, least)))
 
 
-def _padded_is_right(model: HookedModel, said: Said, side: PaddingSide) -> bool:
+def _padded_is_right(model: HookedModel, said: Said, *sides: PaddingSide) -> bool:
     try:
-        return not _differ(_logits(model, said, side), said.logits, model.dtype)
+        both = Said(said.rows * len(sides), said.logits * len(sides))
+        return not _differ(_logits(model, both, sides), both.logits, model.dtype)
     except Exception:
         return False  # a model that cannot run at all says so when rows run alone
 
 
-def _logits(model: HookedModel, said: Said, side: PaddingSide = "right") -> list[Tensor]:
-    """The logits of each row, as this engine makes them."""
-    batch = _packed(model, said.rows, side)
+def _logits(
+    model: HookedModel, said: Said, sides: Sequence[PaddingSide] = ("right",)
+) -> list[Tensor]:
+    """The logits of each row, as this engine makes them; of all rows once for each side."""
+    batch = _padded(said.rows[: len(said.rows) // len(sides)], sides, model.pad_id)
+    batch = batch.to(model.device)
     hidden = model.hidden(batch)
     expected = (*batch.input_ids.shape, model.d_model)
     if tuple(hidden.shape) != expected:
@@ -117,9 +121,16 @@ def _logits(model: HookedModel, said: Said, side: PaddingSide = "right") -> list
     return [found[place] for place in range(len(said.rows))]
 
 
-def _packed(model: HookedModel, rows: Sequence[TokenRow], side: PaddingSide) -> TokenBatch:
-    (batch,) = pack(rows, pad_id=model.pad_id, padding_side=side)
-    return batch.to(model.device)
+def _padded(rows: Sequence[TokenRow], sides: Sequence[PaddingSide], pad_id: int) -> TokenBatch:
+    """One batch, in which rows are padded on one side after the other."""
+    batches = [pack(rows, pad_id=pad_id, padding_side=side)[0] for side in sides]
+    names = (one.name for one in fields(TokenBatch))
+    columns = {name: [getattr(batch, name) for batch in batches] for name in names}
+    index = [n * len(rows) + place for n, batch in enumerate(batches) for place in batch.index]
+    whole = {
+        name: torch.cat(values) for name, values in columns.items() if isinstance(values[0], Tensor)
+    }
+    return replace(batches[0], **whole, index=tuple(index), names=sum(columns["names"], ()))
 
 
 def _factor(model: HookedModel, said: Said) -> float:
@@ -130,7 +141,7 @@ def _factor(model: HookedModel, said: Said) -> float:
     ours, theirs = ours.double(), theirs.double().to(ours.device)
     factor = float((ours * theirs).sum() / (ours * ours).sum())
     apart = _differ([(factor * ours).float()], [theirs.float()], model.dtype)
-    return 0.0 if apart else factor
+    return 0.0 if apart else float(f"{factor:.7g}")
 
 
 def _refusal(model: HookedModel, gap: str) -> str:
@@ -151,6 +162,12 @@ def _say_how_it_runs(model: HookedModel) -> None:
         warnings.warn(
             f"{model.name}: padded on the {' or '.join(bad)} its passes are not those of single "
             "rows, so such batches run one row at a time, which is slower",
+            stacklevel=6,
+        )
+    if not architecture.steady:
+        warnings.warn(
+            f"{model.name}: its attention is not causal, what follows a token changes its "
+            "residuals and logits; a text is read as a whole, and losses see what they predict",
             stacklevel=6,
         )
 

@@ -15,8 +15,8 @@ from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
 from emlens.hooked.nnsight_engine import NNsightModel
-from emlens.hooked.truth import truth_of
-from emlens.hooked.wrap import Brought, check_weights_are_there, shadow, unwrap
+from emlens.hooked.truth import truth_of, unbridged
+from emlens.hooked.wrap import Brought, check_weights_are_there, own_tokenizer, shadow, unwrap
 from emlens.text.template import Template, settled
 
 Engine = Literal["nnsight", "transformer_lens"]
@@ -167,6 +167,8 @@ def wrap(
             f"{engine!r} give the transformers model that it was made of"
         )
     known = tokenizer if tokenizer is not None else brought.tokenizer
+    if tokenizer is None and known is not None and brought.bridge is not None:
+        known = own_tokenizer(known)
     if known is None:
         raise TypeError("wrap needs the model's tokenizer: wrap(model, tokenizer)")
     config = getattr(brought.module, "config", None)
@@ -203,7 +205,8 @@ def _hook(
     hooked: HookedModel
     tokenizer = template.tokenizer
     check_weights_are_there(brought.module, name)
-    truth = truth_of(brought.module, name) if check and brought.bridge is None else None
+    whole = brought.module if brought.bridge is None else unbridged(brought.module)
+    truth = truth_of(whole, name) if check and whole is not None else None
     if engine == "transformer_lens":
         # imported here, since it takes a second
         from emlens.hooked.transformer_lens_engine import TransformerLensModel, bridge_of

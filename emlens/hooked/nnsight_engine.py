@@ -56,7 +56,7 @@ class NNsightModel(HookedModel):
         return found[0] if found else torch.empty(0)
 
     def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs = self.architecture.prompt(batch)
         generate: Any = self.module.generate
         if not visit.points:
             return generate(**inputs, **settings)

@@ -123,9 +123,7 @@ class TransformerLensModel(HookedModel):
             stack.callback(self.module.register_forward_pre_hook(begin).remove)
             self._enter(stack, visit)
             generate: Any = self.module.generate
-            return generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, **settings
-            )
+            return generate(**self.architecture.prompt(batch), **settings)
 
     def _skip(self, stack: ExitStack, visit: Visit, resume: Resume) -> None:
         """Let the blocks below the residual hand it on instead of running."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from emlens.hooked.architecture import Architecture, arguments_of
 from emlens.hooked.state import evaluating
 from emlens.text import TokenRow
 
-_LENGTHS = (8, 5)
+_LENGTHS = (7, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def truth_of(module: PreTrainedModel, name: str) -> Truth:
         with evaluating(module):
             with shown.watching(module, architecture):
                 plain = Said(rows, _alone(module, rows))
+            steady = architecture.steady and _is_steady(module, plain)
             adapted = {}
             for adapter in adapters.names:
                 parts = {path: p for path, p in adapters.parts() if adapter in available(p)}
@@ -82,7 +85,31 @@ def truth_of(module: PreTrainedModel, name: str) -> Truth:
             f"{name} cannot run a short text by itself, before emlens has touched it "
             f"({in_short(error)}); see that module(input_ids=ids) works"
         ) from error
-    return Truth(replace(architecture, **shown.facts()), plain, adapted)
+    return Truth(replace(architecture, steady=steady, **shown.facts()), plain, adapted)
+
+
+def unbridged(module: PreTrainedModel) -> PreTrainedModel | None:
+    """A model as it was before a `TransformerBridge` was put over it, on the same weights.
+
+    None where its parts are not found again, as with adapters inside.
+    """
+    try:
+        with torch.device("meta"):
+            twin = type(module)(copy.deepcopy(module.config))
+        for path, part in twin.named_modules():
+            theirs: Any = reduce(_inside, path.split(".") if path else [], module)
+            for kept in (part._parameters, part._buffers, part.__dict__):
+                for name, value in list(kept.items()):
+                    if isinstance(value, Tensor):
+                        kept[name] = getattr(theirs, name)
+    except Exception:
+        return None
+    return twin.eval()
+
+
+def _inside(module: Any, name: str) -> Any:
+    part = getattr(module, name)
+    return getattr(part, "original_component", None) or part
 
 
 def probe_rows(module: PreTrainedModel, tokens: Sequence[int] = ()) -> tuple[TokenRow, ...]:
@@ -165,6 +192,15 @@ def _alone(module: Any, rows: Iterable[TokenRow]) -> tuple[Tensor, ...]:
     return tuple(module(input_ids=one, **given).logits[0].float() for one in ids)
 
 
+def _is_steady(module: Any, said: Said) -> bool:
+    """Whether the logits of a text's beginning are those of the whole."""
+    row, whole = said.rows[0], said.logits[0]
+    half = len(row.input_ids) // 2
+    begun = _alone(module, [replace(row, input_ids=row.input_ids[:half])])[0]
+    gap, size = (begun - whole[:half]).abs().max(), whole.abs().max()
+    return float(gap) <= (1e-3 if module.dtype == torch.float32 else 0.1) * float(size)
+
+
 def _special(config: Any) -> Iterable[int]:
     """Every token that a configuration names, those of images included."""
     for key, value in config.items():
@@ -178,8 +214,8 @@ def _changed_tokens(parts: Iterable[Any], name: str) -> list[int]:
     """A few tokens that an adapter has rows of its own for, which a random text may not have."""
     found: list[int] = []
     for part in parts:
-        tokens = getattr(part, "token_adapter", None)
-        if tokens is not None:
+        tokens = getattr(part, "token_adapter", part)
+        if hasattr(tokens, "token_indices"):
             found += list(tokens.token_indices[name])[:4]
         elif isinstance(getattr(part, "original_module", None), nn.Embedding):
             changed = part.modules_to_save[name].weight != part.original_module.weight

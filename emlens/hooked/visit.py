@@ -151,7 +151,9 @@ def at_point(
                 delta = delta * columns.to(residual.device).unsqueeze(-1)
             residual = residual + delta
         if (layer, site) in visit.reads:
-            visit.read[layer] = residual if visit.pool is None else visit.pool(residual)
+            # a copy, since some blocks add to what they have read in place
+            found = residual.clone()
+            visit.read[layer] = found if visit.pool is None else visit.pool(found)
     return residual
 
 
