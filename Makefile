@@ -11,13 +11,14 @@ WORKERS ?= 2
 SOURCES := emlens tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo assets test lint format bench tutorials docs clean
+.PHONY: help setup demo assets test zoo lint format bench tutorials docs clean
 
 help:
 	@echo "make setup     create .venv with all that emlens and its checks need; the others do it, too"
 	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
 	@echo "make assets    run the demo and copy its figures to where the README shows them"
 	@echo "make test      lint, types and tests, the real model and pages in Chromium included"
+	@echo "make zoo       try every architecture on both engines, and write docs/models.md (half an hour)"
 	@echo "make lint      ruff and pyright only"
 	@echo "make format    let ruff format and fix what it can"
 	@echo "make bench     run the benchmarks"
@@ -56,6 +57,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hooked.zoo --workers $(WORKERS) --out docs/models.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))

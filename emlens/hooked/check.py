@@ -70,7 +70,11 @@ def _find_how_it_runs(model: HookedModel, said: Said) -> None:
     first = ""
     for told in _less_and_less(plain.told):
         model.architecture = replace(plain, told=told, padding=())
-        gap = _differ(_logits(model, said), said.logits, model.dtype)
+        try:
+            gap = _differ(_logits(model, said), said.logits, model.dtype)
+        except Exception as error:
+            first = first or in_short(error)
+            continue
         first = first or gap
         if gap and (factor := _factor(model, said)):
             scale = model.architecture.logit_scale * factor
