@@ -41,6 +41,7 @@ _INSIDE = re.compile(
     r"\..+"
 )
 _CAP = re.compile(r"(final_|output_)?logits?_soft_?cap(ping)?")
+_BEST = re.compile(r"(index|sparse)_topk(_blocks)?")
 _ARGUMENTS = ("attention_mask", "position_ids", "use_cache")
 PARALLEL = "attention and MLP read the same input, so it is never formed"
 
@@ -131,7 +132,7 @@ class Architecture:
             logit_scale=_logit_scale(text),
             told=arguments_of(module),
             padding=_paddable(text),
-            steady=getattr(text, "index_topk", None) is None,
+            steady=not _ranks_columns(text),
         )
 
     def inputs(self, batch: TokenBatch) -> dict[str, Any]:
@@ -232,10 +233,16 @@ def _soft_cap(config: Any) -> float | None:
     return next((float(value) for value in caps if value), None)
 
 
+def _ranks_columns(config: Any) -> bool:
+    """Whether attention keeps the best columns alone, padding and later tokens among them."""
+    found = (value for key, value in vars(config).items() if _BEST.fullmatch(key))
+    return any(value is not None for value in found)
+
+
 def _paddable(config: Any) -> tuple[PaddingSide, ...]:
     """The sides to pad on, where only texts longer than a probe would show it."""
-    if getattr(config, "index_topk", None) is not None:
-        return ()  # attention to the best columns, those of padding included
+    if _ranks_columns(config):
+        return ()
     if getattr(config, "attn_temperature_tuning", False):
         return ("right",)  # which goes by the column, not by the position
     return ("left", "right")
@@ -299,7 +306,7 @@ def _own(part: Any) -> nn.Module:
     """The model's own module, where TransformerLens or PEFT has put one around it."""
     inside = part.__dict__.get("_modules", {})
     for name in ("_original_component", "base_layer", "original_module"):
-        if name in inside:
+        if inside.get(name) is not None:
             return _own(inside[name])
     return part
 

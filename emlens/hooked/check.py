@@ -67,13 +67,13 @@ def _find_how_it_runs(model: HookedModel, said: Said) -> None:
     plain = model.architecture
     if plain.padding and _padded_is_right(model, said, *plain.padding):
         return
-    first = ""
+    first, failed = "", None
     for told in _less_and_less(plain.told):
         model.architecture = replace(plain, told=told, padding=())
         try:
             gap = _differ(_logits(model, said), said.logits, model.dtype)
         except Exception as error:
-            first = first or in_short(error)
+            failed = error
             continue
         first = first or gap
         if gap and (factor := _factor(model, said)):
@@ -83,6 +83,8 @@ def _find_how_it_runs(model: HookedModel, said: Said) -> None:
         if not gap:
             break
     else:
+        if failed is not None and not first:
+            raise failed
         raise RuntimeError(_refusal(model, first))
     alone = model.architecture
     sides = []
@@ -170,8 +172,9 @@ def _say_how_it_runs(model: HookedModel) -> None:
         )
     if not architecture.steady:
         warnings.warn(
-            f"{model.name}: its attention is not causal, what follows a token changes its "
-            "residuals and logits; a text is read as a whole, and losses see what they predict",
+            f"{model.name}: its attention is not causal throughout, so that what follows a token "
+            "can change its residuals and logits; a text is read as a whole, and losses may see "
+            "what they predict",
             stacklevel=6,
         )
 

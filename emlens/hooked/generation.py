@@ -131,8 +131,8 @@ def answer(
         raise TypeError(f"{model.name} cannot generate: its module has no generate method")
     if not sampling.use_cache and not model.architecture.steady:
         raise ValueError(
-            f"{model.name} cannot generate with use_cache=False: its attention is not causal, so "
-            "that new tokens would change those before them; generate with the cache"
+            f"{model.name} cannot generate with use_cache=False: its attention is not causal "
+            "throughout, so that new tokens would change those before them; generate with the cache"
         )
     if not isinstance(sampling.seed, int) and len(sampling.seed) != len(conversations):
         raise ValueError(

@@ -179,7 +179,9 @@ def test_row_by_row_edits_pools_and_masks_mean_the_batch(name, side):
 
 
 def test_what_follows_a_token_counts_where_attention_is_not_causal():
-    with pytest.warns(UserWarning, match="paligemma: its attention is not causal, what follows"):
+    with pytest.warns(
+        UserWarning, match="paligemma: its attention is not causal throughout, so that what follows"
+    ):
         model = emlens.wrap(build("paligemma"), chatml_tokenizer(), name="paligemma")
     asked = [Conversation.of("how")]
     assert len(model.generate(asked, max_new_tokens=2)) == 1

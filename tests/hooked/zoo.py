@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import re
 import sys
 import traceback
 import warnings
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -548,42 +550,92 @@ _COLUMNS = {
 }
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """One row per architecture and engine, with the worst difference of each feature."""
+def table(outcomes: list[Outcome]) -> tuple[list[str], list[str]]:
+    """One row per architecture and engine, with the worst difference of each feature; and notes."""
     by: dict[tuple[str, str], dict[str, Outcome]] = {}
     for one in outcomes:
         by.setdefault((one.model, one.engine), {})[one.check] = one
-    lines = [
-        "| model | engine | " + " | ".join(_COLUMNS) + " |",
-        "|---" * (len(_COLUMNS) + 2) + "|",
-    ]
-    notes: list[str] = []
+    rows, notes = [], []
     for (model, engine), checks in by.items():
         if checks["load"].kind != "right":
             cells = [checks["load"].kind] + [""] * (len(_COLUMNS) - 1)
         else:
-            cells = [
-                _cell([checks[c] for c in names if c in checks]) for names in _COLUMNS.values()
-            ]
-        lines.append(f"| {model} | {engine} | " + " | ".join(cells) + " |")
+            found = ([checks[c] for c in names if c in checks] for names in _COLUMNS.values())
+            cells = [_cell(one) for one in found]
+        rows.append(f"| {model} | {engine} | " + " | ".join(cells) + " |")
         said = dict.fromkeys(one.said for one in checks.values() if one.said)
         notes += [f"- {model}, {engine}: {sentence}" for sentence in said]
-    return "\n".join([*lines, "", *notes])
+    return rows, notes
 
 
 def _cell(found: list[Outcome]) -> str:
-    for kind in ("foreign", "silent", "refused"):
-        if any(one.kind == kind for one in found):
-            worst = max(one.worst for one in found)
-            return (
-                f"**{kind} {worst:.0e}**"
-                if kind == "silent"
-                else kind
-                if kind == "refused"
-                else "**foreign**"
-            )
+    kinds = {one.kind for one in found}
     worst = max((one.worst for one in found), default=0.0)
+    if "foreign" in kinds:
+        return "**foreign**"
+    if "silent" in kinds:
+        return f"**silent {worst:.0e}**"
+    if "refused" in kinds:
+        return "refused"
     return f"{worst:.0e}" if worst else "0"
+
+
+_PAGE = """# Models
+
+Which models emlens runs, and how far its numbers are from the model's own. `make zoo` writes this
+page: {n} architectures of `transformers` {transformers}, each a tiny random model, on both engines
+(nnsight {nnsight}, TransformerLens {transformer_lens}; PEFT {peft}, PyTorch {torch}), against plain
+PyTorch hooks on the `transformers` model, one unpadded row at a time.
+
+A figure is the largest absolute difference over single rows and ragged batches padded on the right
+and on the left (of a gradient: relative to its largest entry; of generation: the share of greedy
+answers that differ). Under a site stand reading it in every layer, and Add, Ablate and Clamp there.
+`masks` are edits of the prompt or the response alone, `resume` goes on from a middle and from the
+last layer, `adapter` is LoRA against PEFT's own model, switched on and off. "refused" is a sentence
+of emlens', below the table; a larger difference without a word, or an error of another library,
+would stand here in bold.
+
+What a model has is tried out when it is loaded, with names playing no part: a model that is not in
+the table is held to the same. `resid_pre` and `resid_post` exist wherever blocks hand one residual
+stream on; `attn_out`, `resid_mid` and `mlp_out` where attention and MLP are all that a block adds.
+Names with a `/` are variants of an architecture; models for images are run as text models.
+
+| model | engine | {columns} |
+{line}
+{rows}
+
+## What is refused, and how some run
+
+{notes}
+"""
+
+
+def page(rows: list[str], notes: list[str]) -> str:
+    """The table as a page of the documentation."""
+    packages = ("transformers", "nnsight", "transformer_lens", "peft", "torch")
+    return _PAGE.format(
+        n=len({row.split("|")[1] for row in rows}),
+        columns=" | ".join(_COLUMNS),
+        line="|---" * (len(_COLUMNS) + 2) + "|",
+        rows="\n".join(rows),
+        notes="\n".join(_condensed(notes)),
+        **{name: version(name).partition("+")[0] for name in packages},
+    )
+
+
+def _condensed(notes: list[str]) -> list[str]:
+    """Notes with the sites of one reason in one, and without the kinds of errors."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for note in notes:
+        place, _, said = note.partition(": ")
+        said = re.sub(r"^(ValueError|RuntimeError|TypeError): ", "", said)
+        site = re.search(r"has no site '(\w+)': (.*); it has", said)
+        key = (place, site[2]) if site else (place, said)
+        found.setdefault(key, []).extend([f"`{site[1]}`"] if site else [])
+    return [
+        f"{place}: no {', '.join(sites)}: {said}" if sites else f"{place}: {said}"
+        for (place, said), sites in found.items()
+    ]
 
 
 def main() -> None:
@@ -602,9 +654,9 @@ def main() -> None:
                 if one.kind != "right" or one.said:
                     place = f"{one.model}, {one.engine}, {one.check}"
                     print(f"{place}: {one.kind} {one.worst:.1e} {one.said}", flush=True)
-    text = table(outcomes)
+    text = page(*table(outcomes))
     if asked.out:
-        asked.out.write_text(text + "\n", encoding="utf-8")
+        asked.out.write_text(text, encoding="utf-8")
     kinds = [one.kind for one in outcomes]
     counts = {kind: kinds.count(kind) for kind in ("right", "refused", "silent", "foreign")}
     print(text if not asked.out else "", counts, sep="\n")
