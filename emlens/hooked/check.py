@@ -13,7 +13,7 @@ from torch import Tensor
 from emlens.hooked.adapters import available
 from emlens.hooked.grants import grant_sites, try_resume
 from emlens.hooked.state import evaluating
-from emlens.hooked.truth import Said, Truth, in_short, running, truth_of
+from emlens.hooked.truth import Said, Truth, apart, in_short, running, truth_of
 from emlens.text import PaddingSide, TokenBatch, TokenRow, pack
 
 if TYPE_CHECKING:
@@ -198,12 +198,6 @@ def _check_adapters(model: HookedModel, truth: Truth) -> None:
 
 
 def _differ(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """How far logits are apart, in words; empty where they are the same."""
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    for mine, other in zip(ours, theirs, strict=True):
-        if mine.shape != other.shape:
-            return f"{tuple(mine.shape)} against {tuple(other.shape)}"
-        gap = float((mine - other.to(mine.device)).abs().max())
-        if not gap <= tolerance * max(float(other.abs().max()), 1e-6):
-            return f"largest difference {gap:.3g}"
-    return ""
+    """How far apart the logits of rows are, in words; empty where they are the same."""
+    pairs = zip(ours, theirs, strict=True)
+    return next((gap for mine, other in pairs if (gap := apart(mine, other, dtype))), "")

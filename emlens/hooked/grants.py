@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emlens.hooked.architecture import PARALLEL
 from emlens.hooked.sites import SITES, Site
-from emlens.hooked.truth import Truth, in_short
+from emlens.hooked.truth import Truth, apart, in_short
 from emlens.hooked.visit import Point, Tap
 from emlens.text import TokenRow, pack
 
@@ -127,7 +127,7 @@ def try_resume(model: HookedModel, tried: Tried, truth: Truth) -> None:
             for layer in _resumed(model.n_layers):
                 residual = tried.taps[layer, "resid_post"].seen[:1].repeat(2, 1, 1)
                 found = model.hidden(batch, resume=(layer, residual)).float()
-                gap = _differ(found, expected.expand_as(found), model)
+                gap = apart(found, expected.expand_as(found), model.dtype)
                 if gap:
                     break
         except Exception as error:
@@ -160,14 +160,14 @@ def _check_around(tried: Tried) -> None:
         if site in _AROUND:
             _check_push(tried, tried.at(layer, site), row, layer)
     end = model.normalize(tried.taps[tried.last, "resid_post"].seen).float()
-    if gap := _differ(end, tried.hidden.float(), model):
+    if gap := apart(end, tried.hidden.float(), model.dtype):
         raise RuntimeError(
             f"{name}: the final norm of what the last block gives is not what the head reads "
             f"({gap}); the model does something there that emlens does not know"
         )
     for layer in model.architecture.kinds:
         before, after = tried.at(layer, "resid_pre"), tried.at(layer, "resid_post")
-        if gap := _differ(before[tried.rows[layer, "resid_post"]], before[0], model):
+        if gap := apart(before[tried.rows[layer, "resid_post"]], before[0], model.dtype):
             raise RuntimeError(
                 f"{name}, layer {layer}: an edit of what the block gives changes what it got "
                 f"({gap})"
@@ -175,7 +175,7 @@ def _check_around(tried: Tried) -> None:
         # elsewhere an edit may come between the two
         rows = [0, *(row for (at, _), row in tried.rows.items() if at == layer)]
         if layer < tried.last and (
-            gap := _differ(tried.at(layer + 1, "resid_pre")[rows], after[rows], model)
+            gap := apart(tried.at(layer + 1, "resid_pre")[rows], after[rows], model.dtype)
         ):
             raise RuntimeError(
                 f"{name}, layer {layer}: what the block gives is not what the next one gets "
@@ -186,9 +186,9 @@ def _check_around(tried: Tried) -> None:
 def _check_push(tried: Tried, seen: Tensor, row: int, layer: int) -> None:
     """An edit moves the residual by its own length, and the end of the model with it."""
     model, n = tried.model, len(tried.hidden)
-    moved = (seen[row] - seen[0]).norm(dim=-1)
+    moved = (seen[row] - seen[0]).norm(dim=-1, keepdim=True)
     end = (tried.hidden[row].float() - tried.hidden[0].float()).abs().amax()
-    if not float(end) > 0 or _differ(moved, seen[0].norm(dim=-1), model):
+    if not float(end) > 0 or apart(moved, seen[0].norm(dim=-1, keepdim=True), model.dtype):
         raise RuntimeError(
             f"{model.name}: an edit at layer {layer} left row {row} of {n} as it was; the hook "
             "does not reach the whole batch"
@@ -210,25 +210,15 @@ def _wrong_inside(tried: Tried) -> dict[Site, str]:
         plain = [i for i in range(len(total)) if i not in (row["resid_mid"], row["resid_post"])]
         middle = at["resid_mid"] + at["mlp_out"]
         mid = row["resid_mid"]
-        gap = _differ(total[plain], at["resid_post"][plain], model)
-        gap = gap or _differ(middle[mid], at["resid_post"][mid], model)
+        gap = apart(total[plain], at["resid_post"][plain], model.dtype)
+        gap = gap or apart(middle[mid], at["resid_post"][mid], model.dtype)
         if gap:
             reason = f"block {layer} adds more than attention and MLP ({gap})"
             return dict.fromkeys(_INSIDE, reason)
         for before, edited in _BEFORE:
-            if gap := _differ(at[before][row[edited]], at[before][0], model):
+            if gap := apart(at[before][row[edited]], at[before][0], model.dtype):
                 reason = f"at layer {layer} an edit of {edited} changes {before} before it ({gap})"
                 return dict.fromkeys(_INSIDE, reason)
         moved = (at["mlp_out"][row["attn_out"]] - at["mlp_out"][0]).abs().amax()
         parallel |= not float(moved) > 1e-4 * float(at["mlp_out"][0].abs().amax())
     return {"resid_mid": PARALLEL} if parallel else {}
-
-
-def _differ(ours: Tensor, theirs: Tensor, model: HookedModel) -> str:
-    """How far apart two tensors are, in words; empty where they are the same."""
-    if ours.shape != theirs.shape:
-        return f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
-    theirs = theirs.to(ours.device)
-    gap, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return "" if gap <= tolerance * max(size, 1e-6) else f"largest difference {gap:.3g}"

@@ -54,7 +54,9 @@ def load(
             (`"org/name"`, or `"org/name/sub/folder"`). None acts until
             `with model.adapter(name)`. All that PEFT keeps of an adapter acts: DoRA, biases at
             `B`, saved modules, single tokens. One that would change the base is refused.
-        check: Run the self-check.
+        check: Try the model out: its logits are held to those of the module as it came, and what
+            is seen decides on sites, on padding and on resuming. Without it, what the modules
+            look like is believed.
         remote: Run on a server instead of loading weights: True for NDIF (or the host in
             nnsight's configuration), a host's URL, or `"local"`, which runs here what would be
             sent. `residuals` (pooled there), `hidden`, edits and `generate` work remotely.
@@ -137,17 +139,18 @@ def wrap(
     emlens runs a second tree of modules over the same weights, so that no hook, training mode,
     attention implementation or adapter setting of the object is touched. What is trained on the
     object is seen by both; hooks or adapters that it gets later are not. A `TransformerBridge`
-    is run itself, with the hooks it has, and is left as it was after every call. (Of GPT-NeoX,
-    TransformerLens itself copies the fused attention weights; nnsight copies nothing.)
+    is run itself, with the hooks it has, and is left as it was after every call; it is read with
+    the model's own tokenizer, which does not prepend BOS where TransformerLens has made it do so.
+    (Of GPT-NeoX, TransformerLens copies the fused attention weights; nnsight copies nothing.)
 
     Args:
         model: A `TransformerBridge`; nnsight's `TransformersModel` (or `LanguageModel`, or
             nnterp's `StandardizedTransformer`, of a version that runs on nnsight 0.8); a PEFT
-            model; a `transformers` causal language model.
+            model; a `transformers` causal language model, in `DataParallel` or not.
         tokenizer: Its tokenizer, with a chat template; that of the object by default.
         engine: How the hooks are put there; by default that of the object, else `"nnsight"`.
         name: A name for provenance; the model's own by default.
-        check: Run the self-check.
+        check: Try the model out, as in `load`.
         template_arguments: Variables of the chat template, as in `load`.
 
     Raises:

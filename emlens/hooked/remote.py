@@ -117,6 +117,16 @@ class RemoteModel(HookedModel):
             check_travels(pool, "the pool", "write the pool with torch alone")
         return super().residuals(batch, layers, site, pool, edits)
 
+    def _pass(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        if not self.architecture.runs_whole(batch):
+            raise ValueError(
+                f"padded rows of {self.name} have other numbers than single ones; send rows of one "
+                "length in a batch, or one at a time"
+            )
+        return self._run(batch, visit, last, resume)
+
     def _run(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
     ) -> Tensor:

@@ -66,7 +66,7 @@ class Oracle:
         self.module = module
         self.blocks = self._find_blocks()
         self.parts = [self._find_parts(block) for block in self.blocks]
-        if any(found != self.parts[0] for found in self.parts):
+        if None in self.parts:
             self.parts = [None] * len(self.blocks)
         self.parallel = self._is_parallel() if self.parts[0] else False
 
@@ -402,16 +402,14 @@ def check_gradient(on: Trial) -> float:
 
 def check_adapter(on: Trial) -> float:
     """LoRA at the linear modules that write into the stream, against PEFT's own model."""
-    names = {
+    linear = {
         path.rpartition(".")[2]
         for block in on.oracle.blocks
         for path, part in block.named_modules()
         if (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D") and "expert" not in path
-        and tuple(part.weight.shape).count(on.model.d_model) >= 1
-        and path.rpartition(".")[2] in _WRITERS
-    }  # fmt: skip
+    }
     # PEFT takes none where Mamba writes
-    names = names - {"out_proj"} or {"in_proj"}
+    names = (linear & _WRITERS) or (linear & {"in_proj", "kv_proj"})
     fan = any(type(part).__name__ == "Conv1D" for part in on.module.modules())
     made = peft_model(
         build(on.model.name), r=2, lora_alpha=4, target_modules=sorted(names), fan_in_fan_out=fan
@@ -429,7 +427,6 @@ _WRITERS = frozenset(
         "down_proj",
         "c_proj",
         "fc2",
-        "out_proj",
         "dense",
         "dense_4h_to_h",
         "fc_out",
