@@ -124,7 +124,7 @@ class Architecture:
             attn_out=attention,
             mlp_out=mlp,
             n_layers=len(stack),
-            d_model=int(text.hidden_size),
+            d_model=int(getattr(text, "hidden_size", 0) or _width(module)),
             sites=tuple(site for site in SITES if site not in missing),
             missing=missing,
             kinds=_kinds(stack, getattr(text, "layer_types", None)),
@@ -225,6 +225,10 @@ def _logit_scale(config: Any) -> float:
     if getattr(config, "logits_scaling", None):
         return 1.0 / float(config.logits_scaling)
     return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+def _width(module: Any) -> int:
+    return module.get_output_embeddings().weight.shape[-1]
 
 
 def _soft_cap(config: Any) -> float | None:

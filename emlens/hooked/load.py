@@ -208,7 +208,7 @@ def _hook(
     hooked: HookedModel
     tokenizer = template.tokenizer
     check_weights_are_there(brought.module, name)
-    whole = brought.module if brought.bridge is None else unbridged(brought.module)
+    whole = brought.module if brought.bridge is None else unbridged(brought.bridge)
     truth = truth_of(whole, name) if check and whole is not None else None
     if engine == "transformer_lens":
         # imported here, since it takes a second

@@ -88,11 +88,15 @@ def truth_of(module: PreTrainedModel, name: str) -> Truth:
     return Truth(replace(architecture, steady=steady, **shown.facts()), plain, adapted)
 
 
-def unbridged(module: PreTrainedModel) -> PreTrainedModel | None:
+def unbridged(bridge: Any) -> PreTrainedModel | None:
     """A model as it was before a `TransformerBridge` was put over it, on the same weights.
 
-    None where its parts are not found again, as with adapters inside.
+    None where its parts are not found again, as with adapters inside, and where the bridge has
+    hooks, which are meant to change what it says.
     """
+    module = bridge.original_model
+    if any(getattr(point, "fwd_hooks", None) for point in bridge.modules()):
+        return None
     try:
         with torch.device("meta"):
             twin = type(module)(copy.deepcopy(module.config))
@@ -222,7 +226,8 @@ def _special(config: Any) -> Iterable[int]:
         if isinstance(value, Mapping):
             yield from _special(value)
         elif str(key).endswith(("token_id", "token_index", "token_ids")):
-            yield from (one for one in (value if isinstance(value, list) else [value]) if one)
+            named = value if isinstance(value, list) else [value]
+            yield from (one for one in named if isinstance(one, int))
 
 
 def _changed_tokens(parts: Iterable[Any], name: str) -> list[int]:

@@ -114,6 +114,15 @@ def bridged(name, tokenizer=None):
     )
 
 
+def test_a_bridge_that_has_hooks_is_run_with_them():
+    bridge = bridged("llama")
+    bridge.add_perma_hook("blocks.1.hook_resid_post", lambda tensor, hook: tensor + 1)
+    model, plainly = emlens.wrap(bridge, name="llama"), wrapped("llama")
+    (batch,) = pack(rows()[:1])
+    found, expected = model.residuals(batch, 1)[1], plainly.residuals(batch, 1)[1]
+    assert torch.allclose(found, expected + 1, atol=1e-4)
+
+
 @pytest.mark.parametrize("error", [TypeError, ImportError, NotImplementedError, RecursionError])
 def test_whatever_fails_while_bridging_becomes_one_sentence(error, monkeypatch):
     def fails(*_, **__):
