@@ -56,7 +56,7 @@ def self_check(model: HookedModel, truth: Truth | None = None) -> None:
 
 
 def _cannot(model: HookedModel, error: Exception) -> RuntimeError:
-    other = "; engine='nnsight' may" if model.engine != "nnsight" else ""
+    other = "; engine='nnsight' may run it" if model.engine != "nnsight" else ""
     return RuntimeError(
         f"{model.name}: the {model.engine} engine cannot run this model ({in_short(error)}){other}"
     )

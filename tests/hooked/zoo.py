@@ -580,9 +580,9 @@ def _cell(found: list[Outcome]) -> str:
 _PAGE = """# Models
 
 Which models emlens runs, and how far its numbers are from the model's own. `make zoo` writes this
-page: {n} architectures of `transformers` {transformers}, each a tiny random model, on both engines
-(nnsight {nnsight}, TransformerLens {transformer_lens}; PEFT {peft}, PyTorch {torch}), against plain
-PyTorch hooks on the `transformers` model, one unpadded row at a time.
+page: {n} tiny random models of {kinds} architectures of `transformers` {transformers}, on both
+engines (nnsight {nnsight}, TransformerLens {transformer_lens}; PEFT {peft}, PyTorch {torch}),
+against plain PyTorch hooks on the `transformers` model, one unpadded row at a time.
 
 A figure is the largest absolute difference over single rows and ragged batches padded on the right
 and on the left (of a gradient: relative to its largest entry; of generation: the share of greedy
@@ -592,8 +592,8 @@ last layer, `adapter` is LoRA against PEFT's own model, switched on and off. "re
 of emlens', below the table; a larger difference without a word, or an error of another library,
 would stand here in bold.
 
-What a model has is tried out when it is loaded, with names playing no part: a model that is not in
-the table is held to the same. `resid_pre` and `resid_post` exist wherever blocks hand one residual
+What a model has is tried out when it is loaded, and no list of architectures decides: a model that
+is not in the table is held to the same. `resid_pre` and `resid_post` exist wherever blocks hand one residual
 stream on; `attn_out`, `resid_mid` and `mlp_out` where attention and MLP are all that a block adds.
 Names with a `/` are variants of an architecture; models for images are run as text models.
 
@@ -609,9 +609,12 @@ Names with a `/` are variants of an architecture; models for images are run as t
 
 def page(rows: list[str], notes: list[str]) -> str:
     """The table as a page of the documentation."""
-    packages = ("transformers", "nnsight", "transformer_lens", "peft", "torch")
+    packages = ("transformers", "nnsight", "transformer_lens", "peft")
+    names = {row.split("|")[1].strip() for row in rows}
     return _PAGE.format(
-        n=len({row.split("|")[1] for row in rows}),
+        n=len(names),
+        kinds=len({name.partition("/")[0] for name in names}),
+        torch=torch.__version__.partition("+")[0],
         columns=" | ".join(_COLUMNS),
         line="|---" * (len(_COLUMNS) + 2) + "|",
         rows="\n".join(rows),
