@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import sys
 import traceback
@@ -26,6 +27,12 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+# Read when the libraries are imported. No model reaches for the network, and no library installs
+# what it misses: TransformerLens' own boot does, with pip.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PIP_NO_INDEX", "1")
+os.environ.setdefault("UV_OFFLINE", "1")
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +52,6 @@ Parts = tuple[str, str, float]
 """Attention and MLP of a block by path, and the factor on what they add."""
 Change = Callable[[Tensor], Tensor]
 Changes = dict[tuple[int, str], Change]
-INNER = ("attn_out", "resid_mid", "mlp_out")
 
 
 # -- the oracle: plain hooks, one row at a time ------------------------------------------------
@@ -593,9 +599,10 @@ of emlens', below the table; a larger difference without a word, or an error of 
 would stand here in bold.
 
 What a model has is tried out when it is loaded, and no list of architectures decides: a model that
-is not in the table is held to the same. `resid_pre` and `resid_post` exist wherever blocks hand one residual
-stream on; `attn_out`, `resid_mid` and `mlp_out` where attention and MLP are all that a block adds.
-Names with a `/` are variants of an architecture; models for images are run as text models.
+is not in the table is held to the same. `resid_pre` and `resid_post` exist wherever blocks hand one
+residual stream on; `attn_out`, `resid_mid` and `mlp_out` where attention and MLP are all that a
+block adds. Names with a `/` are variants of an architecture; models for images are run as text
+models.
 
 | model | engine | {columns} |
 {line}
