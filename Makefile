@@ -14,14 +14,15 @@ SEED ?= 0
 SOURCES := emlens tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo assets test fuzz lint format bench tutorials docs clean
+.PHONY: help setup demo assets test fuzz zoo lint format bench tutorials docs clean
 
 help:
 	@echo "make setup     create .venv with all that emlens and its checks need; the others do it, too"
 	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
 	@echo "make assets    run the demo and copy its figures to where the README shows them"
 	@echo "make test      lint, types and tests, the real model and pages in Chromium included"
-	@echo "make fuzz      read thousands of damaged files (CASES=5000) and count how each reading ends"
+	@echo "make fuzz      hand in thousands of damaged files and wrong arguments (CASES=5000), count the ends"
+	@echo "make zoo       try every architecture on both engines, and write docs/models.md (half an hour)"
 	@echo "make lint      ruff and pyright only"
 	@echo "make format    let ruff format and fix what it can"
 	@echo "make bench     run the benchmarks"
@@ -64,6 +65,10 @@ test: lint
 # Each line prints its outcomes and fails where one is unclear, silent, hanging or hungry.
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.files --cases $(CASES) --seed $(SEED)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m tests.fuzz.arguments --cases $(CASES) --seed $(SEED)
+
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hooked.zoo --workers $(WORKERS) --out docs/models.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))

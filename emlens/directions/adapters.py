@@ -22,6 +22,9 @@ from emlens.text import Conversation, TokenMask
 if TYPE_CHECKING:
     import pandas as pd
 
+_ELSEWHERE: Mapping[Site, str] = dict.fromkeys(
+    ("resid_pre", "resid_mid", "resid_post"), "what it adapts adds at attn_out or mlp_out"
+)
 WRITERS = frozenset(
     {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2"}
 )
@@ -233,9 +236,7 @@ def choose_writers(
     Raises:
         ValueError: If it does not write into the stream, or not at one place.
     """
-    asked = (
-        None if site is None else check_site(site, ("attn_out", "mlp_out"), f"adapter {adapter!r}")
-    )
+    asked = None if site is None else check_site(site, _ELSEWHERE, f"adapter {adapter!r}")
     found: dict[Site, dict[int, str]] = {}
     for path, place in places.items():
         if place is None:

@@ -32,7 +32,6 @@ from emlens.hooked import (
     Layers,
     SiteName,
     check_layers,
-    check_site,
 )
 from emlens.text import (
     Conversation,
@@ -240,7 +239,7 @@ def residual_norm(
         ValueError: If a layer, site or mask does not exist, or no token counts.
     """
     wanted = check_layers(layers, model.n_layers)
-    at = check_site(site, model.sites, model.name, wanted)
+    at = model.check_site(site, wanted)
     batches = model.batches(data, token_budget=token_budget, max_tokens=max_tokens)
 
     def read(batches: Sequence[TokenBatch]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -16,7 +16,7 @@ from emlens.hooked.condition import Acting, Altered, Condition, ConditionLike, c
 from emlens.hooked.edit import Edit, check_edits
 from emlens.hooked.identity import model_identity, versions_of
 from emlens.hooked.interface import Hooked
-from emlens.hooked.sites import Site
+from emlens.hooked.sites import Site, SiteName, check_site
 from emlens.text import Template
 
 if TYPE_CHECKING:
@@ -58,6 +58,18 @@ class Conditioned:
     @property
     def sites(self) -> tuple[Site, ...]:
         return self.architecture.sites
+
+    def check_site(self, site: SiteName, layers: Iterable[int] | None = None) -> Site:
+        """Return the site that a name stands for.
+
+        Args:
+            site: emlens' own name or TransformerLens'.
+            layers: The layers it goes with: those that a TransformerLens name may carry.
+
+        Raises:
+            ValueError: If there is no such site, or this model does not have it; it says why.
+        """
+        return check_site(site, self.architecture.missing, self.name, layers)
 
     @property
     def template(self) -> Template:
@@ -252,7 +264,7 @@ class Conditioned:
         return (*self._edits, *self._checked(edits))
 
     def _checked(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-        check_edits(edits, self.name, self.sites, self.n_layers, self.d_model)
+        check_edits(edits, self.name, self.architecture.missing, self.n_layers, self.d_model)
         for edit in edits:
             self._note_origin(type(edit).__name__, getattr(edit, "origin", None))
         return tuple(edits)

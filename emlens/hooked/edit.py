@@ -98,7 +98,11 @@ def where_mask(batch: TokenBatch, where: Where) -> Bool[Tensor, "batch pos"] | N
 
 
 def check_edits(
-    edits: Sequence[Edit], model: str, sites: tuple[Site, ...], n_layers: int, d_model: int
+    edits: Sequence[Edit],
+    model: str,
+    missing: Mapping[Site, str],
+    n_layers: int,
+    d_model: int,
 ) -> None:
     """Refuse edits that a model cannot carry out.
 
@@ -117,7 +121,7 @@ def check_edits(
                 f"{type(edit).__name__} is not an edit: it needs site, layers, where and "
                 "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
             )
-        check_site(edit.site, sites, model, edit.layers)
+        check_site(edit.site, missing, model, edit.layers)
         _check_depths(edit, n_layers)
         width = getattr(edit, "d_model", d_model)
         if width != d_model:

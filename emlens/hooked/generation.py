@@ -161,6 +161,11 @@ def answer(
     edits = model.edits_in_force(edits)
     if not hasattr(model.module, "generate"):
         raise TypeError(f"{model.name} cannot generate: its module has no generate method")
+    if not sampling.use_cache and not model.architecture.steady:
+        raise ValueError(
+            f"{model.name} cannot generate with use_cache=False: its attention is not causal "
+            "throughout, so that new tokens would change those before them; generate with the cache"
+        )
     if not isinstance(sampling.seed, int) and len(sampling.seed) != len(conversations):
         raise ValueError(
             f"{len(sampling.seed)} seeds were given for {len(conversations)} conversations; give "
@@ -219,11 +224,12 @@ def _prompt_batches(
     sampling: Sampling,
     batch_tokens: int,
 ) -> list[TokenBatch]:
+    together = "left" in model.architecture.padding
     longest = max((len(row.input_ids) for row in rows), default=0) + sampling.max_new_tokens
     batches = pack(
         rows,
         token_budget=batch_tokens,
-        max_rows=max(1, batch_tokens // max(1, longest)),
+        max_rows=max(1, batch_tokens // max(1, longest)) if together else 1,
         padding_side="left",
         pad_id=model.pad_id,
     )

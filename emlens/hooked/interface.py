@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from emlens.hooked.architecture import Architecture
 from emlens.hooked.edit import Edit
 from emlens.text import Template
 
@@ -21,6 +22,8 @@ class Hooked(Protocol):
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
+
+    architecture: Architecture
 
     @property
     def template(self) -> Template: ...

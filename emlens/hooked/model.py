@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from html import escape
 from typing import Any, cast
 
@@ -21,8 +22,10 @@ from emlens.hooked.finite import check_finite
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
 from emlens.hooked.positions import check_positions, max_positions
-from emlens.hooked.sites import Layers, SiteName, check_layers, check_site
+from emlens.hooked.rows import by_rows, to_end
+from emlens.hooked.sites import Layers, Site, SiteName, check_layers
 from emlens.hooked.state import evaluating, frozen_weights
+from emlens.hooked.truth import input_device
 from emlens.hooked.visit import Pool, Visit
 from emlens.text import (
     Conversation,
@@ -71,11 +74,7 @@ class HookedModel(Conditioned, ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device that the embedding runs on."""
-        embedding: Any = self.module.get_input_embeddings()
-        if embedding.weight.is_meta:
-            # offloaded by accelerate, which brings the weights in for the time of a pass
-            return torch.device(embedding._hf_hook.execution_device)
-        return embedding.weight.device
+        return input_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,9 +87,13 @@ class HookedModel(Conditioned, ABC):
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch; never attended to, never counted."""
-        pad = self.tokenizer.pad_token_id
-        found: Any = pad if pad is not None else self.tokenizer.eos_token_id or 0
-        return int(found)
+        embedding: Any = self.module.get_input_embeddings()
+        n_tokens = getattr(embedding, "num_embeddings", self.n_vocab)
+        for found in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            # a token that was added to the tokenizer alone has no row in the embedding
+            if isinstance(found, int) and found < n_tokens:
+                return found
+        return 0
 
     # -- the interface ------------------------------------------------------------------------
 
@@ -157,12 +160,12 @@ class HookedModel(Conditioned, ABC):
             NonFiniteError: If a residual is not finite; condition, row and layer are named.
         """
         wanted = check_layers(layers, self.n_layers)
-        at = check_site(site, self.sites, self.name, wanted)
+        at = self.check_site(site, wanted)
         active = self.edits_in_force(edits)
         self._check_length(batch)
         visit = Visit.of(batch.to(self.device), active, wanted, at, pool)
         with evaluating(self.module):
-            self._run(batch.to(self.device), visit, last=max(wanted))
+            self._pass(batch.to(self.device), visit, last=max(wanted))
         self._check_finite(batch, visit, active)
         return {layer: visit.read[layer] for layer in wanted}
 
@@ -196,7 +199,7 @@ class HookedModel(Conditioned, ABC):
         batch = batch.to(self.device)
         with torch.set_grad_enabled(grad), evaluating(self.module):
             visit = Visit.of(batch, active)
-            hidden = self._run(batch, visit, last=None, resume=resume)
+            hidden = self._pass(batch, visit, None, resume)
         self._check_finite(batch, visit, active, hidden)
         return hidden
 
@@ -227,10 +230,6 @@ class HookedModel(Conditioned, ABC):
         Args:
             batch: Tokens, `[batch, pos]`, as `batches` makes them.
             edits: Edits in force.
-
-        Raises:
-            ValueError: As `hidden`.
-            NonFiniteError: As `hidden`.
 
         Example:
             >>> import emlens
@@ -314,6 +313,16 @@ class HookedModel(Conditioned, ABC):
         """
         return deepest_prefix(self.edits_in_force(edits))
 
+    def _pass(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        """Run a batch as a whole where that gives the numbers of its rows, else row by row."""
+        alone = self.architecture.norm_runs == 1 or last is not None
+        run = self._run if alone else partial(to_end, self)
+        if self.architecture.runs_whole(batch):
+            return run(batch, visit, last, resume)
+        return by_rows(run, batch, visit, last, resume)
+
     # -- what an engine provides --------------------------------------------------------------
 
     @abstractmethod
@@ -325,6 +334,10 @@ class HookedModel(Conditioned, ABC):
     @abstractmethod
     def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
         """Generate from a left-padded batch with `visit` at every step; token ids."""
+
+    def _lacks(self, site: Site) -> str:
+        """Why the engine cannot reach a site in every block; empty where it can."""
+        return self.architecture.missing.get(site, "") if site != "resid_mid" else ""
 
     # -- checks -------------------------------------------------------------------------------
 

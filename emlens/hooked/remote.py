@@ -83,6 +83,8 @@ class RemoteModel(HookedModel):
             norm=found.norm,
             attn_out=found.attn_out,
             mlp_out=found.mlp_out,
+            skips=found.skips,
+            returns=found.returns,
             head=next(path for path, part in module.named_modules() if part is self._head),
             soft_cap=found.soft_cap,
             logit_scale=found.logit_scale,
@@ -114,6 +116,16 @@ class RemoteModel(HookedModel):
         if pool is not None:
             check_travels(pool, "the pool", "write the pool with torch alone")
         return super().residuals(batch, layers, site, pool, edits)
+
+    def _pass(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        if not self.architecture.runs_whole(batch):
+            raise ValueError(
+                f"padded rows of {self.name} have other numbers than single ones; send rows of one "
+                "length in a batch, or one at a time"
+            )
+        return self._run(batch, visit, last, resume)
 
     def _run(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None

@@ -45,15 +45,15 @@ def _layers(name: str, value: Any) -> Any:
 
 def check_site(
     site: SiteName,
-    available: Iterable[str] = SITES,
+    missing: Mapping[Site, str] | None = None,
     model: str = "this model",
     layers: Iterable[int] | None = None,
 ) -> Site:
-    """Return the site that `site` names, when it is one of `available`.
+    """Return the site that `site` names, unless the model does not have it.
 
     Args:
         site: The name to check, emlens' own or TransformerLens'.
-        available: The sites that exist.
+        missing: The sites that do not exist, and why.
         model: The name to put into the error.
         layers: The layers it goes with: those that a TransformerLens name may carry.
 
@@ -63,16 +63,14 @@ def check_site(
     """
     if not isinstance(site, str):
         raise TypeError(f"site must be text, e.g. 'resid_post', not {shown(site)}")
-    known = tuple(available)
+    missing = missing or {}
     hook = _HOOK.fullmatch(site)
     plain = hook["site"] if hook else site
     for name in SITES:
         if name == plain:
-            if name not in known:
-                raise ValueError(
-                    f"{model} has no site {site!r} (its blocks run attention and MLP in a way "
-                    f"that never forms it); it has {', '.join(known)}"
-                )
+            if name in missing:
+                there = ", ".join(one for one in SITES if one not in missing)
+                raise ValueError(f"{model} has no site {site!r}: {missing[name]}; it has {there}")
             if hook and (hook["layer"] or "").isdigit():
                 _check_numbered(site, int(hook["layer"]), layers)
             return name

@@ -21,6 +21,21 @@ Pool = Callable[[Tensor], Tensor]
 Point = tuple[int, Site]
 
 
+class Tap:
+    """An edit that changes nothing and keeps the residual that it sees."""
+
+    where: Where = "all"
+
+    def __init__(self, layer: int, site: Site = "resid_post") -> None:
+        self.site: Site = site
+        self.layers: tuple[int, ...] = (layer,)
+        self.seen = torch.empty(0)
+
+    def delta(self, residual: Tensor, layer: int) -> Tensor:
+        self.seen = residual
+        return torch.zeros_like(residual)
+
+
 class Visit:
     """The points a forward pass has to stop at, and what happens at each.
 
@@ -59,9 +74,7 @@ class Visit:
         for edit in edits:
             for layer in edit.layers:
                 self.edits[layer, check_site(edit.site)].append(edit)
-        self.points: list[Point] = sorted(
-            self.reads | set(self.edits), key=lambda point: (point[0], SITES.index(point[1]))
-        )
+        self.points = _in_order(self.reads | set(self.edits))
         self.start = 0
 
     @classmethod
@@ -92,6 +105,12 @@ class Visit:
                 mask = torch.cat([mask, tail], dim=1)
             masks[edit.where] = mask
         return cls(edits, masks)
+
+    def add(self, tap: Tap) -> None:
+        """Keep a residual as it is after the edits there are."""
+        for layer in tap.layers:
+            self.edits[layer, tap.site].append(tap)
+        self.points = _in_order(self.reads | set(self.edits))
 
     def starts_at(self, position: int) -> None:
         """Say which column of the masks the next tensors begin at (a decoding step moves it)."""
@@ -124,6 +143,10 @@ class Visit:
         return at_attention(self, layer, before, contribution)
 
 
+def _in_order(points: Iterable[Point]) -> list[Point]:
+    return sorted(points, key=lambda point: (point[0], SITES.index(point[1])))
+
+
 # Written as functions of a visit's data, with nothing but torch in them: on a server, where
 # emlens is absent, they run on the plain copy. Annotations inside of them would travel too.
 
@@ -143,7 +166,9 @@ def at_point(
             residual = residual + delta
         note_norm(visit, layer, site, residual)
         if (layer, site) in visit.reads:
-            visit.read[layer] = residual if visit.pool is None else visit.pool(residual)
+            # a copy, since some blocks add to what they have read in place
+            found = residual.clone()
+            visit.read[layer] = found if visit.pool is None else visit.pool(found)
     return residual
 
 

@@ -88,7 +88,7 @@ class Readout:
                 f"the directions have width {width}, the residual stream of {model.name} has "
                 f"width {model.d_model}: they belong to another model ({self.model})"
             )
-        check_site(self.site, model.sites, model.name, check_layers(self.layers, model.n_layers))
+        model.check_site(self.site, check_layers(self.layers, model.n_layers))
 
     @torch.no_grad()
     def read(

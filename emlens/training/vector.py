@@ -17,7 +17,6 @@ from emlens.hooked import (
     SiteName,
     Where,
     check_layers,
-    check_site,
 )
 from emlens.text import Conversation
 from emlens.training.loop import Loop, Recording
@@ -108,7 +107,7 @@ def train_vector(
     if not train:
         raise ValueError("train_vector needs conversations to train on; the set is empty")
     layers = check_layers(layer, model.n_layers)
-    at = check_site(site, model.sites, model.name, layers)
+    at = model.check_site(site, layers)
     chosen = given(VectorSettings, settings, overrides, bool(validation))
     if kl is not None:
         warn_of_overlap(train, kl.conversations)

@@ -184,7 +184,7 @@ def test_the_self_check_refuses_a_model_whose_hooks_miss_a_row(hooked_llama, mon
 
     original = walk.at_point
     monkeypatch.setattr(walk, "at_point", first_row_only)
-    with pytest.raises(RuntimeError, match=r"left row 1 of 2 as it was"):
+    with pytest.raises(RuntimeError, match=r"left row 1 of 6 as it was"):
         self_check(hooked_llama)
 
 
