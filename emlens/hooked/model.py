@@ -11,6 +11,7 @@ from html import escape
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -238,9 +239,9 @@ class HookedModel(Conditioned, ABC):
             >>> model.logits(batch).shape[-1] == model.n_vocab
             True
         """
-        return self.unembed(self.hidden(batch, edits).flatten(0, 1)).unflatten(
-            0, tuple(batch.input_ids.shape)
-        )
+        hidden = self.hidden(batch, edits)
+        logits = self.unembed(rearrange(hidden, "batch pos d -> (batch pos) d"))
+        return rearrange(logits, "(batch pos) vocab -> batch pos vocab", batch=len(hidden))
 
     @guarded
     def generate(

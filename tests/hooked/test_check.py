@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -143,8 +144,13 @@ def test_no_package_is_ever_installed_for_a_processor(monkeypatch):
     monkeypatch.setattr(helpers, "_ensure_torchvision", never)
     monkeypatch.setattr(source, "load_modality_processor", never)
     monkeypatch.setattr("subprocess.check_call", never)
-    for name in ("gemma3", "llava", "qwen3_vl"):
+    for name in ("gemma3", "llava"):
         assert wrapped(name, "transformer_lens").n_layers == 4
+    if find_spec("torchvision") is None:
+        with pytest.raises(
+            ValueError, match="cannot bridge Qwen3VL.*needs the optional torchvision"
+        ):
+            wrapped("qwen3_vl", "transformer_lens")
 
 
 @pytest.mark.parametrize(
