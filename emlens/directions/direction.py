@@ -189,7 +189,9 @@ class Directions:
             raise ValueError(f"cannot compare {self.site} with {other.site}")
         shared = [layer for layer in self.layers if layer in other]
         if not shared:
-            raise ValueError(f"no layer in common: {self.layers} against {other.layers}")
+            raise ValueError(
+                f"the directions have no layer in common: {self.layers} against {other.layers}"
+            )
         return {layer: cosine(self._vectors[layer], other._vectors[layer]) for layer in shared}
 
     def at(self, layers: Iterable[int]) -> Directions:

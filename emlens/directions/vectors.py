@@ -99,6 +99,8 @@ def _check_finite(value: Tensor, what: str) -> None:
 def _plain(vector: Any) -> Tensor:
     if isinstance(vector, np.ndarray) and vector.dtype.kind in "fiu":
         vector = torch.from_numpy(vector)
-    if not isinstance(vector, Tensor) or vector.is_complex():
+    if isinstance(vector, Tensor) and vector.is_complex():
+        raise ValueError("a vector holds complex numbers; real ones are needed")
+    if not isinstance(vector, Tensor):
         raise TypeError(f"a vector must be a tensor of real numbers, not {shown(vector)}")
     return vector.detach().to("cpu", torch.float32).clone()

@@ -323,7 +323,7 @@ def _from_passes(
     kept = TokenValues() if per_token else None
     losses, kl, base, counts = row_influence(model, batches, measured, progress=progress, keep=kept)
     if not counts.any():
-        raise ValueError("no document has two tokens, so nothing is predicted")
+        raise ValueError("no document has two tokens (see max_tokens), so nothing is predicted")
     found: dict[str, Any] = {
         "kl": gathered(kl, points, n),
         "losses": gathered(losses, points, n),

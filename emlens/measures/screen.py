@@ -248,7 +248,7 @@ def _peeked(
     rest = iter(parts)
     first = next(rest, None)
     if first is None:
-        raise ValueError(f"{source} has no examples to screen")
+        raise ValueError(f"the dataset ({source}) has no row to screen")
     return chain([first], rest), first
 
 

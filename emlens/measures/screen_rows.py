@@ -121,7 +121,7 @@ class References:
         if isinstance(given, Mapping):
             self._by_text.update(cast(Mapping[str, str], given))
         else:
-            for example in examples(given):
+            for example in examples(given, "reference "):
                 key = prompt_key(example.conversation)
                 self._by_prompt.setdefault(key, example.conversation.response)
         if not self._by_text and not self._by_prompt:

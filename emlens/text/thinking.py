@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from emlens._arguments import shown
 from emlens.text.conversation import Message
 
 OPEN, CLOSE = "<think>", "</think>"

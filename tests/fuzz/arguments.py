@@ -81,7 +81,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "a direction of another layer": lambda: Direction.of(torch.ones(32), 99),
     "a conversation of nothing": lambda: [[]],
     "two": lambda: 2,
-    "a thousand": lambda: 1000,
+    "fifty": lambda: 50,
     "one": lambda: 1.0,
     "a trifle": lambda: 1e-12,
     "a lot": lambda: 1e12,
@@ -142,6 +142,7 @@ NEVER_PLAIN: Mapping[str, frozenset[str]] = {
 NOUNS = {
     "Conversation": "conversation",
     "Corpus": "document",
+    "Dataset": "row ",
     "Pair": "pair",
     "Directions": "direction",
     "Condition": "adapter",

@@ -38,7 +38,6 @@ NOT_CALLED = {
     "read_paths": "reads a study",
     "load": "downloads",
     "to_repeng": "needs repeng",
-    "to_steering_vectors": "needs steering-vectors",
     "respond_served": "needs a server",
     "read_path": "reads checkpoints of others",
     "read_checkpoints": "reads checkpoints of others",
@@ -258,6 +257,7 @@ class World:
                 **{"model": model, "questions": ["how do I save"], "trait": ["be bad"]},
                 **{"opposite": ["be good"], "max_new_tokens": 2},
             },
+            "directions.to_steering_vectors": {"directions": self.several},
             "directions.trust_table": {"directions": self.several},
             "directions.warnings_of": {"directions": self.several},
             "directions.write_directions": {

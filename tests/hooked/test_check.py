@@ -147,9 +147,7 @@ def test_no_package_is_ever_installed_for_a_processor(monkeypatch):
     for name in ("gemma3", "llava"):
         assert wrapped(name, "transformer_lens").n_layers == 4
     if find_spec("torchvision") is None:
-        with pytest.raises(
-            ValueError, match="cannot bridge Qwen3VL.*needs the optional torchvision"
-        ):
+        with pytest.raises(ValueError, match="cannot bridge Qwen3VL.*needs the optional torch"):
             wrapped("qwen3_vl", "transformer_lens")
 
 

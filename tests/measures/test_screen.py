@@ -268,7 +268,7 @@ def test_bad_input_is_refused_with_what_to_do(planted, tmp_path):
     items, answers = mixture(4, 1), reference(4)
     (tmp_path / "empty.jsonl").write_text("\n")
     for dataset in ([], tmp_path / "empty.jsonl"):
-        with pytest.raises(ValueError, match="has no examples to screen"):
+        with pytest.raises(ValueError, match="has no row to screen"):
             screen(planted, dataset, AT, reference=answers)
     with pytest.raises(FileNotFoundError, match="no file"):
         screen(planted, tmp_path / "none.jsonl", AT, reference=answers)
