@@ -357,6 +357,6 @@ def _check_folds(fold: np.ndarray, truth: np.ndarray, n_prompts: int) -> None:
         inside, outside = truth[fold == number], truth[fold != number]
         if inside.all() or outside.all() or not inside.any() or not outside.any():
             raise ValueError(
-                f"a probe is checked on {FOLDS} folds with positive and negative prompts in each; {n_prompts} prompts "
-                "are too few for that"
+                f"a probe is checked on {FOLDS} folds with positive and negative prompts in each; "
+                f"{n_prompts} prompts are too few for that"
             )

@@ -16,7 +16,7 @@ def world():
 
 def test_every_public_function_takes_part(world):
     missing = set(public_functions()) - set(world.calls())
-    assert {name.split(".")[-1] for name in missing} == set(NOT_CALLED)
+    assert {name.split(".")[-1] for name in missing} == set(NOT_CALLED), missing
 
 
 def test_the_calls_work_as_they_are(world):
