@@ -86,8 +86,8 @@ def render(
     begun = messages[-1]["role"] == "assistant"
     if generation_prompt and begun and not continue_final_message:
         raise ValueError(
-            f"{name} already ends with an answer, which a generation prompt cannot follow; generate "
-            "from its .prompt, or pass continue_final_message=True to go on with the answer"
+            f"{name} already ends with an answer, which a generation prompt cannot follow; "
+            "generate from its .prompt, or pass continue_final_message=True to go on with it"
         )
     shown = template.apply
     if generation_prompt:

@@ -112,7 +112,7 @@ EMPTY = {
         lambda m: measures.weight_noise(m, [], {"a": of()}, epsilons=[0.1], seeds=1),
     ),
     "Monitor.fit": ("misaligned is empty", lambda m: measures.Monitor.fit(m, of(), GOOD, [])),
-    "screen": ("no examples", lambda m: measures.screen(m, [], of())),
+    "screen": ("no row to screen", lambda m: measures.screen(m, [], of())),
     "influence": (
         "no document has two tokens",
         lambda m: emlens.influence(m, ONES, {"a": of()}, norms=[1.0]),

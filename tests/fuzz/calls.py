@@ -44,15 +44,24 @@ NOT_CALLED = {
 }
 """Public functions that take no part, and why."""
 
+_REPEATS = ("repeats", "repeats_told", "warn_of_repeats")
 _LOW_LEVEL = {
     "edits": {"ablate_delta", "add_delta", "clamp_delta"},
     "hooked": {
         *("answer", "deepest_prefix", "gradient_checkpointing", "identities", "kl_sum", "loss_sum"),
         *("response_losses", "sweep", "token_kl", "token_losses", "token_scores", "where_mask"),
         *("check_layers", "check_site", "named_layers", "condition_of", "conditions_of"),
-        *("digest_of", "hook_name"),
+        *("digest_of", "hook_name", "check_finite"),
     },
-    "text": {"pack", "restore", "template_hash", "content_hash", "conversations_of"},
+    "text": {
+        "pack",
+        "restore",
+        "template_hash",
+        "content_hash",
+        "conversations_of",
+        "parted",
+        *_REPEATS,
+    },
 }
 """What other rooms are built of: tensors in, tensors out, inside the loop."""
 
