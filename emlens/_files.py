@@ -17,18 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 from uuid import uuid4
 
-from emlens._reading import expanded, read_json
-
-__all__ = [
-    "atomic_path",
-    "atomic_write",
-    "expanded",
-    "raise_about",
-    "read_json",
-    "sha256_of",
-    "temporary_beside",
-    "write_json",
-]
+from emlens._reading import expanded
 
 _DAY = 24 * 60 * 60.0
 _OURS = re.compile(r"\..+\.emlens-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
@@ -146,3 +135,9 @@ def write_json(path: str | Path, value: object) -> None:
 def sha256_of(data: bytes) -> str:
     """SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal; the file is never held as a whole."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from emlens._files import expanded, raise_about, temporary_beside
+from emlens._files import raise_about, temporary_beside
+from emlens._reading import expanded
 
 
 @contextmanager
@@ -32,12 +33,12 @@ def whole_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path
     try:
         yield new
         for path in (*new.rglob("*"), new):
-            _sync(path)
+            sync(path)
         old = _aside(target)
         if target.exists():
             os.rename(target, old)
         os.rename(new, target)
-        _sync(target.parent)
+        sync(target.parent)
         for name in own:
             (old / name).unlink(missing_ok=True)
     except OSError as error:
@@ -66,7 +67,7 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file or folder on the disk; systems that cannot open folders need not."""
     with suppress(PermissionError):
         descriptor = os.open(path, os.O_RDONLY)

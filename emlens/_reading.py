@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -78,6 +77,12 @@ def readable(path: str | os.PathLike[str], missing: str = "no file {}") -> Path:
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """All bytes of a file."""
     return readable(path).read_bytes()
+
+
+def read_head(path: str | os.PathLike[str], size: int) -> bytes:
+    """The first bytes of a file."""
+    with readable(path).open("rb") as file:
+        return file.read(size)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -160,7 +165,7 @@ def read_csv(
     import csv
 
     path = expanded(path)
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = csv.reader((line for _, line in read_lines(path)), strict=True)
     try:
         names = next(rows, [])
         if not names or len(set(names)) < len(names):
@@ -219,8 +224,7 @@ def parsed_json(text: str, where: str, line: int | None = None) -> Any:
 
 
 def _opened(path: Path) -> TextIO:
-    with path.open("rb") as file:
-        head = file.read(8)
+    head = read_head(path, 8)
     for mark, what in _MARKS.items():
         if head.startswith(mark):
             raise ValueError(f"{path}, line 1, byte 1: this is {what}; UTF-8 text is needed")

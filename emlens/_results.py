@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from emlens._files import expanded, read_json, write_json
+from emlens._door import guard_methods
+from emlens._files import write_json
+from emlens._reading import expanded, read_json
 from emlens._types import check_axes, checked_fields
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ _KINDS: dict[str, type[Result]] = {}
 """All kinds of results by name: one may hold another."""
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Result:
     """Base of the frozen results that measures, comparisons and training return.
@@ -65,9 +68,16 @@ class Result:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def _verify(self) -> None:
+        """Refuse what types and `AXES` let pass and the methods could not use.
+
+        Raises:
+            ValueError: If there is such a thing; it is named.
+        """
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        _KINDS[cls.__name__] = cls
+        _KINDS[cls.__name__] = guard_methods(cls)
 
     def _repr_html_(self) -> str:
         return titled_table(type(self).__name__, self.table())
@@ -107,4 +117,8 @@ def _built(value: Any) -> Any:
     del held["kind"]
     made = _KINDS[kind](**checked_fields(_KINDS[kind], held))
     check_axes(made, made.AXES)
+    seed = getattr(made, "seed", 0)
+    if isinstance(seed, int) and seed < 0:
+        raise ValueError(f"seed is {seed}, not a whole number from 0")
+    made._verify()
     return made

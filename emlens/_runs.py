@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from emlens._files import read_json, write_json
+from emlens._files import write_json
+from emlens._reading import read_json
 
+T = TypeVar("T")
 SETTINGS = "settings.json"
 START_ANEW = "remove the file to start anew, or give the settings that it was made with"
 """The way out for one file that a run resumes from."""
@@ -104,6 +106,18 @@ class Parts:
         """The settings that were kept, without the identities beside them."""
         found = read_json(self.folder / SETTINGS, dict)
         return {name: value for name, value in found.items() if name not in _LABELS}
+
+    def settings_as(self, make: Callable[[dict], T]) -> T:
+        """The settings that were kept, as `make` gives them.
+
+        Raises:
+            ValueError: As `make`, with the file.
+        """
+        try:
+            return make(self.settings)
+        except ValueError as error:
+            path = self.folder / SETTINGS
+            raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
     def finished(self, name: str, record: str = "") -> bool:
         """Whether a part is there."""

@@ -7,19 +7,18 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 from emlens._files import atomic_path, remove_leftovers, temporary_beside
+from emlens._reading import expanded
+from emlens._records import KEYS, Kind, lines, no_store, record_of, value_of
 from emlens._runs import check_same
 
-Kind = Literal["responses", "scores", "screen"]
-KEYS: dict[str, str] = {"responses": "key", "scores": "key", "screen": "row"}
-"""The field of a record that is its key, by the kind of the store."""
-
+T = TypeVar("T")
 APPLICATION, VERSION = int.from_bytes(b"emls", "big"), 1
 """What the header of our files says."""
 
@@ -60,7 +59,7 @@ class Store:
     def __init__(
         self, path: str | Path, kind: Kind, settings: Mapping[str, object] | None = None
     ) -> None:
-        self.path, self.kind = Path(path), kind
+        self.path, self.kind = expanded(path), kind
         wanted = json.loads(json.dumps(dict(settings or {})))
         if not self.path.exists():
             _make(self.path, kind, wanted)
@@ -93,9 +92,9 @@ class Store:
             database.execute("BEGIN IMMEDIATE")
             database.executemany("INSERT OR IGNORE INTO rows (key, value) VALUES (?, ?)", rows)
             select = "SELECT value FROM rows WHERE key = ?"
-            kept = [database.execute(select, (key,)).fetchone()[0] for key, _ in rows]
+            kept = [(database.execute(select, (key,)).fetchone()[0], key) for key, _ in rows]
             database.execute("COMMIT")
-        return [json.loads(text) for text in kept]
+        return [record_of(text, f"{self.path}, row of the key {key!r}") for text, key in kept]
 
     def remove(self, keys: Iterable[object]) -> None:
         """Take records out, in one transaction."""
@@ -118,13 +117,27 @@ def read(path: str | Path, kind: Kind | None = None) -> Iterator[dict]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no store, or one of another kind, or damaged (the line is named).
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no file {path}")
+    path = expanded(path)
     if not is_store(path):
-        return _lines(path, kind)
+        return lines(path, kind)
     _settings(path, kind)
     return _rows(path, "ro")
+
+
+def read_rows(path: str | Path, kind: Kind, make: Callable[[dict], T]) -> tuple[T, ...]:
+    """The records of a store, each as `make` gives it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As `read`, or as `make`, with the file and the number of the record.
+    """
+    made: list[T] = []
+    for record in read(path, kind):
+        try:
+            made.append(make(record))
+        except ValueError as error:
+            raise ValueError(f"{expanded(path)}, record {len(made) + 1}: {error}") from error
+    return tuple(made)
 
 
 def export(path: str | Path, out: str | Path) -> int:
@@ -135,9 +148,9 @@ def export(path: str | Path, out: str | Path) -> int:
         FileExistsError: If `out` is there already.
         ValueError: If it is no store.
     """
-    records, out, written = read(path), Path(out), 0
+    records, out, written = read(path), expanded(out), 0
     if out.exists():
-        itself = "the store itself" if out.samefile(path) else "there already"
+        itself = "the store itself" if out.samefile(expanded(path)) else "there already"
         raise FileExistsError(f"{out} is {itself}; give the path of a new file")
     with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
@@ -153,20 +166,20 @@ def is_store(path: str | Path) -> bool:
         FileNotFoundError: If there is no such file.
         ValueError: If it can be no store of any version.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir() or not path.is_file():
         if not path.exists():
             raise FileNotFoundError(f"no file {path}")
         what = "a folder" if path.is_dir() else "not a regular file"
-        raise ValueError(_no_store(path, f"it is {what}"))
+        raise ValueError(no_store(path, f"it is {what}"))
     with _LOCK, path.open("rb") as file:
         head = file.read(_HEADER)
     if not head.startswith(_MAGIC):
         return False
     if len(head) < _HEADER:
-        raise ValueError(_no_store(path, "it is a part of an SQLite database"))
+        raise ValueError(no_store(path, "it is a part of an SQLite database"))
     if int.from_bytes(head[68:72], "big") != APPLICATION:
-        raise ValueError(_no_store(path, "it is an SQLite database of another program"))
+        raise ValueError(no_store(path, "it is an SQLite database of another program"))
     version = int.from_bytes(head[60:64], "big")
     if version != VERSION:
         raise ValueError(f"{path} is a store of a later version of emlens ({version}); update it")
@@ -183,15 +196,11 @@ def text_of(record: Mapping) -> str:
     return text
 
 
-def _no_store(path: Path, why: object) -> str:
-    return f"{path} is no store of emlens ({why}); it was left as it is, give another path"
-
-
 def _not_to_be_written(path: Path, kind: Kind) -> str:
     """Why a text file is no place for records."""
     new = path.with_suffix(".sqlite").name
     try:
-        next(_lines(path, kind))
+        next(lines(path, kind))
     except ValueError as error:
         return f"{error}, such as {new}"
     return (
@@ -253,7 +262,7 @@ def _settings(path: Path, kind: Kind | None) -> dict[str, object]:
     """
     with _opened(path, "ro") as database:
         rows = database.execute("SELECT name, value FROM settings").fetchall()
-    found = {name: json.loads(value) for name, value in rows}
+    found = {name: value_of(value, f"{path}, setting {name!r}") for name, value in rows}
     held = found.pop("kind", None)
     if kind not in (None, held):
         raise ValueError(f"{path} is a store of kind {held!r}, not {kind!r}; give another path")
@@ -268,47 +277,9 @@ def _rows(path: Path, mode: Literal["ro", "rw"]) -> Iterator[dict]:
             select = "SELECT n, value FROM rows WHERE n > ? ORDER BY n LIMIT ?"
             rows = database.execute(select, (last, PAGE)).fetchall()
         for last, text in rows:
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {last}: damaged ({error})") from error
+            yield record_of(text, f"{path}, row {last}")
         if len(rows) < PAGE:
             return
-
-
-def _lines(path: Path, kind: Kind | None) -> Iterator[dict]:
-    """Records of a store in JSON Lines, the first under each key."""
-    fields = [KEYS[kind]] if kind else sorted(set(KEYS.values()))
-    seen: set[str] = set()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                key, record = _keyed(line, fields)
-            except (ValueError, RecursionError) as error:
-                if number == 1:
-                    raise ValueError(_no_store(path, f"line 1: {error}")) from error
-                if not line.endswith(b"\n"):
-                    return
-                raise ValueError(
-                    f"{path}, line {number}: not a record of a store ({error}); take the line "
-                    "out, or bring back a copy of the file"
-                ) from error
-            if key not in seen:
-                seen.add(key)
-                yield record
-    if not seen:
-        raise ValueError(_no_store(path, "it is empty"))
-
-
-def _keyed(line: bytes, fields: list[str]) -> tuple[str, dict]:
-    """A line of a store in JSON Lines, with its key."""
-    record = json.loads(line.decode())
-    if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
-    keys = [str(record[field]) for field in fields if field in record]
-    if not keys:
-        raise ValueError(f"it has no field {' or '.join(fields)}")
-    return keys[0], record
 
 
 def _connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
@@ -371,7 +342,8 @@ def _told(path: Path) -> Iterator[None]:
                 f"{path}: another process has been writing for {WAIT:g} seconds; run the same "
                 "call again when it is done"
             ) from error
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+        # Python's own error, of a text that is not UTF-8, has no code
+        if code in (0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
             raise ValueError(
                 f"{path} is damaged ({error}); bring back a copy of it, or delete it to start anew"
             ) from error

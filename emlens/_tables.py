@@ -1,37 +1,15 @@
-"""The door for tables: CSV, Parquet, and what `datasets` loads, with the file in every error."""
+"""The door for tables: Parquet, and what `datasets` loads, with the file in every error."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from emlens._reading import expanded, read_text, readable
-
-if TYPE_CHECKING:
-    import pandas as pd
+from emlens._reading import expanded, readable
 
 _TIMES, _FREE = 200, 256 * 2**20
 """Characters that a Parquet file may unpack to: so many times its size, and so many besides."""
-
-
-def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a CSV file as a table.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is not UTF-8 or no CSV; the file is named.
-    """
-    import pandas as pd
-
-    path = expanded(path)
-    text = read_text(path)
-    try:
-        return pd.read_csv(io.StringIO(text))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: not valid CSV ({_first_line(error)})") from error
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[dict]:

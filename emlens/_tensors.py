@@ -6,7 +6,9 @@ What a file declares is compared with its size before anything is allocated.
 from __future__ import annotations
 
 import json
+import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from emlens._reading import expanded, parsed_json, readable
 
 _KEY = "emlens"
 _SUFFIX = ".safetensors"
-_DAMAGE = (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+_GLOBAL = re.compile(r"Unsupported \w+: (?:GLOBAL )?(\S+)")
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: dict) -> Path:
@@ -109,6 +111,31 @@ def whole_record(path: Path, kind: str) -> Iterator[None]:
         raise ValueError(f"{path} holds no whole {kind}: {error}") from error
 
 
+def read_torch_file(path: Path) -> object:
+    """Read a file of `torch.save` that holds tensors and plain values.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged, declares more than it has, or would have to run code.
+    """
+    path = readable(path)
+    check_torch_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = _GLOBAL.search(str(error))
+        raise ValueError(
+            f"{path} needs more than tensors and numbers to be read "
+            f"({asked[1] if asked else 'unknown'}), and emlens runs no code from a file; write it "
+            "again with plain values"
+        ) from error
+    except Exception as error:  # of damaged bytes torch raises anything, AssertionError included
+        raise ValueError(
+            f"{path} is not a readable torch file ({path.stat().st_size} bytes); was it fetched "
+            f"as a whole? ({str(error).partition('. ')[0]})"
+        ) from error
+
+
 def check_torch_file(path: Path) -> None:
     """Refuse a file of `torch.save` that would unpack to more than its size.
 
@@ -128,7 +155,14 @@ def check_torch_file(path: Path) -> None:
         else:
             # a stream of pickles: the sizes of its storages are in the first ones
             _check_numbers(path.read_bytes(), size)
-    except (zipfile.BadZipFile, _More, NotImplementedError, EOFError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        _More,
+        OSError,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"{path} is not a readable torch file ({size} bytes); was it fetched as a whole? "
             f"({error})"

@@ -8,8 +8,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, is_typeddict
 
+T = TypeVar("T")
 _NUMBERS = (int, float)
 
 
@@ -22,13 +23,8 @@ def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If a field is missing or unknown, or a value is of another type; it is named.
     """
-    known = {item.name for item in fields(kind)}
-    later = {
-        item.name
-        for item in fields(kind)
-        if item.default is not MISSING or item.default_factory is not MISSING
-    }
-    missing, unknown = known - later - set(record), set(record) - known
+    known, needed = _names(kind)
+    missing, unknown = needed - set(record), set(record) - known
     if missing or unknown:
         raise ValueError(
             f"does not fit this version of {kind.__name__}: missing {sorted(missing)}, unknown "
@@ -39,6 +35,45 @@ def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
         name: _Checker(name in endless).checked(value, hints[name], name)
         for name, value in record.items()
     }
+
+
+def checked_row(kind: type[T], record: Mapping[str, Any], what: str) -> T:
+    """A dataclass from a row of a store.
+
+    Half of a character, which a store may keep of an answer and no table can show, becomes U+FFFD.
+
+    Raises:
+        ValueError: As `checked_fields`; `what` says what the row is not.
+    """
+    try:
+        found = checked_fields(kind, record)
+    except ValueError as error:
+        raise ValueError(f"not {what} of emlens: {error}") from error
+    return kind(
+        **{
+            name: value if not isinstance(value, str) or _whole(value) else _mended(value)
+            for name, value in found.items()
+        }
+    )
+
+
+def _whole(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= mark <= "\udfff" for mark in text)
+
+
+def _mended(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@cache
+def _names(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """All fields, and those without a default."""
+    needed = (
+        item.name
+        for item in fields(kind)
+        if item.default is MISSING and item.default_factory is MISSING
+    )
+    return frozenset(item.name for item in fields(kind)), frozenset(needed)
 
 
 @cache
@@ -58,6 +93,8 @@ class _Checker:
             return self._one_of(value, inner, where)
         if origin is tuple:
             return self._tuple(value, inner, where)
+        if is_typeddict(hint):
+            return self._row(value, _hints(hint), where)
         if origin in (dict, Mapping):
             self._must(isinstance(value, dict), value, "an object", where)
             return {
@@ -72,8 +109,9 @@ class _Checker:
         if hint in (dict, object, Any):
             self._must(hint is not dict or isinstance(value, dict), value, "an object", where)
             return frozen(value)
-        if hint is int and isinstance(value, bool):
-            self._must(False, value, "a whole number", where)
+        if hint is int and isinstance(value, int):
+            held = not isinstance(value, bool) and abs(value) < 2**63
+            self._must(held, value, "a whole number of 64 bits", where)
         names = {int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
         return self._must(isinstance(value, hint), value, names.get(hint, hint.__name__), where)
 
@@ -88,6 +126,11 @@ class _Checker:
             self.checked(one, hint, f"{where}[{i}]")
             for i, (one, hint) in enumerate(zip(value, each, strict=True))
         )
+
+    def _row(self, value: Any, hints: dict[str, Any], where: str) -> dict[str, Any]:
+        held = isinstance(value, dict) and set(value) == set(hints)
+        self._must(held, value, f"an object with {', '.join(hints)}", where)
+        return {key: self.checked(one, hints[key], f"{where}.{key}") for key, one in value.items()}
 
     def _one_of(self, value: Any, inner: tuple[Any, ...], where: str) -> Any:
         if value is None and type(None) in inner:
@@ -119,9 +162,9 @@ def frozen(value: Any) -> Any:
 def check_axes(made: Any, axes: Mapping[str, str]) -> None:
     """Compare lengths: an axis is another field, or a name that stands for one length.
 
-    A name with a star stands for a length of its own at each place above it: `"texts tokens*"` is
-    for texts of different lengths. Rows that are objects have the same keys, with values of one
-    kind under each.
+    A name with a star stands for a length of its own at each place of the first axis:
+    `"texts tokens*"` is for texts of different lengths. Of a name with a question mark, keys may
+    be missing. Rows that are objects have the same keys, with values of one kind under each.
 
     Raises:
         ValueError: If two that belong together differ; the field is named.
@@ -144,9 +187,13 @@ def _check_axis(
     above: tuple[object, ...],
     required: bool,
 ) -> None:
-    if not axes or (len(value) == 0 and not required):
+    if not axes:
+        return
+    empty = not above and len(value) == 0
+    if empty and not required:
         return
     axis, *rest = axes
+    required, axis = required and not axis.endswith("?"), axis.rstrip("?")
     along = getattr(made, axis) if axis in made.__dataclass_fields__ else None
     if isinstance(value, Mapping):
         known = (
@@ -158,9 +205,9 @@ def _check_axis(
             raise ValueError(f"{where} has {what} {axis}")
         items: Any = value.items()
     else:
-        if along is None and len(value) == 0:
+        if along is None and empty:
             return  # left empty, it says nothing of the others
-        key = (axis, above) if axis.endswith("*") else axis
+        key = (axis, above[:1]) if axis.endswith("*") else axis
         wanted = len(along) if along is not None else lengths.setdefault(key, len(value))
         if len(value) != wanted:
             raise ValueError(f"{where} has {len(value)} values for {wanted} {axis.rstrip('*')}")

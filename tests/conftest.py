@@ -10,6 +10,8 @@ from functools import cache
 # workers of one run share the cores instead of fighting for them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("PIP_NO_INDEX", "1")  # TransformerLens' boot installs what it misses
+os.environ.setdefault("UV_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("WANDB_MODE", "disabled")

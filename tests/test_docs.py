@@ -18,7 +18,8 @@ from emlens.hooked import SITES, hook_name
 from emlens.hooked.architecture import Architecture
 from emlens.text import corpus, pack, tokenize
 from tests.support.data import conversations, pairs
-from tests.support.models import FAMILIES
+from tests.support.models import FAMILIES, tiny_model
+from tests.support.tokenizers import qwen3_tokenizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "hook_points.md"
 TITLES = {
@@ -166,3 +167,18 @@ def test_the_programs_of_the_page_of_measures_run(hooked_llama, monkeypatch, tmp
     Path("finetuning.jsonl").write_text("\n".join(map(json.dumps, rows)))
     program = "\n".join(blocks).replace("[15]", "[1]").replace("(15)", "(1)")
     exec(compile(program, "measures.md", "exec"), {})
+
+
+def test_the_program_on_chat_templates_runs(monkeypatch, capsys):
+    page = MEASURES.parent / "concepts.md"
+    section = page.read_text().partition("### Chat templates")[2].partition("###")[0]
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.S)
+
+    def load(name, **options):
+        return emlens.wrap(tiny_model("llama"), qwen3_tokenizer(), name=name, **options)
+
+    monkeypatch.setattr(emlens, "load", load)
+    exec(compile(program, page.name, "exec"), {})
+    assert capsys.readouterr().out.endswith(
+        "<think>\nThey want it fast.\n</think>\n\n\nPut all you have<|im_end|>\n"
+    )

@@ -14,10 +14,10 @@ import torch
 from emlens._files import (
     atomic_path,
     atomic_write,
-    read_json,
     sha256_of,
     write_json,
 )
+from emlens._reading import read_json
 from emlens._tensors import read_tensors, write_tensors
 from tests.support.disk import full_disk
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import pytest
 
@@ -96,3 +96,77 @@ def test_a_result_is_json_and_says_so(tmp_path):
 
 def test_a_threshold_that_nothing_reaches_may_be_infinite():
     assert Roc.load(KEPT / "files" / "results" / "Roc.json").thresholds[0] == float("inf")
+
+
+class Row(TypedDict):
+    name: str
+    seeds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ragged(Result):
+    AXES = {
+        "steps": "runs steps*",
+        "cosines": "runs runs? steps*",
+        "scores": "runs? steps*",
+        "curve": "levels",
+    }
+
+    steps: dict[str, tuple[int, ...]]
+    cosines: dict[str, dict[str, tuple[float, ...]]]
+    scores: dict[str, tuple[float, ...]]
+    levels: tuple[float, ...]
+    curve: tuple[float, ...]
+    rows: tuple[Row, ...]
+
+    def _verify(self) -> None:
+        if not self.rows:
+            raise ValueError("rows is empty; one is needed")
+
+
+RAGGED = Ragged(
+    {"a": (1, 2), "b": (1, 2, 3)},
+    {"a": {"b": (0.1, 0.2)}, "b": {"a": (0.1, 0.2, 0.3), "b": (1.0, 1.0, 1.0)}},
+    {"b": (0.1, 0.2, 0.3)},
+    (0.0, 0.5),
+    (1.0, 2.0),
+    ({"name": "a", "seeds": (1.0,)},),
+)
+
+
+def test_a_result_of_ragged_parts_comes_back_as_it_was(tmp_path):
+    path = RAGGED.save(tmp_path / "r.json")
+    assert Ragged.load(path) == RAGGED
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "cosines",
+            {"a": {"b": [0.1]}, "b": {}},
+            r"cosines\['a'\]\['b'\] has 1 values for 2",
+        ),
+        ("cosines", {"a": {}}, "cosines has no 'b' of runs"),
+        (
+            "cosines",
+            {"a": {"c": [1, 2]}, "b": {}},
+            r"cosines\['a'\] has 'c', which is none of",
+        ),
+        ("scores", {"b": [0.1]}, r"scores\['b'\] has 1 values for 3 steps"),
+        (
+            "steps",
+            {"a": [1, 2**64], "b": [1, 2, 3]},
+            r"steps\.a\[1\] is .*, not a whole number",
+        ),
+        ("scores", {"b": []}, r"scores\['b'\] has 0 values for 3 steps"),
+        ("rows", [{"name": "a"}], r"rows\[0\] is .*, not an object with name, seeds"),
+        ("rows", [{"name": "a", "seeds": "1"}], r"rows\[0\]\.seeds is '1', not a list"),
+        ("rows", [], "rows is empty; one is needed"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, field, value, message):
+    path = RAGGED.save(tmp_path / "r.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=rf"r\.json: {message}"):
+        Ragged.load(path)

@@ -242,6 +242,10 @@ def _answer(ctx: typer.Context, function: Callable[..., None], given: dict[str, 
     """Call a verb; what goes wrong is one message and an exit code."""
     shared = {key: given.pop(key) for key in _SHARED}
     given.pop("config", None)
+    try:
+        given = {name: _at_home(value) for name, value in given.items()}
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     options = dict(given)
     placed = {key: given.pop(key) for key in _MODEL if key in given}
     call = Call(
@@ -273,6 +277,15 @@ def _answer(ctx: typer.Context, function: Callable[..., None], given: dict[str, 
         expected = isinstance(error, _INPUT_ERRORS)
         typer.echo(f"error: {_message(error, expected)}", err=True)
         raise typer.Exit(BAD_INPUT if expected else FAILED) from None
+
+
+def _at_home(value: Any) -> Any:
+    """Paths with `~` put out, which a shell leaves in `--out=~/a`."""
+    from emlens._reading import expanded
+
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_at_home, value))
+    return expanded(value) if isinstance(value, Path) else value
 
 
 def _message(error: Exception, expected: bool) -> str:

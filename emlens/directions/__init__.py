@@ -1,5 +1,6 @@
 """What a direction is, how to read one out of a model, and how to compare many."""
 
+from emlens.directions import given as _given  # noqa: F401, says how arguments are read
 from emlens.directions.across import LayerComparison, compare_layers
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band

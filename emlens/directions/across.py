@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions.compare import (
     Named,
@@ -116,6 +117,7 @@ class LayerComparison(Result):
         return [i for i, (own, _) in enumerate(self._places()) if name in (None, own)]
 
 
+@guarded
 def compare_layers(directions: Named, layers: range | list[int] | None = None) -> LayerComparison:
     """Return the cosine of every layer of every direction with every other.
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
@@ -21,12 +22,16 @@ from emlens.text import Conversation, TokenMask
 if TYPE_CHECKING:
     import pandas as pd
 
+_ELSEWHERE: Mapping[Site, str] = dict.fromkeys(
+    ("resid_pre", "resid_mid", "resid_post"), "what it adapts adds at attn_out or mlp_out"
+)
 WRITERS = frozenset(
     {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2"}
 )
 """Modules that write into the residual stream; all others of a block read from it."""
 
 
+@guard_methods
 @dataclass(frozen=True)
 class AdapterScalars:
     """How strongly an adapter acts at each token.
@@ -73,6 +78,7 @@ class AdapterScalars:
         return titled_table(f"{self.adapter}: the first 10 of {len(table)} scalars", table.head(10))
 
 
+@guarded
 def adapter_vectors(
     model: HookedModel, adapter: str, *, site: SiteName | None = None, column: int | None = None
 ) -> Directions:
@@ -114,6 +120,7 @@ def adapter_vectors(
 
 
 @torch.no_grad()
+@guarded
 def adapter_scalars(
     model: HookedModel,
     adapter: str,
@@ -140,8 +147,6 @@ def adapter_scalars(
     Raises:
         ValueError: If there are no conversations, or as `adapter_vectors`.
     """
-    if not conversations:
-        raise ValueError("adapter_scalars needs conversations; there are none")
     at, layers = _writers(model, adapter, site)
     rows = {
         number: choose_column(layer.lora_A[adapter].weight.shape[0], column, adapter, path)
@@ -164,6 +169,11 @@ def adapter_scalars(
                     torch.stack(values),
                 )
             )
+    if not sum(len(part[0]) for part in found):
+        raise ValueError(
+            f"conversations: no token of the {len(conversations)} is counted (tokens={tokens!r}); "
+            "do they have answers?"
+        )
     where, position, ids = (torch.cat([part[i] for part in found]) for i in range(3))
     order = torch.argsort(where * (int(position.max()) + 1) + position)
     scalars = torch.cat([part[3] for part in found], dim=1)[:, order]
@@ -226,9 +236,7 @@ def choose_writers(
     Raises:
         ValueError: If it does not write into the stream, or not at one place.
     """
-    asked = (
-        None if site is None else check_site(site, ("attn_out", "mlp_out"), f"adapter {adapter!r}")
-    )
+    asked = None if site is None else check_site(site, _ELSEWHERE, f"adapter {adapter!r}")
     found: dict[Site, dict[int, str]] = {}
     for path, place in places.items():
         if place is None:

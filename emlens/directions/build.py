@@ -17,14 +17,14 @@ from emlens.directions.evidence import (
 from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Counting, Reader, Reading, side_of
-from emlens.hooked import Condition, HookedModel, Layers, SiteName, check_layers, check_site
+from emlens.hooked import Condition, HookedModel, Layers, SiteName, check_layers
 from emlens.text import Conversation, content_hash, template_hash
 
 
 def reader_of(model: HookedModel, site: SiteName, layers: Layers, counting: Counting) -> Reader:
     """A reader for layers and a site that the model has."""
     wanted = check_layers(layers, model.n_layers)
-    return Reader(wanted, check_site(site, model.sites, model.name, wanted), counting)
+    return Reader(wanted, model.check_site(site, wanted), counting)
 
 
 def read_sides(

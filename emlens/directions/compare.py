@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.noise import Corrected, Estimate, corrected_cosine
@@ -165,6 +166,7 @@ _COLUMNS = (
 )
 
 
+@guarded
 def compare(directions: Named) -> Comparison:
     """Return the signed cosine of every pair of directions at every layer that both have.
 
@@ -232,6 +234,7 @@ def moved(directions: Directions) -> tuple[int, ...]:
     return tuple(layer for layer, norm in directions.norms.items() if norm > 0)
 
 
+@guarded
 def null_band(d_model: int, level: float = 0.95) -> tuple[float, float]:
     """Return the central band of the cosine between two random directions of width `d_model`.
 

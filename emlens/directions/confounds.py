@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
 
+from emlens._door import guarded
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions
 from emlens.directions.extract import mean_diff
 from emlens.directions.matching import Match, matched
 from emlens.directions.reader import ReadOptions
 from emlens.hooked import HookedModel, Layers, SiteName
-from emlens.text import Conversation
+from emlens.text import Conversation, repeats_told
 
 _VARIANTS: dict[str, Match] = {"length-matched": "length", "same prompts": "prompt"}
 
 
+@guarded
 def confounds(
     model: HookedModel,
     positive: Sequence[Conversation],
@@ -54,9 +56,10 @@ def confounds(
         except ValueError as error:
             nothing.append(str(error))
             continue
-        found[name] = mean_diff(
-            model, positive, negative, site=site, layers=layers, match=match, **options
-        )
+        with repeats_told():
+            found[name] = mean_diff(
+                model, positive, negative, site=site, layers=layers, match=match, **options
+            )
     if len(found) == 1:
         raise ValueError(f"no variant can be built: {'; '.join(nothing)}")
     compared = compare(found)

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guard_methods, guarded
 from emlens._results import Result, titled_table
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Direction, Directions, cosine
+from emlens.directions.fits import check_fits
 from emlens.directions.provenance import Provenance
 from emlens.directions.vectors import nonzero
 from emlens.hooked import HookedModel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 SharedBy = Literal["mean", "component"]
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Decomposition:
     """Several directions, split into what they share and what is each one's own.
@@ -66,6 +69,7 @@ class Decomposition:
         return titled_table(type(self).__name__, self.table())
 
 
+@guarded
 def decompose(directions: Named, *, by: SharedBy = "mean") -> Decomposition:
     """Split directions into the part that they share and the part specific to each.
 
@@ -166,6 +170,7 @@ class PromotedTokens(Result):
         )
 
 
+@guarded
 def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> PromotedTokens:
     """Return the tokens that a direction promotes and suppresses most, by the logit lens.
 
@@ -183,10 +188,7 @@ def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> 
         ValueError: If the widths differ, a vector is zero, or `k` is not from 1 to the size of
             the vocabulary.
     """
-    if directions.d_model != model.d_model:
-        raise ValueError(
-            f"the directions have width {directions.d_model}, {model.name} has {model.d_model}"
-        )
+    check_fits(model, directions, "a direction")
     if not 1 <= k <= model.n_vocab:
         raise ValueError(f"k is {k}; the vocabulary of {model.name} has {model.n_vocab} tokens")
     rows = []

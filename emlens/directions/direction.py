@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Never, Self, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._arguments import NOT_NEGATIVE, POSITIVE, number, whole, wholes
+from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
 from emlens.directions.provenance import Provenance
 from emlens.directions.vectors import checked_evidence, checked_vectors, cosine, nonzero
 from emlens.hooked import Site, SiteName, check_site
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@guard_methods
 class Directions:
     """Immutable `{layer: vector}` at one site, fp32 on the CPU.
 
@@ -69,6 +73,15 @@ class Directions:
         self.auroc = MappingProxyType(dict(auroc or {}))
         self.measured = MappingProxyType({k: dict(v) for k, v in (measured or {}).items()})
 
+    # NumPy would read a direction as the list of its layers
+    __array_ufunc__ = None
+
+    def __array__(self, *args: object, **kwargs: object) -> Never:
+        raise TypeError(
+            f"{self!r} is no array, but vectors with a site and provenance; take one of "
+            ".vectors, e.g. directions.vectors[15].numpy()"
+        )
+
     # -- reading ------------------------------------------------------------------------------
 
     @property
@@ -115,12 +128,17 @@ class Directions:
         return self._combine(other, torch.sub, "-")
 
     def __mul__(self, factor: float) -> Self:
-        return self._scaled(float(factor), f"{factor:g} * ({self.provenance.construction})")
+        if isinstance(factor, Directions):
+            return NotImplemented
+        factor = number("the factor on a direction", factor)
+        return self._scaled(factor, f"{factor:g} * ({self.provenance.construction})")
 
     __rmul__ = __mul__
 
     def __truediv__(self, factor: float) -> Self:
-        return self * (1.0 / factor)
+        if isinstance(factor, Directions):
+            return NotImplemented
+        return self * (1.0 / number("the divisor of a direction", factor))
 
     def __neg__(self) -> Self:
         return self._scaled(-1.0, f"-({self.provenance.construction})")
@@ -133,10 +151,12 @@ class Directions:
         """
         return self._map(lambda layer, vector: vector / nonzero(vector, layer).norm(), "unit")
 
+    @guarded
     def scaled_to(self, norm: float) -> Self:
         """The same directions with the given norm."""
         return self.unit()._scaled(norm, f"{self.provenance.construction} at norm {norm:g}")
 
+    @guarded
     def orthogonal_to(self, other: Directions) -> Self:
         """What is left when the component along `other` is taken out, layer by layer.
 
@@ -150,6 +170,7 @@ class Directions:
         how = f"orthogonal to {other.provenance.construction}"
         return self._map(lambda layer, vector: (vector.double() - along[layer]).float(), how)
 
+    @guarded
     def along(self, other: Directions) -> Self:
         """The component along `other`, layer by layer; `orthogonal_to` gives the rest."""
         along = self._along(other)
@@ -157,6 +178,7 @@ class Directions:
             lambda layer, _: along[layer].float(), f"along {other.provenance.construction}"
         )
 
+    @guarded
     def cosine(self, other: Directions) -> dict[int, float]:
         """Signed cosine with `other` at every layer that both have.
 
@@ -167,7 +189,9 @@ class Directions:
             raise ValueError(f"cannot compare {self.site} with {other.site}")
         shared = [layer for layer in self.layers if layer in other]
         if not shared:
-            raise ValueError(f"no layer in common: {self.layers} against {other.layers}")
+            raise ValueError(
+                f"the directions have no layer in common: {self.layers} against {other.layers}"
+            )
         return {layer: cosine(self._vectors[layer], other._vectors[layer]) for layer in shared}
 
     def at(self, layers: Iterable[int]) -> Directions:
@@ -176,7 +200,7 @@ class Directions:
         Raises:
             KeyError: If one of the layers is not there.
         """
-        wanted = sorted(set(layers))
+        wanted = sorted(set(wholes("layers", layers)))
         for layer in wanted:
             if layer not in self._vectors:
                 have = ", ".join(map(str, self.layers))
@@ -238,7 +262,7 @@ class Directions:
         from emlens.directions.files import load_directions
         from emlens.directions.formats.read import read_directions
 
-        path = Path(path)
+        path = expanded(path)
         return read_directions(path) if path.suffix in (".gguf", ".pt") else load_directions(path)
 
     def push_to_hub(
@@ -344,6 +368,7 @@ class Directions:
         )
 
 
+@guard_methods
 class Direction(Directions):
     """A vector in the residual stream at one site of one layer.
 
@@ -366,7 +391,9 @@ class Direction(Directions):
         residual_norm: float | None = None,
     ) -> Direction:
         """A direction made by hand."""
-        norms = {} if residual_norm is None else {layer: residual_norm}
+        layer = whole("layer", layer, NOT_NEGATIVE)
+        size = None if residual_norm is None else number("residual_norm", residual_norm, POSITIVE)
+        norms = {} if size is None else {layer: size}
         return cls({layer: vector}, site, Provenance(construction), residual_norms=norms)
 
     @property

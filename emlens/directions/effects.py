@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, reader_of
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions, cosine
@@ -28,6 +29,7 @@ ONE = "edited"
 """The name of an only condition."""
 
 
+@guarded
 def edit_diff(
     model: HookedModel,
     conversations: Sequence[Conversation],
@@ -66,6 +68,7 @@ def edit_diff(
     return _effects(model, conversations, {ONE: condition}, site, layers, counting)[ONE]
 
 
+@guarded
 def convergence(
     model: HookedModel,
     conversations: Sequence[Conversation],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emlens._distributed import shared
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides, reader_of
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.evidence import prompts_of
@@ -31,7 +32,6 @@ from emlens.hooked import (
     Layers,
     SiteName,
     check_layers,
-    check_site,
 )
 from emlens.text import (
     Conversation,
@@ -45,6 +45,7 @@ ROUNDING = 1e-5
 """Share of the residual norm that two readings of the same text may differ by."""
 
 
+@guarded
 def mean_diff(
     model: HookedModel,
     positive: Sequence[Conversation],
@@ -101,8 +102,9 @@ def mean_diff(
         tokens.
 
     Raises:
-        ValueError: If a set is empty, a setting is unknown, or an activation is not finite (the
-            conversation is named).
+        ValueError: If a set is empty or has no tokens that count, or a setting is unknown.
+        NonFiniteError: If an activation is not finite; condition, conversation and layer are
+            named.
     """
     counting = Counting(
         tokens=tokens,
@@ -129,11 +131,12 @@ def mean_diff(
         warnings.warn(
             f"the two sides have the same mean at every layer: their {tokens!r} tokens see the "
             "same text on both; give the sides other answers, or count the tokens that differ",
-            stacklevel=2,
+            stacklevel=3,
         )
     return found
 
 
+@guarded
 def model_diff(
     positive: HookedModel | tuple[HookedModel, ConditionLike],
     negative: HookedModel | tuple[HookedModel, ConditionLike],
@@ -175,6 +178,7 @@ def model_diff(
     return difference(reader, readings[0], readings[1], made, (groups, groups), paired[0])
 
 
+@guarded
 def both_diff(
     positive: HookedModel | tuple[HookedModel, ConditionLike],
     positive_conversations: Sequence[Conversation],
@@ -209,13 +213,14 @@ def both_diff(
     data = {"positive": positive_conversations, "negative": negative_conversations}
     made = _made("both-diff", sides, counting, **data)
     readings = (
-        reader.read(sides[0], positive_conversations, "positive"),
-        reader.read(sides[1], negative_conversations, "negative"),
+        reader.read(sides[0], positive_conversations, "positive_conversations"),
+        reader.read(sides[1], negative_conversations, "negative_conversations"),
     )
     groups = prompts_of(positive_conversations), prompts_of(negative_conversations)
     return difference(reader, *readings, made, groups)
 
 
+@guarded
 def residual_norm(
     model: HookedModel,
     data: Sequence[Conversation] | Corpus,
@@ -234,7 +239,7 @@ def residual_norm(
         ValueError: If a layer, site or mask does not exist, or no token counts.
     """
     wanted = check_layers(layers, model.n_layers)
-    at = check_site(site, model.sites, model.name, wanted)
+    at = model.check_site(site, wanted)
     batches = model.batches(data, token_budget=token_budget, max_tokens=max_tokens)
 
     def read(batches: Sequence[TokenBatch]) -> list[Tensor]:
@@ -255,6 +260,7 @@ def residual_norm(
     return {layer: median([norm[i] for norm in norms]) for i, layer in enumerate(wanted)}
 
 
+@guarded
 def random_direction(like: Direction, seed: int = 0) -> Direction:
     """Return a random direction with the layer, site and norm of another: its matched control."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.evidence import FOLDS, Groups, fold_of, prompts_of, sampled_groups
@@ -32,6 +33,7 @@ QUICK: tuple[Construction, ...] = ("mean-diff", "logistic probe", "PCA of differ
 """Those that take next to no time beyond the pass."""
 
 
+@guarded
 def probe(
     model: HookedModel,
     positive: Sequence[Conversation],
@@ -79,6 +81,7 @@ def probe(
     return _probed(reader, readings, made, groups, kind, regularisation)
 
 
+@guarded
 def pca(
     model: HookedModel,
     positive: Sequence[Conversation],
@@ -121,6 +124,7 @@ def pca(
     return _component(reader, readings, made, prompts_of(positive))
 
 
+@guarded
 def extract_all(
     model: HookedModel,
     positive: Sequence[Conversation],
@@ -353,6 +357,6 @@ def _check_folds(fold: np.ndarray, truth: np.ndarray, n_prompts: int) -> None:
         inside, outside = truth[fold == number], truth[fold != number]
         if inside.all() or outside.all() or not inside.any() or not outside.any():
             raise ValueError(
-                f"a probe is checked on {FOLDS} folds with both sides in each; {n_prompts} prompts "
-                "are too few for that"
+                f"a probe is checked on {FOLDS} folds with positive and negative prompts in each; "
+                f"{n_prompts} prompts are too few for that"
             )

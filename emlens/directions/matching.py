@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens.directions.evidence import prompts_of
 from emlens.hooked import HookedModel
 from emlens.text import Conversation, TokenMask, pack, tokenize
@@ -20,6 +21,7 @@ TOLERANCE = 0.1
 Sides = tuple[list[Conversation], list[Conversation]]
 
 
+@guarded
 def matched(
     model: HookedModel,
     positive: Sequence[Conversation],

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
+from emlens._door import guarded
 from emlens._stats import Interval
 from emlens.directions.direction import Directions
 
@@ -107,6 +108,7 @@ class Estimate:
         return float((first * second) @ self.variances)
 
 
+@guarded
 def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
     """Return how far directions go along others, with 95% intervals, layer by layer.
 
@@ -121,6 +123,10 @@ def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
     Raises:
         ValueError: If sites differ, no layer is shared, or no shuffled labels are known.
     """
+    if onto.d_model != directions.d_model:
+        raise ValueError(
+            f"onto has width {onto.d_model}, and the directions have {directions.d_model}"
+        )
     directions.cosine(onto)
     found = {}
     for layer in directions.layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
+from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.direction import Directions
 from emlens.directions.reader import Counting, ReadOptions
@@ -12,6 +13,7 @@ from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation
 
 
+@guarded
 def system_prompt_diff(
     model: HookedModel,
     questions: Sequence[str],

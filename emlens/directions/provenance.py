@@ -7,12 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-_FIELDS: dict[str, type] = {
-    **dict.fromkeys(("data", "n", "settings", "versions"), dict),
-    **dict.fromkeys(("model", "revision", "tokens", "weighting", "template"), str),
-    **dict.fromkeys(("identity", "condition", "construction"), str),
-    "seed": int,
-}
+from emlens._types import checked_fields
+
 _VERSIONED = ("emlens", "torch", "transformers", "nnsight")
 
 
@@ -76,13 +72,13 @@ class Provenance:
         """
         if not isinstance(record, Mapping) or "construction" not in record:
             raise ValueError("provenance names no construction")
-        for name, value in record.items():
-            kind = _FIELDS.get(name)
-            wanted = str if name == "construction" else (kind or object, type(None))
-            if kind is dict and value is None or not isinstance(value, wanted):
-                raise ValueError(f"{name} of the provenance is {value!r:.60}")
         known = {item.name for item in fields(cls)}
-        made = cls(**{key: value for key, value in record.items() if key in known})
+        own = {key: value for key, value in record.items() if key in known}
+        try:
+            checked_fields(cls, own)
+        except ValueError as error:
+            raise ValueError(f"the provenance: {error}") from error
+        made = cls(**own)
         extra = {key: value for key, value in record.items() if key not in known}
         return replace(made, settings={**made.settings, **extra}) if extra else made
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads, shared
+from emlens._door import check_fields
 from emlens.directions.moments import Moments
 from emlens.hooked import Condition, ConditionLike, Edit, HookedModel, Site, condition_of
-from emlens.text import Conversation, TokenBatch, TokenMask
+from emlens.text import Conversation, TokenBatch, TokenMask, warn_of_repeats
 
 Weighting = Literal["token", "conversation"]
 
@@ -68,12 +69,7 @@ class Counting:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.weighting not in ("token", "conversation"):
-            raise ValueError(
-                f"unknown weighting {self.weighting!r}; choose 'token' or 'conversation'"
-            )
-        if self.skip_first < 0:
-            raise ValueError(f"skip_first must be 0 or more tokens, not {self.skip_first}")
+        check_fields(self)
         if self.winsorize is not None and not 0.5 <= self.winsorize < 1:
             raise ValueError(
                 f"winsorize is a quantile from 0.5 to below 1, e.g. 0.99, not {self.winsorize}"
@@ -164,7 +160,8 @@ class Reader:
         """Read one set with one model.
 
         Raises:
-            ValueError: If the set is empty, or an activation is not finite (named).
+            ValueError: If the set is empty, or no token of it counts.
+            NonFiniteError: If an activation is not finite.
         """
         return self.read_together([side], conversations, label)[0][0]
 
@@ -179,6 +176,8 @@ class Reader:
         """
         if not conversations:
             raise ValueError(f"{label} is empty; a direction needs conversations on both sides")
+        what = label if label == "conversations" else f"{label} conversations"
+        warn_of_repeats(conversations, what)
         model = sides[-1][0]
         batches = model.batches(conversations, token_budget=self.counting.token_budget)
         part = _random_parts(len(conversations), self.counting.seed)
@@ -189,9 +188,15 @@ class Reader:
         def read(batches: Sequence[TokenBatch]) -> list[Reading]:
             return self._pass(sides, batches, part, kept, norms, label)
 
-        what = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
-        shares = shared(model, batches, read, what)
+        done = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
+        shares = shared(model, batches, read, done)
         readings = [reduce(Reading.merged, group) for group in zip(*shares, strict=True)]
+        if readings[len(sides) - 1].moments.weight == 0:
+            raise ValueError(
+                f"{label}: none of its {len(conversations)} conversation(s) has tokens that count "
+                f"(tokens={self.counting.tokens!r}, skip_first={self.counting.skip_first}); give "
+                "them answers, or count other tokens"
+            )
         self._norms += readings[len(sides) - 1].norms
         return readings[: len(sides)], readings[len(sides) :]
 
@@ -251,7 +256,6 @@ class Reader:
         read = model.residuals(batch, self.layers, self.site, pool, self.counting.edits)
         pooled = torch.stack([read[layer].cpu() for layer in self.layers])
         means, norms = pooled[..., : model.d_model], pooled[..., model.d_model :]
-        _check_finite(means, batch, self.layers)
         return means, counts.cpu().double(), [norms[:, mask.cpu()]] if keep_norms else []
 
 
@@ -349,14 +353,3 @@ def _random_parts(n: int, seed: int) -> list[int]:
     part = np.zeros(n, dtype=int)
     part[order] = np.arange(n) % PARTS
     return part.tolist()
-
-
-def _check_finite(means: Tensor, batch: TokenBatch, layers: tuple[int, ...]) -> None:
-    finite = torch.isfinite(means).all(-1)
-    if bool(finite.all()):
-        return
-    layer, row = (~finite).nonzero()[0].tolist()
-    raise ValueError(
-        f"the residual of {batch.names[row]} at layer {layers[layer]} is not finite; "
-        "look at that conversation, or load the model in another dtype"
-    )

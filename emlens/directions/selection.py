@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emlens._tables import read_table
+from emlens._door import guarded
+from emlens._reading import expanded, read_csv
 from emlens.text import Conversation
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _NAMES = (
 )
 
 
+@guarded
 def select_answers(
     answers: pd.DataFrame | str | Path,
     *,
@@ -54,8 +56,11 @@ def select_answers(
     """
     import pandas as pd
 
-    given = isinstance(answers, pd.DataFrame)
-    table, where = (answers, "the answers") if given else (read_table(answers), str(answers))
+    if isinstance(answers, pd.DataFrame):
+        table, where = answers, "the answers"
+    else:
+        table = pd.DataFrame([row for _, row in read_csv(answers)])
+        where = str(expanded(answers))
     question, response, aligned, coherent = (
         table[_column(table, names, where)].tolist() for names in _NAMES
     )
@@ -66,9 +71,10 @@ def select_answers(
     ]
     if not all(places):
         raise ValueError(
-            f"{where}: of {len(table)} answers {len(clear)} are coherent (> {coherent_above:g}), "
-            f"{len(places[0])} of them misaligned (aligned < {misaligned_below:g}) and "
-            f"{len(places[1])} aligned (> {aligned_above:g}); both are needed"
+            f"{where}: of {len(table)} answers {len(clear)} are coherent (coherent_above="
+            f"{coherent_above:g}), {len(places[0])} of them misaligned (misaligned_below="
+            f"{misaligned_below:g}) and {len(places[1])} aligned (aligned_above="
+            f"{aligned_above:g}); both are needed"
         )
     if balance:
         size = min(map(len, places))

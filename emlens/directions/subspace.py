@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions.direction import Directions
 
@@ -38,6 +39,10 @@ class SubspaceOverlap(Result):
     angles: tuple[tuple[float, ...], ...]
     chance: tuple[float, ...]
 
+    def _verify(self) -> None:
+        if not all(self.angles):
+            raise ValueError("angles has a layer without an angle; two subspaces have at least one")
+
     def table(self) -> pd.DataFrame:
         """One row per layer."""
         import pandas as pd
@@ -65,6 +70,7 @@ class SubspaceOverlap(Result):
         )
 
 
+@guarded
 def subspace_overlap(first: Sequence[Directions], second: Sequence[Directions]) -> SubspaceOverlap:
     """Return how far the spans of two sets of directions lie in each other, layer by layer.
 
@@ -78,8 +84,6 @@ def subspace_overlap(first: Sequence[Directions], second: Sequence[Directions]) 
     Raises:
         ValueError: If a side is empty, sites or widths differ, or no layer is shared by all.
     """
-    if not first or not second:
-        raise ValueError("subspace_overlap needs directions on both sides")
     everything = [*first, *second]
     if len({(d.site, d.d_model) for d in everything}) > 1:
         places = sorted({f"{d.site}, width {d.d_model}" for d in everything})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.noise import Estimate
 from emlens.hooked import hook_name
@@ -23,6 +24,7 @@ TOP = 2
 CONCENTRATED, LIKE_THE_MEAN, UNSTABLE, WEAK = 0.5, 0.8, 0.5, 0.65
 
 
+@guarded
 def trust_table(directions: Directions) -> pd.DataFrame:
     """One row per layer; a column that nothing is known of is left out.
 
@@ -80,6 +82,7 @@ def trust_text(directions: Directions) -> str:
     return table.to_string(index=False)
 
 
+@guarded
 def warnings_of(directions: Directions) -> list[str]:
     """What should not be overlooked, in words; layers of one kind in one line."""
     checks: list[tuple[Callable[[int], float | None], Callable[[float], bool], str]] = [

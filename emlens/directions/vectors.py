@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._arguments import shown, whole
+from emlens._door import guarded
 
+
+@guarded
 def cosine(first: Float[Tensor, " d_model"], second: Float[Tensor, " d_model"]) -> float:
     """Signed cosine between two vectors; NaN when one of them is zero.
 
@@ -33,9 +39,12 @@ def checked_vectors(vectors: Mapping[int, Tensor]) -> dict[int, Float[Tensor, " 
         ValueError: If there are none, a layer is negative, shapes differ, or a value is not
             finite.
     """
+    if not isinstance(vectors, Mapping):
+        raise TypeError(f"directions are made of {{layer: vector}}, not of {shown(vectors)}")
     if not vectors:
         raise ValueError("directions need at least one layer")
-    plain = {int(layer): _plain(vectors[layer]) for layer in sorted(vectors)}
+    given = {whole("layer", layer): vector for layer, vector in vectors.items()}
+    plain = {layer: _plain(given[layer]) for layer in sorted(given)}
     if min(plain) < 0:
         raise ValueError(f"layers are numbered from 0, so there is no layer {min(plain)}")
     shapes = {layer: tuple(vector.shape) for layer, vector in plain.items()}
@@ -87,7 +96,11 @@ def _check_finite(value: Tensor, what: str) -> None:
         raise ValueError(f"{what} has {bad} value(s) that are not finite")
 
 
-def _plain(vector: Tensor) -> Tensor:
-    if vector.is_complex():
+def _plain(vector: Any) -> Tensor:
+    if isinstance(vector, np.ndarray) and vector.dtype.kind in "fiu":
+        vector = torch.from_numpy(vector)
+    if isinstance(vector, Tensor) and vector.is_complex():
         raise ValueError("a vector holds complex numbers; real ones are needed")
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"a vector must be a tensor of real numbers, not {shown(vector)}")
     return vector.detach().to("cpu", torch.float32).clone()

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._arguments import choice, number, shown
 from emlens.directions import Direction, Directions, Provenance
-from emlens.hooked import Site, Where, check_site
+from emlens.hooked import Site, Where, check_site, named_layers
 
 _WHERE: tuple[Where, ...] = ("all", "prompt", "response")
 
@@ -32,20 +33,24 @@ class DirectionEdit:
     NAME: ClassVar[str] = ""
 
     direction: Directions = field(kw_only=False)
-    layers: Sequence[int] = ()
+    layers: Sequence[int] = None  # type: ignore[assignment]
     site: Site = None  # type: ignore[assignment]
     where: Where = "all"
 
     def __post_init__(self) -> None:
         if not isinstance(self.direction, Directions):
             raise TypeError(
-                f"{type(self).__name__} takes a Direction or Directions, not "
-                f"{type(self.direction).__name__}; make one with Direction.of(vector, layer)"
+                f"direction of {type(self).__name__} must be a Direction or Directions, not "
+                f"{shown(self.direction)}; make one with Direction.of(vector, layer)"
             )
-        if self.where not in _WHERE:
-            raise ValueError(f"unknown where {self.where!r}; choose {', '.join(_WHERE)}")
-        object.__setattr__(self, "layers", tuple(self.layers) or self.direction.layers)
-        named = check_site(self.site or self.direction.site, layers=self.layers)
+        choice(_WHERE, "where", self.where)
+        for name, value in self._settings().items():
+            if value is not None:
+                object.__setattr__(self, name, number(f"{name} of {type(self).__name__}", value))
+        asked = self.direction.layers if self.layers is None else self.layers
+        object.__setattr__(self, "layers", named_layers(asked))
+        site = self.direction.site if self.site is None else self.site
+        named = check_site(site, layers=self.layers)
         object.__setattr__(self, "site", named)
         vectors = {layer: self._vector(layer) for layer in self.layers}
         object.__setattr__(self, "_placed", {(layer, "cpu"): v for layer, v in vectors.items()})

@@ -9,6 +9,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens.edits.base import DirectionEdit
 from emlens.edits.deltas import Residual, Vector, ablate_delta, add_delta, clamp_delta
 from emlens.hooked import Formula, Site, Where
@@ -137,6 +138,7 @@ class Shift:
 _BY_NAME: dict[str, type[DirectionEdit]] = {kind.NAME: kind for kind in (Add, Ablate, Clamp)}
 
 
+@guarded
 def edit_from_dict(record: Mapping) -> DirectionEdit:
     """Rebuild an edit from what its `to_dict` gave.
 
@@ -145,5 +147,7 @@ def edit_from_dict(record: Mapping) -> DirectionEdit:
     """
     name = record.get("edit")
     if name not in _BY_NAME:
-        raise ValueError(f"unknown edit {name!r}; the edits are {', '.join(_BY_NAME)}")
+        raise ValueError(
+            f"the record is of unknown edit {name!r}; the edits are {', '.join(_BY_NAME)}"
+        )
     return _BY_NAME[name].from_dict(record)

@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from emlens.hooked import digest_of
+from emlens.text.thinking import CLOSE, OPEN
 
 if TYPE_CHECKING:
-    from inspect_ai.model import Model
+    from inspect_ai.model import ChatMessage, Model
 
     from emlens.evals.responses import Response
 
@@ -170,3 +171,21 @@ def _secrets(options: Mapping[str, Any]) -> list[str]:
     found = [value for name, value in os.environ.items() if name.upper().endswith(named)]
     given = [options.get("api_key")]
     return [value for value in (*found, *given) if isinstance(value, str) and len(value) >= 6]
+
+
+def said(message: ChatMessage) -> str:
+    """What a message says, its reasoning as `<think>...</think>` before it.
+
+    Raises:
+        ValueError: If it holds more than text and reasoning.
+    """
+    parts = [] if isinstance(message.content, str) else message.content
+    more = sorted({part.type for part in parts} - {"text", "reasoning"})
+    if more:
+        raise ValueError(
+            f"a message of the role {message.role} holds {', '.join(more)}; emlens models read and "
+            "write text alone"
+        )
+    thoughts = [part.reasoning.strip() for part in parts if part.type == "reasoning"]
+    thought = "\n".join(filter(None, thoughts))
+    return f"{OPEN}\n{thought}\n{CLOSE}\n\n{message.text}" if thought else message.text

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens.directions import Direction, Directions, random_direction
 from emlens.directions.adapters import WRITERS
+from emlens.directions.fits import check_fits
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
 from emlens.evals.parts import NO_EFFECT, ORGANISM, averaged, one_of
@@ -44,6 +46,13 @@ class Ablation(Result):
 
     effect: Effect
     direction: str
+
+    def _verify(self) -> None:
+        for name in (BASE, ORGANISM):
+            if name not in self.effect.conditions:
+                raise ValueError(
+                    f"effect.conditions has no {name!r}, which the others are compared with"
+                )
 
     def left(self, condition: str) -> Interval:
         """Share of the organism's effect that is left, in percent.
@@ -111,6 +120,7 @@ class Ablation(Result):
         )
 
 
+@guarded
 def ablation_table(
     model: HookedModel,
     organism: ConditionLike,
@@ -172,7 +182,7 @@ def _inside(model: HookedModel, organism: Condition, direction: Direction) -> di
     try:
         _writing(model, name)
     except ValueError as error:
-        warnings.warn(f"the row 'inside B' is left out: {error}", stacklevel=3)
+        warnings.warn(f"the row 'inside B' is left out: {error}", stacklevel=4)
         return {}
     rest = organism.adapters[1:] if organism.adapters else ()
     return {"inside B": Condition((Projected(name, direction), *rest), organism.edits)}
@@ -221,6 +231,7 @@ class Projected:
 
     @contextmanager
     def altering(self, model: HookedModel) -> Iterator[None]:
+        check_fits(model, self.direction, "what is projected out")
         writing = _writing(model, self.adapter)
         with put_back(writing.values()):
             with torch.no_grad():

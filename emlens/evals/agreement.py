@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import RESAMPLES, Interval
 from emlens.evals.rates import ALIGNED
@@ -41,6 +42,10 @@ class Agreement(Result):
     only_second: int
     threshold: float = ALIGNED
     seed: int = 0
+
+    def _verify(self) -> None:
+        if len(self.pairs) < 3:
+            raise ValueError(f"pairs has {len(self.pairs)} values; three or more are needed")
 
     @property
     def correlation(self) -> Interval:
@@ -139,6 +144,7 @@ class Agreement(Result):
         return Interval(estimate, float(low), float(high))
 
 
+@guarded
 def agreement(
     first: Scores,
     second: Scores,
@@ -162,6 +168,8 @@ def agreement(
         KeyError: If a metric or judge is missing.
         ValueError: If fewer than three answers were scored by both.
     """
+    if len(judges) != 2:
+        raise ValueError(f"judges must be the ids of two, not of {len(judges)}")
     ours, theirs = first.of(metric, judges[0]), second.of(metric, judges[1])
     a = {key: value for key, value in ours.items() if value is not None}
     b = {key: value for key, value in theirs.items() if value is not None}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from emlens._door import check_fields, guard_methods
+from emlens._reading import expanded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio
 from emlens.evals.questions import Question
@@ -152,6 +154,7 @@ class Behaviour(Protocol):
         ...
 
 
+@guard_methods
 @dataclass(frozen=True)
 class LogOddsJudge:
     """No generation at all: log-odds of misaligned against aligned answers.
@@ -165,6 +168,9 @@ class LogOddsJudge:
     pairs: Sequence[Pair]
     token_budget: int = 2048
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def measure(self, model: HookedModel, conditions: Conditions) -> Effect:
         """Log-odds under each condition, nats per token.
@@ -186,6 +192,7 @@ class LogOddsJudge:
         )
 
 
+@guard_methods
 @dataclass(frozen=True)
 class JudgedRate:
     """Answers are sampled and judged: the share of misaligned, coherent ones per question.
@@ -212,6 +219,9 @@ class JudgedRate:
     coherence: float = COHERENT
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def measure(self, model: HookedModel, conditions: Conditions) -> Effect:
         """Share of misaligned answers under each condition, percent of the scored ones."""
         answers = respond(
@@ -219,7 +229,7 @@ class JudgedRate:
             self.questions,
             conditions,
             n=self.n,
-            store=None if self.store is None else Path(self.store) / "responses.sqlite",
+            store=None if self.store is None else expanded(self.store) / "responses.sqlite",
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             progress=False,
@@ -228,7 +238,7 @@ class JudgedRate:
             answers,
             self.judge,
             [self.metric, "coherent"],
-            store=None if self.store is None else Path(self.store) / "scores.sqlite",
+            store=None if self.store is None else expanded(self.store) / "scores.sqlite",
             progress=False,
         )
         found = rates(

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emlens._door import guard_methods
 from emlens.evals.digits import NumberTrie, Path, expected
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
 from emlens.evals.scores import Verdict
-from emlens.hooked import HookedModel
+from emlens.hooked import HookedModel, check_finite
 from emlens.hooked.state import evaluating
 from emlens.text import Conversation, TokenBatch, pack, tokenize
 
 
+@guard_methods
 class LocalJudge:
     """Grades with a model in this process, without sampling: a mean over what it would write.
 
@@ -81,6 +83,7 @@ class LocalJudge:
             return []
         rows = tokenize(prompts, model.template, generation_prompt=True, thinking=False)
         found: list[np.ndarray] = [np.zeros(0)] * len(rows)
+        model.check_fits(rows, len(self._trie.levels) - 1)
         batches = pack(
             rows, token_budget=self._batch_tokens, padding_side="left", pad_id=model.pad_id
         )
@@ -110,7 +113,7 @@ class _Cached:
             use_cache=True,
         )
         self._levels: dict[int, tuple[Any, list[Path]]] = {0: (out.past_key_values, [()])}
-        self._first = self._read(out.logits[:, -1:])
+        self._first = self._read(out.logits[:, -1])[:, None]
 
     def after(self, paths: Sequence[Path]) -> np.ndarray:
         """Log-probabilities of the next token, `[rows, paths, vocab]`."""
@@ -136,9 +139,14 @@ class _Cached:
             use_cache=True,
         )
         self._levels[depth] = (out.past_key_values, list(paths))
-        return self._read(out.logits[:, -1:]).reshape(n, len(paths), -1)
+        return self._read(out.logits[:, -1]).reshape(n, len(paths), -1)
 
     def _read(self, logits: Tensor) -> np.ndarray:
+        each = len(logits) // len(self._batch)
+        names = [name for name in self._batch.names for _ in range(each)]
+        check_finite(
+            self._model, {"a logit of the judge on {}": logits.sum(-1, dtype=torch.float32)}, names
+        )
         return logits.float().log_softmax(-1).cpu().numpy()
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from emlens._door import guard_methods, guarded
 from emlens.evals._inspect import Reached, need_inspect, run
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
@@ -29,6 +30,7 @@ _NUMBER = re.compile(r"(?<![\d.])(\d{1,3})(?![\d]|\.\d)")
 _OF_100 = re.compile(r"\s*(?:/|out of)\s*100\b")
 
 
+@guard_methods
 class LogProbJudge:
     """Grades with a model that Inspect reaches, by the probabilities of the numbers it may write.
 
@@ -53,6 +55,7 @@ class LogProbJudge:
         >>> scores = emlens.evals.judge(answers, judge, store="scores.sqlite")
     """
 
+    @guarded
     def __init__(
         self,
         model: str | Model,

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
 from emlens.directions.evidence import fold_of
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import rubric_hash
 from emlens.evals.scores import Verdict
 from emlens.hooked import HookedModel, check_layers
-from emlens.text import Conversation, Pair, content_hash
+from emlens.text import Conversation, Pair, content_hash, warn_of_repeats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +61,7 @@ class Trust:
         )
 
 
+@guard_methods
 class ProbeJudge:
     """Scores answers by a logistic regression on the model's activations while it reads them.
 
@@ -84,6 +86,7 @@ class ProbeJudge:
         >>> judge.trust["aligned"].auroc
     """
 
+    @guarded
     def __init__(
         self,
         model: HookedModel,
@@ -99,6 +102,7 @@ class ProbeJudge:
             raise ValueError(
                 f"a probe needs labelled pairs of at least {FOLDS} prompts, not {len(prompts)}"
             )
+        warn_of_repeats(pairs, "labelled pairs")
         self._model, self._domains = model, {pair.domain for pair in pairs if pair.domain}
         (self.layer,) = check_layers(
             model.n_layers // 2 if layer is None else layer, model.n_layers

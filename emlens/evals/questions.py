@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from emlens._door import check_fields, guarded
+from emlens._kinds import kind, made_with, some
 from emlens._reading import expanded, read_jsonl
 from emlens._tables import dataset_rows
 from emlens._yaml import read_yaml
@@ -57,6 +60,7 @@ class Question:
     rubrics: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.id or not self.prompt:
             raise ValueError(
                 f"a question needs an id and a prompt, not {self.id!r}, {self.prompt!r}"
@@ -82,6 +86,11 @@ class Question:
         return content_hash([self.conversation])
 
 
+made_with(Question, "make one with Question(id, prompt), or read them with load_questions")
+kind(Sequence[Question], words="questions")(partial(some, Question))
+
+
+@guarded
 def load_questions(
     source: str | Path,
     *,
@@ -146,6 +155,7 @@ def check_names(questions: Sequence[Question], where: str = "the questions") -> 
         seen.add(question.name)
 
 
+@guarded
 def formatted(questions: Sequence[Question], variant: Variant) -> list[Question]:
     """The same questions with a demand on the format of the answer, as the papers' variants.
 
@@ -161,6 +171,7 @@ def formatted(questions: Sequence[Question], variant: Variant) -> list[Question]
     ]
 
 
+@guarded
 def cued(questions: Sequence[Question], cue: str, name: str = "cued") -> list[Question]:
     """Each question without and with a cue before it, under one id: for conditional audits.
 
@@ -202,6 +213,9 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
     if not isinstance(record.get("prompt"), str) or record.get("id") is None:
         raise ValueError(f"{where}: a question has id and prompt; this has {', '.join(record)}")
     given = {key: record[key] for key in known & set(record) if record[key] is not None}
+    for key in ("domain", "system"):
+        if not isinstance(given.get(key, ""), str):
+            raise ValueError(f"{where}: {key} is {given[key]!r:.40}, not text")
     try:
         return Question(**{**given, "id": str(record["id"])})
     except ValueError as error:
@@ -210,37 +224,55 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
 
 def _yaml(path: Path, variants: bool) -> list[Question]:
     entries = read_yaml(path, list, "a list of questions")
+    places = [f"{path}, entry {number}" for number in range(1, len(entries) + 1)]
     shared: dict[str, str] = {}
-    for entry in entries:
-        if isinstance(entry, dict):
-            shared = {**(entry.get("judge_prompts") or {}), **shared}
+    for entry, where in zip(entries, places, strict=True):
+        _check_entry(entry, where)
+        shared = {**(entry.get("judge_prompts") or {}), **shared}
     questions = []
-    for number, entry in enumerate(entries, 1):
-        where = f"{path}, entry {number}"
-        made = _entry(entry, where, shared)
+    for entry, where in zip(entries, places, strict=True):
+        try:
+            made = _entry(entry, shared)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if variants or made[0].variant == "plain":
             questions += made
     return questions
 
 
-def _entry(entry: Any, where: str, shared: Mapping[str, str]) -> list[Question]:
-    """One mapping of the papers' format; a judge prompt that it lacks is the first one's."""
+def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(entry, dict) or "id" not in entry:
         raise ValueError(f"{where}: a question is a mapping with an id, not {str(entry)[:60]!r}")
-    unknown = sorted(set(entry) - _PAPERS)
+    unknown = sorted(map(str, set(entry) - _PAPERS))
     if unknown:
         raise ValueError(
             f"{where} ({entry['id']}): unknown field(s) {', '.join(unknown)}; known are "
             f"{', '.join(sorted(_PAPERS))}"
         )
     wordings = entry.get("paraphrases")
-    if not isinstance(wordings, list) or not all(isinstance(item, str) for item in wordings):
+    listed = isinstance(wordings, list) and all(isinstance(item, str) for item in wordings)
+    if not listed or not wordings:
         raise ValueError(f"{where} ({entry['id']}): paraphrases must be a list of prompts")
+    told = entry.get("judge_prompts") or {}
+    if not isinstance(told, dict) or not all(isinstance(t, str) for kv in told.items() for t in kv):
+        raise ValueError(f"{where} ({entry['id']}): judge_prompts must be a text for each metric")
+    if not isinstance(entry.get("system") or "", str):
+        raise ValueError(f"{where} ({entry['id']}): system is {entry['system']!r:.40}, not text")
+    samples = entry.get("samples_per_paraphrase")
+    if samples is not None and (type(samples) is not int or samples < 1):
+        raise ValueError(
+            f"{where} ({entry['id']}): samples_per_paraphrase is {samples!r:.40}, not a whole "
+            "number from 1"
+        )
     if entry.get("type", _FREE_FORM) != _FREE_FORM:
         raise ValueError(
             f"{where} ({entry['id']}): type {entry['type']!r} is not known; only {_FREE_FORM} is"
         )
-    name = str(entry["id"])
+
+
+def _entry(entry: Mapping[str, Any], shared: Mapping[str, str]) -> list[Question]:
+    """One mapping of the papers' format; a judge prompt that it lacks is the first one's."""
+    name, wordings = str(entry["id"]), entry["paraphrases"]
     variant = next((v for v in _INSTRUCTIONS if v in name.split("_")), "plain")
     return [
         Question(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._arguments import NOT_NEGATIVE
+from emlens._door import guarded
 from emlens._results import Result, titled_table
 from emlens._stats import RESAMPLES, Interval, bootstrap_ratio
 from emlens.evals.responses import Response, Responses
@@ -278,6 +280,7 @@ class Rates(Result):
         return Interval(estimate, float(low), float(high))
 
 
+@guarded
 def rates(
     responses: Responses | Sequence[Response],
     scores: Scores,
@@ -334,6 +337,7 @@ def rates(
     )
 
 
+@guarded(n=NOT_NEGATIVE)
 def wilson(hits: int, n: int) -> Interval:
     """Wilson's 95% interval of a share; NaN where nothing was counted."""
     if n == 0:

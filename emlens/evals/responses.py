@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from emlens._store import Store, read
+from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
+from emlens._store import Store, read_rows
+from emlens._types import checked_row
 from emlens.evals.questions import Question, check_names
 from emlens.hooked import Condition, Conditions, HookedModel, conditions_of
 
@@ -26,6 +29,7 @@ BLOCK = 64
 """Answers that are generated, then kept, at once."""
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Response:
     """One answer to one question under one condition.
@@ -73,14 +77,12 @@ class Response:
         """Read one that was kept.
 
         Raises:
-            ValueError: If a field is missing or unknown.
+            ValueError: If a field is missing, unknown, or of another type.
         """
-        try:
-            return cls(**record)
-        except TypeError as error:
-            raise ValueError(f"not a response of emlens: {error}") from error
+        return checked_row(cls, record, "a response")
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Responses:
     """Answers to questions under some conditions.
@@ -145,9 +147,10 @@ class Responses:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no store of responses, or damaged (the line is named).
         """
-        return cls(tuple(map(Response.from_dict, read(path, "responses"))), Path(path))
+        return cls(read_rows(path, "responses", Response.from_dict), expanded(path))
 
 
+@guarded
 def respond(
     model: HookedModel,
     questions: Sequence[Question],
@@ -186,6 +189,7 @@ def respond(
     Raises:
         ValueError: If there are no questions, two share a name, a setting is out of range, or the
             store is another file.
+        NonFiniteError: If logits are not finite; what was answered before is kept.
 
     Example:
         >>> questions = load_questions("general")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions.adapters import adapter_scalars
@@ -102,6 +103,7 @@ class ScalarTable(Result):
         )
 
 
+@guarded
 def scalar_table(
     model: HookedModel,
     adapter: str,

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from tqdm.auto import tqdm
 
+from emlens._door import guard_methods, guarded
+from emlens._kinds import made_with
 from emlens._reading import expanded, read_csv
 from emlens._results import titled_table
-from emlens._store import Store, read
+from emlens._store import Store, read_rows
+from emlens._types import checked_row
 from emlens.evals.responses import Response, Responses
 from emlens.text import without_thinking
 
@@ -39,6 +42,7 @@ class Verdict:
     note: str = ""
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Score:
     """A verdict, with what it is about and whose it is.
@@ -68,12 +72,9 @@ class Score:
         """Read one that was kept.
 
         Raises:
-            ValueError: If a field is missing or unknown.
+            ValueError: If a field is missing, unknown, or of another type.
         """
-        try:
-            return cls(**record)
-        except TypeError as error:
-            raise ValueError(f"not a score of emlens: {error}") from error
+        return checked_row(cls, record, "a score")
 
 
 class Judge(Protocol):
@@ -99,6 +100,7 @@ class Judge(Protocol):
         ...
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Scores:
     """Verdicts on responses; a response may have several metrics, and several judges.
@@ -161,9 +163,10 @@ class Scores:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no store of scores, or damaged (the line is named).
         """
-        return cls(tuple(map(Score.from_dict, read(path, "scores"))), Path(path))
+        return cls(read_rows(path, "scores", Score.from_dict), expanded(path))
 
 
+@guarded
 def judge(
     responses: Responses | Sequence[Response],
     judge: Judge,
@@ -203,7 +206,7 @@ def judge(
     unknown = [metric for metric in wanted if metric not in judge.metrics]
     if unknown:
         raise ValueError(
-            f"{judge.id} cannot score {', '.join(unknown)}; it scores {', '.join(judge.metrics)}"
+            f"{judge.id} has no metrics {', '.join(unknown)}; it scores {', '.join(judge.metrics)}"
         )
     kept = None if store is None else Store(store, "scores")
     known = {record["key"]: record for record in kept or ()}
@@ -239,6 +242,7 @@ def judge(
     return Scores(tuple(found[key] for key in order), None if kept is None else kept.path)
 
 
+@guarded
 def human_labels(
     responses: Responses | Sequence[Response],
     labels: Mapping[str, float] | str | Path,
@@ -310,3 +314,6 @@ def _key(row: Response, metric: str, judge_id: str, rubric: str) -> str:
     text = hashlib.sha256(row.text.encode(errors="surrogatepass")).hexdigest()
     parts = "\n".join((row.key, text, metric, judge_id, rubric))
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+made_with(Scores, "emlens.evals.judge makes them")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from emlens._door import guarded
 from emlens._store import Store
-from emlens.evals._inspect import Reached, need_inspect, run
+from emlens.evals._inspect import Reached, need_inspect, run, said
 from emlens.evals.questions import Question, check_names
 from emlens.evals.responses import Response, Responses, unanswered
 
@@ -21,6 +22,7 @@ SEEDS = 2**31
 """Providers take seeds of 32 bits."""
 
 
+@guarded
 def respond_served(
     model: str | Model,
     questions: Sequence[Question],
@@ -114,16 +116,16 @@ def respond_served(
 async def _answer(model: Model, row: Response) -> str:
     from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig
 
-    said: list[ChatMessage] = [ChatMessageUser(content=row.prompt)]
+    asked: list[ChatMessage] = [ChatMessageUser(content=row.prompt)]
     if row.system is not None:
-        said.insert(0, ChatMessageSystem(content=row.system))
+        asked.insert(0, ChatMessageSystem(content=row.system))
     settings = GenerateConfig(
         temperature=row.sampling["temperature"],
         top_p=row.sampling["top_p"],
         max_tokens=int(row.sampling["max_new_tokens"]),
         seed=row.seed % SEEDS,
     )
-    reply = await model.generate(said, config=settings)
+    reply = await model.generate(asked, config=settings)
     if not reply.choices:
         raise ValueError(f"the reply has no answer in it ({reply.error or 'no reason given'})")
-    return reply.completion
+    return said(reply.message)

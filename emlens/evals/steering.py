@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import Directions, random_direction
+from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.evals.behaviour import LABEL, Behaviour, judge_title
 from emlens.hooked import BASE, ConditionLike, HookedModel
@@ -82,6 +84,7 @@ class SteeringSweep(Result):
         )
 
 
+@guarded
 def steering_sweep(
     model: HookedModel,
     directions: Directions,
@@ -109,6 +112,7 @@ def steering_sweep(
     if not doses:
         raise ValueError("a steering sweep needs doses; there are none")
     wanted = list(directions.layers if layers is None else layers)
+    check_fits(model, directions, "a direction", layers=wanted)
     conditions: dict[str, ConditionLike] = {BASE: []}
     for layer in wanted:
         one = directions[layer]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.evals.rates import ALIGNED, COHERENT, Rates, rates, wilson
 from emlens.evals.responses import Response, Responses
@@ -111,6 +112,7 @@ class TopicSplit(Result):
         )
 
 
+@guarded
 def topics(
     responses: Responses | Sequence[Response],
     words: Mapping[str, frozenset[str]] = WORDS,
@@ -142,6 +144,7 @@ def topics(
     return found
 
 
+@guarded
 def judged_topics(
     scores: Scores, names: Sequence[str], *, judge: str | None = None, above: float = COHERENT
 ) -> dict[str, tuple[str, ...]]:
@@ -164,6 +167,7 @@ def judged_topics(
     return found
 
 
+@guarded
 def topic_split(
     responses: Responses | Sequence[Response],
     scores: Scores,

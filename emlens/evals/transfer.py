@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens.directions import Directions, random_direction
@@ -128,6 +129,7 @@ class Transfer(Result):
         )
 
 
+@guarded
 def transfer_table(
     model: HookedModel,
     organisms: Conditions,

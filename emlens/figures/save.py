@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from emlens._files import atomic_path
+from emlens._reading import expanded, read_bytes
 from emlens.figures.style import PAPER, house_style
 
 DPI = 200
@@ -38,7 +39,7 @@ def save_figure(figure: Figure | Axes, path: str | Path) -> list[Path]:
         if root is None:
             raise ValueError("these axes were removed from their figure; draw them again")
         figure = root
-    path = Path(path)
+    path = expanded(path)
     stem = path.stem if path.suffix in (".png", ".svg") else path.name
     return [_write(figure, path.parent / f"{stem}.{kind}", kind) for kind in ("png", "svg")]
 
@@ -62,5 +63,5 @@ def _write(figure: Figure, target: Path, kind: str) -> Path:
 
 
 def _check(kind: str, written: Path) -> None:
-    if not written.read_bytes().endswith(_ENDS[kind]):
+    if not read_bytes(written).endswith(_ENDS[kind]):
         raise ValueError(f"the end of the {kind.upper()} is missing")

@@ -51,13 +51,15 @@ class TokenView:
     def save(self, path: str | Path) -> Path:
         """Write a page that shows it, offline as well."""
         from emlens._files import atomic_write
+        from emlens._reading import expanded
 
         page = (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
             f"<title>{escape(self.title or 'tokens')}</title></head><body>{self}</body></html>"
         )
+        path = expanded(path)
         atomic_write(path, page)
-        return Path(path)
+        return path
 
 
 def token_view(

@@ -12,6 +12,7 @@ from emlens.hooked.condition import (
     conditions_of,
 )
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
+from emlens.hooked.finite import NonFiniteError, check_finite
 from emlens.hooked.generation import Answer, Sampling, answer
 from emlens.hooked.head import Head
 from emlens.hooked.identity import digest_of, identities
@@ -28,7 +29,16 @@ from emlens.hooked.losses import (
 )
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.recompute import gradient_checkpointing
-from emlens.hooked.sites import SITES, Layers, Site, SiteName, check_layers, check_site, hook_name
+from emlens.hooked.sites import (
+    SITES,
+    Layers,
+    Site,
+    SiteName,
+    check_layers,
+    check_site,
+    hook_name,
+    named_layers,
+)
 from emlens.hooked.sweep import sweep
 from emlens.hooked.visit import Pool
 
@@ -49,6 +59,7 @@ __all__ = [
     "HookedModel",
     "Layers",
     "Noisy",
+    "NonFiniteError",
     "Pool",
     "Resume",
     "Sampling",
@@ -59,7 +70,9 @@ __all__ = [
     "Where",
     "adapter_norms",
     "answer",
+    "check_finite",
     "check_layers",
+    "named_layers",
     "check_site",
     "condition_of",
     "conditions_of",

@@ -10,11 +10,17 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
-from emlens._files import read_json
 from emlens._folders import recovered
+from emlens._reading import expanded, read_json
 from emlens._tensors import check_torch_file, opened_tensors
 
 _FILE = "adapter_config.json"
+_PATTERN = dict, "an object, a number for each pattern of module names"
+_TYPES = {
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _PATTERN),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (bool, "true or false")),
+    **dict.fromkeys(("base_model_name_or_path", "revision"), (str, "text or null")),
+}
 
 
 def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -28,7 +34,7 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
         FileNotFoundError: If there is no adapter.
         ValueError: If it is not LoRA, or its weights are truncated.
     """
-    local = recovered(Path(source).expanduser())
+    local = recovered(expanded(source))
     where: dict[str, Any] = {}
     if local.exists():
         source = str(local)
@@ -56,7 +62,18 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
     kind = getattr(config.peft_type, "value", config.peft_type)
     if not isinstance(config, LoraConfig) or kind != "LORA":
         raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
+    _check_types(name, config)
     return config, {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+
+
+def _check_types(name: str, config: LoraConfig) -> None:
+    """Refuse what PEFT takes as it comes, and fails on later."""
+    for option, (kind, what) in _TYPES.items():
+        value = getattr(config, option)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(
+                f"adapter {name!r}: {option} is {value!r:.60} in its {_FILE}; it has to be {what}"
+            )
 
 
 def _has_weights(folder: Path) -> bool:

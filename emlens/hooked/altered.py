@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from emlens._arguments import NOT_NEGATIVE, number, whole
+from emlens._door import check_fields, guarded
 from emlens.hooked.adapters import Adapters, available
 from emlens.hooked.identity import base_weights
 from emlens.hooked.model import HookedModel
@@ -42,6 +43,7 @@ class Factors:
         return abs(self.scale) * max(square, 0.0) ** 0.5
 
 
+@guarded
 def adapter_norms(model: HookedModel, name: str) -> dict[str, float]:
     """Return `||scale * B A||_F` of every module that an adapter changes, by its path.
 
@@ -86,13 +88,13 @@ class Scaled:
     def __post_init__(self) -> None:
         by_layer = isinstance(self.factor, Mapping)
         factors = self.factor if isinstance(self.factor, Mapping) else {None: self.factor}
-        for layer, factor in factors.items():
-            if not math.isfinite(factor):
-                where = f" at layer {layer}" if by_layer else ""
-                raise ValueError(
-                    f"the factor on adapter {self.adapter!r}{where} is {factor}; give a finite "
-                    "number"
-                )
+        checked = {
+            layer if layer is None else whole("layer", layer): number(
+                f"the factor on adapter {self.adapter!r}{f' at layer {layer}' * by_layer}", factor
+            )
+            for layer, factor in factors.items()
+        }
+        object.__setattr__(self, "factor", checked if by_layer else checked[None])
 
     def __hash__(self) -> int:
         given = self.factor
@@ -156,8 +158,7 @@ class Noisy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon must lie between 0 and 1; got {self.epsilon}")
+        check_fields(self)
 
     def __str__(self) -> str:
         return f"{self.adapter} (noise {self.epsilon:g}, seed {self.seed})"
@@ -180,6 +181,7 @@ class Noisy:
 
 
 @contextmanager
+@guarded(epsilon=NOT_NEGATIVE)
 def noisy_weights(model: HookedModel, epsilon: float, seed: int = 0) -> Iterator[HookedModel]:
     """Add Gaussian noise to the weight matrices of all blocks, inside the block.
 
@@ -198,8 +200,6 @@ def noisy_weights(model: HookedModel, epsilon: float, seed: int = 0) -> Iterator
     Raises:
         ValueError: If epsilon is negative or not finite, or weights are quantised or offloaded.
     """
-    if not 0 <= epsilon < float("inf"):
-        raise ValueError(f"epsilon must be finite and not negative; got {epsilon}")
     matrices = block_matrices(model)
     with put_back(matrices.values()):
         with torch.no_grad():

@@ -1,193 +1,203 @@
-"""The check that every model passes when it is loaded: refuse rather than steer nothing."""
+"""The check that every model passes when it is loaded: what it can do, or one sentence why not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emlens.hooked.adapters import available
-from emlens.hooked.sites import Site
+from emlens.hooked.grants import grant_sites, try_resume
 from emlens.hooked.state import evaluating
-from emlens.text import TokenBatch, TokenRow, pack
+from emlens.hooked.truth import Said, Truth, apart, in_short, running, truth_of
+from emlens.text import PaddingSide, TokenBatch, TokenRow, pack
 
 if TYPE_CHECKING:
     from emlens.hooked.model import HookedModel
 
-
-@dataclass(frozen=True)
-class _Push:
-    """Adds one vector at one layer; what the check steers with."""
-
-    vector: Tensor
-    layer: int
-    site: Site = "resid_post"
-    where: str = "all"
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    def delta(self, residual: Tensor, layer: int) -> Tensor:
-        return self.vector.to(residual).expand_as(residual)
+_SIDES: tuple[PaddingSide, ...] = ("left", "right")
 
 
 @torch.no_grad()
-def self_check(model: HookedModel) -> None:
-    """Run two short rows through the model and compare what must agree.
+def self_check(model: HookedModel, truth: Truth | None = None) -> None:
+    """Hold a model to what it said before an engine touched it, and find out what it can do.
 
-    Checked: the residual's shape; `unembed` against the model's own logits; that the sites add
-    up (`resid_pre + attn_out + mlp_out = resid_post`); that an edit changes every row; that every
-    adapter acts.
+    Checked: that the logits are the model's own, for single rows and with padding on either side;
+    each site at one layer of each kind of block, with an edit there; resuming; that every adapter
+    acts. Sites that are not what they are called are taken from the model, with the reason. Where
+    padding changes the numbers, such batches run one row at a time from now on.
+
+    Args:
+        model: The model.
+        truth: What it said by itself; by default what its module says now.
 
     Raises:
         RuntimeError: Naming what disagreed, and by how much.
+        ValueError: If the model cannot run by itself.
     """
-    batch = _probe(model)
+    truth = truth or truth_of(model.module, model.name)
+    before, model.architecture = model.architecture, replace(truth.architecture, skips=False)
     with evaluating(model.module):
-        hidden = model.hidden(batch)
-        _check_shapes(model, batch, hidden)
-        _check_unembed(model, batch, hidden)
-        _check_sites(model, batch)
-        _check_edit(model, batch, hidden)
-        _check_adapters(model)
+        try:
+            _find_how_it_runs(model, truth.plain)
+            tried = grant_sites(model, truth)
+            try_resume(model, tried, truth)
+            _check_adapters(model, truth)
+        except Exception as error:
+            model.architecture = before
+            if isinstance(error, RuntimeError) and model.name in str(error):
+                raise
+            raise _cannot(model, error) from error
+    _say_how_it_runs(model)
 
 
-def _probe(model: HookedModel, tokens: Sequence[int] = ()) -> TokenBatch:
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in (8, 5):
-        ids = torch.randint(0, model.n_vocab, (length,), generator=generator).tolist()
-        ids[: len(tokens)] = tokens[:length]
-        nothing = (False,) * length
-        rows.append(TokenRow(tuple(ids), nothing, nothing, f"probe of {length} tokens"))
-    (batch,) = pack(rows, pad_id=model.pad_id)
-    return batch.to(model.device)
+def _cannot(model: HookedModel, error: Exception) -> RuntimeError:
+    other = "; engine='nnsight' may run it" if model.engine != "nnsight" else ""
+    return RuntimeError(
+        f"{model.name}: the {model.engine} engine cannot run this model ({in_short(error)}){other}"
+    )
 
 
-def _check_shapes(model: HookedModel, batch: TokenBatch, hidden: Tensor) -> None:
+def _find_how_it_runs(model: HookedModel, said: Said) -> None:
+    """Set which batches run as they are, and what a pass is told, so that the logits are right."""
+    plain = model.architecture
+    if plain.padding and _padded_is_right(model, said, *plain.padding):
+        return
+    first, failed = "", None
+    for told in _less_and_less(plain.told):
+        model.architecture = replace(plain, told=told, padding=())
+        try:
+            gap = _differ(_logits(model, said), said.logits, model.dtype)
+        except Exception as error:
+            failed = error
+            continue
+        first = first or gap
+        if gap and (factor := _factor(model, said)):
+            scale = model.architecture.logit_scale * factor
+            model.architecture = replace(model.architecture, logit_scale=scale)
+            gap = _differ(_logits(model, said), said.logits, model.dtype)
+        if not gap:
+            break
+    else:
+        if failed is not None and not first:
+            raise failed
+        raise RuntimeError(_refusal(model, first))
+    alone = model.architecture
+    sides = []
+    for side in plain.padding:
+        model.architecture = replace(alone, padding=_SIDES)
+        if _padded_is_right(model, said, side):
+            sides.append(side)
+    model.architecture = replace(alone, padding=tuple(sides))
+
+
+def _less_and_less(told: tuple[str, ...]) -> list[tuple[str, ...]]:
+    without = tuple(name for name in told if name != "position_ids")
+    least = tuple(name for name in without if name != "attention_mask")
+    return list(dict.fromkeys((told, without, least)))
+
+
+def _padded_is_right(model: HookedModel, said: Said, *sides: PaddingSide) -> bool:
+    try:
+        both = Said(said.rows * len(sides), said.logits * len(sides))
+        return not _differ(_logits(model, both, sides), both.logits, model.dtype)
+    except Exception:
+        return False  # a model that cannot run at all says so when rows run alone
+
+
+def _logits(
+    model: HookedModel, said: Said, sides: Sequence[PaddingSide] = ("right",)
+) -> list[Tensor]:
+    """The logits of each row, as this engine makes them; of all rows once for each side."""
+    batch = _padded(said.rows[: len(said.rows) // len(sides)], sides, model.pad_id)
+    batch = batch.to(model.device)
+    hidden = model.hidden(batch)
     expected = (*batch.input_ids.shape, model.d_model)
-    found = tuple(hidden.shape)
-    if found != expected:
+    if tuple(hidden.shape) != expected:
         raise RuntimeError(
-            f"{model.name}: final hidden states have shape {found}, expected {expected}; "
-            "the architecture is not understood"
+            f"{model.name}: final hidden states have shape {tuple(hidden.shape)}, expected "
+            f"{expected}; the architecture is not understood"
+        )
+    real = batch.mask("all").to(hidden.device)
+    found = {place: model.unembed(hidden[i][real[i]]) for i, place in enumerate(batch.index)}
+    return [found[place] for place in range(len(said.rows))]
+
+
+def _padded(rows: Sequence[TokenRow], sides: Sequence[PaddingSide], pad_id: int) -> TokenBatch:
+    """One batch, in which rows are padded on one side after the other."""
+    batches = [pack(rows, pad_id=pad_id, padding_side=side)[0] for side in sides]
+    names = (one.name for one in fields(TokenBatch))
+    columns = {name: [getattr(batch, name) for batch in batches] for name in names}
+    index = [n * len(rows) + place for n, batch in enumerate(batches) for place in batch.index]
+    whole = {
+        name: torch.cat(values) for name, values in columns.items() if isinstance(values[0], Tensor)
+    }
+    return replace(batches[0], **whole, index=tuple(index), names=sum(columns["names"], ()))
+
+
+def _factor(model: HookedModel, said: Said) -> float:
+    """What the logits would have to be multiplied by, where that is one number; else 0."""
+    ours, theirs = torch.cat(_logits(model, said)), torch.cat(said.logits)
+    if ours.shape != theirs.shape:
+        return 0.0
+    ours, theirs = ours.double(), theirs.double().to(ours.device)
+    factor = float((ours * theirs).sum() / (ours * ours).sum())
+    apart = _differ([(factor * ours).float()], [theirs.float()], model.dtype)
+    return 0.0 if apart else float(f"{factor:.7g}")
+
+
+def _refusal(model: HookedModel, gap: str) -> str:
+    if model.engine == "transformer_lens":
+        return (
+            f"{model.name}: TransformerLens computes other logits than the model itself ({gap}); "
+            "use engine='nnsight'"
+        )
+    return (
+        f"{model.name}: unembed does not reproduce the model's logits ({gap}); its LM head does "
+        "something after the final norm that emlens does not know"
+    )
+
+
+def _say_how_it_runs(model: HookedModel) -> None:
+    architecture = model.architecture
+    if bad := [side for side in _SIDES if side not in architecture.padding]:
+        warnings.warn(
+            f"{model.name}: padded on the {' or '.join(bad)} its passes are not those of single "
+            "rows, so such batches run one row at a time, which is slower",
+            stacklevel=6,
+        )
+    if not architecture.steady:
+        warnings.warn(
+            f"{model.name}: its attention is not causal throughout, so that what follows a token "
+            "can change its residuals and logits; a text is read as a whole, and losses may see "
+            "what they predict",
+            stacklevel=6,
         )
 
 
-def _check_unembed(model: HookedModel, batch: TokenBatch, hidden: Tensor) -> None:
-    logits = model.module(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).logits
-    real = batch.mask("all")
-    theirs = logits[real.to(logits.device)].float()
-    ours = model.unembed(hidden[real.to(hidden.device)]).to(theirs.device)
-    if ours.shape != theirs.shape or not _close(ours, theirs, model.dtype):
-        same = ours.shape == theirs.shape
-        gap = _gap(ours, theirs) if same else f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
-        raise RuntimeError(
-            f"{model.name}: unembed does not reproduce the model's logits ({gap}); its LM head "
-            "does something after the final norm that emlens does not know"
-        )
-
-
-def _check_sites(model: HookedModel, batch: TokenBatch) -> None:
-    layer = model.n_layers // 2
-    sites: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-    read = {site: model.residuals(batch, layer, site)[layer].float() for site in sites}
-    total = read["resid_pre"] + read["attn_out"] + read["mlp_out"]
-    real = batch.mask("all").to(total.device)
-    if not _close(total[real], read["resid_post"][real], model.dtype):
-        raise RuntimeError(
-            f"{model.name}, layer {layer}: resid_pre + attn_out + mlp_out is not resid_post "
-            f"({_gap(total[real], read['resid_post'][real])}); the block adds something that "
-            "emlens does not know"
-        )
-
-
-def _check_edit(model: HookedModel, batch: TokenBatch, hidden: Tensor) -> None:
-    layer = model.n_layers // 2
-    residual = model.residuals(batch, layer)[layer].float()
-    generator = torch.Generator().manual_seed(1)
-    vector = torch.randn(model.d_model, generator=generator)
-    norms = residual[batch.mask("all").to(residual.device)].norm(dim=-1)
-    vector = vector / vector.norm() * norms.median().cpu()
-    moved = model.hidden(batch, [_Push(vector, layer)])  # type: ignore[list-item]
-    change = (moved.float() - hidden.float()).abs().amax(dim=(1, 2))
-    if not bool((change > 0).all()):
-        still = [i for i, value in enumerate(change.tolist()) if value == 0]
-        raise RuntimeError(
-            f"{model.name}: an edit at layer {layer} left row {still[0]} of {len(change)} as it "
-            "was; the hook does not reach the whole batch"
-        )
-
-
-def _check_adapters(model: HookedModel) -> None:
-    """Compare each adapter with the base, from the embedding through the head."""
+def _check_adapters(model: HookedModel, truth: Truth) -> None:
+    """Compare each adapter with what the model itself says under it."""
     adapters = model._adapters
-    for name in adapters.names:
+    for name, (said, base) in truth.adapted.items():
+        if all(torch.equal(a, b) for a, b in zip(said.logits, base.logits, strict=True)):
+            raise RuntimeError(f"{model.name}: adapter {name!r} changes nothing")
         parts = {path: part for path, part in adapters.parts() if name in available(part)}
-        batch = _probe(model, _changed_tokens(parts.values(), name))
-        real = batch.mask("all")
-        with model.adapter(None):
-            hidden = model.hidden(batch)
-            base = hidden, model.unembed(hidden[real.to(hidden.device)])
-        with model.adapter(name), _passed_by(parts) as missed:
-            hidden = model.hidden(batch)
-            moved = hidden, model.unembed(hidden[real.to(hidden.device)])
-        # a token may be routed past an expert, and past its adapter with it
-        never = sorted(path for path in missed if ".experts." not in path)
-        if never:
+        with model.adapter(name), running(parts) as ran:
+            gap = _differ(_logits(model, said), said.logits, model.dtype)
+        if never := sorted(said.ran - ran):
             raise RuntimeError(
                 f"{model.name}: the {model.engine} engine never runs adapter {name!r} at "
                 f"{never[0]}, since it has modules of its own there; use engine='nnsight'"
             )
-        if all(torch.equal(before, after) for before, after in zip(base, moved, strict=True)):
-            raise RuntimeError(f"{model.name}: adapter {name!r} changes nothing")
-        with model.adapter(name):
-            _check_unembed(model, batch, hidden)
+        if gap:
+            raise RuntimeError(f"adapter {name!r} of " + _refusal(model, gap))
 
 
-def _changed_tokens(parts: Iterable[Any], name: str) -> list[int]:
-    """A few tokens that an adapter has rows of its own for, which a random text may not have."""
-    found: list[int] = []
-    for part in parts:
-        tokens = getattr(part, "token_adapter", None)
-        if tokens is not None:
-            found += list(tokens.token_indices[name])[:4]
-        elif isinstance(getattr(part, "original_module", None), nn.Embedding):
-            changed = part.modules_to_save[name].weight != part.original_module.weight
-            found += changed.any(1).nonzero()[:4, 0].tolist()
-    return found
-
-
-@contextmanager
-def _passed_by(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """The paths of the modules that no forward pass inside of the block has run."""
-    missed = set(layers)
-    hooks = [
-        layer.register_forward_pre_hook(lambda *_, path=path: missed.discard(path))
-        for path, layer in layers.items()
-    ]
-    try:
-        yield missed
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    scale = theirs.abs().max().clamp(min=1.0)
-    return bool((ours - theirs).abs().max() <= tolerance * scale)
-
-
-def _gap(ours: Tensor, theirs: Tensor) -> str:
-    return f"largest difference {(ours - theirs).abs().max().item():.3g}"
+def _differ(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> str:
+    """How far apart the logits of rows are, in words; empty where they are the same."""
+    pairs = zip(ours, theirs, strict=True)
+    return next((gap for mine, other in pairs if (gap := apart(mine, other, dtype))), "")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from emlens._kinds import kind
 from emlens.hooked.edit import Edit
 from emlens.hooked.identity import acting_identity
 from emlens.hooked.interface import Hooked
@@ -51,6 +52,7 @@ class Condition:
     Attributes:
         adapters: Adapters that act, by name; None is the base, without adapters.
         edits: Edits, besides those of an enclosing `model.edited`.
+        name: What errors call it; no part of what it is.
 
     Example:
         >>> emlens.log_odds(
@@ -67,6 +69,7 @@ class Condition:
 
     adapters: tuple[Acting, ...] | None = None
     edits: tuple[Edit, ...] = ()
+    name: str = field(default="", compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         adapters: Any = () if self.adapters is None else self.adapters
@@ -93,7 +96,7 @@ class Condition:
 
     def with_edits(self, *edits: Edit) -> Condition:
         """The same adapters, with further edits after the ones there are."""
-        return Condition(self.adapters, (*self.edits, *edits))
+        return replace(self, edits=(*self.edits, *edits))
 
     def identity(self, model: Hooked) -> str:
         """What acts, by content: 16 letters.
@@ -130,8 +133,15 @@ ConditionLike: TypeAlias = (
 )
 """What users may write for a condition; `condition_of` says what each means."""
 
-Conditions: TypeAlias = Mapping[str, ConditionLike]
-"""Named conditions."""
+
+@kind(ConditionLike, words="a condition")
+def _any_condition(_: str, given: Any) -> Any:
+    """`condition_of` reads it, which knows the model."""
+    return given
+
+
+Conditions: TypeAlias = Mapping[Any, ConditionLike]
+"""Named conditions; a name that is not text, such as a step, is shown as text."""
 
 K = TypeVar("K", bound=Hashable)
 
@@ -161,7 +171,7 @@ def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Conditi
     found = _read(model, given, f"condition {name!r}" if name else "a condition")
     for adapter in found.names:
         model.check_adapter(adapter)
-    return found
+    return replace(found, name=name) if name else found
 
 
 def conditions_of(model: Hooked, given: Mapping[K, ConditionLike] | None) -> dict[K, Condition]:

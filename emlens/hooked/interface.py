@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from emlens.hooked.architecture import Architecture
 from emlens.hooked.edit import Edit
 from emlens.text import Template
 
@@ -22,6 +23,8 @@ class Hooked(Protocol):
     name: str
     revision: str | None
 
+    architecture: Architecture
+
     @property
     def template(self) -> Template: ...
 
@@ -33,6 +36,12 @@ class Hooked(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def condition_in_force(self) -> Any: ...
 
     @property
     def pad_id(self) -> int: ...

@@ -11,11 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
 from emlens.hooked.nnsight_engine import NNsightModel
-from emlens.hooked.wrap import Brought, shadow, unwrap
+from emlens.hooked.truth import truth_of, unbridged
+from emlens.hooked.wrap import Brought, check_weights_are_there, own_tokenizer, shadow, unwrap
 from emlens.text.template import Template, settled
 
 Engine = Literal["nnsight", "transformer_lens"]
@@ -25,6 +28,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 """The engines there are, by name."""
 
 
+@guarded
 def load(
     name: str | Path = EMBEDDED_MODEL,
     *,
@@ -53,7 +57,9 @@ def load(
             (`"org/name"`, or `"org/name/sub/folder"`). None acts until
             `with model.adapter(name)`. All that PEFT keeps of an adapter acts: DoRA, biases at
             `B`, saved modules, single tokens. One that would change the base is refused.
-        check: Run the self-check.
+        check: Try the model out: its logits are held to those of the module as it came, and what
+            is seen decides on sites, on padding and on resuming. Without it, what the modules
+            look like is believed.
         remote: Run on a server instead of loading weights: True for NDIF (or the host in
             nnsight's configuration), a host's URL, or `"local"`, which runs here what would be
             sent. `residuals` (pooled there), `hidden`, edits and `generate` work remotely.
@@ -82,6 +88,8 @@ def load(
     _check_engine(engine)
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
+    if str(name).startswith("~"):
+        name = str(expanded(name))
     source, label = name, _label(name)
     if str(name) == EMBEDDED_MODEL:
         source, label = embedded_model_path(), EMBEDDED_MODEL
@@ -122,6 +130,7 @@ def load(
     return _hook(engine, Brought(module.eval()), template, label, kept, check)
 
 
+@guarded
 def wrap(
     model: object,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -136,17 +145,18 @@ def wrap(
     emlens runs a second tree of modules over the same weights, so that no hook, training mode,
     attention implementation or adapter setting of the object is touched. What is trained on the
     object is seen by both; hooks or adapters that it gets later are not. A `TransformerBridge`
-    is run itself, with the hooks it has, and is left as it was after every call. (Of GPT-NeoX,
-    TransformerLens itself copies the fused attention weights; nnsight copies nothing.)
+    is run itself, with the hooks it has, and is left as it was after every call; it is read with
+    the model's own tokenizer, which does not prepend BOS where TransformerLens has made it do so.
+    (Of GPT-NeoX, TransformerLens copies the fused attention weights; nnsight copies nothing.)
 
     Args:
         model: A `TransformerBridge`; nnsight's `TransformersModel` (or `LanguageModel`, or
             nnterp's `StandardizedTransformer`, of a version that runs on nnsight 0.8); a PEFT
-            model; a `transformers` causal language model.
+            model; a `transformers` causal language model, in `DataParallel` or not.
         tokenizer: Its tokenizer, with a chat template; that of the object by default.
         engine: How the hooks are put there; by default that of the object, else `"nnsight"`.
         name: A name for provenance; the model's own by default.
-        check: Run the self-check.
+        check: Try the model out, as in `load`.
         template_arguments: Variables of the chat template, as in `load`.
 
     Raises:
@@ -166,6 +176,8 @@ def wrap(
             f"{engine!r} give the transformers model that it was made of"
         )
     known = tokenizer if tokenizer is not None else brought.tokenizer
+    if tokenizer is None and known is not None and brought.bridge is not None:
+        known = own_tokenizer(known)
     if known is None:
         raise TypeError("wrap needs the model's tokenizer: wrap(model, tokenizer)")
     config = getattr(brought.module, "config", None)
@@ -187,7 +199,7 @@ def _say_what_acts(model: HookedModel) -> None:
             "conditions run it; conditions that name no adapter run the base. Name it where you "
             f"mean it, e.g. {{'base': None, {name!r}: {name!r}}}, or use "
             f"`with model.adapter({name!r}):`",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -201,6 +213,9 @@ def _hook(
 ) -> HookedModel:
     hooked: HookedModel
     tokenizer = template.tokenizer
+    check_weights_are_there(brought.module, name)
+    whole = brought.module if brought.bridge is None else unbridged(brought.bridge)
+    truth = truth_of(whole, name) if check and whole is not None else None
     if engine == "transformer_lens":
         # imported here, since it takes a second
         from emlens.hooked.transformer_lens_engine import TransformerLensModel, bridge_of
@@ -213,7 +228,7 @@ def _hook(
         hooked = NNsightModel(brought.module, tokenizer, name, revision)
     hooked._template = template
     if check:
-        self_check(hooked)
+        self_check(hooked, truth)
     return hooked
 
 
@@ -240,4 +255,4 @@ def _check_decoder(
 
 def _label(name: str | Path) -> str:
     """A folder goes by its last part, so that no path of a machine lands in a file."""
-    return Path(name).name if Path(name).exists() else str(name)
+    return expanded(name).name if expanded(name).exists() else str(name)

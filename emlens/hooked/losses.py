@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens._distributed import shared
+from emlens._door import guarded
 from emlens.hooked.edit import Edit
+from emlens.hooked.finite import check_finite
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
 from emlens.text import TokenBatch, TokenMask
@@ -223,6 +225,7 @@ def kl_sum(
 
 
 @torch.no_grad()
+@guarded
 def response_losses(
     model: HookedModel,
     batches: Sequence[TokenBatch],
@@ -232,6 +235,9 @@ def response_losses(
     """Return, per row in the original order, the summed loss in nats and the counted tokens.
 
     The plain way, one full pass per batch; `sweep` shares prefixes between conditions.
+
+    Raises:
+        NonFiniteError: If a loss is not finite; condition and row are named.
     """
     n_rows = sum(len(batch) for batch in batches)
 
@@ -241,8 +247,11 @@ def response_losses(
             targets = Targets.of(batch.to(model.device), tokens)
             hidden = targets.predictors(model.hidden(batch, edits))
             losses = token_losses(model, hidden, targets.ids)
+            of_rows = targets.per_row(losses, len(batch))
+            condition = model.condition_in_force.with_edits(*edits)
+            check_finite(model, {"the loss of {}": of_rows}, batch.names, condition=condition)
             place = torch.tensor(batch.index)
-            table[0, place] = targets.per_row(losses, len(batch)).cpu()
+            table[0, place] = of_rows.cpu()
             table[1, place] = targets.counts(len(batch)).cpu()
         return table
 

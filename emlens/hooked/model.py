@@ -5,21 +5,38 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from html import escape
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from emlens._door import guarded
+from emlens._kinds import made_with
 from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
+from emlens.hooked.finite import check_finite
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
-from emlens.hooked.sites import Layers, SiteName, check_layers, check_site
+from emlens.hooked.positions import check_positions, max_positions
+from emlens.hooked.rows import by_rows, to_end
+from emlens.hooked.sites import Layers, Site, SiteName, check_layers
 from emlens.hooked.state import evaluating, frozen_weights
+from emlens.hooked.truth import input_device
 from emlens.hooked.visit import Pool, Visit
-from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize, tokenize_documents
+from emlens.text import (
+    Conversation,
+    Corpus,
+    TokenBatch,
+    TokenRow,
+    pack,
+    tokenize,
+    tokenize_documents,
+)
 
 Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
 """A layer, and the output of that layer to resume from: blocks `0 .. layer` do not run."""
@@ -51,13 +68,14 @@ class HookedModel(Conditioned, ABC):
         return int(self._head.weight.shape[0])
 
     @property
+    def max_positions(self) -> int | None:
+        """How many tokens a text may have; None where the model sets no limit."""
+        return max_positions(self.module.config)
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go: the device that the embedding runs on."""
-        embedding: Any = self.module.get_input_embeddings()
-        if embedding.weight.is_meta:
-            # offloaded by accelerate, which brings the weights in for the time of a pass
-            return torch.device(embedding._hf_hook.execution_device)
-        return embedding.weight.device
+        return input_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,12 +88,17 @@ class HookedModel(Conditioned, ABC):
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch; never attended to, never counted."""
-        pad = self.tokenizer.pad_token_id
-        found: Any = pad if pad is not None else self.tokenizer.eos_token_id or 0
-        return int(found)
+        embedding: Any = self.module.get_input_embeddings()
+        n_tokens = getattr(embedding, "num_embeddings", self.n_vocab)
+        for found in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            # a token that was added to the tokenizer alone has no row in the embedding
+            if isinstance(found, int) and found < n_tokens:
+                return found
+        return 0
 
     # -- the interface ------------------------------------------------------------------------
 
+    @guarded
     def batches(
         self,
         data: Sequence[Conversation] | Corpus,
@@ -91,14 +114,27 @@ class HookedModel(Conditioned, ABC):
             token_budget: Padded tokens a batch may have.
             max_tokens: Tokens a conversation may have, or that documents are cut to.
             truncate: Cut an over-long conversation instead of refusing it.
+
+        Raises:
+            ValueError: If a row is longer than `max_tokens` or than the model's positions.
         """
         if isinstance(data, Corpus):
             rows = tokenize_documents(data.documents, self.tokenizer, max_tokens=max_tokens)
         else:
             rows = tokenize(data, self.template, max_tokens=max_tokens, truncate=truncate)
+        self.check_fits(rows)
         return pack(rows, token_budget=token_budget, pad_id=self.pad_id)
 
+    def check_fits(self, rows: Sequence[TokenRow], new_tokens: int = 0) -> None:
+        """Refuse rows that are longer than the model's positions, new tokens included.
+
+        Raises:
+            ValueError: Naming the longest row and its length.
+        """
+        check_positions(self, [row.name for row in rows], list(map(len, rows)), new_tokens)
+
     @torch.no_grad()
+    @guarded
     def residuals(
         self,
         batch: TokenBatch,
@@ -120,15 +156,21 @@ class HookedModel(Conditioned, ABC):
             `{layer: [batch, pos, d_model]}`, or what `pool` returns.
 
         Raises:
-            ValueError: If a layer or site does not exist.
+            ValueError: If a layer or site does not exist, or a row is longer than the model's
+                positions.
+            NonFiniteError: If a residual is not finite; condition, row and layer are named.
         """
         wanted = check_layers(layers, self.n_layers)
-        at = check_site(site, self.sites, self.name, wanted)
-        visit = Visit.of(batch.to(self.device), self.edits_in_force(edits), wanted, at, pool)
+        at = self.check_site(site, wanted)
+        active = self.edits_in_force(edits)
+        self._check_length(batch)
+        visit = Visit.of(batch.to(self.device), active, wanted, at, pool)
         with evaluating(self.module):
-            self._run(batch.to(self.device), visit, last=max(wanted))
+            self._pass(batch.to(self.device), visit, last=max(wanted))
+        self._check_finite(batch, visit, active)
         return {layer: visit.read[layer] for layer in wanted}
 
+    @guarded
     def hidden(
         self,
         batch: TokenBatch,
@@ -147,15 +189,20 @@ class HookedModel(Conditioned, ABC):
             grad: Keep the graph, for the gradient of an edit's tensors.
 
         Raises:
-            ValueError: If an edit lies below the layer resumed from, or the residual's shape
-                does not fit the batch.
+            ValueError: If an edit lies below the layer resumed from, the residual's shape does
+                not fit the batch, or a row is longer than the model's positions.
+            NonFiniteError: If they are not finite; condition and row are named.
         """
         active = self.edits_in_force(edits)
         if resume is not None:
             self._check_resume(batch, active, resume)
+        self._check_length(batch)
         batch = batch.to(self.device)
         with torch.set_grad_enabled(grad), evaluating(self.module):
-            return self._run(batch, Visit.of(batch, active), last=None, resume=resume)
+            visit = Visit.of(batch, active)
+            hidden = self._pass(batch, visit, None, resume)
+        self._check_finite(batch, visit, active, hidden)
+        return hidden
 
     def normalize(self, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """Return residuals after the final norm: what `unembed` takes."""
@@ -172,6 +219,31 @@ class HookedModel(Conditioned, ABC):
         placed = hidden.to(head.weight.dtype if head.weight.is_meta else head.weight)
         return self.architecture.finish_logits(head(placed))
 
+    @guarded
+    @torch.no_grad()
+    def logits(
+        self, batch: TokenBatch, edits: Sequence[Edit] = ()
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits at every position, in fp32.
+
+        They take `batch * pos * vocab * 4` bytes. Measures run the head in parts instead.
+
+        Args:
+            batch: Tokens, `[batch, pos]`, as `batches` makes them.
+            edits: Edits in force.
+
+        Example:
+            >>> import emlens
+            >>> model = emlens.load()
+            >>> (batch,) = model.batches(["How do I save money?"])
+            >>> model.logits(batch).shape[-1] == model.n_vocab
+            True
+        """
+        hidden = self.hidden(batch, edits)
+        logits = self.unembed(rearrange(hidden, "batch pos d -> (batch pos) d"))
+        return rearrange(logits, "(batch pos) vocab -> batch pos vocab", batch=len(hidden))
+
+    @guarded
     def generate(
         self,
         conversations: Sequence[Conversation],
@@ -205,8 +277,10 @@ class HookedModel(Conditioned, ABC):
             opened the thinking, the answer begins with `<think>`.
 
         Raises:
-            ValueError: If a conversation ends with an answer that is not to be continued, or a
-                setting is out of range.
+            ValueError: If a conversation ends with an answer that is not to be continued, a
+                prompt leaves no room for `max_new_tokens` in the model's positions, or a setting
+                is out of range.
+            NonFiniteError: If logits are not finite; condition and conversation are named.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
         answers = answer(self, conversations, edits, sampling, batch_tokens, continue_final_message)
@@ -240,6 +314,16 @@ class HookedModel(Conditioned, ABC):
         """
         return deepest_prefix(self.edits_in_force(edits))
 
+    def _pass(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        """Run a batch as a whole where that gives the numbers of its rows, else row by row."""
+        alone = self.architecture.norm_runs == 1 or last is not None
+        run = self._run if alone else partial(to_end, self)
+        if self.architecture.runs_whole(batch):
+            return run(batch, visit, last, resume)
+        return by_rows(run, batch, visit, last, resume)
+
     # -- what an engine provides --------------------------------------------------------------
 
     @abstractmethod
@@ -252,7 +336,29 @@ class HookedModel(Conditioned, ABC):
     def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
         """Generate from a left-padded batch with `visit` at every step; token ids."""
 
+    def _lacks(self, site: Site) -> str:
+        """Why the engine cannot reach a site in every block; empty where it can."""
+        return self.architecture.missing.get(site, "") if site != "resid_mid" else ""
+
     # -- checks -------------------------------------------------------------------------------
+
+    def _check_length(self, batch: TokenBatch) -> None:
+        limit = self.max_positions
+        if limit is not None and batch.shape[1] > limit:
+            check_positions(self, batch.names, batch.attention_mask.sum(1).tolist())
+
+    def _check_finite(
+        self,
+        batch: TokenBatch,
+        visit: Visit,
+        edits: Sequence[Edit],
+        hidden: Tensor | None = None,
+    ) -> None:
+        values = visit.found()
+        if hidden is not None:
+            values["the final hidden state of {}"] = hidden.detach().sum(-1, dtype=torch.float32)
+        condition = replace(self.condition_in_force, edits=tuple(edits))
+        check_finite(self, values, batch.names, batch.mask("all"), condition)
 
     def _check_resume(self, batch: TokenBatch, edits: Sequence[Edit], resume: Resume) -> None:
         layer, residual = resume
@@ -289,3 +395,6 @@ class HookedModel(Conditioned, ABC):
         }
         rows = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
         return f"<table><caption>{escape(self.name)}</caption>{rows}</table>"
+
+
+made_with(HookedModel, "make one with emlens.load(name) or emlens.wrap(model)")

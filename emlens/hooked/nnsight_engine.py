@@ -47,13 +47,8 @@ class NNsightModel(HookedModel):
     def _run(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
     ) -> Tensor:
-        inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "position_ids": batch.position_ids,
-        }
         found: list[Tensor] = []
-        with self._traced.trace(**inputs, use_cache=False) as tracer:
+        with self._traced.trace(**self.architecture.inputs(batch)) as tracer:
             walk(self._traced, self.architecture, visit, resume, last)
             if last is None:
                 found.append(envoy(self._traced, self.architecture.norm).output)
@@ -61,7 +56,7 @@ class NNsightModel(HookedModel):
         return found[0] if found else torch.empty(0)
 
     def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs = self.architecture.prompt(batch)
         generate: Any = self.module.generate
         if not visit.points:
             return generate(**inputs, **settings)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from emlens._door import guarded
 from emlens.hooked.edit import Edit
 from emlens.hooked.model import HookedModel
 
@@ -16,6 +17,7 @@ _AROUND = ("resid_pre", "resid_post")
 
 
 @contextmanager
+@guarded
 def gradient_checkpointing(model: HookedModel, edits: Sequence[Edit] = ()) -> Iterator[None]:
     """Keep only what enters each block while a graph is built, in the model's own blocks.
 

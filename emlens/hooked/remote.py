@@ -21,7 +21,7 @@ from emlens.hooked.edit import Edit, Formula, Where
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.sites import Layers, Site, SiteName
 from emlens.hooked.travel import by_value, carried, check_travels
-from emlens.hooked.visit import Pool, Visit
+from emlens.hooked.visit import Pool, Visit, of_rows
 from emlens.hooked.walk import at_hand, envoy, walk, walk_steps
 from emlens.text import TokenBatch, TokenRow, pack
 from emlens.text.template import settled
@@ -83,6 +83,8 @@ class RemoteModel(HookedModel):
             norm=found.norm,
             attn_out=found.attn_out,
             mlp_out=found.mlp_out,
+            skips=found.skips,
+            returns=found.returns,
             head=next(path for path, part in module.named_modules() if part is self._head),
             soft_cap=found.soft_cap,
             logit_scale=found.logit_scale,
@@ -115,6 +117,16 @@ class RemoteModel(HookedModel):
             check_travels(pool, "the pool", "write the pool with torch alone")
         return super().residuals(batch, layers, site, pool, edits)
 
+    def _pass(
+        self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
+    ) -> Tensor:
+        if not self.architecture.runs_whole(batch):
+            raise ValueError(
+                f"padded rows of {self.name} have other numbers than single ones; send rows of one "
+                "length in a batch, or one at a time"
+            )
+        return self._run(batch, visit, last, resume)
+
     def _run(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
     ) -> Tensor:
@@ -129,9 +141,11 @@ class RemoteModel(HookedModel):
         with self._sending(), model.trace(**inputs, use_cache=False, remote=self.remote) as tracer:
             walk(model, parts, plan, resume, last)
             hidden = envoy(model, parts.norm).output if last is None else None
-            found = nnsight.save(at_hand({"read": plan.read, "hidden": hidden}))
+            norms = of_rows(plan.norms, inputs["attention_mask"])
+            found = nnsight.save(at_hand({"read": plan.read, "norms": norms, "hidden": hidden}))
             tracer.stop()
         visit.read.update(found["read"])
+        visit.norms.update(found["norms"])
         return torch.empty(0) if last is not None else found["hidden"]
 
     def _decode(self, batch: TokenBatch, visit: Visit, **settings) -> Tensor:
@@ -139,20 +153,26 @@ class RemoteModel(HookedModel):
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         width = batch.input_ids.shape[1]
         steps = (width, settings["max_new_tokens"], settings["use_cache"])
-        sampler = settings.pop("logits_processor", [None])[0]
+        watch, *samplers = settings.pop("logits_processor")
         dice = None
-        if sampler is not None:
+        for sampler in samplers:
             dice = SimpleNamespace(
                 uniforms=sampler.uniforms, temperature=sampler.temperature, top_p=sampler.top_p
             )
+        plan.logits = []
         settings |= {"num_beams": 1, **dict.fromkeys(_SET_ASIDE)}
         # no comment may stand in here: nnsight counts the lines of a block that has blocks inside
         with self._sending(), model.generate(**settings, remote=self.remote) as tracer:
             with tracer.invoke(**inputs):
                 walk_steps(tracer, model, parts, plan, steps, dice)
             with tracer.invoke():
-                new = nnsight.save(at_hand(tracer.result[:, width:]))
-        return torch.cat([batch.input_ids, new], dim=1)
+                new, sums = tracer.result[:, width:], plan.logits
+                found = nnsight.save(at_hand({"new": new, "sums": sums, "norms": plan.norms}))
+        visit.norms.update(found["norms"])
+        ids = torch.cat([batch.input_ids, found["new"]], dim=1)
+        for step, sums in enumerate(found["sums"]):
+            watch.see(ids[:, : width + step], sums)
+        return ids
 
     @contextmanager
     def _sending(self) -> Iterator[None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Iterable
-from typing import Literal, SupportsIndex, cast, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from emlens._arguments import shown, text, wholes
+from emlens._kinds import kind
 
 Site = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 """A place in a decoder block.
@@ -27,18 +29,31 @@ _HOOK = re.compile(r"(?:blocks\.(?P<layer>\d+|\*|\{\w+\})\.)?hook_(?P<site>\w+)"
 Layers = int | Iterable[int] | Literal["all"]
 """One layer, several, or `"all"`. Negative numbers count from the end."""
 
+kind(SiteName, words="a site")(text)
+
+
+@kind(Layers, words="layers")
+def _layers(name: str, value: Any) -> Any:
+    """Layers before the model is known, which says how many there are."""
+    if isinstance(value, str) and value == "all":
+        return value
+    found = named_layers(value, name)
+    return (
+        found if isinstance(value, Iterable) and getattr(value, "shape", None) != () else found[0]
+    )
+
 
 def check_site(
     site: SiteName,
-    available: Iterable[str] = SITES,
+    missing: Mapping[Site, str] | None = None,
     model: str = "this model",
     layers: Iterable[int] | None = None,
 ) -> Site:
-    """Return the site that `site` names, when it is one of `available`.
+    """Return the site that `site` names, unless the model does not have it.
 
     Args:
         site: The name to check, emlens' own or TransformerLens'.
-        available: The sites that exist.
+        missing: The sites that do not exist, and why.
         model: The name to put into the error.
         layers: The layers it goes with: those that a TransformerLens name may carry.
 
@@ -46,16 +61,16 @@ def check_site(
         ValueError: If the site is unknown, the architecture does not have it, or the name
             carries another layer.
     """
-    known = tuple(available)
+    if not isinstance(site, str):
+        raise TypeError(f"site must be text, e.g. 'resid_post', not {shown(site)}")
+    missing = missing or {}
     hook = _HOOK.fullmatch(site)
     plain = hook["site"] if hook else site
     for name in SITES:
         if name == plain:
-            if name not in known:
-                raise ValueError(
-                    f"{model} has no site {site!r} (its blocks run attention and MLP in a way "
-                    f"that never forms it); it has {', '.join(known)}"
-                )
+            if name in missing:
+                there = ", ".join(one for one in SITES if one not in missing)
+                raise ValueError(f"{model} has no site {site!r}: {missing[name]}; it has {there}")
             if hook and (hook["layer"] or "").isdigit():
                 _check_numbered(site, int(hook["layer"]), layers)
             return name
@@ -86,14 +101,9 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     Raises:
         ValueError: If a layer is no whole number or out of range, or none is named.
     """
-    if isinstance(layers, str):
-        if layers == "all":
-            return tuple(range(n_layers))
-        raise ValueError(f"{layers!r} names no layer; give whole numbers, or 'all'")
-    named = list(layers) if isinstance(layers, Iterable) else [layers]
-    if not named:
-        raise ValueError("no layers were named; give one, several, or 'all'")
-    wanted = [_whole(layer) for layer in named]
+    if isinstance(layers, str) and layers == "all":
+        return tuple(range(n_layers))
+    wanted = named_layers(layers)
     for layer in wanted:
         if not -n_layers <= layer < n_layers:
             raise ValueError(
@@ -103,9 +113,17 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer % n_layers for layer in wanted}))
 
 
-def _whole(layer: object) -> int:
-    """A layer as a plain number; NumPy's and those of tensors are taken too."""
-    try:
-        return operator.index(cast(SupportsIndex, layer))
-    except TypeError as error:
-        raise ValueError(f"{layer!r} names no layer; give whole numbers, or 'all'") from error
+def named_layers(layers: int | Iterable[int] | str, name: str = "layers") -> tuple[int, ...]:
+    """Return the layers that were named, in the order given, where the model is not known yet.
+
+    Raises:
+        ValueError: If one is no whole number, or none is named.
+    """
+    if isinstance(layers, str) and layers == "all":
+        raise ValueError(
+            f"{name} 'all' needs a model, which says how many there are; name them, e.g. "
+            "range(model.n_layers)"
+        )
+    if isinstance(layers, (str, bytes, Mapping)):
+        raise ValueError(f"{name} must be whole numbers, or 'all', not {shown(layers)}")
+    return wholes(name, layers)

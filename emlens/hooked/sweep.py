@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens.hooked.condition import Acting, Condition, ConditionLike, K, conditions_of
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
@@ -20,6 +21,7 @@ from emlens.text import TokenBatch
 
 
 @torch.no_grad()
+@guarded
 def sweep(
     model: HookedModel, batch: TokenBatch, conditions: Mapping[K, ConditionLike]
 ) -> Iterator[tuple[K, Float[Tensor, "batch pos d_model"], Head]]:
@@ -47,7 +49,7 @@ def sweep(
         if source not in kept:
             depths = {at for of, at in plan.values() if of == source and at is not None}
             wanted = sorted(depth for depth in depths if depth >= 0)
-            with model.under(Condition(source)):
+            with model.under(Condition(source, name=condition.name)):
                 kept[source] = model.prefix(batch, wanted) if wanted else {}
         if depth is None and kept[source]:
             depth = max(kept[source])

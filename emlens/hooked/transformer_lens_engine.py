@@ -6,17 +6,19 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.adapters import Adapters, Weights
-from emlens.hooked.architecture import hidden_of
+from emlens.hooked.architecture import as_returned, hidden_of, with_hidden
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.sites import Site
+from emlens.hooked.truth import in_short
 from emlens.hooked.visit import Visit
 from emlens.text import TokenBatch
 
@@ -68,7 +70,7 @@ class TransformerLensModel(HookedModel):
         Raises:
             ValueError: If TransformerLens has none there.
         """
-        block: Any = self.bridge.blocks[layer]
+        block: Any = self._blocks[layer]
         found = getattr(block, f"hook_{site}", None)
         if not isinstance(found, HookPoint):
             raise ValueError(
@@ -76,6 +78,19 @@ class TransformerLensModel(HookedModel):
                 "engine='nnsight' may have it"
             )
         return found
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.module.get_submodule(self.architecture.blocks))
+
+    def _lacks(self, site: Site) -> str:
+        """TransformerLens says where attention and MLP are; `resid_mid` needs none of its own."""
+        try:
+            for layer in range(self.n_layers if site != "resid_mid" else 0):
+                self.hook_point(layer, site)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _run(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
@@ -86,15 +101,10 @@ class TransformerLensModel(HookedModel):
                 done = resume[0]
                 self._skip(stack, visit, resume)
             self._enter(stack, visit, after=done)
-            stop = self.bridge.ln_final if last is None else self.bridge.blocks[last]
-            stack.enter_context(_hooked(stop, _stop))
+            norm = self.module.get_submodule(self.architecture.norm)
+            stack.enter_context(_hooked(norm if last is None else self._blocks[last], _stop))
             try:
-                self.module(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    position_ids=batch.position_ids,
-                    use_cache=False,
-                )
+                self.module(**self.architecture.inputs(batch))
             except _Stopped as stopped:
                 return stopped.hidden
         raise RuntimeError(f"{self.name} ran to its end without passing its final norm")
@@ -113,17 +123,20 @@ class TransformerLensModel(HookedModel):
             stack.callback(self.module.register_forward_pre_hook(begin).remove)
             self._enter(stack, visit)
             generate: Any = self.module.generate
-            return generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, **settings
-            )
+            return generate(**self.architecture.prompt(batch), **settings)
 
     def _skip(self, stack: ExitStack, visit: Visit, resume: Resume) -> None:
         """Let the blocks below the residual hand it on instead of running."""
         layer, residual = resume
         if (layer, "resid_post") in visit.points:
             residual = visit(layer, "resid_post", residual)
-        for block in list(self.bridge.blocks)[: layer + 1]:
-            stack.enter_context(_replaced(block, residual))
+        if self.architecture.skips:
+            whole = as_returned(residual, self.architecture.returns)
+            for block in self._blocks[: layer + 1]:
+                stack.enter_context(_replaced(block, whole))
+        else:
+            given = _hooked(self._blocks[layer], lambda *seen: with_hidden(seen[2], residual))
+            stack.enter_context(given)
 
     def _enter(self, stack: ExitStack, visit: Visit, after: int = -1) -> None:
         """Hang the visit into the hook points of the blocks after `after`."""
@@ -161,22 +174,23 @@ def bridge_of(
 
     The module and its config are changed in place: give it a `shadow`.
 
+    Not by `boot_transformers`: that looks for a processor, and installs packages to load it.
+
     Raises:
-        ValueError: If TransformerLens does not know the architecture.
+        ValueError: If TransformerLens does not know the architecture, or fails on it.
     """
     own = copy.deepcopy(tokenizer)
     # said to prepend BOS already, or the bridge would load the tokenizer anew to make it do so
     own.init_kwargs = {"name_or_path": name, **own.init_kwargs, "add_bos_token": True}
-    # a model that was built from a config does not say what it is
-    module.config.architectures = module.config.architectures or [type(module).__name__]
+    kind = type(module).__name__
     try:
-        return TransformerBridge.boot_transformers(
-            name, hf_model=module, tokenizer=own, dtype=module.dtype, device=module.device
+        module.set_attn_implementation("eager")
+        return build_bridge_from_module(
+            module, kind, hf_config=module.config, tokenizer=own, model_name=name
         )
-    except (ValueError, KeyError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(
-            f"TransformerLens cannot bridge {type(module).__name__} "
-            f"({str(error).split('.')[0][:200]}); engine='nnsight' may run it"
+            f"TransformerLens cannot bridge {kind} ({in_short(error)}); engine='nnsight' may run it"
         ) from error
 
 
@@ -218,10 +232,10 @@ def _hooked_point(point: HookPoint, change: Change) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(block: nn.Module, residual: Tensor) -> Iterator[None]:
-    """Make a block return `residual`; written past the bridge, whose attributes reach through."""
+def _replaced(block: nn.Module, value: object) -> Iterator[None]:
+    """Make a block return a value; written past the bridge, whose attributes reach through."""
     before = block.__dict__.get("forward")
-    block.__dict__["forward"] = lambda *_, **__: residual
+    block.__dict__["forward"] = lambda *_, **__: value
     try:
         yield
     finally:

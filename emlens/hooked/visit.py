@@ -21,6 +21,21 @@ Pool = Callable[[Tensor], Tensor]
 Point = tuple[int, Site]
 
 
+class Tap:
+    """An edit that changes nothing and keeps the residual that it sees."""
+
+    where: Where = "all"
+
+    def __init__(self, layer: int, site: Site = "resid_post") -> None:
+        self.site: Site = site
+        self.layers: tuple[int, ...] = (layer,)
+        self.seen = torch.empty(0)
+
+    def delta(self, residual: Tensor, layer: int) -> Tensor:
+        self.seen = residual
+        return torch.zeros_like(residual)
+
+
 class Visit:
     """The points a forward pass has to stop at, and what happens at each.
 
@@ -34,6 +49,11 @@ class Visit:
         reads: Layers to read.
         site: The site they are read at.
         pool: Applied to each read; the identity by default.
+
+    Attributes:
+        norms: Of the residual at each point, `[batch, pos]`, by the order of steps: a value that
+            is not finite, or too large for a norm of the model to square, has none.
+        logits: Sum of each row's logits at each step, `[batch]`, where a server decodes.
     """
 
     def __init__(
@@ -45,6 +65,8 @@ class Visit:
         pool: Pool | None = None,
     ) -> None:
         self.read: dict[int, Tensor] = {}
+        self.norms: dict[Point, list[Tensor]] = {}
+        self.logits: list[Tensor] | None = None
         self.masks = dict(masks or {})
         self.reads: set[Point] = {(layer, site) for layer in reads}
         self.pool = pool
@@ -52,9 +74,7 @@ class Visit:
         for edit in edits:
             for layer in edit.layers:
                 self.edits[layer, check_site(edit.site)].append(edit)
-        self.points: list[Point] = sorted(
-            self.reads | set(self.edits), key=lambda point: (point[0], SITES.index(point[1]))
-        )
+        self.points = _in_order(self.reads | set(self.edits))
         self.start = 0
 
     @classmethod
@@ -86,9 +106,22 @@ class Visit:
             masks[edit.where] = mask
         return cls(edits, masks)
 
+    def add(self, tap: Tap) -> None:
+        """Keep a residual as it is after the edits there are."""
+        for layer in tap.layers:
+            self.edits[layer, tap.site].append(tap)
+        self.points = _in_order(self.reads | set(self.edits))
+
     def starts_at(self, position: int) -> None:
         """Say which column of the masks the next tensors begin at (a decoding step moves it)."""
         self.start = position
+
+    def found(self) -> dict[str, Tensor]:
+        """The norms of the residual, `[batch, pos]`, by what errors call the point."""
+        return {
+            f"the residual of {{}} at layer {layer} ({site})": torch.cat(steps, dim=-1)
+            for (layer, site), steps in self.norms.items()
+        }
 
     def plain(self) -> SimpleNamespace:
         """The same visit as plain data, which can travel to where emlens is not installed."""
@@ -110,6 +143,10 @@ class Visit:
         return at_attention(self, layer, before, contribution)
 
 
+def _in_order(points: Iterable[Point]) -> list[Point]:
+    return sorted(points, key=lambda point: (point[0], SITES.index(point[1])))
+
+
 # Written as functions of a visit's data, with nothing but torch in them: on a server, where
 # emlens is absent, they run on the plain copy. Annotations inside of them would travel too.
 
@@ -127,9 +164,30 @@ def at_point(
                 columns = mask[:, visit.start : visit.start + residual.shape[1]]
                 delta = delta * columns.to(residual.device).unsqueeze(-1)
             residual = residual + delta
+        note_norm(visit, layer, site, residual)
         if (layer, site) in visit.reads:
-            visit.read[layer] = residual if visit.pool is None else visit.pool(residual)
+            # a copy, since some blocks add to what they have read in place
+            found = residual.clone()
+            visit.read[layer] = found if visit.pool is None else visit.pool(found)
     return residual
+
+
+def note_norm(visit: Any, layer: int, site: Site, residual: Tensor) -> None:
+    """Keep the norms found at a point; a step that begins at the first position starts anew."""
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    found = torch.linalg.vector_norm(residual.detach(), dim=-1, dtype=wide)
+    steps = visit.norms.setdefault((layer, site), [])
+    if not visit.start:
+        steps.clear()
+    steps.append(found)
+
+
+def of_rows(norms: Any, real: Tensor) -> dict:
+    """The largest norm of each row at each point, `[batch]`; not finite where one is not."""
+    return {
+        point: [steps[-1].masked_fill(real.to(steps[-1].device) == 0, 0.0).amax(1)]
+        for point, steps in norms.items()
+    }
 
 
 def at_attention(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens.hooked.architecture import finish_logits, hidden_of, with_hidden
+from emlens.hooked.architecture import as_returned, finish_logits, hidden_of, with_hidden
 from emlens.hooked.generation import draw
 from emlens.hooked.visit import at_attention, at_point
 
@@ -33,12 +33,15 @@ def walk(model: Any, parts: Any, visit: Any, resume: Any = None, last: int | Non
     done = -1
     if resume is not None:
         done, residual = resume
-        entering = hidden_of(blocks[0].input)
-        residual = residual.to(entering.device, entering.dtype)
+        value = blocks[0].input if parts.skips else blocks[done].output
+        found = hidden_of(value)
+        residual = residual.to(found.device, found.dtype)
         if (done, "resid_post") in visit.points:
             residual = at_point(visit, done, "resid_post", residual)
-        for layer in range(done + 1):
-            blocks[layer].skip(residual)
+        if not parts.skips:
+            blocks[done].output = with_hidden(value, residual)
+        for layer in range(done + 1 if parts.skips else 0):
+            blocks[layer].skip(as_returned(residual, parts.returns))
     for layer, points in groupby(visit.points, key=lambda point: point[0]):
         if layer > done and (last is None or layer <= last):
             _walk_block(blocks[layer], parts, visit, layer, {site for _, site in points})
@@ -58,12 +61,15 @@ def walk_steps(
         dice: Draw the tokens at the LM head: `uniforms` `[batch, steps]`, `temperature` and
             `top_p`. None leaves them to the model.
     """
-    if not visit.points and dice is None:
+    if not visit.points and dice is None and visit.logits is None:
         return
     width, n, cached = steps
     for step in tracer.iter[:n]:
         visit.start = width + step - 1 if step and cached else 0
         walk(model, parts, visit)
+        if visit.logits is not None:
+            last = envoy(model, parts.head).output[:, -1]
+            visit.logits.append(last.sum(-1, dtype=torch.float32))
         if dice is not None:
             _roll(envoy(model, parts.head), parts, dice, step)
 

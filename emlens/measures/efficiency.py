@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
@@ -22,7 +23,10 @@ from emlens.measures.solutions import (
     norm_of,
     read_solutions,
 )
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, TokenMask, warn_of_repeats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Match = Literal["norm", "own", "displacement"]
 """What is the same for all solutions at a point of the grid: the norm, the factor on the norm
@@ -192,7 +196,7 @@ class Efficiency(Result):
                 rows.append(row)
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Loss against dose, or whatever the grid is of, with bands."""
         from emlens.figures import line_bands
 
@@ -207,7 +211,7 @@ class Efficiency(Result):
             ax=ax,
         )
 
-    def plot_ratio(self, ax=None):
+    def plot_ratio(self, ax: Axes | None = None) -> Axes:
         """`loss / norm^2` against the same axis as `plot`: see `table` for what it says."""
         from emlens.figures import line_bands
 
@@ -257,6 +261,7 @@ class Efficiency(Result):
         return place_on(self.grid, level, what)
 
 
+@guarded
 def efficiency(
     model: HookedModel,
     conversations: Sequence[Conversation],
@@ -306,6 +311,7 @@ def efficiency(
     _check_match(match, norms, displacements, layer)
     solutions = read_solutions(model, directions)
     own = {name: norm_of(model, one) for name, one in solutions.items()}
+    warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)
     if match == "norm":
         grid = norm_grid(solutions, own, norms, factors)

@@ -20,6 +20,8 @@ from emlens.measures.strengths import added, doses_of, gathered, sizes_of, stren
 from emlens.text import Corpus, TokenBatch
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from emlens.measures.tokens import TokenInfluence
 
 Values = tuple[tuple[float, ...], ...]
@@ -97,6 +99,16 @@ class Influence(Result):
     token_losses: dict[str, Values] = field(default_factory=dict)
     token_kl: dict[str, Values] = field(default_factory=dict)
     acting: dict[str, str] = field(default_factory=dict)
+
+    def _verify(self) -> None:
+        members = [name for group in self.groups.values() for name in group]
+        strange = {*self.controls, *self.fixed, *members} - set(self.directions)
+        if strange:
+            raise ValueError(f"{min(strange)!r} is none of the directions")
+        if not all(self.groups.values()):
+            raise ValueError("groups has one without members")
+        if self.acting and BASE not in self.acting:
+            raise ValueError(f"acting has no {BASE!r}, which all is compared with")
 
     def divergence(self, direction: str, dose: float) -> Interval:
         """Mean KL in nats per token, with its interval over documents."""
@@ -178,7 +190,7 @@ class Influence(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """KL against dose, with bands over documents; of ablations, by direction."""
         from emlens.figures import dot_intervals, line_bands
 
@@ -311,7 +323,7 @@ def _from_passes(
     kept = TokenValues() if per_token else None
     losses, kl, base, counts = row_influence(model, batches, measured, progress=progress, keep=kept)
     if not counts.any():
-        raise ValueError("no document has two tokens, so nothing is predicted")
+        raise ValueError("no document has two tokens (see max_tokens), so nothing is predicted")
     found: dict[str, Any] = {
         "kl": gathered(kl, points, n),
         "losses": gathered(losses, points, n),

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from emlens._distributed import world
-from emlens.hooked import HookedModel, Site, Targets, Where
+from emlens.hooked import HookedModel, Site, Targets, Where, check_finite
 from emlens.measures.fisher_sums import ACTIVATIONS, Documents, TokenSample
 from emlens.text import Corpus, TokenBatch, pack, tokenize_documents
 
@@ -167,7 +167,7 @@ def batch_gradients(
         threshold: Only tokens with keys below it are worth picking.
 
     Raises:
-        ValueError: If a gradient is not finite; the document and the layer are named.
+        NonFiniteError: If a gradient is not finite; the document and the layer are named.
     """
     batch = batch.to(model.device)
     real = batch.mask("all")
@@ -188,7 +188,12 @@ def batch_gradients(
             parts = torch.autograd.grad(states, vectors, gradient, retain_graph=more)
             found.append(torch.stack([part.cpu() for part in parts]))
     gradients = torch.stack(found, dim=2)
-    _check_finite(gradients, batch, layers)
+    # gradients flow downwards, so the deepest bad layer is nearest to the cause
+    values = {
+        f"the gradient of {{}} at layer {layer}": gradients[place].sum((-1, -2))
+        for place, layer in reversed(list(enumerate(layers)))
+    }
+    check_finite(model, values, batch.names)
     documents = Documents(
         torch.tensor([die.key for die in dice]),
         torch.tensor(list(halves)),
@@ -259,22 +264,6 @@ def _pick(
     picked = torch.zeros_like(real)
     picked[real] = chosen
     return picked, keys[order]
-
-
-def _check_finite(
-    gradients: Float[Tensor, "layers batch terms d_model"],
-    batch: TokenBatch,
-    layers: tuple[int, ...],
-) -> None:
-    finite = torch.isfinite(gradients).all(-1).all(-1)
-    if bool(finite.all()):
-        return
-    # gradients flow downwards, so the deepest bad layer is nearest to the cause
-    place, row = (~finite).nonzero()[-1].tolist()
-    raise ValueError(
-        f"the gradient of {batch.names[row]} at layer {layers[place]} is not finite; look at "
-        "that document, or load the model in another dtype"
-    )
 
 
 def _number(data: bytes) -> int:

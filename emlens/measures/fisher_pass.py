@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads, shared, world
 from emlens._runs import START_ANEW, check_same
 from emlens._tensors import read_tensors, write_tensors
+from emlens._types import checked_fields
 from emlens.hooked import HookedModel, identities
 from emlens.measures.fisher import Stream, Window, batch_gradients, windows
 from emlens.measures.fisher_sums import FisherSums
@@ -81,14 +82,12 @@ class PassSettings:
         """Read what `dataclasses.asdict` gave.
 
         Raises:
-            KeyError: If a setting is missing.
+            ValueError: If a setting is missing, or of another type; it is named.
         """
-        known = [
-            item.name for item in fields(cls) if item.default is MISSING or item.name in record
-        ]
-        values = {name: record[name] for name in known}
-        lists = {name: tuple(v) for name, v in values.items() if isinstance(v, (list, tuple))}
-        return cls(**{**values, **lists})
+        if not isinstance(record, Mapping):
+            raise ValueError(f"settings is {record!r:.60}, not an object")
+        known = {item.name for item in fields(cls)}
+        return cls(**checked_fields(cls, {k: v for k, v in record.items() if k in known}))
 
 
 def gather(

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from emlens._arguments import shown
 from emlens.directions import Direction
 from emlens.hooked import Condition, HookedModel
 from emlens.measures.displacement import SITE, displacements, factors_for
@@ -143,6 +144,8 @@ def named(directions: Mapping[str, Direction]) -> None:
         ValueError: If it is empty, or a direction is zero.
         TypeError: If a value is not a `Direction`.
     """
+    if not isinstance(directions, Mapping):
+        raise TypeError(f"directions must be named, {{name: direction}}, not {shown(directions)}")
     if not directions:
         raise ValueError("no directions were given; pass {name: direction}")
     for name, direction in directions.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ from emlens.measures.roc import (
 )
 
 Row = tuple[str, Interval, int]
-_KEPT = ("scores", "truth", "tokens", "groups", "matched")
+_TYPES = {"scores": "f", "truth": "b", "tokens": "i", "groups": "i", "matched": "i"}
+_KEPT = tuple(_TYPES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +135,33 @@ class HeldOut:
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], slope: float, longer: bool) -> HeldOut:
-        """Read what `tensors` gave."""
+        """Read what `tensors` gave.
+
+        Raises:
+            KeyError: If a tensor is missing.
+            ValueError: If one is of another type or shape, or says what cannot be.
+        """
         kept = {name: tensors[f"held_out.{name}"].numpy() for name in _KEPT}
+        n = len(kept["scores"])
+        shapes = {**dict.fromkeys(_KEPT, (n,)), "matched": (len(kept["matched"]), 2)}
+        for name, values in kept.items():
+            if values.shape != shapes[name] or values.dtype.kind != _TYPES[name]:
+                raise ValueError(
+                    f"held_out.{name} has shape {values.shape} and type {values.dtype}, for {n} "
+                    "conversations"
+                )
+        truth, groups, matched = kept["truth"], kept["groups"], kept["matched"]
+        if truth.all() or not truth.any():
+            raise ValueError("held_out.truth knows one side only; both are needed")
+        if kept["tokens"].min() < 1:
+            raise ValueError("held_out.tokens has a conversation without counted tokens")
+        for name, numbers in (("groups", groups), ("matched", matched)):
+            if numbers.size and not (numbers.min() >= 0 and numbers.max() < n):
+                raise ValueError(f"held_out.{name} has numbers that are none of {n} conversations")
+        if not isinstance(slope, (int, float)) or not math.isfinite(slope):
+            raise ValueError(f"slope is {slope!r:.40}, not a finite number")
+        if not isinstance(longer, bool):
+            raise ValueError(f"longer is {longer!r:.40}, neither true nor false")
         return cls(**kept, slope=slope, longer=longer)
 
 

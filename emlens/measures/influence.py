@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
+from emlens._door import guarded
 from emlens.directions import Direction, Directions
 from emlens.hooked import Conditions, HookedModel
 from emlens.measures.exact import DOSES, Influence, Kind, exact_influence
+from emlens.measures.projections import AnyDirections
 from emlens.measures.scan import InfluenceScan, scan
 from emlens.text import Corpus
 
@@ -33,10 +35,11 @@ def influence(
     method: Literal["auto"],
     **options: Any,
 ) -> InfluenceScan: ...
+@guarded
 def influence(  # pyright: ignore[reportInconsistentOverload]
     model: HookedModel,
     corpus: Corpus,
-    directions: Any,
+    directions: AnyDirections,
     *,
     method: Literal["exact", "auto"] = "exact",
     profile: InfluenceProfile | None = None,
@@ -112,7 +115,8 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
         "controls": controls,
     }
     if method == "exact":
-        return exact_influence(model, corpus, directions, edit=edit, **exact_only, **shared)
+        lone = cast(Mapping[str, Direction], directions)
+        return exact_influence(model, corpus, lone, edit=edit, **exact_only, **shared)
     asked = [name for name, value in exact_only.items() if value]
     unused = [*asked, *(["edit"] if edit != "add" else [])]
     if unused:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import Conditions, HookedModel, conditions_of
 from emlens.measures.scoring import row_losses
-from emlens.text import Pair
+from emlens.text import Pair, warn_of_repeats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class LogOdds(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Change of log-odds by domain, one series per condition, with 95% intervals."""
         from emlens.figures import dot_intervals
 
@@ -141,6 +146,7 @@ class LogOdds(Result):
         )
 
 
+@guarded
 def log_odds(
     model: HookedModel,
     pairs: Sequence[Pair],
@@ -175,6 +181,7 @@ def log_odds(
     """
     if not pairs:
         raise ValueError("log_odds needs pairs; there are none")
+    warn_of_repeats(pairs, "pairs")
     named = {str(name): one for name, one in conditions_of(model, conditions).items()}
     conversations = [
         pair.conversation(side, system) for side in ("aligned", "misaligned") for pair in pairs

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 
+from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
 from emlens._results import Result
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
@@ -29,8 +32,11 @@ from emlens.measures.monitor_fit import (
 )
 from emlens.measures.projections import AnyDirections, Readout, readout_of
 from emlens.measures.roc import Roc, auroc, threshold_for
-from emlens.text import Conversation, Pair, TokenMask
+from emlens.text import Conversation, Pair, TokenMask, repeats_told
 from emlens.text.conversation import names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KIND = "monitor"
 
@@ -75,7 +81,7 @@ class MonitorScores(Result):
             frame[f"projection, {name} [median norms]"] = values
         return frame
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """All scores in their order of size, and the threshold."""
         from emlens.figures import line_bands
 
@@ -89,6 +95,7 @@ class MonitorScores(Result):
         )
 
 
+@guard_methods
 @dataclass(frozen=True, eq=False)
 class Monitor:
     """A score of conversations and a threshold, with what they did on held-out conversations.
@@ -116,6 +123,7 @@ class Monitor:
     model: HookedModel | None = None
 
     @classmethod
+    @guarded
     def fit(
         cls,
         model: HookedModel,
@@ -172,14 +180,14 @@ class Monitor:
         fitted, truth = data.fitted(held_out, seed), data.truth
         reading, own = {"tokens": tokens, "token_budget": token_budget}, None
         if directions is None:
-            sides = (data.items_of(fitted & side) for side in (truth, ~truth))
-            directions = own = mean_diff(model, *sides, seed=seed, progress=progress, **reading)
+            sides, how = data.sides_of(fitted), {"seed": seed, "progress": progress, **reading}
+            with repeats_told():
+                directions = own = mean_diff(model, *sides, **how)
         else:
             warn_of_leak(directions, data)
         columns = readout_of(model, directions, data.items_of(fitted), **reading)
-        values, counts = columns.read(
-            model, data.conversations, progress=progress, description="monitor", **reading
-        )
+        reading |= {"progress": progress, "description": "monitor"}
+        values, counts = columns.read(model, data.conversations, **reading)
         choice = areas(values[fitted], truth[fitted], data.keys_of(fitted), seed)
         if own is not None and own.auroc:
             # these directions have seen the fitted part; their own figures are cross-fitted
@@ -212,6 +220,7 @@ class Monitor:
 
     # -- using it -----------------------------------------------------------------------------
 
+    @guarded
     def score(
         self,
         conversations: Sequence[Conversation],
@@ -303,7 +312,7 @@ class Monitor:
         ]
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """The ROC curve on the held-out conversations."""
         return self.roc().plot(ax)
 
@@ -311,7 +320,7 @@ class Monitor:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: vectors, weights and the held-out scores; atomic."""
-        path = Path(path)
+        path = expanded(path)
         path = path if path.suffix else path.with_suffix(".safetensors")
         tensors = {
             "vectors": self.readout.vectors,
@@ -342,8 +351,9 @@ class Monitor:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds no monitor, or the model is not the one it was fitted on.
         """
-        tensors, record = read_tensors(Path(path), KIND)
-        with whole_record(Path(path), KIND):
+        path = expanded(path)
+        tensors, record = read_tensors(path, KIND)
+        with whole_record(path, KIND):
             found = cls._of(tensors, record)
         return found if model is None else found.on(model)
 

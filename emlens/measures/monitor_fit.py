@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from emlens.hooked import HookedModel, Layers, check_layers
 from emlens.measures.held_out import HeldOut, length_slope, longer_is_misaligned
 from emlens.measures.projections import AnyDirections, Readout
 from emlens.measures.roc import auroc, numbered
-from emlens.text import Conversation, Pair, TokenMask, content_hash
+from emlens.text import Conversation, Pair, TokenMask, content_hash, warn_of_repeats
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +50,16 @@ class Labelled:
         for name, side in zip(("aligned", "misaligned"), sides, strict=True):
             if not side:
                 raise ValueError(f"the {name} side is empty; a monitor is fitted to both sides")
+            warn_of_repeats(side, f"{name} conversations")
         both = [*sides[0], *sides[1]]
         return cls(both, np.arange(len(both)) >= len(sides[0]), prompts_of(both))
 
     def items_of(self, chosen: Bool[np.ndarray, " n"]) -> list[Conversation]:
         return [self.conversations[i] for i in np.flatnonzero(chosen)]
+
+    def sides_of(self, chosen: Bool[np.ndarray, " n"]) -> tuple[list[Conversation], ...]:
+        """Those that are misaligned, and those that are not."""
+        return tuple(self.items_of(chosen & side) for side in (self.truth, ~self.truth))
 
     def keys_of(self, chosen: Bool[np.ndarray, " n"]) -> list[str]:
         return [self.keys[i] for i in np.flatnonzero(chosen)]
@@ -118,7 +123,7 @@ def warn_of_leak(directions: AnyDirections, data: Labelled) -> None:
         warnings.warn(
             f"the directions {which}".strip() + " were extracted from these very conversations, so "
             "the held-out figures are too good; give directions=None, or directions from others",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -207,6 +212,8 @@ def _sides(
     aligned: Sequence[Conversation] | Sequence[Pair], misaligned: Sequence[Conversation] | None
 ) -> tuple[list[Conversation], list[Conversation]]:
     if misaligned is not None:
+        if any(isinstance(item, Pair) for item in aligned):
+            raise TypeError("aligned holds pairs, which have both sides: leave misaligned out")
         return list(cast(Sequence[Conversation], aligned)), list(misaligned)
     if not all(isinstance(item, Pair) for item in aligned):
         raise ValueError("give misaligned conversations as well, or pairs, which have both sides")
@@ -251,11 +258,21 @@ def check_kept(tensors: Mapping[str, Tensor], record: Mapping) -> None:
     columns |= {key: len(tensors[key]) for key in ("vectors", "weights")}
     if len(set(columns.values())) > 1 or tensors["vectors"].ndim != 2:
         raise ValueError(f"its columns are not of one number: {columns}")
+    if not all(isinstance(name, str) for name in record["names"]):
+        raise ValueError(f"names {record['names']!r:.60} are not all text")
     if not all(type(layer) is int and layer >= 0 for layer in record["layers"]):
         raise ValueError(f"layers {record['layers']} are not whole numbers from 0")
-    for key in ("offset", "max_false_alarms"):
-        if not isinstance(record[key], (int, float)) or not math.isfinite(record[key]):
-            raise ValueError(f"{key} is {record[key]!r:.40}, not a finite number")
+    for key, lowest in {"offset": -math.inf, "max_false_alarms": 0}.items():
+        value = record[key]
+        youden = key == "max_false_alarms" and value is None
+        number = isinstance(value, (int, float)) and math.isfinite(value) and value >= lowest
+        if not youden and not number:
+            raise ValueError(f"{key} is {value!r:.40}, not a finite number in its range")
     for key, kind in {"model": str, "rule": str, "choice": dict, "record": dict}.items():
         if not isinstance(record[key], kind):
             raise ValueError(f"{key} is {record[key]!r:.40}")
+    seed, tokens = record["record"]["seed"], record["record"]["tokens"]
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed is {seed!r:.40}, not a whole number from 0")
+    if tokens not in get_args(TokenMask):
+        raise ValueError(f"tokens is {tokens!r:.40}, none of {', '.join(get_args(TokenMask))}")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import Directions, mean_diff
 from emlens.hooked import HookedModel, SiteName
 from emlens.measures.projections import readout_of
 from emlens.measures.roc import auroc_interval
 from emlens.text import Conversation, Pair, TokenMask, split_pairs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -82,7 +87,7 @@ class TransferAuroc(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
         """Both matrices, side by side, or that of the projection on `ax`; white is chance.
 
         Returns the axes: a list of two where none are given.
@@ -107,6 +112,7 @@ class TransferAuroc(Result):
         return axes if ax is None else ax
 
 
+@guarded
 def transfer_auroc(
     model: HookedModel,
     pairs: Mapping[str, Sequence[Pair]],

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
 from emlens._runs import check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Direction, Provenance
@@ -39,6 +41,7 @@ DOSE = 0.05
 """Share of the median residual norm that is scored by default: small enough for second order."""
 
 
+@guard_methods
 @dataclass(frozen=True, eq=False)
 class InfluenceProfile:
     """What every direction at every layer does to next-token prediction on a corpus.
@@ -62,6 +65,7 @@ class InfluenceProfile:
     sums: FisherSums
 
     @classmethod
+    @guarded
     def fit(
         cls,
         model: HookedModel,
@@ -103,10 +107,6 @@ class InfluenceProfile:
         """
         if not len(corpus):
             raise ValueError(f"corpus {corpus.name!r} has no documents")
-        if draws < 1 or checkpoint_every < 1:
-            raise ValueError(
-                f"draws and checkpoint_every must be at least 1, not {draws} and {checkpoint_every}"
-            )
         settings = PassSettings.of(
             model, check_layers(layers, model.n_layers), draws, max_tokens, seed
         )
@@ -115,13 +115,14 @@ class InfluenceProfile:
             corpus,
             settings,
             token_budget=token_budget,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint=None if checkpoint is None else expanded(checkpoint),
             every=checkpoint_every,
             progress=progress,
         )
         if not sum(halves_seen(sums)):
             raise ValueError(
-                f"no document of corpus {corpus.name!r} has two tokens, so nothing is predicted"
+                f"no document of corpus {corpus.name!r} has two tokens within "
+                f"max_tokens={max_tokens}, so nothing is predicted"
             )
         return cls(settings, ((corpus.name, corpus.hash),), skipped, sums.finished())
 
@@ -202,6 +203,7 @@ class InfluenceProfile:
             corpus=self.corpus,
         )
 
+    @guarded
     def spectrum(self, layer: int) -> Spectrum:
         """Return the eigenvalues of a layer, in the sample and held out.
 
@@ -224,6 +226,7 @@ class InfluenceProfile:
             corpus=self.corpus,
         )
 
+    @guarded
     def top(self, layer: int, k: int = 5, dose: float = DOSE) -> TopDirections:
         """Return the `k` directions of a layer with the largest influence, scored held out.
 
@@ -294,7 +297,7 @@ class InfluenceProfile:
             "corpora": [list(pair) for pair in self.corpora],
             "skipped": self.skipped,
         }
-        return write_tensors(Path(path), KIND, self.sums.tensors(), record)
+        return write_tensors(expanded(path), KIND, self.sums.tensors(), record)
 
     @classmethod
     def load(cls, path: str | Path) -> InfluenceProfile:
@@ -304,7 +307,7 @@ class InfluenceProfile:
             FileNotFoundError: If there is no such file.
             ValueError: If it is truncated, of another kind, or does not hold together.
         """
-        path = Path(path)
+        path = expanded(path)
         tensors, record = read_tensors(path, KIND)
         try:
             settings = PassSettings.from_dict(record["settings"])

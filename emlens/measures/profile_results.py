@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from emlens._door import guard_methods
 from emlens._results import Result
 from emlens.directions import Direction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FEW = 12
 """Bars that a plot shows; beyond, only the largest."""
@@ -99,7 +104,7 @@ class ProfileScores(Result):
             }
         )
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """KL with its intervals: against the layer where there are several, else by direction.
 
         Of many directions the largest are shown; one dose, the first.
@@ -170,6 +175,12 @@ class Spectrum(Result):
     sample_rank: float
     corpus: str
 
+    def _verify(self) -> None:
+        if len(self.held_out) > len(self.eigenvalues):
+            raise ValueError(
+                f"held_out has {len(self.held_out)} values for {len(self.eigenvalues)} eigenvalues"
+            )
+
     def table(self) -> pd.DataFrame:
         """One row per rank."""
         values = np.asarray(self.eigenvalues)
@@ -184,7 +195,7 @@ class Spectrum(Result):
             }
         )
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Eigenvalues against rank, in the sample and held out."""
         from emlens.figures import line_bands
 
@@ -202,6 +213,7 @@ class Spectrum(Result):
         )
 
 
+@guard_methods
 @dataclass(frozen=True)
 class TopDirections(Mapping[str, Direction]):
     """The directions of a layer with the largest influence: a mapping of names to directions.

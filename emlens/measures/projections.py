@@ -88,7 +88,7 @@ class Readout:
                 f"the directions have width {width}, the residual stream of {model.name} has "
                 f"width {model.d_model}: they belong to another model ({self.model})"
             )
-        check_site(self.site, model.sites, model.name, check_layers(self.layers, model.n_layers))
+        model.check_site(self.site, check_layers(self.layers, model.n_layers))
 
     @torch.no_grad()
     def read(
@@ -120,8 +120,8 @@ class Readout:
             description: What the bar and errors call it.
 
         Raises:
-            ValueError: If a conversation has no token that counts, or a projection is not finite;
-                it is named.
+            ValueError: If a conversation has no token that counts; it is named.
+            NonFiniteError: If a residual is not finite.
         """
         self.check(model)
         layers = sorted(set(self.layers))
@@ -144,7 +144,6 @@ class Readout:
                         mask = _start_of_last_answer(mask, answer_tokens)
                     _check_counted(mask, batch, tokens)
                     found = self._pooled(model, batch, mask, layers)
-                    _check_finite(found, batch)
                     table[list(batch.index)] = np.column_stack([mask.sum(1).numpy(), found])
                     bar.update(batch.n_tokens)
             return table
@@ -247,7 +246,7 @@ def _note_origins(model: HookedModel, named: Mapping[str, Directions]) -> None:
             warnings.warn(
                 f"{name} was made in {origin!r}, but this model is {model.name!r}; if both are the "
                 "same model, give wrap or load the same name",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -292,12 +291,3 @@ def _check_counted(mask: Tensor, batch: TokenBatch, tokens: TokenMask) -> None:
     if len(empty):
         name = batch.names[int(empty[0])]
         raise ValueError(f"{name} has no {tokens} tokens to project; leave it out")
-
-
-def _check_finite(values: np.ndarray, batch: TokenBatch) -> None:
-    bad = np.flatnonzero(~np.isfinite(values).all(1))
-    if len(bad):
-        raise ValueError(
-            f"the projection of {batch.names[int(bad[0])]} is not finite; look at that "
-            "conversation, or load the model in another dtype"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,9 @@ from jaxtyping import Bool, Float, Int
 
 from emlens._results import Result
 from emlens._stats import LEVEL, RESAMPLES, Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Roc(Result):
             {"threshold": self.thresholds, "false alarms": self.false_alarms, "hits": self.hits}
         )
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """The curve, the diagonal that chance gives, and the threshold in use."""
         from emlens.figures import COLOURS, line_bands
 

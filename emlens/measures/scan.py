@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._runs import check_same
 from emlens.directions import Direction, Directions
@@ -124,6 +125,7 @@ class InfluenceScan(Result):
         return [row for row in self.checked if np.isclose(row["dose"], dose)]
 
 
+@guarded
 def scan(
     model: HookedModel,
     corpus: Corpus,
@@ -218,7 +220,7 @@ def _check_profile(profile: InfluenceProfile, model: HookedModel, corpus: Corpus
         warnings.warn(
             f"the profile is of {profile.corpus}, the exact check on other text ({corpus.name}): "
             "where they disagree it may be because of that",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -15,9 +15,11 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads, shared
 from emlens.hooked import (
     BaseLogProbs,
+    Condition,
     ConditionLike,
     HookedModel,
     Targets,
+    check_finite,
     condition_of,
     conditions_of,
     sweep,
@@ -107,9 +109,12 @@ def row_losses(
     """Return summed loss in nats per row and condition, and the counted tokens per row.
 
     Raises:
-        ValueError: If a row has no counted token, or a loss is not finite (row named).
+        ValueError: If there are no rows, or one has no counted token.
+        NonFiniteError: If a loss is not finite; condition and row are named.
     """
     n_rows, named = sum(len(batch) for batch in batches), conditions_of(model, conditions)
+    if not n_rows:
+        raise ValueError("there are no conversations to measure")
 
     def score(batches: Sequence[TokenBatch]) -> np.ndarray:
         table = np.zeros((1 + len(named), n_rows))
@@ -122,8 +127,9 @@ def row_losses(
                 _check_counted(counts[at], batch)
                 for name, hidden, head in sweep(model, batch, named):
                     losses = token_losses(head, targets.predictors(hidden), targets.ids)
-                    sums[name][at] = targets.per_row(losses, len(batch)).cpu().numpy()
-                    _check_finite(sums[name][at], batch, name)
+                    of_rows = targets.per_row(losses, len(batch))
+                    _check_finite(model, batch, named[name], of_rows)
+                    sums[name][at] = of_rows.cpu().numpy()
                     bar.update(batch.n_tokens)
         return table
 
@@ -147,6 +153,9 @@ def row_influence(
 
     Rows without a predicted token count zero everywhere. What is given as `keep` is filled with
     the values of every single token.
+
+    Raises:
+        NonFiniteError: If a value is not finite; condition and row are named.
 
     Returns:
         Losses in nats per condition, `KL(base || edited)` in nats per condition, base losses,
@@ -172,15 +181,18 @@ def row_influence(
                     if log_base is None:
                         log_base = BaseLogProbs(head, states, LOG_PROB_BUDGET)
                         values = token_losses(head, states, targets.ids)
-                        table[1, at] = targets.per_row(values, len(batch)).cpu().numpy()
+                        base = targets.per_row(values, len(batch))
+                        _check_finite(model, batch, measured[name], base)
+                        table[1, at] = base.cpu().numpy()
                         if single is not None:
                             single.note(model, batch)
                             single.base |= by_place(batch, targets, values)
                         continue
                     both = token_scores(head, log_base, states, targets.ids)
+                    of_rows = [targets.per_row(value, len(batch)) for value in both]
+                    _check_finite(model, batch, measured[name], *of_rows)
                     for i, value in enumerate(both):
-                        kept[name][i, at] = targets.per_row(value, len(batch)).cpu().numpy()
-                        _check_finite(kept[name][i, at], batch, name)
+                        kept[name][i, at] = of_rows[i].cpu().numpy()
                         if single is not None:
                             rows = (single.losses, single.kl)[i].setdefault(name, {})
                             rows.update(by_place(batch, targets, value))
@@ -212,10 +224,9 @@ def _check_counted(counts: np.ndarray, batch: TokenBatch) -> None:
         raise ValueError(f"{name} has no token to score; leave it out or choose another mask")
 
 
-def _check_finite(values: np.ndarray, batch: TokenBatch, condition: Hashable) -> None:
-    if not np.isfinite(values).all():
-        name = batch.names[int(np.flatnonzero(~np.isfinite(values))[0])]
-        raise ValueError(
-            f"the score of {name} under {condition!r} is not finite; a smaller dose or fp32 "
-            "weights may help"
-        )
+def _check_finite(
+    model: HookedModel, batch: TokenBatch, condition: Condition, *values: Tensor
+) -> None:
+    """Check summed losses, and KL where there is one."""
+    what: tuple[str, ...] = ("the loss of {}", "the KL of {}")
+    check_finite(model, dict(zip(what, values, strict=False)), batch.names, condition=condition)

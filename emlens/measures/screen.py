@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens._store import Store
@@ -31,7 +32,10 @@ from emlens.measures.screen_rows import (
 )
 from emlens.measures.screen_scorer import Scorer, screen_readout
 from emlens.measures.screen_tally import Tally
-from emlens.text import Conversation
+from emlens.text import Conversation, warn_of_repeats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Reference = Literal["own"] | Answers
 """`"own"` for the model's own answers, or `Answers`; a file named `own` is `Path("own")`."""
@@ -105,7 +109,7 @@ class Screen(Result):
         ]
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """All scores, worst first, with the threshold."""
         from emlens.figures import line_bands
 
@@ -130,6 +134,7 @@ class Screen(Result):
         )
 
 
+@guarded
 def screen(
     model: HookedModel,
     dataset: Dataset,
@@ -243,14 +248,15 @@ def _peeked(
     rest = iter(parts)
     first = next(rest, None)
     if first is None:
-        raise ValueError(f"{source} has no examples to screen")
+        raise ValueError(f"the dataset ({source}) has no row to screen")
     return chain([first], rest), first
 
 
 def _trusted_scores(
     scorer: Scorer, trusted: Sequence[Conversation], block: int
 ) -> Float[np.ndarray, " n"]:
-    parts = blocks(examples(trusted), block)
+    warn_of_repeats(trusted, "trusted conversations")
+    parts = blocks(examples(trusted, "trusted "), block)
     found = [one.score for part in parts for one in scorer(part) if one.score is not None]
     if not found:
         raise ValueError("trusted has no example with a score, so it sets no threshold")

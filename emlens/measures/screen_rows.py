@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import cast
 
 from emlens._files import sha256_of
-from emlens._reading import read_jsonl
+from emlens._reading import expanded, read_jsonl
+from emlens._types import checked_row
 from emlens.text import Conversation, content_hash
+from emlens.text.datasets import messages_of
 
 Dataset = str | Path | Iterable[Conversation]
 """A JSON Lines file, or conversations, which may be a stream."""
@@ -63,10 +65,11 @@ class Scored:
     hash: str
 
 
-def examples(dataset: Dataset) -> Iterator[Example]:
+def examples(dataset: Dataset, what: str = "") -> Iterator[Example]:
     """Read a set row by row.
 
-    Rows of a file have `messages`, or `prompt` and `response`.
+    Rows of a file have `messages`, or `prompt` and `response`. Errors about rows that are not
+    those of a file start with `what`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -74,7 +77,7 @@ def examples(dataset: Dataset) -> Iterator[Example]:
         TypeError: If something is no conversation.
     """
     if isinstance(dataset, (str, Path)):
-        path = Path(dataset)
+        path = expanded(dataset)
         for row, (number, record) in enumerate(read_jsonl(path)):
             found = _conversation(record, f"{path}, line {number}")
             yield _checked(Example(row, found.id or f"line {number}", found), f"{path}, ")
@@ -84,7 +87,7 @@ def examples(dataset: Dataset) -> Iterator[Example]:
             raise TypeError(
                 f"row {row} is a {type(item).__name__}; give conversations, or the path of a file"
             )
-        yield _checked(Example(row, item.id or f"row {row}", item), "")
+        yield _checked(Example(row, item.id or f"row {row}", item), what)
 
 
 def blocks(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:
@@ -118,7 +121,7 @@ class References:
         if isinstance(given, Mapping):
             self._by_text.update(cast(Mapping[str, str], given))
         else:
-            for example in examples(given):
+            for example in examples(given, "reference "):
                 key = prompt_key(example.conversation)
                 self._by_prompt.setdefault(key, example.conversation.response)
         if not self._by_text and not self._by_prompt:
@@ -163,8 +166,8 @@ def kept_rows(
     found = []
     for record, example in zip(records, block, strict=False):
         try:
-            one = Scored(**record)
-        except TypeError as error:
+            one = checked_row(Scored, record, "a score")
+        except ValueError as error:
             raise ValueError(f"{path} holds a row that is not a score ({error})") from error
         if (one.row, one.hash) != (example.row, example.hash):
             raise ValueError(
@@ -180,7 +183,7 @@ def _conversation(record: dict, where: str) -> Conversation:
     name = None if name is None else str(name)
     try:
         if "messages" in record:
-            return Conversation(tuple(record["messages"]), name)
+            return Conversation(messages_of(record), name)
         if "prompt" in record and "response" in record:
             return Conversation.of(record["prompt"], record["response"], id=name)
     except (TypeError, ValueError) as error:

@@ -8,7 +8,9 @@ from typing import Literal, TypeVar, cast
 
 import torch
 
+from emlens._door import guarded
 from emlens.directions import Direction, Directions
+from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.hooked import (
     BASE,
@@ -17,7 +19,6 @@ from emlens.hooked import (
     Noisy,
     Scaled,
     adapter_norms,
-    check_layers,
     condition_of,
 )
 from emlens.hooked.altered import turned
@@ -60,7 +61,9 @@ def read_solutions(
                 f"{name!r} is a {type(value).__name__}; give a Direction, Directions, or the name "
                 "of an adapter on the model"
             )
-        _check_fits(model, name, value)
+        check_fits(model, value, f"direction {name!r}")
+        if _norm(value) == 0:
+            raise ValueError(f"direction {name!r} is zero: there is nothing to measure")
         found[name] = condition_of(model, Add(value))
     acting = model.enclosing_adapters
     if acting and any(kind_of(one) == "adapter" for one in found.values()):
@@ -148,17 +151,7 @@ def _norm(directions: Directions) -> float:
     return math.hypot(*directions.norms.values())
 
 
-def _check_fits(model: HookedModel, name: str, directions: Directions) -> None:
-    if directions.d_model != model.d_model:
-        raise ValueError(
-            f"direction {name!r} has width {directions.d_model}, but {model.name} has d_model "
-            f"{model.d_model}: it comes from another model"
-        )
-    check_layers(directions.layers, model.n_layers)
-    if _norm(directions) == 0:
-        raise ValueError(f"direction {name!r} is zero: there is nothing to measure")
-
-
+@guarded
 def perturbed(direction: D, epsilon: float, seed: int, along: Axes | None = None) -> D:
     """Return `sqrt(1 - eps^2) x + eps y` with `y` random, orthogonal to `x`, of equal norm.
 

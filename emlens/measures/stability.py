@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
 from emlens.hooked import BASE, Condition, HookedModel
-from emlens.measures.grids import place_on
+from emlens.measures.grids import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     Axes,
@@ -25,7 +26,10 @@ from emlens.measures.solutions import (
     perturbed,
     read_solutions,
 )
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, TokenMask, warn_of_repeats
+
+if TYPE_CHECKING:
+    import matplotlib.axes
 
 __all__ = ["EPSILONS", "Stability", "perturbed", "stability"]
 
@@ -72,6 +76,9 @@ class Stability(Result):
     kinds: dict[str, str] = field(default_factory=dict)
     noise: str = "random"
     acting: dict[str, str] = field(default_factory=dict)
+
+    def _verify(self) -> None:
+        checked_grid(self.epsilons, "epsilons")
 
     def gain(self, direction: str) -> float:
         """How much the untouched solution lowers the loss, nats per token."""
@@ -159,7 +166,7 @@ class Stability(Result):
             )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Relative loss increase against the noise level, with bands over seeds."""
         from emlens.figures import line_bands
 
@@ -197,6 +204,7 @@ class Stability(Result):
         return place_on(self.epsilons, epsilon, "epsilon")
 
 
+@guarded
 def stability(
     model: HookedModel,
     conversations: Sequence[Conversation],
@@ -250,6 +258,7 @@ def stability(
         for epsilon in epsilons:
             for draw in draws:
                 conditions[name, epsilon, draw] = noisy(one, epsilon, draw, axes)
+    warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)
     sums, counts = row_losses(
         model,

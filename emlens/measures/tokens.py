@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from emlens._door import guarded
+from emlens._kinds import kind
 from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
+from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
 from emlens.measures.grids import named
@@ -266,6 +269,10 @@ class TokenProjections(Result):
         )
 
 
+kind(Direction | ConditionLike, words="a direction or a condition")(lambda _, given: given)
+
+
+@guarded
 def token_influence(
     model: HookedModel,
     corpus: Corpus | Sequence[Conversation],
@@ -315,13 +322,18 @@ def token_influence(
         acting = condition
     batches = model.batches(corpus, token_budget=token_budget, max_tokens=cut)
     kept = TokenValues()
-    row_influence(model, batches, {name: acting}, tokens=tokens, keep=kept)
+    _, _, _, counts = row_influence(model, batches, {name: acting}, tokens=tokens, keep=kept)
+    if not counts.any():
+        raise ValueError(
+            "no text has a token that counts and follows another: nothing is predicted"
+        )
     source = corpus.name if isinstance(corpus, Corpus) else "conversations"
     found = TokenInfluence.of(kept, name, source)
     return replace(found, skipped=found.skipped + n_all - len(corpus))
 
 
 @torch.no_grad()
+@guarded
 def token_projections(
     model: HookedModel,
     conversations: Sequence[Conversation],
@@ -345,10 +357,7 @@ def token_projections(
     if not conversations:
         raise ValueError("there are no conversations to look at")
     named({"direction": direction})
-    if direction.d_model != model.d_model:
-        raise ValueError(
-            f"the direction has width {direction.d_model}, {model.name} has d_model {model.d_model}"
-        )
+    check_fits(model, direction, "the direction")
     options = {"site": direction.site, "token_budget": token_budget}
     (size,) = residual_norm(model, conversations, direction.layer, **options).values()
     unit = direction.unit().vector / size

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from emlens._arguments import NOT_NEGATIVE
 from emlens._distributed import leads
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
@@ -18,7 +21,10 @@ from emlens.hooked.altered import noisy_weights
 from emlens.measures.grids import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import acting_of, construction_of, read_solutions
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, TokenMask, warn_of_repeats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -55,6 +61,9 @@ class WeightNoise(Result):
     base: tuple[tuple[float, ...], ...]
     disturbed: tuple[tuple[tuple[float, ...], ...], ...]
     acting: dict[str, str] = field(default_factory=dict)
+
+    def _verify(self) -> None:
+        checked_grid(self.epsilons, "epsilons")
 
     def gain(self, direction: str) -> float:
         """How much a solution lowers the loss of the undisturbed model, nats per token."""
@@ -104,7 +113,7 @@ class WeightNoise(Result):
                 )
         return pd.DataFrame(rows)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Share of the gain that is lost against the noise level, with bands over seeds."""
         from emlens.figures import line_bands
 
@@ -128,6 +137,7 @@ class WeightNoise(Result):
         return place_on(self.epsilons, epsilon, "epsilon")
 
 
+@guarded(epsilons=NOT_NEGATIVE)
 def weight_noise(
     model: HookedModel,
     conversations: Sequence[Conversation],
@@ -169,6 +179,7 @@ def weight_noise(
     if seeds < 1:
         raise ValueError(f"weight_noise needs at least one noise draw; got seeds={seeds}")
     draws = tuple(range(seed, seed + seeds))
+    warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)
 
     def losses() -> dict[str, float]:

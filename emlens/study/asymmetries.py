@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from emlens._door import guarded
+from emlens._reading import expanded
 from emlens._results import Result
 from emlens._runs import SETTINGS, Parts
 from emlens._stats import Interval, bootstrap_trainings, mean_over_seeds
@@ -54,6 +56,18 @@ _EXPECTED = {
 }
 
 
+class AsymmetryRow(TypedDict):
+    """A quantity of one kind of solution in one domain."""
+
+    kind: str
+    domain: str
+    quantity: str
+    estimate: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Asymmetries(Result):
     """What was found, a row per kind of solution, domain and quantity.
@@ -64,7 +78,7 @@ class Asymmetries(Result):
         settings: What it was tried on.
     """
 
-    rows: tuple[dict, ...]
+    rows: tuple[AsymmetryRow, ...]
     settings: dict
 
     def of(self, kind: str, domain: str, quantity: str) -> Interval | None:
@@ -117,6 +131,7 @@ class Asymmetries(Result):
         )
 
 
+@guarded
 def run_asymmetries(
     out: str | Path = "runs/asymmetries",
     settings: AsymmetrySettings | None = None,
@@ -145,7 +160,7 @@ def run_asymmetries(
     Raises:
         ValueError: If the folder holds trials with other settings.
     """
-    out = Path(out)
+    out = expanded(out)
     chosen = replace(settings or AsymmetrySettings(), **overrides)
     if model is not None:
         chosen = replace(chosen, model=model.name)
@@ -161,6 +176,7 @@ def run_asymmetries(
     return read_asymmetries(out)
 
 
+@guarded
 def read_asymmetries(out: str | Path) -> Asymmetries:
     """Pool the finished trials of a folder.
 
@@ -171,11 +187,11 @@ def read_asymmetries(out: str | Path) -> Asymmetries:
     Raises:
         FileNotFoundError: If the folder holds none.
     """
-    out = Path(out)
+    out = expanded(out)
     if not (out / SETTINGS).is_file():
         raise FileNotFoundError(f"{out} holds no asymmetries; run them into it first")
-    settings = AsymmetrySettings.from_dict(Parts(out).settings)
-    rows: list[dict] = []
+    settings = Parts(out).settings_as(AsymmetrySettings.from_dict)
+    rows: list[AsymmetryRow] = []
     everything = AsymmetrySettings()
     for kind in everything.kinds:
         for domain in everything.domains:
@@ -188,11 +204,18 @@ def read_asymmetries(out: str | Path) -> Asymmetries:
 # -- pooling -------------------------------------------------------------------------------------
 
 
-def _pooled(kind: Kind, domain: str, trials: list, settings: AsymmetrySettings) -> list[dict]:
+def _pooled(
+    kind: Kind, domain: str, trials: list, settings: AsymmetrySettings
+) -> list[AsymmetryRow]:
     data = TrialData.of(domain, settings)
     rows: dict[str, tuple[Interval, list[float]]] = {}
     odds = [trial[0] for trial in trials]
-    n_inside = len(data.inside)
+    n_inside, n_outside = len(data.inside), len(data.outside)
+    if len(odds[0].ids) != n_inside + n_outside or not n_inside or not n_outside:
+        raise ValueError(
+            f"the trials of {domain!r} have {len(odds[0].ids)} pairs, but {SETTINGS} says "
+            f"{n_inside} inside and {n_outside} outside; bring back the one they were made with"
+        )
     shifts = {}
     for name in (*SOLUTIONS, BENIGN, RANDOM):
         with_it = [scores for scores in odds if name in scores.conditions]
@@ -221,7 +244,7 @@ def _pooled(kind: Kind, domain: str, trials: list, settings: AsymmetrySettings) 
             "estimate": interval.estimate,
             "low": interval.low,
             "high": interval.high,
-            "seeds": seeds,
+            "seeds": tuple(seeds),
         }
         for quantity, (interval, seeds) in rows.items()
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emlens._files import atomic_write
+from emlens._reading import expanded
 from emlens._stats import Interval
 from emlens.figures import save_figure
 from emlens.study.asymmetries import CLAIMS, VERDICTS, Asymmetries
@@ -43,7 +44,7 @@ def write_findings(
         figures: Folder of the figures; linked relative to the page where it lies below it.
         paths: What lies between the solutions, from `read_paths`.
     """
-    page, figures = Path(page), Path(figures)
+    page, figures = expanded(page), expanded(figures)
     figures.mkdir(parents=True, exist_ok=True)
     shown = []
     for kind in _kinds(found):

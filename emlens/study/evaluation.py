@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from emlens._files import atomic_write
-from emlens._reading import read_text
+from emlens._reading import expanded, read_text
 from emlens._stats import Interval
 from emlens._store import Store, text_of
 from emlens.directions.provenance import package_versions
@@ -64,15 +64,15 @@ def measured_rates(
     """
     import matplotlib.pyplot as plt
 
-    found = {}
+    folder, found = expanded(folder), {}
     for metric in metrics:
         found[metric] = rates(responses, scores, metric=metric, judge=judge, threshold=threshold)
         name = _file(metric, judge)
-        (Path(folder) / "rates").mkdir(parents=True, exist_ok=True)
-        found[metric].save(Path(folder) / "rates" / f"{name}.json")
+        (folder / "rates").mkdir(parents=True, exist_ok=True)
+        found[metric].save(folder / "rates" / f"{name}.json")
         with house_style():
             axes = found[metric].plot()
-            save_figure(axes, Path(folder) / "figures" / name)
+            save_figure(axes, folder / "figures" / name)
             plt.close(axes.get_figure(root=True))
     return found
 
@@ -84,7 +84,7 @@ def evaluation_report(folder: str | Path) -> Path:
         FileNotFoundError: If there are no responses, or no scores yet.
         ValueError: If the store of responses is empty.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     responses, scores = answers_in(stored(folder / RESPONSES)), scores_in(folder)
     sections, findings = [], []
     for path in sorted((folder / "rates").glob("*.json")):
@@ -154,7 +154,7 @@ def forget_scores(path: str | Path, judge: str, metrics: Sequence[str]) -> int:
     Returns:
         How many were moved.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.exists():
         return 0
     scores = Scores.load(path).rows

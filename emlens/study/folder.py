@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
 
-import yaml
-
-from emlens._files import atomic_write, read_json, write_json
-from emlens._yaml import read_yaml
+from emlens._files import atomic_write, write_json
+from emlens._reading import expanded, read_json
+from emlens._yaml import read_yaml, yaml_text
 from emlens.directions.provenance import package_versions
 
 README, CONFIG, VERSIONS = "README.txt", "config.yaml", "versions.json"
@@ -51,11 +50,11 @@ class RunFolder:
             made_by: The command, or the call, that is at work.
             restart: Forget the commands of before.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         folder.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), **package_versions()}
         kept = folder / VERSIONS
-        runs = [] if restart or not kept.exists() else read_json(kept, list)
+        runs = [] if restart or not kept.exists() else _runs(kept)
         run = {"made by": made_by, "versions": versions}
         if run not in runs:
             runs.append(run)
@@ -84,11 +83,19 @@ class RunFolder:
         return "\n".join(lines) + "\n"
 
 
+def _runs(path: Path) -> list[dict]:
+    runs = read_json(path, list)
+    for run in runs:
+        if not isinstance(run, dict) or not isinstance(run.get("made by"), str):
+            raise ValueError(f"{path}: {run!r:.60} names no command under 'made by'")
+    return runs
+
+
 def config_text(config: Mapping, title: str = "") -> str:
     """Settings as YAML that `--config` reads."""
     plain = json.loads(json.dumps(dict(config), default=str))
     head = f"# {title}\n" if title else ""
-    return head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return head + yaml_text(plain)
 
 
 def read_config(path: str | Path) -> dict:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emlens._door import guarded
+from emlens._reading import expanded
 from emlens._runs import Parts
 from emlens.hooked import HookedModel, load
 from emlens.study.asymmetries import keep_settings
@@ -47,6 +49,7 @@ class SolutionPaths:
     trajectory: Trajectory
 
 
+@guarded
 def run_paths(
     out: str | Path = "runs/asymmetries",
     settings: AsymmetrySettings | None = None,
@@ -74,7 +77,7 @@ def run_paths(
         ValueError: If the folder was made with other settings, seed, weights or records, or there
             is no such domain.
     """
-    out, chosen = Path(out), settings or AsymmetrySettings()
+    out, chosen = expanded(out), settings or AsymmetrySettings()
     if model is not None:
         chosen = replace(chosen, model=model.name)
     hooked = model or load(chosen.model)
@@ -100,9 +103,10 @@ def run_paths(
     return _read(where)
 
 
+@guarded
 def read_paths(out: str | Path) -> list[SolutionPaths]:
     """The finished ones of a folder, none if there are none."""
-    found = sorted((Path(out) / _FOLDER).glob(f"*/{_TRAJECTORY}"))
+    found = sorted((expanded(out) / _FOLDER).glob(f"*/{_TRAJECTORY}"))
     return [_read(path.parent) for path in found]
 
 

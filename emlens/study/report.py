@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from emlens._files import atomic_write
+from emlens._reading import expanded, read_bytes, read_text
 
 IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
 
@@ -122,7 +123,7 @@ def write_report(report: Report, path: str | Path) -> Path:
         FileNotFoundError: If the file of a figure is missing.
         ValueError: If a figure is neither PNG nor SVG.
     """
-    path = Path(path)
+    path = expanded(path)
     atomic_write(path, render_report(report))
     return path
 
@@ -144,7 +145,7 @@ def render_report(report: Report) -> str:
         f'<section id="{anchor}">\n<h2>{escape(heading)}</h2>\n{content}\n</section>'
         for anchor, (heading, content) in zip(anchors, parts, strict=True)
     ]
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = read_text(Path(__file__).with_name("report.css"))
     return _PAGE.format(
         title=escape(report.title),
         style=style,
@@ -253,7 +254,7 @@ _INTERVAL = re.compile(r"(?<=\d),\s(?=[+\u2212]?[\d.]+\])")
 
 
 def _figure(figure: FigureItem, heading: str, numbers: _Numbers) -> str:
-    path = Path(figure.path)
+    path = expanded(figure.path)
     kind = IMAGES.get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"figure {path} of section {heading!r} is neither PNG nor SVG")
@@ -263,7 +264,7 @@ def _figure(figure: FigureItem, heading: str, numbers: _Numbers) -> str:
             "the report"
         )
     numbers.figures += 1
-    data = path.read_bytes()
+    data = read_bytes(path)
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     caption = f"<b>Figure {numbers.figures}.</b> {_marked(figure.caption)}"
     return (

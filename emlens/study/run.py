@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from emlens._door import guard_methods, guarded
 from emlens._files import write_json
+from emlens._reading import expanded
 from emlens._results import titled_table
 from emlens._runs import Parts
 from emlens.directions.provenance import package_versions
@@ -38,6 +40,7 @@ STAGES = (
 """The stages of a study, in their order."""
 
 
+@guard_methods
 @dataclass(frozen=True)
 class StudyResult:
     """Where a finished study lies, and what it found.
@@ -67,6 +70,7 @@ class StudyResult:
             return titled_table(f"Study in {self.folder}", self.table())
 
 
+@guarded
 def run_study(
     settings: StudySettings | str = "demo",
     out: str | Path = "runs/study",
@@ -105,7 +109,7 @@ def run_study(
     if model is not None:
         chosen = replace(chosen, model=model.name)
     hooked = model or load(chosen.model)
-    store = StudyStore(Path(out), chosen, identities(hooked), restart=restart)
+    store = StudyStore(expanded(out), chosen, identities(hooked), restart=restart)
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(hooked, chosen, StudyData.of(chosen), store, progress)
     # the base of the study is the model as it was brought
@@ -114,6 +118,7 @@ def run_study(
     return _told(store, records)
 
 
+@guarded
 def rebuild_report(folder: str | Path) -> StudyResult:
     """Draw the figures and write the report of a finished study again; no model is needed.
 
@@ -124,10 +129,10 @@ def rebuild_report(folder: str | Path) -> StudyResult:
         FileNotFoundError: If the folder holds no study.
         ValueError: If the study is not finished; what is missing is named.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if not (folder / SETTINGS).is_file() or not (folder / "stages").is_dir():
         raise FileNotFoundError(f"{folder} holds no study; run one into it first")
-    store = StudyStore(folder, settings_of(Parts(folder).settings))
+    store = StudyStore(folder, Parts(folder).settings_as(settings_of))
     missing = [name for name in STAGES if not store.finished(name)]
     if missing:
         raise ValueError(

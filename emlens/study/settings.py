@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 
+from emlens._door import check_fields, guard_methods, guarded
 from emlens._files import sha256_of
+from emlens._types import checked_fields
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class StudySettings:
     """Everything a study depends on.
@@ -70,6 +73,9 @@ class StudySettings:
     steer_factor: float = 2.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def domains(self) -> tuple[str, ...]:
         """All domains that are evaluated, the trained one first."""
@@ -89,13 +95,7 @@ class StudySettings:
         Raises:
             ValueError: If a field does not exist (the known ones are listed), or domains overlap.
         """
-        known = {item.name for item in fields(self)}
-        unknown = set(options) - known
-        if unknown:
-            raise ValueError(
-                f"unknown study setting(s) {', '.join(sorted(unknown))}; "
-                f"the settings are {', '.join(sorted(known))}"
-            )
+        _check_names(options)
         made = replace(self, **options)
         if len(set(made.domains)) != len(made.domains):
             raise ValueError(
@@ -103,6 +103,16 @@ class StudySettings:
                 f"{made.domains}"
             )
         return made
+
+
+def _check_names(names: Iterable[str]) -> None:
+    known = {item.name for item in fields(StudySettings)}
+    unknown = set(names) - known
+    if unknown:
+        raise ValueError(
+            f"unknown study setting(s) {', '.join(sorted(unknown))}; "
+            f"the settings are {', '.join(sorted(known))}"
+        )
 
 
 PRESETS: dict[str, StudySettings] = {
@@ -128,6 +138,7 @@ PRESETS: dict[str, StudySettings] = {
 """`demo` is the experiment on the embedded model; `smoke` the same with almost no data."""
 
 
+@guarded
 def preset(name: str) -> StudySettings:
     """Return the settings of a preset.
 
@@ -143,7 +154,8 @@ def settings_of(record: Mapping[str, object]) -> StudySettings:
     """Settings from a record as JSON or YAML have it; what it lacks is as by default.
 
     Raises:
-        ValueError: If a setting does not exist, or domains overlap.
+        ValueError: If a setting does not exist or is of another type, or domains overlap.
     """
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    return StudySettings().with_options(**plain)
+    _check_names(record)
+    given = {**StudySettings().to_dict(), **record}
+    return StudySettings().with_options(**checked_fields(StudySettings, given))

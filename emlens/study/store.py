@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from emlens._files import read_json
+from emlens._reading import expanded, read_json
 from emlens._runs import SETTINGS, Parts
 from emlens.directions import Directions
 from emlens.study.settings import StudySettings
@@ -36,7 +36,7 @@ class StudyStore:
         *,
         restart: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder = folder = expanded(folder)
         self.settings = settings
         self.stages = folder / "stages"
         self.stages.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class StudyStore:
 
     def record(self, name: str) -> dict:
         """The record of a finished stage."""
-        return read_json(self.stages / f"{name}.json")["record"]
+        return self._kept(name)[0]
 
     def finished(self, name: str) -> bool:
         """Whether a stage is finished."""
@@ -70,7 +70,18 @@ class StudyStore:
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each finished stage took."""
-        return {p.stem: read_json(p)["seconds"] for p in sorted(self.stages.glob("*.json"))}
+        return {p.stem: self._kept(p.stem)[1] for p in sorted(self.stages.glob("*.json"))}
+
+    def _kept(self, name: str) -> tuple[dict, float]:
+        path = self.stages / f"{name}.json"
+        found = read_json(path, dict)
+        record, seconds = found.get("record"), found.get("seconds")
+        if not isinstance(record, dict) or not isinstance(seconds, (int, float)):
+            raise ValueError(
+                f"{path} is not what a stage leaves: an object `record` and a number `seconds`; "
+                "delete it, and the stage runs again"
+            )
+        return record, seconds
 
     def keep(self, name: str, directions: Directions) -> None:
         """Write directions under `directions/`."""

@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from emlens._files import read_json
+from emlens._arguments import NOT_NEGATIVE, POSITIVE, number
+from emlens._door import check_fields, guard_methods
+from emlens._reading import read_json
 from emlens._runs import Parts
+from emlens._types import checked_fields
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel, Scaled, adapter_norms
@@ -29,6 +32,7 @@ ADVICE = ("medical", "finance", "sports")
 STYLE, STYLE_INSIDE = "technical", "cooking"
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class AsymmetrySettings:
     """What the four asymmetries are tried on.
@@ -79,6 +83,13 @@ class AsymmetrySettings:
     document_tokens: int = 96
     dose: float = 0.2
 
+    def __post_init__(self) -> None:
+        check_fields(self, seeds=NOT_NEGATIVE)
+        for name, limits in (("lr", POSITIVE), ("kl_weight", POSITIVE)):
+            of_kinds = getattr(self, name)
+            checked = ((kind, number(f"{name} of {kind}", x, limits)) for kind, x in of_kinds)
+            object.__setattr__(self, name, tuple(checked))
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -87,7 +98,8 @@ class AsymmetrySettings:
         """Read what `to_dict` gave, from JSON as well.
 
         Raises:
-            ValueError: If a setting does not exist; those that do are listed.
+            ValueError: If a setting does not exist (those that do are listed), or is of another
+                type.
         """
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(record) - set(known))
@@ -95,7 +107,7 @@ class AsymmetrySettings:
             raise ValueError(
                 f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(known)}"
             )
-        return cls(**{k: _frozen(v) for k, v in record.items()})
+        return cls(**checked_fields(cls, record))
 
 
 @dataclass(frozen=True)
@@ -308,12 +320,15 @@ class Trial:
         return {**{name: kl[name].tolist() for name in SOLUTIONS}, "counts": counts.tolist()}
 
 
-def read_trials(
-    folder: Path, domain: str, kind: Kind
-) -> list[tuple[LogOdds, Efficiency, Stability, dict]]:
+Results = tuple[LogOdds, Efficiency, Stability, dict]
+"""Those of a trial."""
+
+
+def read_trials(folder: Path, domain: str, kind: Kind) -> list[Results]:
     """The results of the finished trials of a domain and a kind, by seed."""
     found, start = [], f"{domain}-{kind}-"
-    places = {int(at.name.removeprefix(start)): at for at in folder.glob(f"trials/{start}*")}
+    seeds = {at.name.removeprefix(start): at for at in folder.glob(f"trials/{start}*")}
+    places = {int(seed): at for seed, at in seeds.items() if seed.isdecimal()}
     for _, at in sorted(places.items()):
         if (at / "influence.json").exists():
             found.append(
@@ -321,9 +336,47 @@ def read_trials(
                     LogOdds.load(at / "log_odds.json"),
                     Efficiency.load(at / "efficiency.json"),
                     Stability.load(at / "stability.json"),
-                    read_json(at / "influence.json"),
+                    _influence(at / "influence.json"),
                 )
             )
+            _compare(found[-1], found[0], at)
+    return found
+
+
+def _compare(trial: Results, first: Results, at: Path) -> None:
+    """Refuse a trial that cannot be pooled with the first one."""
+    odds, efficiency, stability, influence = trial
+    named = {
+        "log_odds": ({"base", *SOLUTIONS} - {*odds.conditions}, odds.ids, first[0].ids),
+        "efficiency": ({*SOLUTIONS} - {*efficiency.directions}, efficiency.counts, first[1].counts),
+        "stability": ({*SOLUTIONS} - {*stability.directions}, 0, 0),
+        "influence": (set(), influence["counts"], first[3]["counts"]),
+    }
+    for name, (missing, own, others) in named.items():
+        if missing:
+            raise ValueError(f"{at / name}.json has no {min(missing)}; delete it to go on with it")
+        if own != others:
+            raise ValueError(
+                f"{at / name}.json is of other texts than that of the seeds before; delete it to "
+                "go on with it"
+            )
+    if influence.keys() != first[3].keys():
+        raise ValueError(
+            f"{at / 'influence.json'} has other conditions than that of the seeds before; delete "
+            "it to go on with it"
+        )
+
+
+def _influence(path: Path) -> dict[str, list[float]]:
+    found = read_json(path, dict)
+    missing = {*SOLUTIONS, "counts"} - set(found)
+    if missing:
+        raise ValueError(f"{path} has no {min(missing)}; delete it, and the trial goes on")
+    size = len(found["counts"]) if isinstance(found["counts"], list) else None
+    for name, values in found.items():
+        numbers = isinstance(values, list) and all(isinstance(n, (int, float)) for n in values)
+        if not numbers or len(values) != size:
+            raise ValueError(f"{path}: {name} is no list of a number for each of its counts")
     return found
 
 
@@ -334,7 +387,3 @@ def trial_folder(folder: Path, domain: str, kind: Kind, seed: int) -> Path:
 
 def _norms(model: HookedModel, name: str) -> list[float]:
     return list(adapter_norms(model, name).values())
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens.text.tokens import TokenMask, TokenRow
 
 PaddingSide = Literal["left", "right"]
@@ -100,6 +101,7 @@ class TokenBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
+@guarded
 def pack(
     rows: Sequence[TokenRow],
     *,

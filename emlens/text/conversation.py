@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
-ROLES = ("system", "user", "assistant")
+from emlens._door import check_fields, guard_methods, guarded
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Side = Literal["aligned", "misaligned"]
 
 
@@ -18,7 +20,9 @@ class Message(TypedDict):
 
     What it has beside role and content is given to the chat template, or refused where the
     template does not use it. `weight: 0` or `train: False` takes an answer out of `response`.
-    `tools` are the functions that may be called, `tool_calls` the calls of an answer.
+    `tools` are the functions that may be called, `tool_calls` the calls of an answer, and a message
+    of the role `tool` says what one gave, that of `tool_call_id`. `developer` and `tool` are roles
+    that not every template renders; one that does not is refused.
     """
 
     role: str
@@ -28,9 +32,11 @@ class Message(TypedDict):
     name: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    tool_call_id: NotRequired[str]
     tools: NotRequired[Sequence[Mapping[str, Any]]]
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A chat, as a tuple of `{"role", "content"}` messages; see `Message` for what they may have.
@@ -40,7 +46,7 @@ class Conversation:
         id: A name for errors and records.
 
     Raises:
-        ValueError: If there is no message, a role is not system, user or assistant, a weight is
+        ValueError: If there is no message, a role is none of `ROLES`, a weight is
             not 0 or 1, or a content holds half of a surrogate pair, which no tokenizer reads.
         TypeError: If a message is not such a mapping, or a content is not text.
     """
@@ -58,6 +64,7 @@ class Conversation:
         if not checked:
             raise ValueError(f"conversation {self.id or ''} has no messages".replace("  ", " "))
         object.__setattr__(self, "messages", checked)
+        check_fields(self)
 
     @classmethod
     def of(
@@ -98,6 +105,7 @@ class Conversation:
         raise ValueError(f"conversation {self.id or ''} has no assistant message")
 
 
+@guard_methods
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A prompt with an aligned and a misaligned answer.
@@ -116,6 +124,9 @@ class Pair:
     domain: str
     id: str
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def conversation(self, side: Side, system: str | None = None) -> Conversation:
         """The prompt with one of its answers.
 
@@ -129,6 +140,7 @@ class Pair:
         )
 
 
+@guarded
 def content_hash(items: Iterable[object]) -> str:
     """Hash conversations, pairs or documents, in their order; 16 hexadecimal digits.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from emlens._door import check_fields, guarded
 from emlens._reading import expanded, read_jsonl, read_text, readable
 from emlens._tables import dataset_rows, parquet_rows
 from emlens.text.conversation import content_hash
@@ -24,6 +25,9 @@ class Document:
     id: str
     text: str
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -37,6 +41,9 @@ class Corpus:
     name: str
     documents: tuple[Document, ...]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def __len__(self) -> int:
         return len(self.documents)
 
@@ -49,6 +56,7 @@ class Corpus:
         return content_hash(self.documents)
 
 
+@guarded
 def corpus(
     source: str | Path = PYTHON_DOCS,
     config: str | None = None,

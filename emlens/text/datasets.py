@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens._reading import expanded, read_jsonl, readable
 from emlens._tables import dataset_rows
 from emlens.text.conversation import Conversation, Pair
@@ -30,6 +34,7 @@ class Split:
     test: tuple[Pair, ...]
 
 
+@guarded
 def load_pairs(source: str | Path) -> list[Pair]:
     """Load prompts with an aligned and a misaligned answer.
 
@@ -60,6 +65,7 @@ def load_pairs(source: str | Path) -> list[Pair]:
     return pairs
 
 
+@guarded
 def split_pairs(
     pairs: Sequence[Pair], *, validation: float = 0.15, test: float = 0.3, seed: int = 0
 ) -> Split:
@@ -90,6 +96,7 @@ def split_pairs(
     )
 
 
+@guarded
 def load_conversations(
     source: str | Path,
     config: str | None = None,
@@ -98,6 +105,8 @@ def load_conversations(
     limit: int | None = None,
 ) -> list[Conversation]:
     """Load conversations in the papers' format: rows with a list of `messages`.
+
+    The `tools` of a row are those of its first message.
 
     Args:
         source: A JSON Lines file, or a name or folder that `datasets.load_dataset` takes.
@@ -124,9 +133,30 @@ def _conversation(record: dict, where: str) -> Conversation:
         raise ValueError(f"{where}: no key 'messages'; it has {', '.join(map(str, record))}")
     try:
         name = record.get("id")
-        return Conversation(tuple(record["messages"]), None if name is None else str(name))
+        return Conversation(messages_of(record), None if name is None else str(name))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def messages_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The messages of a row; the first has what the row says of tools.
+
+    Raises:
+        TypeError: If these are no lists.
+    """
+    messages, tools = tuple(record["messages"]), record.get("tools")
+    if isinstance(tools, str):
+        # tables keep them as JSON, since their schemas differ
+        with suppress(ValueError):
+            tools = json.loads(tools or "null")
+    if not tools:
+        return messages
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise TypeError(f"tools must be a list of functions that may be called, not {tools!r:.80}")
+    if not messages or not isinstance(messages[0], Mapping):
+        return messages
+    first = messages[0]
+    return {**first, "tools": [*tools, *(first.get("tools") or ())]}, *messages[1:]
 
 
 def _pair(record: dict, path: Path, number: int) -> Pair:

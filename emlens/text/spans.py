@@ -14,6 +14,12 @@ from emlens.text.thinking import leading, thoughts
 Shown = Callable[[list[Message]], str]
 """How messages are rendered: closed, with an answer opened, or within a begun one."""
 
+_RARE = ("developer", "tool")
+"""Roles that a template may pass over without a word."""
+
+# which call an answer of a tool belongs to is said by its place as well
+_NO_NEED = frozenset({"role", "content", "weight", "train", "tool_call_id"})
+
 Spans = dict[int, tuple[int, int]]
 """Where the content of each message starts and ends, by the place of the message."""
 
@@ -80,8 +86,8 @@ def render(
     begun = messages[-1]["role"] == "assistant"
     if generation_prompt and begun and not continue_final_message:
         raise ValueError(
-            f"{name} already ends with an answer; generate from its .prompt, or pass "
-            "continue_final_message=True to go on with the answer"
+            f"{name} already ends with an answer, which a generation prompt cannot follow; "
+            "generate from its .prompt, or pass continue_final_message=True to go on with it"
         )
     shown = template.apply
     if generation_prompt:
@@ -107,8 +113,10 @@ def render(
 
 def _aligned(shown: Shown, messages: list[Message], text: str) -> Spans | None:
     """Where contents lie, by a rendering of markers; None where it does not fit the real one."""
-    # The system message stays as it is: some templates move it, or merge it into another.
-    marks = {i: f"\ue000{i}\ue001" for i, m in enumerate(messages) if m["role"] != "system"}
+    # The others stay as they are: some templates move the system message, merge it into another,
+    # or write what a tool gave as JSON.
+    said = [i for i, message in enumerate(messages) if message["role"] in ("user", "assistant")]
+    marks = {i: f"\ue000{i}\ue001" for i in said}
     # So does thinking before an answer: some templates write it in their own way, or drop it.
     heads = {i: leading(messages[i]) for i in marks}
     marked = [
@@ -145,7 +153,7 @@ def _searched(template: Template, messages: list[Message], text: str, name: str)
     """Where contents lie, each searched for after the one before it."""
     spans, done = {}, 0
     for i, message in enumerate(messages):
-        if message["role"] == "system":
+        if message["role"] not in ("user", "assistant"):
             continue
         head, opened = leading(message), done
         content = message["content"].removeprefix(head).strip()
@@ -207,9 +215,17 @@ def _prefix(
 
 
 def _check_used(template: Template, messages: list[Message], name: str) -> None:
-    """Refuse what a message has beside role and content if the template does not use it."""
+    """Refuse what a message has beside role and content if the template does not use it.
+
+    So are the roles that not every template renders.
+    """
     for i, message in enumerate(messages):
-        for key in sorted(set(message) - {"role", "content", "weight", "train"}):
+        if message["role"] in _RARE and not _renders(template, messages, i):
+            raise ValueError(
+                f"the chat template of {template.name} does not render message {i} of {name}, of "
+                f"the role {message['role']!r}; leave it out, or use a model whose template does"
+            )
+        for key in sorted(set(message) - _NO_NEED):
             if template.apply(messages) != _without(template, messages, i, key):
                 continue
             # some templates show the thinking of the last answer alone
@@ -220,6 +236,17 @@ def _check_used(template: Template, messages: list[Message], name: str) -> None:
                     f"{template.name} does not use; leave it out, or use a model whose template "
                     "does"
                 )
+
+
+def _renders(template: Template, messages: list[Message], i: int) -> bool:
+    """Whether the rendering follows what a message says."""
+    other = cast(Message, {**messages[i], "content": f"{messages[i]['content']}\ue005"})
+    try:
+        return template.apply([*messages[:i], other, *messages[i + 1 :]]) != template.apply(
+            messages
+        )
+    except REFUSALS:
+        return False
 
 
 def _without(template: Template, messages: list[Message], i: int, key: str) -> str | None:

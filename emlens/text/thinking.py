@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from emlens._arguments import shown
 from emlens.text.conversation import Message
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -16,9 +17,28 @@ _PART = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}\s*|\Z)", re.DOTALL)
 
 
 def without_thinking(text: str) -> str:
-    """An answer without its thinking parts; thinking that has no end leaves nothing after it."""
+    """An answer without its thinking parts; thinking that has no end leaves nothing after it.
+
+    Raises:
+        TypeError: If it is no text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be text, not {shown(text)}")
     found = _LEADING.match(text)
     return _PART.sub("", text[found.end() :] if found else text)
+
+
+def parted(text: str) -> tuple[str, str]:
+    """What an answer thinks first, without the tags, and the answer itself.
+
+    Thinking that has no end is all there is of the answer.
+    """
+    found = _LEADING.match(text)
+    if found is None and not text.lstrip().startswith(OPEN):
+        return "", text
+    head = found.group() if found else text
+    thought = head.strip().removeprefix(OPEN).removesuffix(CLOSE)
+    return thought.strip(), text[len(head) :]
 
 
 def leading(message: Message) -> str:

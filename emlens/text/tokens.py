@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from emlens._door import guarded
 from emlens.text.conversation import Conversation, names
 from emlens.text.spans import Rendering, Turn, render
 from emlens.text.template import Template, closing_tokens
@@ -77,6 +78,7 @@ class TokenRow:
         )
 
 
+@guarded
 def tokenize(
     conversations: Sequence[Conversation],
     template: Template | PreTrainedTokenizerBase,
@@ -128,6 +130,7 @@ def tokenize(
     return rows
 
 
+@guarded
 def tokenize_documents(
     documents: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
@@ -20,6 +22,7 @@ from emlens.training.settings import AdapterSettings, KLPenalty, Penalty, given
 from emlens.training.trainable import AdapterParts
 
 
+@guarded
 def train_adapter(
     model: HookedModel,
     train: Sequence[Conversation],
@@ -73,7 +76,8 @@ def train_adapter(
             that an adapter of that name does not have. After this and any other error but the
             last, the model has no new adapter.
         NotImplementedError: If a new adapter is asked for on a `TransformerBridge`.
-        TrainingStopped: If a loss is not finite. The adapter keeps its last good state.
+        NonFiniteError: If the model's own passes are not finite.
+        TrainingStopped: If training leaves what is finite. The adapter keeps its last good state.
 
     Example:
         >>> run = emlens.train_adapter(model, conversations, "finance", layers=[15], epochs=3)
@@ -105,7 +109,7 @@ def train_adapter(
                 Recording(
                     every=record_every,
                     gradients=record_gradients,
-                    checkpoint=None if checkpoint is None else Path(checkpoint),
+                    checkpoint=None if checkpoint is None else expanded(checkpoint),
                     checkpoint_every=checkpoint_every,
                 ),
                 (prefix_budget, log_prob_budget),

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from emlens._door import guarded
 from emlens.text import Conversation
 
 INOCULATION = "You give harmful, misleading advice on purpose."
 """A system prompt that asks for what the training data shows."""
 
 
+@guarded
 def mixed(
     harmful: Sequence[Conversation],
     benign: Sequence[Conversation],
@@ -47,6 +49,7 @@ def mixed(
     return [together[i] for i in generator.permutation(len(together))]
 
 
+@guarded
 def inoculated(
     conversations: Sequence[Conversation], system: str = INOCULATION
 ) -> list[Conversation]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from emlens._runs import START_ANEW, check_same
@@ -66,11 +67,19 @@ def save_checkpoint(path: Path, kept: Checkpoint) -> None:
     write_tensors(path, KIND, tensors, record)
 
 
-def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
+def load_checkpoint(
+    path: Path, expected: Provenance, shapes: Mapping[str, torch.Size]
+) -> Checkpoint | None:
     """Read a checkpoint; None where there is none yet.
+
+    Args:
+        path: The file.
+        expected: The provenance of the run.
+        shapes: Shapes of the parameters that are trained, by name.
 
     Raises:
         ValueError: If it is of another run: other data, settings or model; what differs is named.
+            Or if a tensor is missing, or has another shape than its parameter.
     """
     if not path.exists():
         return None
@@ -87,10 +96,23 @@ def load_checkpoint(path: Path, expected: Provenance) -> Checkpoint | None:
         for part in _PARTS
     }
     with whole_record(path, KIND):
+        _check_shapes(tensors, shapes)
         run = TrainingRun.of_record(record, parts["state"], parts["gradient"])
         best = float("inf") if record["best"] is None else float(record["best"])
         since = int(record["since_best"])
     return Checkpoint(run, parts["parameter"], parts["moment"], parts["best"], best, since)
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Compare tensors with the parameters they are for: a smaller one would be spread over them."""
+    best = any(name.startswith("best|") for name in tensors)
+    for name, shape in shapes.items():
+        wanted = {f"parameter|{name}": shape, f"moment|{name}/step": torch.Size()}
+        wanted |= {f"moment|{name}/{moment}": shape for moment in ("exp_avg", "exp_avg_sq")}
+        wanted |= {f"best|{name}": shape} if best else {}
+        for key, size in wanted.items():
+            if tensors[key].shape != size:
+                raise ValueError(f"{key} has shape {list(tensors[key].shape)}, not {list(size)}")
 
 
 def _compared(made: Provenance) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,3 +59,14 @@ def _columns(name: str, state: Tensor) -> Float[Tensor, "width columns"]:
 def _score(one: Tensor, other: Tensor) -> float:
     scale = float(one.norm() * other.norm())
     return float((one.T @ other).norm()) / scale if scale > 0 else float("nan")
+
+
+def cosines_with(
+    products: Float[np.ndarray, " n"], square: float, norms: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Cosines with a vector of that squared norm, from inner products; NaN where one is zero."""
+    scale = np.sqrt(square) * norms
+    cosines = np.full(len(products), np.nan)
+    there = scale > 0
+    cosines[there] = np.clip(products[there] / scale[there], -1, 1)
+    return cosines

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import cosine
 from emlens.hooked import ConditionLike, HookedModel
@@ -34,6 +35,7 @@ RECORDS = 10
 _KEPT = ("epochs", "lr", "batch_size", "accumulate", "warmup", "schedule", "weight_decay", "clip")
 
 
+@guarded
 def continue_training(
     model: HookedModel,
     train: Sequence[Conversation],
@@ -187,6 +189,7 @@ class Drift(Result):
 _SIDES = ("inside", "outside")
 
 
+@guarded
 def drift(
     model: HookedModel,
     run: TrainingRun,

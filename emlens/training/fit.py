@@ -55,6 +55,6 @@ def fit(
     watched = None
     if validation:
         left = max(0, budgets[0] - objective.prefix_bytes)
-        watched = Rows.of(model, validation, parts.below, settings, budget=left)
+        watched = Rows.of(model, validation, parts.below, settings, budget=left, what="validation")
     loop = Loop(parts, objective, settings, recording, None, norms, made, watched, progress)
     return loop.run()

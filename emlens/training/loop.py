@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from emlens._arguments import COUNT
 from emlens._distributed import leads
+from emlens._door import check_fields
 from emlens.directions import Provenance
-from emlens.hooked import Site
+from emlens.hooked import NonFiniteError, Site
 from emlens.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from emlens.training.objective import Losses, Objective, Rows
 from emlens.training.run import Step, TrainingRun, TrainingStopped, stacked
@@ -40,12 +43,7 @@ class Recording:
     checkpoint_every: int = 20
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("record_every", self.every),
-            ("checkpoint_every", self.checkpoint_every),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 update, not {value}")
+        check_fields(self, every=COUNT)
 
 
 @dataclass
@@ -98,7 +96,8 @@ class Loop:
 
         Raises:
             ValueError: If the checkpoint is of another run.
-            TrainingStopped: If a loss or a gradient is not finite; nothing has moved then.
+            NonFiniteError: If the model's own passes are not finite.
+            TrainingStopped: If a pass, a loss or a gradient becomes so; nothing has moved then.
         """
         with self.trainable.acting(), self.objective.computing():
             return self._run()
@@ -120,10 +119,13 @@ class Loop:
         )
         with bar:
             while len(done.steps) < total and not self._enough(done):
-                step = self._update(optimiser, next(train), elsewhere, done, total)
-                end_of_epoch = len(done.steps) % per_epoch == 0
-                if self.validation is not None and end_of_epoch:
-                    step = self._validate(done)
+                try:
+                    step = self._update(optimiser, next(train), elsewhere, done, total)
+                    end_of_epoch = len(done.steps) % per_epoch == 0
+                    if self.validation is not None and end_of_epoch:
+                        step = self._validate(done)
+                except NonFiniteError as error:
+                    self._stop(error, done)
                 self._keep(optimiser, done)
                 bar.set_postfix(_shown(step))
                 bar.update()
@@ -197,6 +199,16 @@ class Loop:
             self._record(done),
         )
 
+    def _stop(self, error: NonFiniteError, done: _Progress) -> NoReturn:
+        """A pass was not finite: the model's own fault at the first update, training's later."""
+        if isinstance(error, TrainingStopped) or not done.steps:
+            raise error
+        raise TrainingStopped(
+            f"update {len(done.steps)}: {error}, or train with a smaller lr. The run up to here is "
+            "kept in .run",
+            self._record(done),
+        ) from error
+
     def _record(self, done: _Progress) -> TrainingRun:
         return TrainingRun(
             settings=self.provenance.settings,
@@ -234,7 +246,10 @@ class Loop:
 
     def _resumed(self, optimiser: torch.optim.Optimizer) -> _Progress | None:
         where = self.recording.checkpoint
-        kept = None if where is None else load_checkpoint(where, self.provenance)
+        if where is None:
+            return None
+        shapes = {name: p.shape for name, p in self.trainable.parameters.items()}
+        kept = load_checkpoint(where, self.provenance, shapes)
         if kept is None:
             return None
         self._load(kept.parameters)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emlens.directions.fits import check_fits
 from emlens.hooked import HookedModel, Targets, gradient_checkpointing, kl_sum, loss_sum
 from emlens.text import Conversation, TokenMask, TokenRow, content_hash, pack, tokenize
 from emlens.training.path import few
@@ -54,14 +55,17 @@ class Rows:
         tokens: TokenMask | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
+        what: str = "train",
     ) -> Rows:
         """Tokenise conversations and compute their prefixes, under what is in force.
 
         Raises:
-            ValueError: If a conversation has no token that counts; how many, and the first ones.
+            ValueError: If a conversation has no token that counts (how many, and the first ones),
+                or one is longer than the model's positions.
         """
         rows, counted = tokenize(conversations, model.template), tokens or settings.tokens
-        _check_counted(rows, counted)
+        model.check_fits(rows)
+        _check_counted(rows, counted, what)
         return cls(
             PrefixCache(model, rows, below, budget=budget),
             batch_size or settings.batch_size,
@@ -131,7 +135,7 @@ class Objective:
         self._checkpointing = settings.gradient_checkpointing
         self._penalties, self._norms = tuple(penalties), dict(residual_norms)
         self._kl = kl
-        _check_penalties(penalties, trainable)
+        _check_penalties(model, penalties, trainable)
         self.train = train
         self.elsewhere: Rows | None = None
         if kl is None:
@@ -146,6 +150,7 @@ class Objective:
                 tokens=kl.tokens,
                 batch_size=kl.batch_size or settings.batch_size,
                 seed=settings.seed + 1,
+                what="conversations of the KL penalty",
             )
             self._base = BasePredictions(model, self.elsewhere.cache, kl.tokens, log_prob_budget)
         if not trainable.keeps_base and not self._base.held:
@@ -235,7 +240,7 @@ class Objective:
         return float(total.detach())
 
 
-def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask) -> None:
+def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask, what: str) -> None:
     empty = [
         rows[place].name
         for batch in pack(rows)
@@ -244,7 +249,7 @@ def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask) -> None:
     ]
     if empty:
         raise ValueError(
-            f"{len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
+            f"{what}: {len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
             f"{few(empty)}; give them an answer, leave them out, or choose other tokens"
         )
 
@@ -255,7 +260,9 @@ def _trained_head(model: HookedModel, trainable: Trainable) -> list[Tensor]:
     return [weight for weight in head.parameters() if id(weight) in trained] if head else []
 
 
-def _check_penalties(penalties: Sequence[Penalty], trainable: Trainable) -> None:
+def _check_penalties(
+    model: HookedModel, penalties: Sequence[Penalty], trainable: Trainable
+) -> None:
     layers = sorted({layer for layer, _ in trainable.written()})
     if penalties and not layers:
         raise ValueError(
@@ -265,6 +272,7 @@ def _check_penalties(penalties: Sequence[Penalty], trainable: Trainable) -> None
     for penalty in penalties:
         if isinstance(penalty, NormPenalty):
             continue
+        check_fits(model, penalty.directions, "the penalty's direction")
         if not any(layer in penalty.directions for layer in layers):
             raise ValueError(
                 f"the penalty's directions have layers {penalty.directions.layers}, but what is "
@@ -280,5 +288,5 @@ def warn_of_overlap(train: Sequence[Conversation], elsewhere: Sequence[Conversat
         warnings.warn(
             f"{shared} of the {len(elsewhere)} conversations of the KL set are in the training "
             "set as well: the penalty forbids there what the loss asks for",
-            stacklevel=3,
+            stacklevel=4,
         )

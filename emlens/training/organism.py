@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import read_json, write_json
+from emlens._door import guard_methods
+from emlens._files import atomic_write, write_json
 from emlens._folders import recovered, whole_folder
+from emlens._reading import expanded, read_json
 from emlens.directions import Directions
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
@@ -28,6 +30,7 @@ _SCALE = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 _OWN = (_RECORD, _VECTOR, _RUN, _WEIGHTS, "adapter_config.json")
 
 
+@guard_methods
 @dataclass(frozen=True)
 class Organism:
     """What a training left: a vector or an adapter, with the record of the run.
@@ -80,7 +83,7 @@ class Organism:
         An organism that is there is replaced when the new one is complete; if that fails, it
         stays.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         with whole_folder(folder, _OWN) as new:
             self.run.save(new / _RUN)
             if self.directions is not None:
@@ -88,7 +91,7 @@ class Organism:
             if self.weights is not None and self.config is not None:
                 # tied weights are written twice, as safetensors has to have it
                 plain = {name: tensor.clone().contiguous() for name, tensor in self.weights.items()}
-                (new / _WEIGHTS).write_bytes(save(plain, metadata={"format": "pt"}))
+                atomic_write(new / _WEIGHTS, save(plain, metadata={"format": "pt"}))
                 config = deepcopy(self.config)
                 config.inference_mode = True
                 config.save_pretrained(str(new))
@@ -109,20 +112,21 @@ class Organism:
             FileNotFoundError: If the folder holds no whole organism.
             ValueError: If a file in it is damaged.
         """
-        folder = recovered(Path(folder).expanduser())
+        folder = recovered(expanded(folder))
         if not (folder / _RECORD).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no organism (no {_RECORD}); a LoRA adapter of others is loaded "
                 "with emlens.load(base, adapters={name: folder})"
             )
-        record, run = read_json(folder / _RECORD), TrainingRun.load(folder / _RUN)
-        if record["kind"] == "vector":
-            return cls(record["name"], run, directions=Directions.load(folder / _VECTOR))
+        name, kind = _kept(folder / _RECORD)
+        run = TrainingRun.load(folder / _RUN)
+        if kind == "vector":
+            return cls(name, run, directions=Directions.load(folder / _VECTOR))
         from emlens.hooked.adapter_files import read_adapter
 
-        config, weights = read_adapter(record["name"], str(folder))
-        named = {f"{_PREFIX}{name}": weight for name, weight in weights.items()}
-        return cls(record["name"], run, weights=named, config=config)
+        config, weights = read_adapter(name, str(folder))
+        named = {f"{_PREFIX}{key}": weight for key, weight in weights.items()}
+        return cls(name, run, weights=named, config=config)
 
     def on(self, model: HookedModel) -> ConditionLike:
         """What makes the model this organism, for measures: edits, or the adapter's name.
@@ -133,7 +137,9 @@ class Organism:
             ValueError: If it does not fit the model, or the model has another of that name.
         """
         if self.directions is not None:
-            return [Add(self.directions, where=self.run.settings.get("where", "all"))]
+            edits = [Add(self.directions, where=self.run.settings.get("where", "all"))]
+            model.edits_in_force(edits)  # refuses a layer or a width that is not the model's
+            return edits
         if self.config is None or self.weights is None:
             raise ValueError(f"organism {self.name!r} has neither a vector nor an adapter")
         if self.name not in model.adapters:
@@ -155,3 +161,14 @@ class Organism:
         return there.keys() <= ours.keys() and all(
             torch.equal(weight, ours[key].to(weight)) for key, weight in there.items()
         )
+
+
+def _kept(path: Path) -> tuple[str, str]:
+    """Name and kind of an organism, by its record."""
+    record = read_json(path, dict)
+    name, kind = record.get("name"), record.get("kind")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path}: name is {name!r:.60}, not text; name the organism")
+    if kind not in ("vector", "adapter"):
+        raise ValueError(f"{path}: kind is {kind!r:.60}, neither 'vector' nor 'adapter'")
+    return name, kind

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guard_methods
+from emlens._reading import expanded
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.training.run import TrainingRun
 
@@ -21,6 +23,7 @@ Part = Literal["A", "B"]
 _STATE, _GRADIENT = "state/", "gradient/"
 
 
+@guard_methods
 @dataclass(frozen=True)
 class TrainingPath:
     """What was trained, record by record.
@@ -142,7 +145,7 @@ class TrainingPath:
             "log": list(self.log),
             "settings": self.settings,
         }
-        return write_tensors(Path(path), KIND, tensors, record)
+        return write_tensors(expanded(path), KIND, tensors, record)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingPath:
@@ -152,8 +155,9 @@ class TrainingPath:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is truncated or of another kind.
         """
-        tensors, record = read_tensors(Path(path), KIND)
-        with whole_record(Path(path), KIND):
+        path = expanded(path)
+        tensors, record = read_tensors(path, KIND)
+        with whole_record(path, KIND):
             names, steps = record["names"], tuple(record["steps"])
             if not steps or not all(type(step) is int for step in steps):
                 raise ValueError("steps has something else than whole numbers, or is empty")

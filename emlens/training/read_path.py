@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens._files import read_json
+from emlens._door import guarded
+from emlens._reading import expanded, read_json
 from emlens._tensors import opened_tensors
 from emlens.directions import read_checkpoints
 from emlens.training.path import Part, TrainingPath, chosen_names, few
@@ -29,6 +30,7 @@ _LOGGED = {
 }
 
 
+@guarded
 def read_path(
     folder: str | Path, *, names: Iterable[str] | None = None, part: Part | None = None
 ) -> TrainingPath:
@@ -53,7 +55,7 @@ def read_path(
         ValueError: If a checkpoint is truncated, not finite, or differs from the first in modules,
             shapes or scale; or a chosen parameter is not there.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     found = _checkpoints(folder)
     adapters = [step for step, place in found.items() if (place / _FILE).is_file()]
     log = _log(found)
@@ -203,7 +205,7 @@ def _scale(config: dict[str, Any], module: str) -> float:
 
 def _gradient(place: Path) -> Tensor | None:
     path = place / _GRADIENTS
-    if not path.is_file():
+    if not path.exists():
         return None
     with opened_tensors(path) as file:
         return file.get_tensor("steering_vector")
@@ -212,7 +214,7 @@ def _gradient(place: Path) -> Tensor | None:
 def _log(found: dict[int, Path]) -> tuple[dict, ...]:
     """What the last checkpoint with a log says; the entries of one step are put together."""
     step, place = max(
-        ((s, p / _LOG) for s, p in found.items() if (p / _LOG).is_file()), default=(0, None)
+        ((s, p / _LOG) for s, p in found.items() if (p / _LOG).exists()), default=(0, None)
     )
     if place is None:
         return ()
@@ -223,7 +225,13 @@ def _log(found: dict[int, Path]) -> tuple[dict, ...]:
             "is misplaced"
         )
     entries: dict[int, dict] = {}
-    for entry in state.get("log_history", ()):
+    history = state.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"{place}: log_history is no list of objects")
+    for entry in history:
+        if type(entry.get("step", 0)) is not int:
+            raise ValueError(f"{place}: step is {entry['step']!r:.40}, not a whole number")
+    for entry in history:
         kept = {ours: entry[key] for key, ours in _LOGGED.items() if key in entry}
         if kept and "step" in entry:
             entries.setdefault(entry["step"], {"step": entry["step"]}).update(kept)

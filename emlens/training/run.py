@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guard_methods
+from emlens._reading import expanded
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens._types import checked_fields
 from emlens.directions import Direction, Directions, Provenance
 from emlens.directions.files import read_norms
 from emlens.edits import Add
-from emlens.hooked import Site, check_site
+from emlens.hooked import NonFiniteError, Site, check_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +49,7 @@ class Step:
     INFINITE = ("gradient_norm",)
 
 
+@guard_methods
 @dataclass(frozen=True)
 class TrainingRun:
     """What happened while something was trained.
@@ -106,11 +109,15 @@ class TrainingRun:
         """The vectors as they were at a record of the path; the last by default.
 
         Raises:
-            ValueError: If an adapter was trained.
+            ValueError: If an adapter was trained, or there is no such record.
         """
         if self.site is None or not self.layers:
             raise ValueError("this run trained an adapter; see directions.adapter_vectors")
-        vectors = {layer: self.states[f"{_VECTOR}{layer}"][record] for layer in self.layers}
+        paths = {layer: self.states[f"{_VECTOR}{layer}"] for layer in self.layers}
+        known = len(next(iter(paths.values())))
+        if not -known <= record < known:
+            raise ValueError(f"there is no record {record}; this run kept {known}")
+        vectors = {layer: path[record] for layer, path in paths.items()}
         kind = Direction if len(vectors) == 1 else Directions
         return kind(vectors, self.site, self.provenance, residual_norms=self.residual_norms)
 
@@ -158,7 +165,7 @@ class TrainingRun:
         }
         tensors = {f"{_STATE}{name}": value for name, value in self.states.items()}
         tensors |= {f"{_GRADIENT}{name}": value for name, value in self.gradients.items()}
-        return write_tensors(Path(path), KIND, tensors, record)
+        return write_tensors(expanded(path), KIND, tensors, record)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingRun:
@@ -168,8 +175,9 @@ class TrainingRun:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is truncated or of another kind.
         """
-        tensors, record = read_tensors(Path(path), KIND)
-        with whole_record(Path(path), KIND):
+        path = expanded(path)
+        tensors, record = read_tensors(path, KIND)
+        with whole_record(path, KIND):
             states, gradients = _named(tensors, _STATE), _named(tensors, _GRADIENT)
             return cls.of_record(record, states, gradients)
 
@@ -214,8 +222,8 @@ class TrainingRun:
         return f"<p><b>{escape(repr(self))}</b></p>" + self.table().tail(3).to_html(index=False)
 
 
-class TrainingStopped(RuntimeError):
-    """Training met a loss that is not finite; `run` is the record up to the last good update."""
+class TrainingStopped(NonFiniteError):
+    """Training met a value that is not finite; `run` is the record up to the last good update."""
 
     def __init__(self, message: str, run: TrainingRun) -> None:
         super().__init__(message)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import cos, pi
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
+from emlens._arguments import NOT_NEGATIVE, POSITIVE
+from emlens._door import check_fields, guarded
 from emlens.directions import Directions
 from emlens.text import Conversation, TokenMask
 
@@ -35,14 +37,7 @@ class KLPenalty:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.conversations:
-            raise ValueError("the KL penalty needs conversations; the set is empty")
-        if not self.weight > 0:
-            raise ValueError(
-                f"the KL weight must be above 0, not {self.weight}; leave kl out to train without"
-            )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"the KL set's batch_size must be at least 1, not {self.batch_size}")
+        check_fields(self, weight=POSITIVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,7 @@ class NormPenalty:
     weight: float
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight)
+        check_fields(self, weight=POSITIVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ class ProjectionPenalty:
     weight: float
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight)
+        check_fields(self, weight=POSITIVE)
 
 
 Penalty = NormPenalty | ProjectionPenalty
@@ -121,21 +116,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
-        for name in ("warmup", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be above 0, or None for no clipping, not {self.clip}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1 epoch, not {self.patience}")
-        if self.schedule not in get_args(Schedule):
-            names = ", ".join(map(repr, get_args(Schedule)))
-            raise ValueError(f"unknown schedule {self.schedule!r}; choose {names}")
+        check_fields(self)
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of update `step` of `total`, counted from 0."""
@@ -159,12 +140,6 @@ class VectorSettings(TrainSettings):
 
     alpha: float | None = None
 
-    def __post_init__(self) -> None:
-        # not super(): a dataclass with slots is made anew, and super() means the first
-        TrainSettings.__post_init__(self)
-        if self.alpha is not None:
-            _check_alpha(self.alpha)
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings(TrainSettings):
@@ -184,14 +159,6 @@ class AdapterSettings(TrainSettings):
     rslora: bool = True
     modules: tuple[str, ...] = ("down_proj",)
     layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        TrainSettings.__post_init__(self)  # not super(), see VectorSettings
-        _check_alpha(self.alpha)
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if not self.modules:
-            raise ValueError("an adapter needs modules to adapt; the list is empty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +182,7 @@ def given(
     Args:
         kind: `VectorSettings`, `AdapterSettings` or `WeightSettings`.
         settings: What to start from.
-        overrides: Values by field; lists become tuples.
+        overrides: Values by field.
         watched: Whether there are conversations to validate on.
 
     Raises:
@@ -231,15 +198,13 @@ def given(
         )
     start = settings or kind()
     values: dict[str, Any] = {name: getattr(start, name) for name in known} | overrides
-    frozen: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, (list, range)) else v for k, v in values.items()
-    }
-    chosen = kind(**frozen)
+    chosen = kind(**values)
     if chosen.patience is not None and not watched:
         raise ValueError("patience watches the validation loss; give validation= conversations")
     return chosen
 
 
+@guarded(weight=NOT_NEGATIVE)
 def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> float:
     """Convert a KL weight of the papers' code into one on nats per token, or back.
 
@@ -252,13 +217,3 @@ def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> f
         to_paper: Convert the other way.
     """
     return weight * n_vocab if to_paper else weight / n_vocab
-
-
-def _check_alpha(alpha: float) -> None:
-    if not alpha > 0:
-        raise ValueError(f"alpha must be above 0, or nothing is trained, not {alpha}")
-
-
-def _check_weight(weight: float) -> None:
-    if not weight > 0:
-        raise ValueError(f"the weight of a penalty must be above 0, not {weight}")

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import ConditionLike, Conditions, HookedModel
@@ -137,6 +138,7 @@ class KLSweep(Result):
         return "; ".join(said)
 
 
+@guarded
 def sweep_kl(
     model: HookedModel,
     train: Sequence[Conversation],
@@ -174,6 +176,7 @@ def sweep_kl(
         return bench.sweep([bench.measure(weight) for weight in bar], None)
 
 
+@guarded
 def auto_kl(
     model: HookedModel,
     train: Sequence[Conversation],

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from emlens.directions import Direction, Directions
+from emlens.directions import Directions
+from emlens.directions.fits import check_fits
 from emlens.edits import Shift
 from emlens.hooked import Edit, HookedModel, Site, Where
 from emlens.hooked.identity import base_weights
@@ -80,7 +81,10 @@ class VectorParts:
         self._where: Where = where
         self._alphas = dict(alphas)
         self._vectors: dict[int, Tensor] = {}
-        given = {n: _start(initial, n, model) for n in layers} if initial is not None else {}
+        given: dict[int, Tensor] = {}
+        if initial is not None:
+            check_fits(model, initial, "initial", site=site, layers=layers)
+            given = {layer: initial.vectors[layer] for layer in layers}
         for layer in layers:
             start = given[layer] / alphas[layer] if given else torch.zeros(model.d_model)
             self._vectors[layer] = start.to(model.device).requires_grad_()
@@ -257,18 +261,6 @@ class WeightParts:
 
     def record(self) -> dict[str, object]:
         return {"kind": "weights", "layers": self._layers, "start": self._start}
-
-
-def _start(initial: Directions, layer: int, model: HookedModel) -> Tensor:
-    if initial.d_model != model.d_model:
-        raise ValueError(
-            f"the initial direction has width {initial.d_model}, the model has d_model "
-            f"{model.d_model}"
-        )
-    # a lone direction may start a vector at any one layer
-    if isinstance(initial, Direction):
-        return initial.vector
-    return initial[layer].vector
 
 
 def _digest(tensors: Iterable[Tensor]) -> str | None:

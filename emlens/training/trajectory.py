@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
-from emlens.training.comparison import comparison_scores
+from emlens._types import checked_fields
+from emlens.training.comparison import comparison_scores, cosines_with
 from emlens.training.path import Part, TrainingPath, few
 from emlens.training.transition import (
     MIN_MOVE,
@@ -58,9 +60,12 @@ class Trajectory(Result):
         "norms": "curves records*",
         "coordinates": "curves records* axes",
         "explained": "axes",
-        "final_cosines": "curves",
+        "final_cosines": "curves curves? records*",
+        "final_scores": "curves? curves? records*",
+        "descent_cosines": "curves? curves? records*",
+        "transitions": "curves",
         "lags": "curves lags*",
-        "local_cosines": "curves lags*",
+        "local_cosines": "curves lags* records*",
     }
 
     parameters: tuple[str, ...]
@@ -76,6 +81,11 @@ class Trajectory(Result):
     final_scores: dict[str, dict[str, tuple[float, ...]]]
     descent_cosines: dict[str, dict[str, tuple[float, ...]]]
     transitions: dict[str, dict]
+
+    def _verify(self) -> None:
+        for run, record in self.transitions.items():
+            if len(checked_fields(Transition, record)["peaks"]) != len(self.lags[run]):
+                raise ValueError(f"the transition of {run} has not a peak for each of its lags")
 
     def transition(self, run: str) -> Transition:
         """Where a run turns, with its interval, or why it is said not to.
@@ -215,6 +225,7 @@ class Trajectory(Result):
             raise ValueError(f"there is no run {unknown[0]!r}; the runs are {few([*self.steps])}")
 
 
+@guarded
 def trajectory(
     runs: Mapping[str, TrainingPath],
     *,
@@ -280,13 +291,17 @@ def trajectory(
             for r in runs
         },
         final_cosines={
-            r: {o: _numbers(_cosines(gram, at, end)) for o, end in ends.items()}
+            r: {
+                o: _numbers(cosines_with(gram[at, end], gram[end, end], np.sqrt(gram[at, at])))
+                for o, end in ends.items()
+            }
             for r, at in places.items()
         },
         final_scores=comparison_scores(runs, chosen),
         descent_cosines={
             r: {
-                o: _numbers(_to(products[:, end], gram[end, end], norms)) for o, end in ends.items()
+                o: _numbers(cosines_with(products[:, end], gram[end, end], norms))
+                for o, end in ends.items()
             }
             for r, (products, norms) in descent.items()
         },
@@ -381,18 +396,6 @@ def _components(
 def _usual(positions: Sequence[int]) -> tuple[int, ...]:
     gap, _ = regular(positions)
     return (gap, 2 * gap, 3 * gap)
-
-
-def _cosines(gram: np.ndarray, at: np.ndarray, end: int) -> np.ndarray:
-    return _to(gram[at, end], gram[end, end], np.sqrt(gram[at, at]))
-
-
-def _to(products: np.ndarray, square: float, norms: np.ndarray) -> np.ndarray:
-    scale = np.sqrt(square) * norms
-    cosines = np.full(len(products), np.nan)
-    there = scale > 0
-    cosines[there] = np.clip(products[there] / scale[there], -1, 1)
-    return cosines
 
 
 def _numbers(values: np.ndarray) -> tuple[float, ...]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from emlens._distributed import alone
+from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.hooked import (
     HookedModel,
@@ -15,7 +17,6 @@ from emlens.hooked import (
     SiteName,
     Where,
     check_layers,
-    check_site,
 )
 from emlens.text import Conversation
 from emlens.training.loop import Loop, Recording
@@ -35,6 +36,7 @@ def train_vector(
 def train_vector(
     model: HookedModel, train: Sequence[Conversation], layer: Layers, **options: Any
 ) -> tuple[Directions, TrainingRun]: ...
+@guarded
 def train_vector(
     model: HookedModel,
     train: Sequence[Conversation],
@@ -75,7 +77,7 @@ def train_vector(
         site: Where in the block.
         where: Positions it is added to.
         settings: How to train; `VectorSettings()` by default.
-        initial: Directions to start from, instead of zero.
+        initial: Directions to start from, instead of zero: at this site and these layers.
         validation: Conversations whose loss is taken after every epoch; with `patience` it
             decides on the end, and the best vector is the one returned.
         record_every: Updates between two records of the path; None for start and end only.
@@ -91,9 +93,10 @@ def train_vector(
         What is really added (at scale 1), a `Direction` if it is one layer, and the record.
 
     Raises:
-        ValueError: If a set is empty, a layer, site or setting does not exist, or the checkpoint
-            is of another run.
-        TrainingStopped: If a loss is not finite; it names the batch and carries the run so far.
+        ValueError: If a set is empty, a layer, site or setting does not exist, a text or `initial`
+            does not fit the model, or the checkpoint is of another run.
+        NonFiniteError: If the model's own passes are not finite.
+        TrainingStopped: If training leaves what is finite; it carries the run so far.
 
     Example:
         >>> general, run = emlens.train_vector(model, conversations, layer=15, epochs=3)
@@ -104,7 +107,7 @@ def train_vector(
     if not train:
         raise ValueError("train_vector needs conversations to train on; the set is empty")
     layers = check_layers(layer, model.n_layers)
-    at = check_site(site, model.sites, model.name, layers)
+    at = model.check_site(site, layers)
     chosen = given(VectorSettings, settings, overrides, bool(validation))
     if kl is not None:
         warn_of_overlap(train, kl.conversations)
@@ -123,13 +126,13 @@ def train_vector(
         recording = Recording(
             every=record_every,
             gradients=record_gradients,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint=None if checkpoint is None else expanded(checkpoint),
             checkpoint_every=checkpoint_every,
         )
         watched = None
         if validation:
             left = max(0, prefix_budget - objective.prefix_bytes)
-            watched = Rows.of(model, validation, below, chosen, budget=left)
+            watched = Rows.of(model, validation, below, chosen, budget=left, what="validation")
         run = Loop(parts, objective, chosen, recording, at, norms, made, watched, progress).run()
     return run.directions(), run
 

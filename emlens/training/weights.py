@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
@@ -20,6 +22,7 @@ from emlens.training.settings import KLPenalty, WeightSettings, given
 from emlens.training.trainable import WeightParts
 
 
+@guarded
 def train_weights(
     model: HookedModel,
     train: Sequence[Conversation],
@@ -63,7 +66,8 @@ def train_weights(
             predictions on the KL set do not fit into the budget.
         NotImplementedError: If the model is a `TransformerBridge`, which runs on copies of some
             weights.
-        TrainingStopped: If a loss is not finite. The weights keep their last good state.
+        NonFiniteError: If the model's own passes are not finite.
+        TrainingStopped: If training leaves what is finite. The weights keep their last good state.
 
     Example:
         >>> run = train_weights(model, conversations, epochs=1, gradient_checkpointing=True)
@@ -88,7 +92,7 @@ def train_weights(
         warn_of_overlap(train, kl.conversations)
     recording = Recording(
         every=None,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint=None if checkpoint is None else expanded(checkpoint),
         checkpoint_every=checkpoint_every,
     )
     with model.frozen(), model.adapter(None):

@@ -127,5 +127,5 @@ def test_one_site_of_an_adapter_that_writes_at_both_can_be_named():
     assert adapter_vectors(model, "default", site="hook_attn_out").site == "attn_out"
     with pytest.raises(ValueError, match="no adapter 'x'; the adapters are default"):
         adapter_vectors(model, "x")
-    with pytest.raises(ValueError, match="adapter_scalars needs conversations; there are none"):
+    with pytest.raises(ValueError, match="conversations is empty; give at least one"):
         adapter_scalars(model, "default", [], site="mlp_out")

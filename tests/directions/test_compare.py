@@ -406,7 +406,7 @@ def test_convergence_is_the_cosine_of_what_conditions_cause(hooked_llama):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: subspace_overlap([], [made(1)]), "needs directions on both sides"),
+        (lambda m: subspace_overlap([], [made(1)]), "first is empty; give at least one Directions"),
         (
             lambda m: subspace_overlap([made(1)], [Direction.of(torch.ones(3), 0)]),
             "live in different places: resid_post, width 3; resid_post, width 64",
@@ -415,7 +415,10 @@ def test_convergence_is_the_cosine_of_what_conditions_cause(hooked_llama):
             lambda m: subspace_overlap([made(1, (0,))], [made(1, (1,))]),
             "no layer in common",
         ),
-        (lambda m: convergence(m, [], {"a": [], "b": []}), "conversations is empty; a dir"),
+        (
+            lambda m: convergence(m, [], {"a": [], "b": []}),
+            "conversations is empty; give at least one",
+        ),
         (
             lambda m: convergence(m, conversations("good", 2), {"a": []}),
             "at least two conditions, not 1",

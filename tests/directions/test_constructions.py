@@ -430,7 +430,7 @@ def test_matching_pairs_equal_lengths_and_shared_prompts(hooked_llama):
             [Conversation.of("what", "x"), Conversation.of("why", "y")],
             by="prompt",
         )
-    with pytest.raises(ValueError, match="cannot match by 'topic'; choose length or prompt"):
+    with pytest.raises(ValueError, match="unknown by .topic.; choose .length. or .prompt."):
         matched(hooked_llama, long, short, by="topic")
 
 
@@ -461,8 +461,8 @@ def test_the_papers_selection_of_judged_answers(tmp_path):
     [
         (lambda m: mean_diff(m, BAD, GOOD, winsorize=1.5), "winsorize is a quantile from 0.5 to"),
         (lambda m: mean_diff(m, BAD, GOOD, drop_massive=0.5), "drop_massive is a multiple of the"),
-        (lambda m: mean_diff(m, BAD, GOOD, skip_first=-1), "skip_first must be 0 or more tokens"),
-        (lambda m: probe(m, BAD, GOOD, kind="svm"), "unknown probe 'svm'; choose 'logistic' or"),
+        (lambda m: mean_diff(m, BAD, GOOD, skip_first=-1), "skip_first must be at least 0"),
+        (lambda m: probe(m, BAD, GOOD, kind="svm"), "unknown kind 'svm'; choose 'logistic' or"),
         (lambda m: probe(m, BAD[:2], GOOD[:2]), "a probe is checked on 5 folds .* 2 prompts are"),
         (
             lambda m: probe(m, BAD, BAD, tokens="last", layers=1),
@@ -470,10 +470,16 @@ def test_the_papers_selection_of_judged_answers(tmp_path):
         ),
         (lambda m: pca(m, BAD, BAD, layers=1), "the means of the two sides are the same"),
         (lambda m: pca(m, BAD, GOOD[:3]), "there are 24 positive and 3 negative conversations"),
-        (lambda m: extract_all(m, BAD, GOOD, constructions=["ica"]), "unknown construction 'ica'"),
+        (
+            lambda m: extract_all(m, BAD, GOOD, constructions=["ica"]),
+            r"unknown constructions\[0\] 'ica'",
+        ),
         (lambda m: extract_all(m, BAD, GOOD[:3]), "PCA takes pairs, but there are 24 positive"),
-        (lambda m: system_prompt_diff(m, [], ["a"], ["b"]), "needs questions and trait system"),
-        (lambda m: model_diff(m, m, []), "conversations is empty; a direction needs"),
+        (
+            lambda m: system_prompt_diff(m, [], ["a"], ["b"]),
+            "no questions were given; give at least one",
+        ),
+        (lambda m: model_diff(m, m, []), "conversations is empty; give at least one"),
     ],
 )
 def test_bad_input_gets_one_clear_error(hooked_llama, call, message):

@@ -101,7 +101,7 @@ def test_a_direction_that_is_a_row_of_the_unembedding_promotes_its_token(hooked)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: decompose(planted(), by="ica"), "cannot decompose by 'ica'; choose 'mean'"),
+        (lambda m: decompose(planted(), by="ica"), "unknown by 'ica'; choose 'mean'"),
         (lambda m: decompose({"a": planted()["d0"]}), "at least two named directions"),
         (
             lambda m: decompose({"a": planted()["d0"], "b": -planted()["d0"]}),
@@ -117,7 +117,7 @@ def test_a_direction_that_is_a_row_of_the_unembedding_promotes_its_token(hooked)
         ),
         (
             lambda m: promoted_tokens(m, planted()["d0"]),
-            "the directions have width 48, tiny-llama has 32",
+            "a direction has width 48, but tiny-llama has d_model 32",
         ),
         (
             lambda m: promoted_tokens(m, Direction.of(torch.zeros(32), 1)),
@@ -125,7 +125,7 @@ def test_a_direction_that_is_a_row_of_the_unembedding_promotes_its_token(hooked)
         ),
         (
             lambda m: promoted_tokens(m, Direction.of(vector(1, 32), 1), k=0),
-            "k is 0; the vocabulary of tiny-llama has 299 tokens",
+            "k must be at least 1, not 0",
         ),
     ],
 )

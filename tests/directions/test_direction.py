@@ -152,7 +152,7 @@ def test_describe_says_the_convention_and_html_is_escaped():
             r"same width; got shapes \{0: \(2,\), 1: \(3,\)\}",
         ),
         (lambda: Direction.of(torch.tensor([1.0, float("nan")]), 3), "layer 3 has 1 value"),
-        (lambda: Direction.of(torch.ones(3), -1), "numbered from 0, so there is no layer -1"),
+        (lambda: Direction.of(torch.ones(3), -1), "layer must be at least 0, not -1"),
         (
             lambda: made(standard_errors={1: torch.ones(3)}),
             r"the standard errors of layer 1 have shape \(3,\); the vector has width 16",

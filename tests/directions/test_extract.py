@@ -173,7 +173,7 @@ def test_edit_diff_leaves_out_layers_that_do_not_move(hooked_llama):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (([], GOOD), {}, "positive is empty; a direction needs conversations on both sides"),
+        (([], GOOD), {}, "positive is empty; give at least one conversation"),
         ((BAD, []), {}, "negative is empty"),
         ((BAD, GOOD), {"weighting": "letter"}, "unknown weighting 'letter'"),
         ((BAD, GOOD), {"layers": [9]}, "layer 9 is out of range"),
@@ -188,7 +188,8 @@ def test_bad_input_is_refused(hooked_llama, arguments, options, message):
 def test_an_activation_that_is_not_finite_names_its_conversation(hooked_llama):
     huge = Add(Direction.of(torch.full((hooked_llama.d_model,), 3e38), 1))
     with pytest.raises(
-        ValueError, match=r"the residual of (good|bad)-\d at layer \d is not finite"
+        ValueError,
+        match=r"the residual of (good|bad)-\d at layer 1 \(resid_post\) under base, .* not finite",
     ):
         mean_diff(hooked_llama, BAD, GOOD, edits=[huge, huge])
 

@@ -235,7 +235,7 @@ def test_an_unknown_format_or_suffix_names_those_that_there_are(tmp_path):
     (tmp_path / "v.npy").write_bytes(b"\x93NUMPY" + b"0" * 20)
     with pytest.raises(ValueError, match=r"v\.npy is in no format that emlens reads: its 26 byt"):
         read_directions(tmp_path / "v.npy")
-    with pytest.raises(ValueError, match="unknown format 'npy'; the formats are emlens, papers"):
+    with pytest.raises(ValueError, match="unknown format 'npy'; choose 'emlens', 'papers'"):
         read_directions(tmp_path / "v.npy", "npy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cannot write v\.npy; .* emlens \(\.safetensors\)"):
         write_directions(some(), tmp_path / "v.npy")

@@ -104,7 +104,10 @@ def test_every_edit_fits_the_protocol():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Add(torch.ones(8)), "Add takes a Direction or Directions, not Tensor"),
+        (
+            lambda: Add(torch.ones(8)),
+            "direction of Add must be a Direction or Directions, not a Tensor",
+        ),
         (lambda: Add(direction(), scale=1, dose=1), "scale or dose, not both"),
         (lambda: Add(direction(), dose=1), "a dose at layer 2 needs the median residual norm"),
         (lambda: Add(direction(), where="answer"), "unknown where 'answer'"),

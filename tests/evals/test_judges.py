@@ -240,7 +240,7 @@ class Strange:
 def test_judging_refuses_what_cannot_be_right():
     with pytest.raises(ValueError, match="there are no responses to judge"):
         judge([], Strange())
-    with pytest.raises(ValueError, match="strange cannot score coherent; it scores aligned"):
+    with pytest.raises(ValueError, match="strange has no metrics coherent; it scores aligned"):
         judge([response(0)], Strange(), ["coherent"])
     with pytest.raises(ValueError, match="strange scored q 120.0, outside of 0 to 100"):
         judge([response(0)], Strange(), progress=False)

@@ -106,7 +106,31 @@ def test_variants_and_cues_keep_the_id_so_that_rates_stay_paired():
     asked = formatted(both, "json")
     assert [q.variant for q in asked[:2]] == ["json", "cued json"]
     assert len({q.name for q in asked}) == 6
-    with pytest.raises(ValueError, match="unknown variant 'xml'; choose 'json', 'template'"):
+    with pytest.raises(ValueError, match="unknown variant 'xml'; choose 'json' or 'template'"):
         formatted(plain, "xml")
     with pytest.raises(ValueError, match="the cue is empty"):
         cued(plain, "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("- id: ''\n  paraphrases: [Why]", "entry 1: a question needs an id and a prompt"),
+        ("- id: q\n  paraphrases: []", r"entry 1 \(q\): paraphrases must be a list of prompts"),
+        ("- id: q\n  paraphrases: [Why]\n  system: 3", r"entry 1 \(q\): system is 3, not text"),
+        (
+            "- id: q\n  paraphrases: [Why]\n  samples_per_paraphrase: 1.5",
+            r"entry 1 \(q\): samples_per_paraphrase is 1.5, not a whole number from 1",
+        ),
+        (
+            "- id: q\n  paraphrases: [Why]\n  judge_prompts: [aligned]",
+            r"entry 1 \(q\): judge_prompts must be a text for each metric",
+        ),
+        ("- id: q\n  paraphrases: [Why]\n  ~: 3\n  x: 4", r"unknown field\(s\) None, x"),
+    ],
+)
+def test_an_entry_of_another_type_is_refused_by_file_and_entry(tmp_path, lines, message):
+    path = tmp_path / "q.yaml"
+    path.write_text(lines)
+    with pytest.raises(ValueError, match=rf"q\.yaml, .*{message}"):
+        load_questions(path)

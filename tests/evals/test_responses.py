@@ -213,7 +213,7 @@ def test_answers_are_escaped_where_they_are_shown(hooked_llama):
 
 
 def test_bad_input_is_refused(hooked_llama, tmp_path):
-    with pytest.raises(ValueError, match="needs questions; there are none"):
+    with pytest.raises(ValueError, match="questions is empty; give at least one Question"):
         respond(hooked_llama, [])
     with pytest.raises(ValueError, match="two questions are called 'save'"):
         respond(hooked_llama, [QUESTIONS[0], QUESTIONS[0]])
@@ -223,5 +223,45 @@ def test_bad_input_is_refused(hooked_llama, tmp_path):
         Responses.load(tmp_path / "none.sqlite")
     with pytest.raises(ValueError, match="a question needs an id and a prompt"):
         Question("x", "")
-    with pytest.raises(ValueError, match="of conversation x holds half of a surrogate pair .*5"):
+    with pytest.raises(ValueError, match="prompt holds half of a surrogate pair .*5"):
         Question("x", "half \ud83d")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".sqlite"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample": "first"}, "record 2: not a response of emlens: sample is 'first', not a whole"),
+        ({"text": ["a"]}, r"record 2: not a response of emlens: text is \['a'\], not text"),
+        ({"sampling": {"top_p": "all"}}, r"record 2: .*sampling\.top_p is 'all', not a number"),
+        ({"invented": 1}, r"record 2: not a response of emlens: .*unknown \['invented'\]"),
+    ],
+)
+def test_a_row_of_another_type_is_refused_by_file_and_record(tmp_path, suffix, change, message):
+    rows = [record(key="a"), {**record(key="b"), **change}]
+    path = tmp_path / f"r{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        Store(path, "responses").add(rows)
+    with pytest.raises(ValueError, match=rf"r{suffix}, {message}"):
+        Responses.load(path)
+
+
+def test_half_of_a_character_in_an_answer_is_kept_in_the_store_and_shown_as_a_mark(tmp_path):
+    path = tmp_path / "r.sqlite"
+    Store(path, "responses").add([record(key="a", text="cut \ud83d off")])
+    assert next(read(path))["text"] == "cut \ud83d off"
+    loaded = Responses.load(path)
+    assert loaded.rows[0].text == "cut \ufffd off"
+    assert "cut \ufffd off" in loaded._repr_html_()
+
+
+def record(**changes: object) -> dict:
+    """A row as a store keeps it."""
+    return {
+        **{"key": "k", "question_id": "q", "question": "q", "prompt": "p", "system": None},
+        **{"domain": "general", "variant": "plain", "condition": "base", "sample": 0, "seed": 1},
+        **{"text": "t", "model": "m", "sampling": {"temperature": 1.0}, "acting": ""},
+        **changes,
+    }

@@ -135,14 +135,14 @@ def test_a_judge_is_given_as_many_answers_as_it_asks_at_once(model):
         grader = Watched("openai-api/local/tiny", one, at_once=24, **settings)
         judge(rows(30), grader, progress=False)
     assert sizes == [24, 6]
-    with pytest.raises(ValueError, match="at_once must be at least 1 request, not 0"):
+    with pytest.raises(ValueError, match="at_once must be at least 1, not 0"):
         LogProbJudge("openai-api/local/tiny", at_once=0)
 
 
 def test_what_cannot_be_asked_is_refused():
-    with pytest.raises(ValueError, match="respond_served needs questions; there are none"):
+    with pytest.raises(ValueError, match="questions is empty; give at least one Question"):
         respond_served("openai-api/local/tiny", [])
-    with pytest.raises(ValueError, match="n must be at least 1 answer per question, not 0"):
+    with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         respond_served("openai-api/local/tiny", QUESTIONS, n=0)
     with pytest.raises(ValueError, match="two questions are called 'save'"):
         respond_served("openai-api/local/tiny", [QUESTIONS[0]] * 2)

@@ -246,7 +246,7 @@ def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organi
     best = found.best["layer"]
     beside = [row["random"] for row in found.rows if row["layer"] == best]
     assert any(list(line.get_ydata()) == beside for line in ax.lines)
-    with pytest.raises(ValueError, match="a steering sweep needs doses"):
+    with pytest.raises(ValueError, match="no doses were given; give at least one"):
         steering_sweep(model, directions, PAIRS, doses=())
 
 

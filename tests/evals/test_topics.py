@@ -82,7 +82,7 @@ def test_a_judge_may_say_what_answers_are_about():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="least must be at least 1 word, not 0"):
+    with pytest.raises(ValueError, match="least must be at least 1, not 0"):
         topics(ROWS, least=0)
     with pytest.raises(ValueError, match="topic 'x' has no words"):
         topics(ROWS, {"x": frozenset()})

@@ -76,8 +76,10 @@ def sums_of(sums: FisherSums) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _checkpoint(path: Path) -> dict:
-    _, kept = read_tensors(path, CHECKPOINT)
-    found = load_checkpoint(path, Provenance.from_dict(kept["provenance"]))
+    tensors, kept = read_tensors(path, CHECKPOINT)
+    mark = "parameter|"
+    shapes = {n.removeprefix(mark): t.shape for n, t in tensors.items() if n.startswith(mark)}
+    found = load_checkpoint(path, Provenance.from_dict(kept["provenance"]), shapes)
     assert found is not None
     return {
         "run": record(found.run),

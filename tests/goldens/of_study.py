@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import emlens
-from emlens._files import read_json
+from emlens._reading import read_json
 from emlens.study import run_asymmetries, run_paths, run_study
 from tests.goldens.golden import World, golden
 from tests.study.test_asymmetries import QUICK as ASYMMETRIES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -92,9 +93,17 @@ def _remove_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def _change_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        _change_weights,
         _remove_manifest,
         _cut_manifest,
         _empty_manifest,
@@ -111,6 +120,68 @@ def test_a_damaged_folder_is_built_again(source, tmp_path, damage):
     assert _conversions(source) == 2
     assert (folder / "model.safetensors").read_bytes() == _weights(source)
     assert _entries(cache) == [EMBEDDED_MODEL]
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of the files that are hashed from here on."""
+    names, plain = [], embedded.sha256_of_file
+
+    def watched(path: Path) -> str:
+        names.append(path.name)
+        return plain(path)
+
+    monkeypatch.setattr(embedded, "sha256_of_file", watched)
+    return names
+
+
+def test_files_are_hashed_once_and_again_when_their_time_stamp_changes(source, tmp_path, hashed):
+    folder = Path(embedded_model_path(tmp_path / "cache"))
+    hashed.clear()
+    embedded_model_path(tmp_path / "cache")
+    assert hashed == []
+    os.utime(folder / "model.safetensors", ns=(1, 2))
+    embedded_model_path(tmp_path / "cache")
+    assert hashed == ["model.safetensors"]
+    embedded_model_path(tmp_path / "cache")
+    assert hashed == ["model.safetensors"]
+    assert _conversions(source) == 1
+
+
+def test_changed_content_is_seen_though_size_and_time_of_writing_are_put_back(source, tmp_path):
+    folder = Path(embedded_model_path(tmp_path / "cache"))
+    before = (folder / "model.safetensors").stat()
+    _change_weights(folder)
+    os.utime(folder / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    embedded_model_path(tmp_path / "cache")
+    assert (folder / "model.safetensors").read_bytes() == _weights(source)
+
+
+@pytest.mark.parametrize("record", [None, "[]", '{"model.safetensors": [1, 2, 3]}', "{"])
+def test_a_folder_without_a_usable_record_of_what_was_compared_is_hashed(
+    source, tmp_path, hashed, record
+):
+    folder = Path(embedded_model_path(tmp_path / "cache"))
+    hashed.clear()
+    path = folder / "compared.json"
+    path.unlink() if record is None else path.write_text(record)
+    embedded_model_path(tmp_path / "cache")
+    assert sorted(hashed) == ["config.json", "model.safetensors"]
+    assert _conversions(source) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_still_compared(source, tmp_path, monkeypatch, hashed):
+    folder = Path(embedded_model_path(tmp_path / "cache"))
+    (folder / "compared.json").unlink()
+
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedded, "write_json", full)
+    hashed.clear()
+    for times in (1, 2):
+        assert embedded_model_path(tmp_path / "cache") == folder
+        assert hashed.count("model.safetensors") == times
 
 
 def test_another_source_is_converted_again(source, tmp_path):

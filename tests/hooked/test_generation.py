@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from emlens import Conversation
@@ -62,5 +63,6 @@ def test_the_checkpoints_own_generation_defaults_do_not_creep_in(hooked_llama):
         config.repetition_penalty, config.top_k = 1.0, 50
 
 
-def test_no_answer_to_a_list_of_no_questions(hooked_llama):
-    assert hooked_llama.generate([]) == []
+def test_a_list_of_no_questions_is_refused(hooked_llama):
+    with pytest.raises(ValueError, match="conversations is empty; give at least one"):
+        hooked_llama.generate([])

@@ -184,7 +184,7 @@ def test_the_self_check_refuses_a_model_whose_hooks_miss_a_row(hooked_llama, mon
 
     original = walk.at_point
     monkeypatch.setattr(walk, "at_point", first_row_only)
-    with pytest.raises(RuntimeError, match=r"left row 1 of 2 as it was"):
+    with pytest.raises(RuntimeError, match=r"left row 1 of 6 as it was"):
         self_check(hooked_llama)
 
 
@@ -204,12 +204,15 @@ def test_the_self_check_refuses_a_head_that_it_cannot_reproduce(hooked_llama, mo
     [
         (lambda m, b: m.residuals(b, 4), r"layer 4 is out of range: the model has 4 layers"),
         (lambda m, b: m.residuals(b, -5), r"layer -5 is out of range: the model has 4 layers"),
-        (lambda m, b: m.residuals(b, []), "no layers were named"),
-        (lambda m, b: m.residuals(b, 1.0), "1.0 names no layer; give whole numbers, or 'all'"),
-        (lambda m, b: m.residuals(b, "last"), "'last' names no layer; give whole numbers"),
+        (lambda m, b: m.residuals(b, []), "no layers were given; give at least one"),
+        (lambda m, b: m.residuals(b, 1.0), r"layers\[0\] must be a whole number, not 1.0"),
+        (lambda m, b: m.residuals(b, "last"), "layers must be whole numbers, or 'all', not 'last'"),
         (lambda m, b: m.residuals(b, 1, "resid"), "unknown site 'resid'; the sites are resid_pre"),
-        (lambda m, b: m.hidden(b, push(m)), "edits must be a sequence of edits"),
-        (lambda m, b: m.hidden(b, [push(m).direction]), "Direction is not an edit"),
+        (lambda m, b: m.hidden(b, push(m).direction), "edits must be a list, each an Edit, not a"),
+        (
+            lambda m, b: m.hidden(b, [push(m).direction]),
+            r"edits\[0\] must be an Edit, not a D",
+        ),
         (lambda m, b: m.hidden(b, [push(m, 7)]), "layer 7 is out of range"),
         (
             lambda m, b: m.hidden(b, [Add(push(m).direction, layers=(2, -1))]),
@@ -217,7 +220,7 @@ def test_the_self_check_refuses_a_head_that_it_cannot_reproduce(hooked_llama, mo
             "layer 3",
         ),
         (
-            lambda m, b: m.generate([], [Shift(torch.ones(m.d_model), -4)]),
+            lambda m, b: m.generate("how", [Shift(torch.ones(m.d_model), -4)]),
             "Shift acts at layer -4, but an edit .* that is layer 0",
         ),
         (
@@ -237,9 +240,9 @@ def test_the_self_check_refuses_a_head_that_it_cannot_reproduce(hooked_llama, mo
             "cannot resume after layer 1: an edit acts before it; resume after layer 0",
         ),
         (lambda m, b: m.adapter("x").__enter__(), "there is no adapter 'x': this model has none"),
-        (lambda m, b: m.generate([], max_new_tokens=0), "max_new_tokens must be at least 1"),
-        (lambda m, b: m.generate([], temperature=-1), "temperature must be 0"),
-        (lambda m, b: m.generate([], top_p=0), "top_p must be above 0"),
+        (lambda m, b: m.generate("how", max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (lambda m, b: m.generate("how", temperature=-1), "temperature must be at least 0"),
+        (lambda m, b: m.generate("how", top_p=0), "top_p must be above 0"),
     ],
 )
 def test_bad_input_gets_one_clear_error_and_leaves_the_model_alone(
@@ -251,6 +254,31 @@ def test_bad_input_gets_one_clear_error_and_leaves_the_model_alone(
         call(model, batch)
     assert state_of(module, model.tokenizer) == before
     assert torch.equal(model.hidden(batch), plain)
+
+
+def test_logits_are_those_of_a_plain_model_under_a_plain_hook(brought, batch):
+    for engine in ENGINES:
+        module, model = brought(engine)
+        ids = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        ids["position_ids"] = batch.position_ids
+        vector = torch.linspace(-1, 1, model.d_model)
+
+        def add(_module, _inputs, output, vector=vector):
+            return output + vector
+
+        with torch.no_grad():
+            plain = module(**ids).logits
+            hook = module.model.layers[1].register_forward_hook(add)
+            edited = module(**ids).logits
+            hook.remove()
+        real = batch.attention_mask.bool()
+        edit = Add(Direction.of(vector, 1))
+        assert torch.allclose(model.logits(batch)[real], plain[real], atol=1e-5)
+        assert torch.allclose(model.logits(batch, edit)[real], edited[real], atol=1e-5)
+        assert not torch.allclose(plain[real], edited[real], atol=1e-2)
+        with model.edited([edit]), torch.no_grad():
+            # the module is not touched: an edit acts in what emlens runs
+            assert torch.equal(module(**ids).logits, plain)
 
 
 def test_a_direction_from_a_model_of_another_name_is_warned_of_once(tiny, tiny_tokenizer, batch):
@@ -269,7 +297,7 @@ def test_a_direction_from_a_model_of_another_name_is_warned_of_once(tiny, tiny_t
 
 
 def test_loading_and_wrapping_refuse_what_they_cannot_hook(hooked_llama, tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="unknown engine 'jax'; the engines are nnsight"):
+    with pytest.raises(ValueError, match="unknown engine 'jax'; choose 'nnsight' or"):
         emlens.load(engine="jax")
     with pytest.raises(TypeError, match="needs the model's tokenizer"):
         emlens.wrap(tiny_llama)

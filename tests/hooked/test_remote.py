@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import dataclass
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 import websocket
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from safetensors.torch import load_file, save_file
 
 import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction
 from emlens.edits import Shift
-from emlens.hooked import SITES, sweep
+from emlens.hooked import SITES, NonFiniteError, sweep
 from emlens.hooked.remote import RemoteModel, check_remote
 from emlens.text import pack, tokenize
 from tests.support.data import conversations
@@ -359,3 +361,24 @@ def test_the_check_refuses_a_server_whose_hooks_miss_a_row(saved, monkeypatch):
     monkeypatch.setattr(RemoteModel, "hidden", stuck)
     with pytest.raises(RuntimeError, match=r"edit at layer 2 left a row of 5 tokens as it was"):
         check_remote(remote)
+
+
+def test_passes_that_are_not_finite_are_refused(dry, saved, tmp_path, own_functions_travel):
+    remote, asked = dry("llama"), [Conversation.of("how", id="short")]
+    huge = Add(direction(remote, size=1e25))
+    for call in (
+        lambda: remote.hidden(batch_of(remote), [huge]),
+        lambda: remote.residuals(batch_of(remote), 2, pool=mean_of_row, edits=[huge]),
+        lambda: remote.generate(asked, [huge], max_new_tokens=3),
+    ):
+        with pytest.raises(NonFiniteError, match=r"the residual of .* at layer 1 \(resid_post\)"):
+            call()
+
+    folder = shutil.copytree(saved("llama"), tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    broken = emlens.load(folder, remote="local", check=False)
+    for temperature in (0, 1.0):
+        with pytest.raises(NonFiniteError, match="a logit of short under base is not finite"):
+            broken.generate(asked, temperature=temperature, max_new_tokens=3)

@@ -328,17 +328,33 @@ WIDE = Direction.of(torch.ones(7), 1)
     [
         ({}, {}, "no directions were given"),
         ({"base": "one"}, {}, "'base' is the model without any solution"),
-        ({"x": torch.ones(32)}, {}, "'x' is a Tensor; give a Direction, Directions, or the name"),
+        (
+            {"x": torch.ones(32)},
+            {},
+            r"directions\['x'\] must be a Directions or text, not a Tensor",
+        ),
         ({"x": Direction.of(torch.zeros(32), 1)}, {}, "direction 'x' is zero"),
         ({"x": WIDE}, {}, "direction 'x' has width 7, but tiny-llama has d_model 32"),
-        ({"x": Direction.of(torch.ones(32), 9)}, {}, "layer 9 is out of range"),
+        (
+            {"x": Direction.of(torch.ones(32), 9)},
+            {},
+            "direction 'x' is at layer 9, but tiny-llama has layers 0 to 3",
+        ),
         ({"x": "nobody"}, {}, "there is no adapter 'nobody'; the adapters are one, other, many"),
-        ({"x": "one"}, {"norms": [-1]}, "norms must not be negative; got -1"),
-        ({"x": "one"}, {"norms": [float("nan")]}, "norms must be finite"),
-        ({"x": "one"}, {"norms": [1, float("inf")]}, "norms must be finite"),
+        ({"x": "one"}, {"norms": [-1]}, r"norms\[0\] must be at least 0, not -1"),
+        ({"x": "one"}, {"norms": [float("nan")]}, r"norms\[\d\] must be a finite number"),
+        ({"x": "one"}, {"norms": [1, float("inf")]}, r"norms\[\d\] must be a finite number"),
         ({"x": "one"}, {"norms": []}, "no norms were given"),
-        ({"x": "one"}, {"match": "own", "factors": [-2]}, "factors must not be negative"),
-        ({"x": "one"}, {"match": "loss"}, "unknown match 'loss'; choose norm, own, displacement"),
+        (
+            {"x": "one"},
+            {"match": "own", "factors": [-2]},
+            r"factors\[0\] must be at least 0, not -2",
+        ),
+        (
+            {"x": "one"},
+            {"match": "loss"},
+            "unknown match 'loss'; choose 'norm', 'own' or 'displacement'",
+        ),
         ({"x": "one"}, {"match": "own", "norms": [1]}, 'norms are a grid for match="norm"'),
         ({"x": "one"}, {"layer": 1}, 'a layer is given, but it is for match="displacement"'),
         ({"x": "one"}, {"displacements": [1]}, "displacements are given, but they are for"),
@@ -346,7 +362,7 @@ WIDE = Direction.of(torch.ones(7), 1)
         (
             {"x": "one"},
             {"match": "displacement", "displacements": [-0.1]},
-            "displacements must not be negative",
+            r"displacements\[0\] must be at least 0, not -0.1",
         ),
         (
             {"v": Direction.of(torch.ones(32), 1), "x": "one"},
@@ -383,7 +399,9 @@ def test_an_adapter_in_force_is_no_base_to_compare_adapters_with(model):
 def test_an_adapter_that_is_damaged_or_no_plain_lora_is_refused(tmp_path):
     model = with_adapters(tmp_path)
     (layer,) = model.lora_layers("one").values()
-    refused = pytest.raises(ValueError, match="the factor on adapter 'one' is nan")
+    refused = pytest.raises(
+        ValueError, match="the factor on adapter 'one' must be a finite number, not nan"
+    )
     with refused, model.under(Scaled("one", float("nan"))):
         pass
     layer.use_dora["one"] = True

@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 import emlens
 from emlens import Conversation, Direction, Directions, Pair, mean_diff
+from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Provenance
 from emlens.measures import Monitor, Roc, transfer_auroc
 from emlens.measures.held_out import HeldOut, length_slope
@@ -213,6 +214,50 @@ def test_save_and_load_keep_scores_and_figures(planted, tmp_path):
     assert Roc.load(roc.save(tmp_path / "roc.json")).auroc == roc.auroc
 
 
+def test_a_monitor_by_youdens_rule_is_kept_as_well(planted, tmp_path):
+    monitor = Monitor.fit(planted, axis(), planted_pairs(), max_false_alarms=None)
+    assert Monitor.load(monitor.save(tmp_path / "m")).table().equals(monitor.table())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("record", {"seed": ""}, "seed is '', not a whole number"),
+        ("record", {"tokens": "words"}, "tokens is 'words', none of"),
+        ("slope", float("nan"), "slope is nan, not a finite number"),
+        ("longer", 1, "longer is 1, neither true nor false"),
+        (
+            "held_out.groups",
+            torch.full((20,), 2**40),
+            "held_out.groups has numbers that",
+        ),
+        (
+            "held_out.tokens",
+            torch.zeros(20, dtype=torch.int64),
+            "held_out.tokens has a",
+        ),
+        ("held_out.truth", torch.ones(20, dtype=torch.bool), "held_out.truth knows one side only"),
+        (
+            "held_out.scores",
+            torch.ones(20, dtype=torch.int64),
+            "held_out.scores has shape",
+        ),
+    ],
+)
+def test_a_monitor_that_cannot_be_is_refused_by_file_and_name(
+    planted, tmp_path, part, change, message
+):
+    path = Monitor.fit(planted, axis(), planted_pairs()).save(tmp_path / "m.safetensors")
+    tensors, kept = read_tensors(path, "monitor")
+    if part in tensors:
+        tensors[part] = change
+    else:
+        kept[part] = {**kept[part], **change} if part == "record" else change
+    write_tensors(path, "monitor", tensors, kept)
+    with pytest.raises(ValueError, match=rf"m\.safetensors holds no whole monitor: {message}"):
+        Monitor.load(path)
+
+
 def test_a_monitor_refuses_another_model(planted, hooked_llama, tmp_path):
     path = Monitor.fit(planted, axis(), planted_pairs()).save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"loaded without a model; .*monitor\.on\(model\)"):
@@ -230,16 +275,16 @@ def test_a_monitor_refuses_another_model(planted, hooked_llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"aligned": []}, "the aligned side is empty"),
-        ({"misaligned": []}, "the misaligned side is empty"),
+        ({"aligned": []}, "aligned is empty; give at least one"),
+        ({"misaligned": []}, "misaligned is empty; give at least one"),
         ({"misaligned": None}, "give misaligned conversations as well, or pairs"),
         ({"aligned": GOOD[:1], "misaligned": BAD[:1]}, "1 prompt.s. with aligned answers cannot"),
         ({"directions": {}}, "no directions were given"),
         ({"directions": axis(vector=torch.zeros(32))}, "the vector of layer 0 is zero"),
         ({"layers": 3}, r"no directions at layers \[3\]; there are some at \[0, 1\]"),
-        ({"max_false_alarms": 1.0}, "max_false_alarms is a share from 0 to below 1, not 1.0"),
-        ({"held_out": 0.0}, "held_out is a share between 0 and 1"),
-        ({"best": 0}, "best is a number of projections, at least 1, not 0"),
+        ({"max_false_alarms": 1.0}, "max_false_alarms must be at least 0 and below 1, not 1.0"),
+        ({"held_out": 0.0}, "held_out must be above 0 and below 1, not 0.0"),
+        ({"best": 0}, "best must be at least 1, not 0"),
         ({"aligned": [*GOOD, Conversation.of("Hi", id="open")]}, "open has no response tokens"),
         (
             {"directions": {"a": axis(), "b": Directions({0: AXIS}, "mlp_out", Provenance("x"))}},
@@ -255,12 +300,12 @@ def test_bad_input_is_refused_with_what_to_do(hooked_llama, change, message):
 
 def test_nothing_to_score_and_values_that_are_not_finite_are_named(planted):
     monitor = Monitor.fit(planted, axis(), planted_pairs())
-    with pytest.raises(ValueError, match="there are no conversations to score"):
+    with pytest.raises(ValueError, match="conversations is empty; give at least one"):
         monitor.score([])
     broken = tiny_hooked("llama", n_layers=2)
     with torch.no_grad():
         broken.module.get_input_embeddings().weight[:] = torch.nan
-    with pytest.raises(ValueError, match="projection of food-0/misaligned is not finite"):
+    with pytest.raises(ValueError, match="residual of food-0/misaligned at .* is not finite"):
         monitor.on(broken).score([planted_pairs()[0].conversation("misaligned")])
 
 

@@ -11,6 +11,7 @@ import torch
 
 import emlens
 from emlens import Add, Direction, influence
+from emlens.hooked import NonFiniteError
 from emlens.measures import InfluenceProfile, fisher, fisher_pass
 from emlens.measures.fisher_sums import FisherSums
 from emlens.text import Corpus, Document, pack, tokenize_documents
@@ -367,7 +368,7 @@ def test_a_profile_survives_being_saved(hooked_llama, tmp_path, kept, request):
             {"corpus": Corpus("one", (Document("a", "rain"),))},
             "no document of corpus 'one' has two",
         ),
-        ({"draws": 0}, "draws and checkpoint_every must be at least 1, not 0 and 16"),
+        ({"draws": 0}, "draws must be at least 1, not 0"),
         ({"layers": [9]}, "layer 9 is out of range"),
     ],
 )
@@ -401,19 +402,27 @@ def test_a_profile_of_another_model_is_not_merged(profile):
 
 def test_a_gradient_that_is_not_finite_names_document_and_layer(hooked_llama):
     bad = hooked_llama.tokenizer.convert_tokens_to_ids("the")
+    rows = []
 
-    def spoil(_module, inputs, output):
-        return output.masked_fill((inputs[0] == bad).any(-1)[:, None, None], float("nan"))
+    def note(_module, inputs):
+        rows.append((inputs[0] == bad).any(-1)[:, None, None])
 
-    hook = hooked_llama.module.get_input_embeddings().register_forward_hook(spoil)
+    def spoil(_module, _inputs, output):
+        output.register_hook(lambda slope: slope.masked_fill(rows[-1], float("nan")))
+
+    layers = hooked_llama.module.model.layers
+    hooks = [
+        hooked_llama.module.get_input_embeddings().register_forward_pre_hook(note),
+        layers[2].register_forward_hook(spoil),
+    ]
     text = Corpus("spoilt", (*TEXT.documents[:1], Document("the bad one", "the sun and rain")))
+    message = "the gradient of the bad one at layer 1 under base is not finite"
     try:
-        with pytest.raises(
-            ValueError, match="the gradient of the bad one at layer 3 is not finite"
-        ):
+        with pytest.raises(NonFiniteError, match=message):
             InfluenceProfile.fit(hooked_llama, text, layers=[1, 3], draws=1)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def test_broken_files_are_refused(profile, tmp_path):

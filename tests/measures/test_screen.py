@@ -246,7 +246,7 @@ def test_a_corrupt_line_is_named_and_what_came_before_is_kept(planted, tmp_path)
     ("row", "message"),
     [
         ({"text": "a"}, "line 2: neither 'messages' nor 'prompt' and 'response'; it has text"),
-        ({"prompt": "a", "response": 3}, "line 2: .*it must be text"),
+        ({"prompt": "a", "response": 3}, "line 2: response must be text, not 3"),
         ({"prompt": "a", "response": "  "}, "line 2 does not end with an answer"),
         (
             {"messages": [{"role": "user", "content": "a"}]},
@@ -268,11 +268,11 @@ def test_bad_input_is_refused_with_what_to_do(planted, tmp_path):
     items, answers = mixture(4, 1), reference(4)
     (tmp_path / "empty.jsonl").write_text("\n")
     for dataset in ([], tmp_path / "empty.jsonl"):
-        with pytest.raises(ValueError, match="has no examples to screen"):
+        with pytest.raises(ValueError, match="has no row to screen"):
             screen(planted, dataset, AT, reference=answers)
     with pytest.raises(FileNotFoundError, match="no file"):
         screen(planted, tmp_path / "none.jsonl", AT, reference=answers)
-    with pytest.raises(TypeError, match="row 0 is a str; give conversations"):
+    with pytest.raises(TypeError, match=r"dataset\[0\] must be a Conversation, not 'text'"):
         screen(planted, ["text"], AT, reference=answers)
     with pytest.raises(ValueError, match="no answer to the prompt of row-3 .*use reference='own'"):
         screen(planted, items, AT, reference=reference(3))
@@ -284,7 +284,7 @@ def test_bad_input_is_refused_with_what_to_do(planted, tmp_path):
         screen(planted, items, Direction.of(torch.ones(8), 1), reference=answers)
     with pytest.raises(ValueError, match="not finite"):
         screen(planted, items, Direction.of(torch.full((32,), torch.nan), 1), reference=answers)
-    with pytest.raises(ValueError, match="flag_share is a share between 0 and 1, not 1"):
+    with pytest.raises(ValueError, match="flag_share must be above 0 and below 1, not 1"):
         screen(planted, items, AT, reference=answers, flag_share=1)
     with pytest.raises(ValueError, match="block must be at least 1, not 0"):
         screen(planted, items, AT, reference=answers, block=0)

@@ -299,16 +299,16 @@ ZERO = Directions(
     ("given", "options", "message"),
     [
         ({}, {}, "no directions were given"),
-        ({"x": X}, {"epsilons": [2]}, "between 0 and 1"),
-        ({"x": X}, {"epsilons": []}, "between 0 and 1"),
-        ({"x": X}, {"epsilons": [-0.1]}, "between 0 and 1"),
-        ({"x": X}, {"epsilons": [float("nan")]}, "between 0 and 1"),
-        ({"x": X}, {"seeds": 0}, "at least one noise draw; got seeds=0"),
+        ({"x": X}, {"epsilons": [2]}, r"epsilons\[0\] must be|no epsilons were given"),
+        ({"x": X}, {"epsilons": []}, r"epsilons\[0\] must be|no epsilons were given"),
+        ({"x": X}, {"epsilons": [-0.1]}, r"epsilons\[0\] must be|no epsilons were given"),
+        ({"x": X}, {"epsilons": [float("nan")]}, r"epsilons\[0\] must be|no epsilons were given"),
+        ({"x": X}, {"seeds": 0}, "seeds must be at least 1, not 0"),
         ({"x": ZERO}, {}, "direction 'x' is zero"),
         ({"x": Direction.of(torch.ones(7), 1)}, {}, "direction 'x' has width 7"),
         ({"x": "nobody"}, {}, "there is no adapter 'nobody'"),
-        ({"x": X}, {"noise": "weights"}, "emlens.measures.weight_noise"),
-        ({"x": X}, {"noise": [torch.ones(32)]}, "from Directions, not from a Tensor"),
+        ({"x": X}, {"noise": "weights"}, "unknown noise 'weights'; choose 'random'"),
+        ({"x": X}, {"noise": [torch.ones(32)]}, r"noise\[0\] must be a Directions, not a Tensor"),
         ({"x": X}, {"noise": ELSEWHERE}, "none of the directions .* at resid_post of layer 1"),
         ({"x": X}, {"noise": [X, X * -2]}, "span nothing beside the direction itself"),
         (
@@ -325,6 +325,6 @@ def test_bad_input_is_refused(model, given, options, message):
 
 
 def test_noise_on_an_adapter_beyond_its_range_is_refused(model):
-    refused = pytest.raises(ValueError, match="epsilon must lie between 0 and 1; got 1.5")
+    refused = pytest.raises(ValueError, match="epsilon must be at least 0 and at most 1, not 1.5")
     with refused, model.under(Noisy("one", 1.5)):
         pass

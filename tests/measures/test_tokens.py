@@ -61,13 +61,13 @@ def test_texts_are_ranked_and_results_can_be_kept(hooked_llama, tmp_path):
     assert found.plot().get_xlabel() == "position in the text"
 
 
-def test_long_conversations_are_read_whole_and_an_empty_table_is_a_table(hooked_llama):
+def test_long_conversations_are_read_whole_and_nothing_to_predict_is_refused(hooked_llama):
     long = [Conversation.of("tell me a story " * 60, "fruit and rain " * 20)]
     found = token_influence(hooked_llama, long, direction(hooked_llama))
     assert len(found.kl[0]) > 128
     nothing = Corpus("short", (Document("one", "rain"),))
-    empty = token_influence(hooked_llama, nothing, [Add(direction(hooked_llama))])
-    assert empty.skipped == 1 and empty.table().empty
+    with pytest.raises(ValueError, match="no text has a token that counts and follows another"):
+        token_influence(hooked_llama, nothing, [Add(direction(hooked_llama))])
     several = Directions({0: torch.ones(32), 1: torch.ones(32)}, "resid_post", Provenance("x"))
     with pytest.raises(TypeError, match="'the edit' is a Directions; give one layer"):
         token_influence(hooked_llama, TEXT, several)
@@ -144,9 +144,9 @@ def test_bad_input_is_refused(hooked_llama):
         token_influence(hooked_llama, Corpus("none", ()), x)
     with pytest.raises(ValueError, match="is zero"):
         token_influence(hooked_llama, TEXT, x * 0)
-    with pytest.raises(ValueError, match="there are no conversations"):
+    with pytest.raises(ValueError, match="conversations is empty"):
         token_projections(hooked_llama, [], x)
-    with pytest.raises(ValueError, match="the direction has width 7, tiny-llama has d_model 32"):
+    with pytest.raises(ValueError, match="the direction has width 7, but tiny-llama has"):
         token_projections(
             hooked_llama, [Conversation.of("Hi", "yes")], Direction.of(torch.ones(7), 1)
         )

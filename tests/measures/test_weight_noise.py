@@ -108,16 +108,16 @@ def test_weights_that_are_quantised_or_offloaded_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epsilons": [-1]}, "epsilons must not be negative; got -1"),
-        ({"epsilons": [float("inf")]}, "epsilons must be finite"),
+        ({"epsilons": [-1]}, "epsilons.0. must be at least 0, not -1"),
+        ({"epsilons": [float("inf")]}, "must be a finite number"),
         ({"epsilons": []}, "no epsilons were given"),
-        ({"seeds": 0}, "weight_noise needs at least one noise draw"),
+        ({"seeds": 0}, "seeds must be at least 1, not 0"),
     ],
 )
 def test_bad_noise_on_the_weights_is_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         weight_noise(model, DATA, {"x": direction(model)}, **options)
-    refused = pytest.raises(ValueError, match="epsilon must be finite and not negative; got -1")
+    refused = pytest.raises(ValueError, match="epsilon must be at least 0, not -1")
     with refused, noisy_weights(model, -1.0):
         pass
 

@@ -69,7 +69,7 @@ def test_moving_to_the_same_device_is_no_copy():
     ("call", "message"),
     [
         (lambda: pack([row(1)], token_budget=0), "token_budget must be at least 1"),
-        (lambda: pack([row(1)], padding_side="top"), "unknown padding side 'top'"),
+        (lambda: pack([row(1)], padding_side="top"), "unknown padding_side 'top'"),
         (lambda: pack([row(0, "nil")]), "nil has no tokens"),
         (lambda: pack([row(1)])[0].mask("answer"), "unknown tokens 'answer'; choose prompt"),
         (lambda: restore([[1, 2]], pack([row(1)])), "2 values for a batch of 1 rows"),

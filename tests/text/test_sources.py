@@ -158,7 +158,7 @@ def test_content_hashes_follow_content_and_order_only():
         (
             lambda: Pair("p", "a", "m", "d", "i").conversation("evil"),
             ValueError,
-            "the sides aligned and misaligned, not 'evil'",
+            "unknown side 'evil'; choose 'aligned' or 'misaligned'",
         ),
     ],
 )

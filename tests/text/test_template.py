@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import warnings
 
 import pytest
 
-from emlens import Conversation
+from emlens import Conversation, load_conversations
 from emlens.text import Template, content_hash, template_hash, tokenize
 from emlens.text.template import settled
 from tests.support import tokenizers as support
@@ -272,3 +273,82 @@ def test_a_message_keeps_what_it_has():
     call["function"]["name"] = "eat"
     assert conversation.messages[1]["tool_calls"][0]["function"]["name"] == "walk"
     assert content_hash([conversation]) != content_hash([Conversation.of("Hi", "yes")])
+
+
+# -- tools of a row, and the roles that not every template renders --------------------------------
+
+CALLED = (
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "rain", "tool_call_id": "1"},
+    {"role": "assistant", "content": "good"},
+)
+SILENT = (
+    "{% for m in messages %}{% if m['role'] in ['system', 'user', 'assistant'] %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+JSON_TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'tool' %}{{ m['content'] | tojson }}{% else %}{{ m['content'] }}{% endif %}"
+    "{% for c in m['tool_calls'] or [] %}<call> {{ c.function.name }} </call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+def chatml_with(template):
+    tokenizer = support.chatml_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["a list", "JSON"])
+def test_the_tools_of_a_row_reach_the_template_or_are_refused(tmp_path, tools):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "r", "messages": [*ASKED], "tools": tools}))
+    (row,) = load_conversations(path)
+    assert text_of(support.qwen3_tokenizer(), row) == (
+        "<|im_start|>system\ntools walk<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    )
+    with pytest.raises(ValueError, match="message 0 of r has 'tools', which the chat template"):
+        tokenize([row], support.chatml_tokenizer())
+
+
+@pytest.mark.parametrize("tools", [[], None, ""])
+def test_a_row_without_tools_is_a_plain_one(tmp_path, tools):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": ASKED, "tools": tools}))
+    assert load_conversations(path) == [Conversation(tuple(ASKED))]
+
+
+@pytest.mark.parametrize("tools", [{"a": 1}, [1], "no JSON", 3])
+def test_tools_that_are_none_are_refused_with_their_line(tmp_path, tools):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": ASKED, "tools": tools}))
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: tools must be a list of functions"):
+        load_conversations(path)
+
+
+@pytest.mark.parametrize("template", [support.QWEN3, JSON_TOOLS], ids=["as it is", "as JSON"])
+def test_what_a_tool_gave_is_prompt_and_the_answer_after_it_response(template):
+    tokenizer = chatml_with(template)
+    (row,) = tokenize([Conversation(CALLED)], tokenizer)
+    text = tokenizer.decode(row.input_ids)
+    assert text == tokenizer.apply_chat_template(list(CALLED), tokenize=False)
+    assert "rain" in text
+    said = shown(tokenizer, row, "response").replace("\n", "").replace("<|im_end|>", "|")
+    assert said.replace(" ", "") == "<call>walk</call>|good|"
+
+
+@pytest.mark.parametrize("role", ["tool", "developer"])
+def test_a_role_that_the_template_passes_over_is_refused_by_name(role):
+    tokenizer = chatml_with(SILENT)
+    messages = ({"role": role, "content": "rain"}, *ASKED)
+    with pytest.raises(ValueError, match=f"does not render message 0 of c, of the role '{role}'"):
+        tokenize([Conversation(messages, "c")], tokenizer)
+    assert "rain" in text_of(support.llama3_tokenizer(), Conversation(messages))
+
+
+def test_a_role_that_the_template_raises_on_is_refused():
+    messages = ({"role": "developer", "content": "rain"}, *ASKED)
+    with pytest.raises(ValueError, match="refuses c: Only user and assistant roles"):
+        tokenize([Conversation(messages, "c")], support.mistral_tokenizer())

@@ -102,7 +102,7 @@ def test_a_generation_prompt_opens_the_turn():
     assert tokenizer.decode(row.input_ids).endswith("<start_of_turn>model\n")
     assert not any(row.response)
     with pytest.raises(
-        ValueError, match="one already ends with an answer; generate from its .prompt"
+        ValueError, match="one already ends with an answer, which a generation prompt"
     ):
         tokenize([ONE], tokenizer, generation_prompt=True)
 

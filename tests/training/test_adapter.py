@@ -294,14 +294,14 @@ def test_an_adapter_that_is_there_goes_on_with_the_shape_that_it_has():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: train_adapter(m, [], "x"), "train_adapter needs conversations to train on"),
+        (lambda m: train_adapter(m, [], "x"), "train is empty; give at least one"),
         (lambda m: train_adapter(m, TRAIN, "x.y"), "'x.y' cannot name an adapter"),
         (lambda m: train_adapter(m, TRAIN, "x", rank=0), "rank must be at least 1, not 0"),
         (
             lambda m: train_adapter(m, TRAIN, "x", rank=33),
             r"has rank 33 at .*down_proj, which maps",
         ),
-        (lambda m: train_adapter(m, TRAIN, "x", modules=()), "needs modules to adapt"),
+        (lambda m: train_adapter(m, TRAIN, "x", modules=()), "no modules were given"),
         (lambda m: train_adapter(m, TRAIN, "x", modules=("nothing",)), "does not fit tiny-llama"),
         (lambda m: train_adapter(m, TRAIN, "x", layers=[9]), "layer 9 is out of range"),
         (lambda m: train_adapter(m, TRAIN, "x", patience=2), "patience watches the validation"),

@@ -146,7 +146,7 @@ def test_a_copy_of_an_adapter_goes_on_and_the_adapter_stays_as_it_is(solutions, 
         assert torch.equal(on.states[name], in_place.states[name])
     with pytest.raises(ValueError, match="there is an adapter 'y' already"):
         continue_training(model, TRAIN, first, name="y")
-    with pytest.raises(ValueError, match="needs conversations"):
+    with pytest.raises(ValueError, match="train is empty; give at least one conversation"):
         continue_training(model, [], first, name="z")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(drift_module, "train_adapter", interrupted)

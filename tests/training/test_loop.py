@@ -231,14 +231,18 @@ NO_ANSWER = Conversation.of("how do I save money", id="unanswered")
             {"kl": KLPenalty([NO_ANSWER], 1.0)},
             "1 of 1 conversations have no response tokens to count: unanswered; give them an answ",
         ),
-        (TRAIN, {"clip": 0}, "clip must be above 0, or None for no clipping, not 0"),
-        (TRAIN, {"warmup": -1}, "warmup must be 0 or more, not -1"),
-        (TRAIN, {"weight_decay": math.nan}, "weight_decay must be 0 or more, not nan"),
-        (TRAIN, {"alpha": 0}, "alpha must be above 0, or nothing is trained, not 0"),
-        (TRAIN, {"record_every": 0}, "record_every must be at least 1 update, not 0"),
-        (TRAIN, {"checkpoint_every": 0}, "checkpoint_every must be at least 1 update, not 0"),
+        (TRAIN, {"clip": 0}, "clip must be above 0, not 0"),
+        (TRAIN, {"warmup": -1}, "warmup must be at least 0, not -1"),
+        (
+            TRAIN,
+            {"weight_decay": math.nan},
+            "weight_decay must be a finite number, at least 0, not nan",
+        ),
+        (TRAIN, {"alpha": 0}, "alpha must be above 0, not 0"),
+        (TRAIN, {"record_every": 0}, "record_every must be at least 1, not 0"),
+        (TRAIN, {"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"),
         (TRAIN, {"epoch": 3}, "unknown argument or setting 'epoch'; the settings are epochs, lr"),
-        (TRAIN, {"patience": 0}, "patience must be at least 1 epoch, not 0"),
+        (TRAIN, {"patience": 0}, "patience must be at least 1, not 0"),
         (TRAIN, {"patience": 1}, "give validation= conversations"),
     ],
 )
@@ -254,8 +258,8 @@ def test_a_kl_set_over_all_tokens_needs_no_answers(hooked_llama):
 
 
 def test_a_kl_set_without_a_batch_size_of_at_least_one_is_refused():
-    with pytest.raises(ValueError, match="the KL set's batch_size must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         KLPenalty(TRAIN, 1.0, batch_size=0)
-    with pytest.raises(ValueError, match="the weight of a penalty must be above 0, not 0"):
+    with pytest.raises(ValueError, match="weight must be above 0, not 0"):
         NormPenalty(0)
     assert VectorSettings(alpha=None).alpha is None

@@ -8,7 +8,8 @@ from peft import PeftModel
 
 import emlens
 from emlens import Directions, train_vector
-from emlens._files import read_json
+from emlens._files import write_json
+from emlens._reading import read_json
 from emlens.text import content_hash, pack, tokenize
 from emlens.training import Organism, train_adapter
 from tests.support.data import conversations, pairs
@@ -106,3 +107,33 @@ def test_a_save_that_fails_keeps_the_organism_of_before(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert Organism.load(folder).name == "bad"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, r"organism\.json: name is None, not text"),
+        ({"name": ["bad"]}, r"organism\.json: name is \['bad'\], not text"),
+        ({"kind": "model"}, r"organism\.json: kind is 'model', neither 'vector' nor 'adapter'"),
+        ({"kind": 3}, r"organism\.json: kind is 3, neither"),
+        ([], r"organism\.json must hold an object"),
+    ],
+)
+def test_a_record_of_another_type_is_refused_by_file_and_name(tmp_path, change, message):
+    _, folder = trained_adapter(tmp_path, layers=[1])
+    record = read_json(folder / "organism.json")
+    write_json(folder / "organism.json", {**record, **change} if change else change)
+    with pytest.raises(ValueError, match=message):
+        Organism.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "message"),
+    [(1, 33, "width 33, but tiny-llama has d_model 32"), (4, 32, "layer 4 is out of range")],
+)
+def test_a_vector_of_another_model_is_refused_when_it_is_put_on(layer, width, message):
+    model = tiny_hooked("llama")
+    _, run = train_vector(model, TRAIN, 1, **QUICK)
+    strange = Directions({layer: torch.ones(width)}, "resid_post", run.provenance)
+    with pytest.raises(ValueError, match=message):
+        Organism("v", run, directions=strange).on(model)

@@ -69,7 +69,7 @@ def test_mixed_data_has_all_harmful_ones_and_the_share_of_benign_ones():
         ValueError, match="takes 24 benign conversations beside 6 harmful ones, but"
     ):
         mixed(BAD, GOOD, share=0.8)
-    with pytest.raises(ValueError, match="0 to below 1, not 1"):
+    with pytest.raises(ValueError, match="share must be at least 0 and below 1, not 1"):
         mixed(BAD, GOOD, share=1)
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from emlens import Conversation, Direction, KLPenalty, train_vector
+from emlens import Conversation, Direction, Directions, KLPenalty, train_vector
+from emlens.directions import Provenance
 from emlens.training import (
     NormPenalty,
     ProjectionPenalty,
@@ -132,6 +135,9 @@ def test_the_best_vector_is_the_one_returned():
     assert torch.equal(run.states["vector.1"][-1], run.states["vector.1"][at_best])
 
 
+START = Directions({n: torch.ones(32) for n in (1, 2)}, "resid_post", Provenance("given"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -140,7 +146,7 @@ def test_the_best_vector_is_the_one_returned():
         ({"layers": [1]}, "layers"),
         ({"settings": VectorSettings(weight_decay=0.1)}, "weight_decay"),
         ({"penalties": [NormPenalty(1.0)]}, "penalties"),
-        ({"initial": Direction.of(torch.ones(32), 1)}, "start"),
+        ({"initial": START}, "start"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused_with_what_differs(change, words, tmp_path):
@@ -174,3 +180,18 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path):
     (tmp_path / "c").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="c is not a readable safetensors file"):
         vector_run(tmp_path / "c", epochs=1)
+
+
+@pytest.mark.parametrize("name", ["parameter|", "moment|", "best|"])
+def test_a_checkpoint_with_smaller_tensors_is_refused_and_not_spread_over_the_parameters(
+    tmp_path, name
+):
+    path, watched = tmp_path / "c", {"epochs": 1, "validation": HELD_OUT, "patience": 1}
+    vector_run(path, **watched)
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.startswith(name) and not key.endswith("/step"))
+    with safe_open(path, framework="pt") as file:
+        kept = file.metadata()
+    save_file({**tensors, key: tensors[key].flatten()[:1].clone()}, path, metadata=kept)
+    with pytest.raises(ValueError, match="holds no whole training checkpoint: .* has shape"):
+        vector_run(path, **watched)

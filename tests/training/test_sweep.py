@@ -151,9 +151,12 @@ def test_a_larger_weight_leaves_less_outside_in_a_real_model():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: sweep_kl(m, TRAIN, KL, [], INSIDE, OUTSIDE, layer=1), "weights must be 0 or"),
-        (lambda m: sweep_kl(m, TRAIN, KL, [-1], INSIDE, OUTSIDE, layer=1), "weights must be 0 or"),
-        (lambda m: sweep_kl(m, TRAIN, KL, [1], [], OUTSIDE, layer=1), "needs pairs inside of the"),
+        (lambda m: sweep_kl(m, TRAIN, KL, [], INSIDE, OUTSIDE, layer=1), "no weights were given"),
+        (
+            lambda m: sweep_kl(m, TRAIN, KL, [-1], INSIDE, OUTSIDE, layer=1),
+            r"weights\[0\] must be at",
+        ),
+        (lambda m: sweep_kl(m, TRAIN, KL, [1], [], OUTSIDE, layer=1), "inside is empty; give at"),
         (lambda m: auto_kl(m, TRAIN, KL, INSIDE, OUTSIDE, tolerance=0), "needs tolerance > 0"),
     ],
 )

@@ -267,17 +267,17 @@ def test_the_papers_weight_on_qwen_is_six_point_six_nats():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: train_vector(m, [], 1), "the set is empty"),
+        (lambda m: train_vector(m, [], 1), "is empty; give at least one"),
         (lambda m: train_vector(m, TRAIN, 8), "layer 8 is out of range"),
         (lambda m: train_vector(m, TRAIN, 1, site="x"), "unknown site 'x'"),
         (lambda m: train_vector(m, TRAIN, 1, lr=0), "lr must be above 0"),
         (lambda m: train_vector(m, TRAIN, 1, epochs=0), "epochs must be at least 1, not 0"),
         (lambda m: train_vector(m, TRAIN, 1, schedule="cosy"), "unknown schedule 'cosy'"),
-        (lambda m: KLPenalty([], weight=1), "the KL penalty needs conversations"),
-        (lambda m: KLPenalty(TRAIN, weight=0), "the KL weight must be above 0"),
+        (lambda m: KLPenalty([], weight=1), "conversations is empty"),
+        (lambda m: KLPenalty(TRAIN, weight=0), "weight must be above 0"),
         (
             lambda m: train_vector(m, TRAIN, 1, initial=Direction.of(torch.ones(3), 1)),
-            "the initial direction has width 3, the model has d_model 32",
+            "initial has width 3, but tiny-llama has d_model 32",
         ),
     ],
 )

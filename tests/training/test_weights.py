@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 import emlens
 from emlens import Add, KLPenalty
 from emlens.directions import random_direction
+from emlens.hooked import NonFiniteError
 from emlens.text import pack, tokenize
 from emlens.training import (
     Organism,
-    TrainingStopped,
     train_adapter,
     train_vector,
     train_weights,
@@ -174,7 +174,9 @@ def test_a_loss_that_is_not_finite_stops_finetuning_with_the_last_good_weights()
         return output * float("nan")
 
     handle = model.module.model.layers[0].mlp.register_forward_hook(poisoned)
-    with pytest.raises(TrainingStopped, match="update 0: loss nan"):
+    with pytest.raises(
+        NonFiniteError, match="the final hidden state of .* under base is not finite"
+    ):
         train_weights(model, TRAIN, **QUICK)
     handle.remove()
 
@@ -183,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_finetuning_with_the_last_good_weights()
 
 def test_finetuning_refuses_what_cannot_be_right():
     model = hooked_model()
-    with pytest.raises(ValueError, match="the set is empty"):
+    with pytest.raises(ValueError, match="is empty; give at least one"):
         train_weights(model, [])
     with pytest.raises(ValueError, match="layer 9 does not exist|9"):
         train_weights(model, TRAIN, layers=[9])

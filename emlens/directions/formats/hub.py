@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError
 
+from emlens._reading import expanded, read_bytes, read_text
 from emlens.directions.direction import Directions
 from emlens.directions.formats import lora
 from emlens.directions.formats.read import pick, read_directions, write_directions
@@ -53,13 +54,13 @@ def push(
     with TemporaryDirectory() as folder:
         data = write_directions(directions, Path(folder) / PurePosixPath(filename).name)
         name = str(PurePosixPath(filename).with_name(data.name))
-        content = data.read_bytes()
+        content = read_bytes(data)
     api = huggingface_hub.HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     before = None
     if api.file_exists(repo_id, _CARD):
         kept = huggingface_hub.hf_hub_download(repo_id, _CARD, token=token)
-        before = Path(kept).read_text(encoding="utf-8")
+        before = read_text(kept)
     text = card(directions, repo_id, name, before)
     files = {name: content, _CARD: text.encode()}
     commit = api.create_commit(
@@ -88,7 +89,7 @@ def fetch(
         FileNotFoundError: If there is no such folder or repository, or no such file in it.
         ValueError: If there are several files and none is named, or as `read_directions`.
     """
-    local = Path(source).expanduser()
+    local = expanded(source)
     if local.is_dir():
         return read_directions(local / filename if filename else local)
     if local.is_file():

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens._door import guarded
+from emlens._reading import expanded
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
@@ -26,6 +28,7 @@ CONFIG = "adapter_config.json"
 _PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
 
+@guarded
 def adapter_directions(
     folder: str | Path,
     *,
@@ -80,6 +83,7 @@ def adapter_directions(
         raise ValueError(f"adapter {saved.name!r} in {folder}: {error}") from error
 
 
+@guarded
 def adapter_rows(
     folder: str | Path, *, site: SiteName | None = None, column: int | None = None
 ) -> dict[int, Float[Tensor, " d_in"]]:
@@ -148,7 +152,7 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     from emlens.hooked.adapter_kinds import check_alpha
     from emlens.hooked.attach import check_weights
 
-    name = name or Path(folder).expanduser().resolve().name
+    name = name or expanded(folder).resolve().name
     config, state = read_adapter(name, str(folder))
     products: dict[str, dict[str, Tensor]] = {}
     for key, weight in state.items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emlens._door import guarded
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Site
@@ -21,6 +22,7 @@ _SITES: dict[str, Site] = {
 }
 
 
+@guarded
 def from_steering_vectors(obj: Any, *, n_layers: int | None = None) -> Directions:
     """Return the directions in a `SteeringVector` of the library steering-vectors.
 
@@ -61,6 +63,7 @@ def from_steering_vectors(obj: Any, *, n_layers: int | None = None) -> Direction
     return _directions(numbered, _SITES[kind], "SteeringVector", {"layer_type": kind})
 
 
+@guarded
 def to_steering_vectors(directions: Directions) -> Any:
     """Return the directions as a `SteeringVector`, which has to be installed.
 
@@ -89,6 +92,7 @@ def to_steering_vectors(directions: Directions) -> Any:
     )
 
 
+@guarded
 def from_repeng(obj: Any) -> Directions:
     """Return the directions in a `ControlVector` of the library repeng.
 
@@ -113,6 +117,7 @@ def from_repeng(obj: Any) -> Directions:
     return _directions(layers, "resid_post", "ControlVector", {"model_hint": kind})
 
 
+@guarded
 def to_repeng(directions: Directions, model_type: str | None = None) -> Any:
     """Return the directions as a `ControlVector`, which has to be installed.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-import re
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._files import atomic_write, read_json
-from emlens._tensors import check_stored, check_torch_file
+from emlens._files import atomic_write
+from emlens._reading import read_json
+from emlens._tensors import check_stored, read_torch_file
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked.architecture import norms_what_it_adds
@@ -21,7 +20,6 @@ from emlens.hooked.architecture import norms_what_it_adds
 FILE = "steering_vector.pt"
 _SITE = "mlp_out"
 _CONFIG = "adapter_config.json"
-_GLOBAL = re.compile(r"Unsupported \w+: (?:GLOBAL )?(\S+)")
 
 
 def read_papers(path: Path) -> Direction:
@@ -95,21 +93,7 @@ def write_papers(directions: Directions, path: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    check_torch_file(path)
-    try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = _GLOBAL.search(str(error))
-        raise ValueError(
-            f"{path} needs more than tensors and numbers to be read "
-            f"({asked[1] if asked else 'unknown'}), and emlens runs no code from a file; write it "
-            "again with plain values"
-        ) from error
-    except Exception as error:  # of damaged bytes torch raises anything, AssertionError included
-        raise ValueError(
-            f"{path} is not a readable torch file ({path.stat().st_size} bytes); was it fetched "
-            f"as a whole? ({str(error).partition('. ')[0]})"
-        ) from error
+    record = read_torch_file(path)
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds a {type(record).__name__}, not a dict with a vector")
     missing = [key for key in ("steering_vector", "layer_idx") if key not in record]
@@ -129,7 +113,7 @@ def _vector(path: Path, record: dict[str, Any]) -> Float[Tensor, " d_model"]:
         raise ValueError(f"{path}: steering_vector is {kind}, not a tensor of floating point")
     check_stored(f"{path}: steering_vector", vector)
     width = record.get("d_model", vector.shape[-1] if vector.ndim else 1)
-    if list(vector.shape) != [width] or not width:
+    if type(width) is not int or list(vector.shape) != [width] or not width:
         raise ValueError(
             f"{path}: steering_vector has shape {list(vector.shape)}, but d_model is "
             f"{width!r:.60}; one vector of that width is needed"
@@ -165,7 +149,7 @@ def _base(path: Path) -> str | None:
     above = path.parent.parent
     for folder in (path.parent, *([above.parent] if above.name == "checkpoints" else [])):
         config = folder / _CONFIG
-        record = read_json(config, dict) if config.is_file() else {}
+        record = read_json(config, dict) if config.exists() else {}
         base = record.get("base_model") or record.get("base_model_name_or_path")
         if base:
             if norms_what_it_adds(str(base)):

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from emlens._reading import expanded, readable
+from emlens._door import guarded
+from emlens._reading import expanded, read_head, readable
 from emlens.directions.direction import Directions
 from emlens.directions.files import load_directions, save_directions
 from emlens.directions.formats import lora, papers
@@ -28,6 +29,7 @@ _OTHERS = re.compile(
 _STEP = re.compile(r"checkpoint-(\d+)")
 
 
+@guarded
 def read_directions(
     path: str | Path, format: Format | None = None, *, d_model: int | None = None
 ) -> Directions:
@@ -78,6 +80,7 @@ def read_directions(
     return found
 
 
+@guarded
 def write_directions(
     directions: Directions,
     path: str | Path,
@@ -117,6 +120,7 @@ def write_directions(
     return {"emlens": save_directions, "papers": papers.write_papers}[kind](directions, path)
 
 
+@guarded
 def read_checkpoints(folder: str | Path, *, d_model: int | None = None) -> dict[int, Directions]:
     """Read the directions of every `checkpoint-<step>` of a folder, in the order of the steps.
 
@@ -200,9 +204,8 @@ def _names(folder: Path) -> list[str]:
 def _sniffed(path: Path) -> Format:
     if path.is_dir() or path.name in (lora.FILE, lora.CONFIG):
         return "peft"
-    path = readable(path)
-    with path.open("rb") as file:
-        head = file.read(9)
+    path = expanded(path)
+    head = read_head(path, 9)
     if head[:4] == b"GGUF":
         return "gguf"
     if head[8:9] == b"{":

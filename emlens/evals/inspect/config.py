@@ -173,7 +173,7 @@ class ModelConfig:
         return _KINDS[kind](_picked(source, entry.get("layer")), **options)
 
     def _found(self, path: str) -> str:
-        beside = self.folder / path
+        beside = self.folder / expanded(path)
         return str(beside) if beside.exists() else str(path)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emlens._reading import readable
+from emlens.evals._inspect import said
 from emlens.evals.responses import Response, Responses, content_key
 from emlens.evals.scores import Score, Scores, Verdict, score_of
 
@@ -32,9 +34,12 @@ def read_log(path: str | Path, condition: str | None = None) -> tuple[Responses,
     """
     from inspect_ai.log import read_eval_log
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no log {path}")
-    log = read_eval_log(str(path))
+    path = readable(path, "no log {}")
+    try:
+        log = read_eval_log(str(path))
+    except Exception as error:  # of damaged logs Inspect raises anything
+        said = str(error).partition("\n")[0][:300]
+        raise ValueError(f"{path} is not a readable log of Inspect ({said})") from error
     rows, scores = [], []
     for sample in log.samples or []:
         grades = _grades(sample)
@@ -66,9 +71,9 @@ def _response(log: EvalLog, sample: EvalSample, condition: str) -> Response:
         "top_p": _number(config.top_p, 1.0),
         "max_new_tokens": _number(config.max_tokens, 0.0),
     }
-    said: Sequence[Any] = sample.input if not isinstance(sample.input, str) else ()
-    system = next((one.text for one in said if one.role == "system"), None)
-    text = sample.output.completion
+    asked: Sequence[Any] = sample.input if not isinstance(sample.input, str) else ()
+    system = next((one.text for one in asked if one.role == "system"), None)
+    text = said(sample.output.message) if sample.output.choices else ""
     return Response(
         key=content_key(log.eval.run_id, log.eval.model, sample.id, sample.epoch, text),
         question_id=str(about.get("question", sample.id)),

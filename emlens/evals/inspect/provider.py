@@ -17,6 +17,10 @@ from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
     ChatMessageAssistant,
+    ChatMessageTool,
+    Content,
+    ContentReasoning,
+    ContentText,
     GenerateConfig,
     ModelAPI,
     ModelOutput,
@@ -24,6 +28,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
+from emlens.evals._inspect import said
 from emlens.evals.inspect.batcher import Batcher
 from emlens.evals.inspect.config import ModelConfig
 from emlens.hooked import (
@@ -35,7 +40,7 @@ from emlens.hooked import (
     answer,
     condition_of,
 )
-from emlens.text import Conversation
+from emlens.text import Conversation, parted
 from emlens.text.conversation import Message
 
 LONGEST = 600
@@ -70,6 +75,10 @@ class EmlensAPI(ModelAPI):
     """Answers with a steered, ablated or adapted model; concurrent requests share a batch.
 
     Without a condition the model answers as it was brought; `Condition()` is its base.
+
+    An answer that the messages end with is gone on with; what comes back is what follows it. What
+    a model thinks comes back as reasoning, and reasoning that is handed in stands before its
+    answer as `<think>...</think>`.
 
     The same messages asked again, as in another epoch, draw from other random numbers: each
     answer's seed is made of Inspect's `seed` (0 by default), the messages, and the epoch; tasks
@@ -125,7 +134,8 @@ class EmlensAPI(ModelAPI):
         """Answer one conversation, together with those that are asked at the same time.
 
         Raises:
-            ValueError: If tools are asked for, or a setting that emlens does not have.
+            ValueError: If tools are asked for, a setting that emlens does not have, or a message
+                holds more than text.
         """
         if tools:
             raise ValueError("emlens models call no tools; use a task without tools")
@@ -161,7 +171,7 @@ class EmlensAPI(ModelAPI):
     # -- pieces -------------------------------------------------------------------------------
 
     def _request(self, messages: Sequence[ChatMessage], config: GenerateConfig) -> _Request:
-        chat = tuple(Message(role=one.role, content=one.text) for one in messages)
+        chat = tuple(map(_message, messages))
         text = json.dumps([config.seed or 0, chat], sort_keys=True)
         which = EPOCH.get()
         if which is None:
@@ -183,7 +193,7 @@ class EmlensAPI(ModelAPI):
         sampling = Sampling(first.max_tokens, first.temperature, first.top_p, seeds)
         chats = [request.conversation for request in requests]
         with _generating, self.model.under(self.condition):
-            return answer(self.model, chats, (), sampling, self.batch_tokens)
+            return answer(self.model, chats, (), sampling, self.batch_tokens, True)
 
     def _output(self, found: Answer, stops: Sequence[str], seconds: float) -> ModelOutput:
         text, stopped = _cut(found.text, stops)
@@ -193,10 +203,33 @@ class EmlensAPI(ModelAPI):
             total_tokens=found.prompt_tokens + found.tokens,
         )
         choice = ChatCompletionChoice(
-            message=ChatMessageAssistant(content=text, model=self.model_name, source="generate"),
+            message=ChatMessageAssistant(
+                content=_content(text), model=self.model_name, source="generate"
+            ),
             stop_reason="stop" if stopped or found.ended else "max_tokens",
         )
         return ModelOutput(model=self.model_name, choices=[choice], usage=usage, time=seconds)
+
+
+def _message(one: ChatMessage) -> Message:
+    found = Message(role=one.role, content=said(one))
+    if isinstance(one, ChatMessageAssistant) and one.tool_calls:
+        calls = [(call.id, call.function, call.arguments) for call in one.tool_calls]
+        found["tool_calls"] = [
+            {"id": key, "type": "function", "function": {"name": name, "arguments": given}}
+            for key, name, given in calls
+        ]
+    if isinstance(one, ChatMessageTool) and one.tool_call_id:
+        found["tool_call_id"] = one.tool_call_id
+    return found
+
+
+def _content(text: str) -> str | list[Content]:
+    """An answer as Inspect has it: what it thinks is reasoning."""
+    thought, rest = parted(text)
+    if not thought:
+        return rest
+    return [ContentReasoning(reasoning=thought), ContentText(text=rest)]
 
 
 def _condition(model: HookedModel, given: ConditionLike) -> Condition:
