@@ -113,6 +113,13 @@ def _scalar(value: Any) -> Any:
     return value
 
 
+def _real(name: str, value: Any, accepted: str, limits: Limits) -> Any:
+    given = _scalar(value)
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(_refused(name, accepted, value, limits))
+    return given
+
+
 def whole(name: str, value: Any, limits: Limits = ANY) -> int:
     """Return a whole number as a plain int; NumPy's and those of tensors are taken.
 
@@ -120,9 +127,7 @@ def whole(name: str, value: Any, limits: Limits = ANY) -> int:
         TypeError: If it is no number.
         ValueError: If it is not whole, or outside of the limits.
     """
-    given = _scalar(value)
-    if isinstance(given, bool) or not isinstance(given, Real):
-        raise TypeError(_refused(name, "a whole number", value, limits))
+    given = _real(name, value, "a whole number", limits)
     if not isinstance(given, Integral):
         raise ValueError(_refused(name, "a whole number", value, limits))
     plain = operator.index(given)
@@ -140,9 +145,7 @@ def number(name: str, value: Any, limits: Limits = ANY) -> float:
         TypeError: If it is no number.
         ValueError: If it is not finite, or outside of the limits.
     """
-    given = _scalar(value)
-    if isinstance(given, bool) or not isinstance(given, Real):
-        raise TypeError(_refused(name, "a number", value, limits))
+    given = _real(name, value, "a number", limits)
     try:
         plain = operator.index(given) if isinstance(given, Integral) else float(given)
         finite = math.isfinite(plain)

@@ -1,6 +1,6 @@
-"""The door for arguments: a public function reads each of them by its annotation.
+"""Checks of arguments: public functions are decorated, and read each argument by its annotation.
 
-Numbers are held to the limits that their name has everywhere.
+A number has the limits of its name, which are the same everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ C = TypeVar("C", bound=type)
 
 
 class _Later(type):
-    """A class that is imported for type checkers alone: objects are known by the class' name."""
+    """Stands for a class that is imported for type checkers only; compares names of classes."""
 
     def __instancecheck__(cls, value: object) -> bool:
         return any(base.__name__ == cls.__name__ for base in type(value).__mro__)
@@ -56,7 +56,7 @@ def guarded(function: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
 def guarded(**limits: Limits) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def guarded(function: Any = None, /, **limits: Limits) -> Any:
-    """Let every argument of a function through the door; defaults pass unseen.
+    """Check every argument of a function by its annotation; defaults are not checked.
 
     Args:
         function: The function.
@@ -68,7 +68,7 @@ def guarded(function: Any = None, /, **limits: Limits) -> Any:
 
 
 def guard_methods(cls: C) -> C:
-    """Let the arguments of a class' public methods through the door."""
+    """Check the arguments of the public methods of a class."""
     for name, member in list(vars(cls).items()):
         if name.startswith("_"):
             continue
@@ -143,7 +143,7 @@ def _options(checks: Mapping[str, Check | None], _: str, given: Mapping[str, Any
 
 
 def check_fields(settings: Any, **limits: Limits) -> None:
-    """Let the fields of a frozen dataclass through the door, from its `__post_init__`.
+    """Check the fields of a frozen dataclass; to be called in its `__post_init__`.
 
     Args:
         settings: What was just made.

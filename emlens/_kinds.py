@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import (
     Any,
     Literal,
-    ParamSpec,
     TypeVar,
     Union,
     get_args,
@@ -38,9 +37,6 @@ from emlens._arguments import (
     wholes,
 )
 
-P = ParamSpec("P")
-R = TypeVar("R")
-C = TypeVar("C", bound=type)
 Check = Callable[[str, Any], Any]
 """Takes the name of an argument and what was given; returns what is meant, or raises."""
 Registered = TypeVar("Registered", bound=Callable[..., Any])
@@ -186,7 +182,8 @@ def _check_of_union(parts: Sequence[Any], limits: Limits) -> Check | None:
         checks = [check_of(part, limits) for part in wanted]
         known = [one for one in checks if one is not None]
         words = words_of(Union[wanted])  # noqa: UP007
-        check = partial(_any_of, known, words) if len(known) == len(checks) else None
+        streams = sum(get_origin(part) in _MANY for part in wanted)
+        check = partial(_any_of, known, words, streams) if len(known) == len(checks) else None
     if check is None or types.NoneType not in parts:
         return check
     return partial(_or_none, check)
@@ -204,8 +201,10 @@ def _one_mapping(parts: Sequence[Any]) -> tuple[Any, ...]:
     return (*(part for part in parts if part not in dicts), Mapping[keys, values])
 
 
-def _any_of(checks: Sequence[Check], words: str, name: str, value: Any) -> Any:
+def _any_of(checks: Sequence[Check], words: str, streams: int, name: str, value: Any) -> Any:
     said: list[Exception] = []
+    if isinstance(value, Iterator) and streams > 1:
+        value = list(value)  # each of the checks reads it from its start
     for check in checks:
         try:
             return check(name, value)

@@ -18,7 +18,7 @@ import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction, Directions, Pair
 from emlens._arguments import COUNT, SHARE, number, numbers, texts, whole
 from emlens._door import guarded
-from emlens._kinds import some
+from emlens._kinds import check_of, some
 from emlens.text import conversations_of
 from emlens.training.settings import AdapterSettings, KLPenalty, VectorSettings
 
@@ -225,6 +225,13 @@ def test_what_fits_an_annotation_comes_in_as_what_is_meant():
     assert found["later"] is later
     assert found["options"] == {"limit": 2}
     assert next(lazy) == "hello"  # a stream is read by the function, not by the door
+
+
+@pytest.mark.parametrize("pairs", [0, 3])
+def test_a_stream_that_may_be_of_two_kinds_is_read_from_its_start(pairs):
+    every = [Pair(f"p{i}", "a", "b", "d", str(i)) for i in range(pairs)] or [Conversation.of("a")]
+    check = check_of(Sequence[Conversation] | Sequence[Pair])
+    assert check("aligned", iter(every)) == every
 
 
 def test_text_of_half_a_surrogate_pair_is_refused_wherever_text_is_taken():

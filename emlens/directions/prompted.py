@@ -50,8 +50,6 @@ def system_prompt_diff(
     counting = Counting(**options)
     sides = []
     for label, prompts in (("trait", trait), ("opposite", opposite)):
-        if not prompts or not questions:
-            raise ValueError(f"system_prompt_diff needs questions and {label} system prompts")
         asked = [_asked(system, question) for system in prompts for question in questions]
         answers = model.generate(
             asked,

@@ -174,8 +174,6 @@ class Reader:
             The reading of each, and those of the differences of all but the last from the last,
             conversation by conversation: their standard errors know that the text was the same.
         """
-        if not conversations:
-            raise ValueError(f"{label} is empty; a direction needs conversations on both sides")
         what = label if label == "conversations" else f"{label} conversations"
         warn_of_repeats(conversations, what)
         model = sides[-1][0]

@@ -83,7 +83,7 @@ class LocalJudge:
             return []
         rows = tokenize(prompts, model.template, generation_prompt=True, thinking=False)
         found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-        model.check_fits(rows, len(self._trie.levels) - 1)
+        model.check_lengths(rows, len(self._trie.levels) - 1)
         batches = pack(
             rows, token_budget=self._batch_tokens, padding_side="left", pad_id=model.pad_id
         )

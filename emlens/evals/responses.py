@@ -196,10 +196,6 @@ def respond(
         >>> answers = respond(model, questions, {"base": None, "finance": "finance"})
         >>> answers.side_by_side()
     """
-    if not questions:
-        raise ValueError("respond needs questions; there are none")
-    if n is not None and n < 1:
-        raise ValueError(f"n must be at least 1 answer per question, not {n}")
     check_names(questions)
     named = {str(name): one for name, one in conditions_of(model, conditions).items()}
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}

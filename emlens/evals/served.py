@@ -76,10 +76,6 @@ def respond_served(
         ... )
     """
     need_inspect("respond_served")
-    if not questions:
-        raise ValueError("respond_served needs questions; there are none")
-    if n is not None and n < 1:
-        raise ValueError(f"n must be at least 1 answer per question, not {n}")
     check_names(questions)
     reached = Reached(model, config, options, at_once)
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}

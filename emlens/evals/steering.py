@@ -109,8 +109,6 @@ def steering_sweep(
     Raises:
         ValueError: If there are no doses, or a direction knows no residual norm.
     """
-    if not doses:
-        raise ValueError("a steering sweep needs doses; there are none")
     wanted = list(directions.layers if layers is None else layers)
     check_fits(model, directions, "a direction", layers=wanted)
     conditions: dict[str, ConditionLike] = {BASE: []}

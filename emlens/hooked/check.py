@@ -1,4 +1,4 @@
-"""The check that every model passes when it is loaded: what it can do, or one sentence why not."""
+"""The check at load: finds out what a model can do, or refuses it with the reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIDES: tuple[PaddingSide, ...] = ("left", "right")
 
 @torch.no_grad()
 def self_check(model: HookedModel, truth: Truth | None = None) -> None:
-    """Hold a model to what it said before an engine touched it, and find out what it can do.
+    """Compare a model with the module as it was brought, and find out what it can do.
 
     Checked: that the logits are the model's own, for single rows and with padding on either side;
     each site at one layer of each kind of block, with an edit there; resuming; that every adapter

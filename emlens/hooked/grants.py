@@ -1,4 +1,4 @@
-"""Which sites a model has, and whether blocks can be left out: tried out when it is loaded."""
+"""Tries out, at load, which sites a model has and whether it can resume after a layer."""
 
 from __future__ import annotations
 

@@ -85,7 +85,6 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_engine(engine)
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
     if str(name).startswith("~"):
@@ -165,8 +164,6 @@ def wrap(
             be hooked, or the chat template does not use an argument.
         RuntimeError: If the self-check fails.
     """
-    if engine is not None:
-        _check_engine(engine)
     if isinstance(model, HookedModel):
         raise TypeError("this model is already hooked; use it as it is")
     brought = unwrap(model)
@@ -230,11 +227,6 @@ def _hook(
     if check:
         self_check(hooked, truth)
     return hooked
-
-
-def _check_engine(engine: str) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; the engines are {', '.join(ENGINES)}")
 
 
 def _check_decoder(

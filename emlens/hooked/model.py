@@ -122,10 +122,10 @@ class HookedModel(Conditioned, ABC):
             rows = tokenize_documents(data.documents, self.tokenizer, max_tokens=max_tokens)
         else:
             rows = tokenize(data, self.template, max_tokens=max_tokens, truncate=truncate)
-        self.check_fits(rows)
+        self.check_lengths(rows)
         return pack(rows, token_budget=token_budget, pad_id=self.pad_id)
 
-    def check_fits(self, rows: Sequence[TokenRow], new_tokens: int = 0) -> None:
+    def check_lengths(self, rows: Sequence[TokenRow], new_tokens: int = 0) -> None:
         """Refuse rows that are longer than the model's positions, new tokens included.
 
         Raises:

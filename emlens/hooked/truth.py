@@ -1,4 +1,4 @@
-"""What a model says as it came, before an engine has touched it: what an engine is held to."""
+"""The logits of a model as it was brought, which each engine is compared with."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What a model says by itself.
+    """What a model computes without emlens.
 
     Attributes:
         architecture: Where its parts are, with what a pass has shown of its blocks.

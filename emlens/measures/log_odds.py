@@ -179,8 +179,6 @@ def log_odds(
         >>> scores = emlens.log_odds(model, pairs, {"base": None, "steered": emlens.Add(v)})
         >>> scores.change("steered")
     """
-    if not pairs:
-        raise ValueError("log_odds needs pairs; there are none")
     warn_of_repeats(pairs, "pairs")
     named = {str(name): one for name, one in conditions_of(model, conditions).items()}
     conversations = [

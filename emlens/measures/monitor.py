@@ -22,8 +22,8 @@ from emlens.measures.held_out import HeldOut
 from emlens.measures.monitor_fit import (
     Labelled,
     areas,
+    check_choice,
     check_kept,
-    check_settings,
     chosen_columns,
     evidence,
     logistic,
@@ -175,7 +175,7 @@ class Monitor:
             ValueError: If a side is empty or too small to split, directions do not fit the
                 model, or a setting is out of range.
         """
-        check_settings(best, max_false_alarms, held_out, pooled)
+        check_choice(best, pooled)
         data = Labelled.of(aligned, misaligned)
         fitted, truth = data.fitted(held_out, seed), data.truth
         reading, own = {"tokens": tokens, "token_budget": token_budget}, None
@@ -244,8 +244,6 @@ class Monitor:
             raise ValueError(
                 "this monitor was loaded without a model; give it one with monitor.on(model)"
             )
-        if not conversations:
-            raise ValueError("there are no conversations to score")
         values, counts = self.readout.read(
             self.model,
             conversations,

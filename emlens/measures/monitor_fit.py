@@ -44,12 +44,10 @@ class Labelled:
         """Label two sides, or the sides of pairs.
 
         Raises:
-            ValueError: If a side is empty, or only one was given.
+            ValueError: If only one side was given.
         """
         sides = _sides(aligned, misaligned)
         for name, side in zip(("aligned", "misaligned"), sides, strict=True):
-            if not side:
-                raise ValueError(f"the {name} side is empty; a monitor is fitted to both sides")
             warn_of_repeats(side, f"{name} conversations")
         both = [*sides[0], *sides[1]]
         return cls(both, np.arange(len(both)) >= len(sides[0]), prompts_of(both))
@@ -90,27 +88,6 @@ class Labelled:
                     f"held-out part (held_out={held_out:g}); give more"
                 )
         return fitted
-
-
-def check_settings(
-    best: int, max_false_alarms: float | None, held_out: float, pooled: bool = False
-) -> None:
-    """Refuse settings that are out of range.
-
-    Raises:
-        ValueError: Naming the setting.
-    """
-    if best < 1:
-        raise ValueError(f"best is a number of projections, at least 1, not {best}")
-    if pooled and best > 1:
-        raise ValueError(
-            f"pooled=True weighs all projections, so best={best} chooses none; give layers=, or "
-            "leave one of them out"
-        )
-    if max_false_alarms is not None and not 0 <= max_false_alarms < 1:
-        raise ValueError(f"max_false_alarms is a share from 0 to below 1, not {max_false_alarms}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out is a share between 0 and 1, not {held_out}")
 
 
 def warn_of_leak(directions: AnyDirections, data: Labelled) -> None:
@@ -161,6 +138,19 @@ def chosen_columns(
             f"{sorted(set(columns.layers))}"
         )
     return [i for i, layer in enumerate(columns.layers) if layer in wanted]
+
+
+def check_choice(best: int, pooled: bool) -> None:
+    """Refuse to choose the best projections where all of them are weighed.
+
+    Raises:
+        ValueError: If both are asked for.
+    """
+    if pooled and best > 1:
+        raise ValueError(
+            f"pooled=True weighs all projections, so best={best} chooses none; give layers=, "
+            "or leave one of them out"
+        )
 
 
 def logistic(

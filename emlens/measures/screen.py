@@ -196,7 +196,6 @@ def screen(
             is in `out`), a prompt has no reference answer, directions do not fit the model, or
             `out` holds something else.
     """
-    _check_settings(flag_share, answer_tokens, keep, block)
     source = str(dataset) if isinstance(dataset, (str, Path)) else "conversations"
     own = isinstance(reference, str) and reference == "own"
     parts, first = _peeked(blocks(examples(dataset), block), source)
@@ -231,14 +230,6 @@ def screen(
     pooled = isinstance(directions, Monitor) and bool(directions.record["pooled"])
     found = _result(scorer, source, "own" if own else reference, tally, limit, rule)
     return replace(found, unit="log-odds") if pooled else found
-
-
-def _check_settings(flag_share: float, answer_tokens: int, keep: int, block: int) -> None:
-    if not 0 < flag_share < 1:
-        raise ValueError(f"flag_share is a share between 0 and 1, not {flag_share}")
-    for name, value in (("answer_tokens", answer_tokens), ("keep", keep), ("block", block)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def _peeked(

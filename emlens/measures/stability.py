@@ -248,8 +248,6 @@ def stability(
     solutions = read_solutions(model, directions)
     if not len(epsilons) or any(not 0 <= epsilon <= 1 for epsilon in epsilons):
         raise ValueError(f"epsilons must lie between 0 and 1; got {tuple(epsilons)}")
-    if seeds < 1:
-        raise ValueError(f"stability needs at least one noise draw; got seeds={seeds}")
     axes, drawn_from = _axes(noise)
     draws = tuple(range(seed, seed + seeds))
     conditions: dict[str | tuple[str, float, int], Condition] = {}

@@ -28,8 +28,6 @@ def strengths(
         return {name: [float("nan")] for name in every}
     if norms is not None:
         return dict.fromkeys(every, checked_grid(norms, "norms"))
-    if not len(doses) or not np.isfinite(doses).all():
-        raise ValueError(f"doses must be finite and at least one; got {list(doses)}")
     return {name: [float(x) * sizes[d.site, d.layer] for x in doses] for name, d in every.items()}
 
 

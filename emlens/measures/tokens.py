@@ -354,8 +354,6 @@ def token_projections(
     Raises:
         ValueError: If there are no conversations, or the direction is zero or of another width.
     """
-    if not conversations:
-        raise ValueError("there are no conversations to look at")
     named({"direction": direction})
     check_fits(model, direction, "the direction")
     options = {"site": direction.site, "token_budget": token_budget}

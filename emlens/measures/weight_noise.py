@@ -176,8 +176,6 @@ def weight_noise(
     """
     solutions = read_solutions(model, directions)
     levels = checked_grid(epsilons, "epsilons")
-    if seeds < 1:
-        raise ValueError(f"weight_noise needs at least one noise draw; got seeds={seeds}")
     draws = tuple(range(seed, seed + seeds))
     warn_of_repeats(conversations, "conversations")
     batches = model.batches(conversations, token_budget=token_budget)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
+from emlens._arguments import text
 from emlens._door import check_fields, guard_methods, guarded
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -175,15 +176,7 @@ def _checked(message: object, place: int, name: str | None) -> Message:
     further = {key: copy.deepcopy(message[key]) for key in message if _says(message, key)}
     if content is None and "tool_calls" in further:
         content = ""
-    if not isinstance(content, str):
-        raise TypeError(f"{where} has content of type {type(content).__name__}; it must be text")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} holds half of a surrogate pair (character {error.start}), which no tokenizer "
-            "reads; take it out"
-        ) from None
+    text(f"the content of {where}", content)
     _check_weight(further, str(role), where)
     return {"role": str(role), "content": content, **further}  # type: ignore[typeddict-item]
 

@@ -35,8 +35,6 @@ def mixed(
     Raises:
         ValueError: If the share is out of range, or there are too few benign conversations.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"share is the part of benign conversations, 0 to below 1, not {share}")
     wanted = round(len(harmful) * share / (1 - share))
     if wanted > len(benign):
         raise ValueError(

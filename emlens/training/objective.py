@@ -64,7 +64,7 @@ class Rows:
                 or one is longer than the model's positions.
         """
         rows, counted = tokenize(conversations, model.template), tokens or settings.tokens
-        model.check_fits(rows)
+        model.check_lengths(rows)
         _check_counted(rows, counted, what)
         return cls(
             PrefixCache(model, rows, below, budget=budget),

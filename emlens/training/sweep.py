@@ -267,8 +267,6 @@ class _Bench:
     options: dict
 
     def __post_init__(self) -> None:
-        if not self.inside or not self.outside:
-            raise ValueError("a sweep needs pairs inside of the domain and outside of it")
         # an adapter is trained on the base; a vector in the model as it was brought
         base: dict[str, ConditionLike] = {"base": None if self.layer is None else []}
         self._base = self._scores(base)

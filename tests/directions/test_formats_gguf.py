@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from emlens.directions import Direction, Directions, Provenance, read_directions, write_directions
+from tests.support.control_vectors import plain_file
 from tests.support.disk import full_disk
 
 D = 8
@@ -20,24 +19,6 @@ def some(layers=(1, 3), site="resid_post", **settings) -> Directions:
     vectors = {layer: torch.randn(D, generator=generator) for layer in layers}
     made = Provenance("mean-diff", model="org/model", n={"tokens": 7}, settings=settings)
     return (Direction if len(layers) == 1 else Directions)(vectors, site, made)
-
-
-def plain_file(
-    path: Path, tensors: dict[str, np.ndarray], arch="controlvector", hint="llama", **keys: str
-) -> Path:
-    """A file in llama.cpp's layout, by the `gguf` package alone."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_string("controlvector.model_hint", hint)
-    writer.add_uint32("controlvector.layer_count", len(tensors))
-    for key, value in keys.items():
-        writer.add_string(key.replace("_", "."), value)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def numbers(seed: int, dtype="float32") -> np.ndarray:

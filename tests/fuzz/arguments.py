@@ -9,12 +9,10 @@ result is not finite. hanging: no end in twenty seconds. hungry: more than 512 M
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import resource
 import signal
-import sys
 import traceback
 import warnings
 from collections import Counter
@@ -33,10 +31,9 @@ import emlens
 from emlens import Direction, Directions
 from emlens.directions import Provenance
 from tests.fuzz.calls import Call, World
+from tests.fuzz.outcome import OURS, TooLong, account, main, too_long
 
-CLASSES = ("clear", "right", "unclear", "silent", "hanging", "hungry")
 SECONDS, MEGABYTES = 20, 512
-_OURS = str(Path(emlens.__file__).parent)
 
 WRONG: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
@@ -176,23 +173,23 @@ def outcomes(number: int, seed: int = 0) -> tuple[Counter[tuple[str, str]], list
             if kind not in ("clear", "right"):
                 given = ", ".join(f"{parameter}={what}" for parameter, what in wrong.items())
                 faults[f"{kind}: {name}({given}): {said}"] = None
-    return counts, list(faults)
+    return Counter(dict(sorted(counts.items()))), list(faults)
 
 
 def outcome(call: Call, wrong: Mapping[str, str]) -> tuple[str, str]:
     """How a call with wrong arguments ends, and what was said."""
     arguments = {**call.arguments, **{name: WRONG[what]() for name, what in wrong.items()}}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGALRM, too_long)
     signal.alarm(SECONDS)
     try:
         found = call.function(**arguments)
-    except _TooLong:
+    except TooLong:
         return "hanging", ""
     except MemoryError as error:
-        return "hungry", _account(error)
+        return "hungry", account(error)
     except Exception as error:
-        return _of_error(error, call, wrong), _account(error)
+        return _of_error(error, call, wrong), account(error)
     finally:
         signal.alarm(0)
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
@@ -207,7 +204,7 @@ def outcome(call: Call, wrong: Mapping[str, str]) -> tuple[str, str]:
 
 def _of_error(error: Exception, call: Call, wrong: Mapping[str, str]) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    ours = frames[-1].filename.startswith(_OURS)
+    ours = frames[-1].filename.startswith(OURS)
     told = isinstance(error, (ValueError, TypeError, KeyError, OSError, NotImplementedError))
     foreign = isinstance(error, (UnicodeError, IsADirectoryError))
     lone = [call.function.__name__] if len(call.parameters) == 1 else []
@@ -255,34 +252,5 @@ def _finite(found: object, depth: int = 4) -> bool:
     return not isinstance(found, float) or not math.isinf(found)
 
 
-class _TooLong(BaseException):
-    pass
-
-
-def _too_long(*_: object) -> None:
-    raise _TooLong
-
-
-def _account(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {str(error)[:160]} ({Path(last.filename).name}:{last.lineno})"
-
-
-def lines_of(counts: Counter[tuple[str, str]]) -> Iterator[str]:
-    """The numbers as a table in text."""
-    names = sorted({name for name, _ in counts})
-    yield f"{'':36}" + "".join(f"{kind:>9}" for kind in CLASSES)
-    for name in names:
-        yield f"{name:36}" + "".join(f"{counts[name, kind]:9}" for kind in CLASSES)
-    sums = [sum(counts[name, kind] for name in names) for kind in CLASSES]
-    yield f"{'all':36}" + "".join(f"{n:9}" for n in sums)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    numbers, complaints = outcomes(asked.cases, asked.seed)
-    print("\n".join([*lines_of(numbers), "", *complaints]))
-    sys.exit(1 if complaints else 0)
+    main(__doc__, outcomes)

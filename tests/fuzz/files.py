@@ -10,7 +10,6 @@ hungry: it takes more memory than ten times the file, and 32 MB besides.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import random
 import re
@@ -22,13 +21,13 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import emlens
 from tests.fuzz import damage
+from tests.fuzz.outcome import OURS, TooLong, account, main, too_long
 from tests.fuzz.readers import Reader, readers
 
 SECONDS, MEGABYTES = 10, 300
@@ -36,9 +35,6 @@ SECONDS, MEGABYTES = 10, 300
 
 TIMES, FREE = 10, 32 * 2**20
 """Memory that a reading may take: so many times the file, and so many bytes besides."""
-
-CLASSES = ("clear", "right", "unclear", "silent", "hanging", "hungry")
-_OURS = str(Path(emlens.__file__).parent)
 
 
 # -- cases ---------------------------------------------------------------------------------------
@@ -101,7 +97,7 @@ def _work(
         reader.use(reader.read(_copied(reader, place)))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEGABYTES * 2**20,) * 2)
-        signal.signal(signal.SIGPROF, _too_long)
+        signal.signal(signal.SIGPROF, too_long)
         warnings.simplefilter("ignore")
         sys.stderr = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
         for damaged in damages:
@@ -159,54 +155,25 @@ def _read(reader: Reader, whole: Path, damaged: Path) -> tuple[str, str]:
         found = reader.read(whole)
         try:
             reader.use(found)
-        except _TooLong:
+        except TooLong:
             raise
         except Exception as error:
-            return "silent", _account(error)
+            return "silent", account(error)
         return "right", ""
-    except _TooLong as error:
-        return "hanging", _account(error)
+    except TooLong as error:
+        return "hanging", account(error)
     except MemoryError as error:
-        return "hungry", _account(error)
+        return "hungry", account(error)
     except BaseException as error:
         if "allocate memory" in str(error):
-            return "hungry", _account(error)
-        ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OURS)
+            return "hungry", account(error)
+        ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(OURS)
         told = isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError)
         named = any(path.name in str(error) for path in (whole, damaged))
-        return "clear" if ours and told and named else "unclear", _account(error)
+        return "clear" if ours and told and named else "unclear", account(error)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-class _TooLong(BaseException):
-    pass
-
-
-def _too_long(*_: object) -> None:
-    raise _TooLong
-
-
-def _account(error: BaseException) -> str:
-    *_, last = (f for f in traceback.extract_tb(error.__traceback__) if f.name != "_too_long")
-    return f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
-
-
-def lines_of(counts: Counter[tuple[str, str]]) -> Iterator[str]:
-    """The numbers as a table in text."""
-    names = list(dict.fromkeys(name for name, _ in counts))
-    yield f"{'':24}" + "".join(f"{kind:>9}" for kind in CLASSES)
-    for name in names:
-        yield f"{name:24}" + "".join(f"{counts[name, kind]:9}" for kind in CLASSES)
-    sums = [sum(counts[name, kind] for name in names) for kind in CLASSES]
-    yield f"{'all':24}" + "".join(f"{n:9}" for n in sums)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    numbers, complaints = outcomes(asked.cases, asked.seed)
-    print("\n".join([*lines_of(numbers), "", *complaints]))
-    sys.exit(1 if complaints else 0)
+    main(__doc__, outcomes)

@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ import torch
 from emlens.hooked.attach import attach
 from tests.fuzz import files
 from tests.fuzz.readers import FILES, Reader, readers
+from tests.support.control_vectors import plain_file
 from tests.support.models import tiny_model
 
 Damage = Callable[[Path], object]
@@ -60,17 +60,7 @@ def endless_array(path: Path) -> None:
 def control(tensors: dict[str, np.ndarray]) -> Damage:
     """A control vector written by the `gguf` package alone."""
 
-    def write(path: Path) -> None:
-        writer = gguf.GGUFWriter(path, "controlvector")
-        writer.add_string("controlvector.model_hint", "llama")
-        for name, values in tensors.items():
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    return write
+    return lambda path: plain_file(path, tensors)
 
 
 def header(change: Callable[[dict, dict], object]) -> Damage:

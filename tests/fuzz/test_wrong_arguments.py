@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from emlens._door import resolved
+from emlens._kinds import check_of
 from tests.fuzz.arguments import outcomes
 from tests.fuzz.calls import NOT_CALLED, World, public_functions
 
@@ -26,6 +30,21 @@ def test_the_calls_work_as_they_are(world):
             call.function(**call.arguments)
         except Exception as error:
             raise AssertionError(f"{name} does not work") from error
+
+
+def test_a_stream_is_read_whole_wherever_a_list_is_taken(world):
+    read = 0
+    for name, call in world.calls().items():
+        module = vars(sys.modules[call.function.__module__])
+        for argument, value in call.arguments.items():
+            if not isinstance(value, list) or argument not in call.parameters:
+                continue
+            check = check_of(resolved(call.parameters[argument].annotation, module))
+            if check is not None:
+                found = list(check(argument, iter(value)))
+                assert found == list(check(argument, value)), f"{name}, {argument}"
+                read += 1
+    assert read > 50
 
 
 def test_wrong_arguments_are_refused_by_name_or_give_a_right_answer():

@@ -151,7 +151,7 @@ def test_content_hashes_follow_content_and_order_only():
         (
             lambda: Conversation(({"role": "user", "content": 3},)),
             TypeError,
-            "has content of type int; it must be text",
+            r"the content of message 0 of conversation \(no id\) must be text, not 3",
         ),
         (lambda: Conversation.of("q").response, ValueError, "has no assistant message"),
         (lambda: corpus(documents=0), ValueError, "documents must be at least 1"),
