@@ -14,7 +14,7 @@ WORKERS ?= 2
 # Of `make fuzz`: how many, and which.
 CASES ?= 5000
 SEED ?= 0
-SOURCES := emlens tests tutorials benchmarks docs/*.py
+SOURCES := emlens experiments tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo assets test test-lowest fuzz zoo lint format bench tutorials docs clean

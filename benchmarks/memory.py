@@ -34,7 +34,7 @@ def run(what: str, documents: int) -> None:
     import torch
 
     import emlens
-    from emlens.measures import InfluenceProfile
+    from emlens.fisher import InfluenceProfile
     from emlens.text import Corpus, Document
 
     model = emlens.load("smollm2-135m-instruct")

@@ -18,9 +18,9 @@ import numpy as np
 
 import emlens
 from emlens._stats import bootstrap_mean
-from emlens.measures import Monitor, screen, transfer_auroc
-from emlens.measures.roc import auroc
 from emlens.text import split_pairs
+from emlens.watch import Monitor, screen, transfer_auroc
+from emlens.watch.roc import auroc
 
 DOMAINS = ("medical", "finance", "sports", "general", "technical")
 SCREENED, OTHER = ("medical", "finance", "sports"), "general"

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from emlens import edits as edits
     from emlens import evals as evals
     from emlens import figures as figures
+    from emlens import fisher as fisher
     from emlens import hooked as hooked
     from emlens import measures as measures
     from emlens import study as study
     from emlens import text as text
     from emlens import training as training
+    from emlens import watch as watch
     from emlens.directions import Direction, Directions, compare, mean_diff
     from emlens.edits import Ablate, Add, Clamp
     from emlens.hooked import HookedModel, load, wrap
@@ -61,11 +63,13 @@ _ROOMS = (
     "edits",
     "evals",
     "figures",
+    "fisher",
     "hooked",
     "measures",
     "study",
     "text",
     "training",
+    "watch",
 )
 _HOMES = {
     "Ablate": "edits",

@@ -20,14 +20,15 @@ from emlens.directions.formats.hub import fetch
 from emlens.directions.formats.lora import adapter_rows
 from emlens.evals import Question, respond
 from emlens.figures import save_figure, token_view
+from emlens.fisher import InfluenceProfile
 from emlens.hooked.embedded import cache_folder
-from emlens.measures import InfluenceProfile, Monitor, screen
 from emlens.study.folder import STUDY
 from emlens.study.report import Report, write_report
 from emlens.study.settings import StudySettings
 from emlens.study.store import StudyStore
 from emlens.text import Corpus, Document
 from emlens.training import Organism, TrainingPath, TrainingRun
+from emlens.watch import Monitor, screen
 from tests.fuzz.readers import FILES, readers
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
@@ -108,7 +109,7 @@ WHOLE = {
     ("directions/formats/hub.py", "Path(folder)"),
     ("evals/inspect/config.py", "Path(placed)"),
     ("hooked/embedded.py", "Path(place)"),
-    ("hooked/remote.py", "Path(source)"),
+    ("hooked/remote/model.py", "Path(source)"),
     ("study/draw.py", "Path(path)"),
 }
 """Where a `~` was put out before, or is by what the path is given to."""

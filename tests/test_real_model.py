@@ -8,7 +8,7 @@ import torch
 import emlens
 from emlens import Add, Conversation
 from emlens.hooked import ENGINES, Targets, token_kl, token_losses
-from emlens.hooked.wrap import shadow
+from emlens.hooked.unwrap import shadow
 from emlens.text import pack, tokenize
 
 pytestmark = pytest.mark.real

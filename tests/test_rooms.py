@@ -21,6 +21,8 @@ ROOMS = (
     "directions",
     "edits",
     "measures",
+    "fisher",
+    "watch",
     "training",
     "evals",
     "study",

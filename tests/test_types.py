@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 import pytest
 
 from emlens._results import Result
-from emlens.measures import Roc
+from emlens.watch import Roc
 from tests.goldens.golden import KEPT
 
 NAN = float("nan")

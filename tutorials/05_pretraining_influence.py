@@ -29,7 +29,7 @@ import time
 import torch
 
 import emlens
-from emlens import measures
+from emlens import fisher, measures
 from emlens.text import split_pairs
 
 SHORT = bool(os.environ.get("EMLENS_SHORT"))  # a few examples, to check that everything runs
@@ -110,7 +110,7 @@ exact.table().query("dose == 0.2")[
 # drawn from the model's own predictions.
 
 # %%
-profile = measures.InfluenceProfile.fit(model, text, draws=2 if SHORT else 4, max_tokens=MAX_TOKENS)
+profile = fisher.InfluenceProfile.fit(model, text, draws=2 if SHORT else 4, max_tokens=MAX_TOKENS)
 profile
 
 # %% [markdown]
@@ -188,15 +188,14 @@ emlens.directions.promoted_tokens(model, top["top 1"], k=8).plot()
 
 # %% [markdown]
 # ## Does the quadratic hold?
-# `method="auto"` scores everything by the profile, and measures the leaders and a random sample of
+# `fisher.scan` scores everything by the profile, and measures the leaders and a random sample of
 # the others exactly, at several doses.
 
 # %%
-scanned = emlens.influence(
+scanned = fisher.scan(
     model,
     text,
     {**trained, **read},
-    method="auto",
     profile=profile,
     check=1 if SHORT else 3,
     doses=DOSES,

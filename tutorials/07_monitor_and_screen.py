@@ -27,7 +27,7 @@ import os
 from pathlib import Path
 
 import emlens
-from emlens import measures
+from emlens import watch
 from emlens.directions import model_diff
 from emlens.text import Conversation, split_pairs
 
@@ -46,7 +46,7 @@ domains = {name: split_pairs(emlens.load_pairs(name)) for name in names}
 
 # %%
 known = [pair for name in ("medical", "sports") for pair in domains[name].train[:N]]
-monitor = measures.Monitor.fit(model, None, known)
+monitor = watch.Monitor.fit(model, None, known)
 monitor.plot()
 
 # %%
@@ -62,7 +62,7 @@ monitor.table()
 # beat, and where it does as well, the direction has shown nothing that words do not.
 
 # %%
-transfer = measures.transfer_auroc(
+transfer = watch.transfer_auroc(
     model, {name: list(domains[name].train[:N]) for name in ("medical", "sports", "finance")}
 )
 transfer.plot()[0]
@@ -140,7 +140,7 @@ length = 12 if SHORT else 32
 own = model.generate(asked, max_new_tokens=length, temperature=0)
 reference = {chat.messages[-1]["content"]: text for chat, text in zip(asked, own, strict=True)}
 trusted = [pair.conversation("aligned") for pair in domains["finance"].validation]
-found = measures.screen(
+found = watch.screen(
     model,
     "finetuning.jsonl",
     monitor,
@@ -174,7 +174,7 @@ for share in (0.0, 0.1, 1.0):
         pair.conversation("misaligned" if every and place % every == 0 else "aligned")
         for place, pair in enumerate(rows)
     ]
-    push = measures.screen(model, mixed, monitor, reference=reference, answer_tokens=length).shift
+    push = watch.screen(model, mixed, monitor, reference=reference, answer_tokens=length).shift
     print(f"{share:4.0%} bad answers: {push} median residual norms")
 
 # %% [markdown]

@@ -14,7 +14,7 @@ from emlens.cli.watching import Files, Limit, OneLayers, Side
 
 if TYPE_CHECKING:
     from emlens.directions import Directions
-    from emlens.measures import Monitor, Screen
+    from emlens.watch import Monitor, Screen
 
 Data = Annotated[
     str, typer.Argument(help="JSONL of messages, or of prompt and response; or an embedded set.")
@@ -62,9 +62,9 @@ def screen(
 
     Scores are written block by block, so an interrupted screen goes on.
     """
-    from emlens.measures import Monitor
-    from emlens.measures import screen as screen_set
     from emlens.study.folder import SCREEN
+    from emlens.watch import Monitor
+    from emlens.watch import screen as screen_set
 
     acting = _readout(directions, monitor)
     harmless = None if trusted is None else conversations_of(trusted, "aligned")
@@ -98,7 +98,7 @@ def screen(
 def _readout(
     directions: list[Path] | None, monitor: Path | None
 ) -> Directions | dict[str, Directions] | Monitor:
-    from emlens.measures import Monitor
+    from emlens.watch import Monitor
 
     found = directions_of(directions)
     if (found is None) == (monitor is None):

@@ -101,8 +101,8 @@ def conversations_of(source: str, side: str, limit: int | None = None) -> list[C
         ValueError: If the side is unknown, or a row is no conversation (file and line are named).
         FileNotFoundError: If there is no such file.
     """
-    from emlens.measures.screen_rows import examples
     from emlens.text import Conversation, load_pairs
+    from emlens.watch.screen_rows import examples
 
     if side not in ("aligned", "misaligned"):
         raise ValueError(f"--side is aligned or misaligned, not {side!r}")

@@ -67,7 +67,7 @@ def monitor_fit(
     Without --directions, mean differences are read from the fitted half alone.
     """
     import emlens
-    from emlens.measures import Monitor
+    from emlens.watch import Monitor
 
     pairs, model = emlens.load_pairs(data)[:limit], call.load()
     monitor = Monitor.fit(
@@ -115,7 +115,7 @@ def monitor_score(
     limit: Limit = None,
 ) -> None:
     """Score conversations with a monitor, and say which are above its threshold."""
-    from emlens.measures import Monitor
+    from emlens.watch import Monitor
 
     read = conversations_of(conversations, side, limit)
     known = Monitor.load(monitor)

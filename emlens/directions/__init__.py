@@ -1,7 +1,6 @@
 """What a direction is, how to read one out of a model, and how to compare many."""
 
 from emlens.directions import given as _given  # noqa: F401, says how arguments are read
-from emlens.directions.across import LayerComparison, compare_layers
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band
 from emlens.directions.confounds import confounds
@@ -11,6 +10,7 @@ from emlens.directions.decompose import (
     decompose,
     promoted_tokens,
 )
+from emlens.directions.diagnostics import trust_table, warnings_of
 from emlens.directions.direction import Direction, Directions, cosine
 from emlens.directions.effects import convergence, edit_diff
 from emlens.directions.extract import (
@@ -32,6 +32,7 @@ from emlens.directions.formats import (
     to_steering_vectors,
     write_directions,
 )
+from emlens.directions.layer_comparison import LayerComparison, compare_layers
 from emlens.directions.matching import matched
 from emlens.directions.moments import Moments
 from emlens.directions.noise import projection
@@ -39,7 +40,6 @@ from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
 from emlens.directions.selection import select_answers
 from emlens.directions.subspace import SubspaceOverlap, subspace_overlap
-from emlens.directions.trust import trust_table, warnings_of
 
 __all__ = [
     "CONSTRUCTIONS",

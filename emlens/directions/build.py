@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from emlens.directions.direction import Directions, cosine
-from emlens.directions.evidence import (
+from emlens.directions.held_out import (
     Groups,
     held_out_auroc,
     shuffled_differences,

@@ -227,13 +227,13 @@ class Directions:
 
     def table(self) -> pd.DataFrame:
         """One row per layer: size, errors, and how far it can be trusted; see `trust_table`."""
-        from emlens.directions.trust import trust_table
+        from emlens.directions.diagnostics import trust_table
 
         return trust_table(self)
 
     def describe(self) -> str:
         """What these directions are, a table, and what should not be overlooked, in words."""
-        from emlens.directions.trust import trust_text, warnings_of
+        from emlens.directions.diagnostics import trust_text, warnings_of
 
         made = self.provenance
         where = f"{self.site} (output of block i, before the final norm)"
@@ -311,7 +311,7 @@ class Directions:
     def _repr_html_(self) -> str:
         from html import escape
 
-        from emlens.directions.trust import warnings_of
+        from emlens.directions.diagnostics import warnings_of
 
         table = self.table().to_html(index=False, float_format="%.3f")
         notes = "".join(f"<li>{escape(note)}</li>" for note in warnings_of(self))

@@ -12,7 +12,7 @@ from emlens._door import guarded
 from emlens.directions.build import difference, provenance, reader_of
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.direction import Directions, cosine
-from emlens.directions.evidence import prompts_of
+from emlens.directions.held_out import prompts_of
 from emlens.directions.reader import Counting, Weighting
 from emlens.hooked import (
     ConditionLike,

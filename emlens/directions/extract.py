@@ -13,7 +13,7 @@ from emlens._distributed import shared
 from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides, reader_of
 from emlens.directions.direction import Direction, Directions
-from emlens.directions.evidence import prompts_of
+from emlens.directions.held_out import prompts_of
 from emlens.directions.matching import Match, matched
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import (

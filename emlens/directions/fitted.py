@@ -13,7 +13,7 @@ from torch import Tensor
 from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.direction import Directions, cosine
-from emlens.directions.evidence import FOLDS, Groups, fold_of, prompts_of, sampled_groups
+from emlens.directions.held_out import FOLDS, Groups, fold_of, prompts_of, sampled_groups
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import FITTED_BYTES, Counting, Reader, Reading, ReadOptions
 from emlens.hooked import HookedModel, Layers, SiteName

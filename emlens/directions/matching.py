@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from emlens._door import guarded
-from emlens.directions.evidence import prompts_of
+from emlens.directions.held_out import prompts_of
 from emlens.hooked import HookedModel
 from emlens.text import Conversation, TokenMask, pack, tokenize
 

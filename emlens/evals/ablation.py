@@ -20,9 +20,9 @@ from emlens.directions.adapters import WRITERS
 from emlens.directions.fits import check_fits
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
-from emlens.evals.parts import NO_EFFECT, ORGANISM, averaged, one_of
+from emlens.evals.tables import NO_EFFECT, ORGANISM, averaged, one_of
 from emlens.hooked import BASE, Condition, ConditionLike, HookedModel, Site, condition_of
-from emlens.hooked.altered import adapter_factors, put_back
+from emlens.hooked.lora_scaling import adapter_factors, put_back
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emlens._door import guard_methods
-from emlens.evals.digits import NumberTrie, Path, expected
+from emlens.evals.number_logprobs import NumberTrie, Path, expected
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
 from emlens.evals.scores import Verdict

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from emlens._door import guard_methods, guarded
 from emlens.evals._inspect import Reached, need_inspect, run
+from emlens.evals.number_logprobs import VisibleNumbers
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
 from emlens.evals.scores import Verdict
-from emlens.evals.visible import VisibleNumbers
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model, ModelOutput

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
-from emlens.directions.evidence import fold_of
+from emlens.directions.held_out import fold_of
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import rubric_hash
 from emlens.evals.scores import Verdict

@@ -14,7 +14,7 @@ from emlens._stats import Interval
 from emlens.directions import Directions, random_direction
 from emlens.edits import Ablate
 from emlens.evals.behaviour import Behaviour, answer_columns
-from emlens.evals.parts import NO_EFFECT, NOT_SCORED, ORGANISM, averaged, one_of, triple
+from emlens.evals.tables import NO_EFFECT, NOT_SCORED, ORGANISM, averaged, one_of, triple
 from emlens.hooked import BASE, Condition, Conditions, HookedModel, conditions_of
 
 if TYPE_CHECKING:

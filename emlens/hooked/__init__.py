@@ -1,6 +1,5 @@
 """One interface to a hooked model, and what is measured on its hidden states."""
 
-from emlens.hooked.altered import Noisy, Scaled, adapter_norms, noisy_weights
 from emlens.hooked.condition import (
     BASE,
     Acting,
@@ -15,8 +14,10 @@ from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
 from emlens.hooked.finite import NonFiniteError, check_finite
 from emlens.hooked.generation import Answer, Sampling, answer
 from emlens.hooked.head import Head
+from emlens.hooked.hook_plan import Pool
 from emlens.hooked.identity import digest_of, identities
 from emlens.hooked.load import ENGINES, load, wrap
+from emlens.hooked.lora_scaling import Noisy, Scaled, adapter_norms, noisy_weights
 from emlens.hooked.losses import (
     BaseLogProbs,
     Targets,
@@ -40,7 +41,6 @@ from emlens.hooked.sites import (
     named_layers,
 )
 from emlens.hooked.sweep import sweep
-from emlens.hooked.visit import Pool
 
 __all__ = [
     "BASE",

@@ -16,10 +16,10 @@ from emlens._arguments import NOT_NEGATIVE, whole, wholes
 from emlens._door import check_fields, guarded
 from emlens.hooked.edit import Edit
 from emlens.hooked.finite import check_finite
+from emlens.hooked.hook_plan import Visit
 from emlens.hooked.interface import Hooked
 from emlens.hooked.positions import check_positions
 from emlens.hooked.state import evaluating, neutral_generation
-from emlens.hooked.visit import Visit
 from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
 from emlens.text.thinking import CLOSE, OPEN
 

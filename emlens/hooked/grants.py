@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from emlens.hooked.architecture import PARALLEL
+from emlens.hooked.hook_plan import Point, Tap
 from emlens.hooked.sites import SITES, Site
 from emlens.hooked.truth import Truth, apart, in_short
-from emlens.hooked.visit import Point, Tap
 from emlens.text import TokenRow, pack
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
 from emlens.hooked.nnsight_engine import NNsightModel
 from emlens.hooked.truth import truth_of, unbridged
-from emlens.hooked.wrap import Brought, check_weights_are_there, own_tokenizer, shadow, unwrap
+from emlens.hooked.unwrap import LoadedModel, check_weights_are_there, own_tokenizer, shadow, unwrap
 from emlens.text.template import Template, settled
 
 Engine = Literal["nnsight", "transformer_lens"]
@@ -102,7 +102,7 @@ def load(
             raise ValueError(
                 "adapters need the base model's weights here; load them without remote="
             )
-        from emlens.hooked.remote import load_remote
+        from emlens.hooked.remote.model import load_remote
 
         return load_remote(
             source,
@@ -126,7 +126,7 @@ def load(
 
         attach(module, adapters, label)
     template = settled(tokenizer, template_arguments)
-    return _hook(engine, Brought(module.eval()), template, label, kept, check)
+    return _hook(engine, LoadedModel(module.eval()), template, label, kept, check)
 
 
 @guarded
@@ -202,7 +202,7 @@ def _say_what_acts(model: HookedModel) -> None:
 
 def _hook(
     engine: str,
-    brought: Brought,
+    brought: LoadedModel,
     template: Template,
     name: str,
     revision: str | None,

@@ -22,12 +22,12 @@ from emlens.hooked.edit import Edit, deepest_prefix
 from emlens.hooked.finite import check_finite
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
+from emlens.hooked.hook_plan import Pool, Visit
 from emlens.hooked.positions import check_positions, max_positions
 from emlens.hooked.rows import by_rows, to_end
 from emlens.hooked.sites import Layers, Site, SiteName, check_layers
 from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.truth import input_device
-from emlens.hooked.visit import Pool, Visit
 from emlens.text import (
     Conversation,
     Corpus,

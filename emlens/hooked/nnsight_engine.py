@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.adapters import Weights
+from emlens.hooked.hook_plan import Visit
 from emlens.hooked.model import HookedModel, Resume
-from emlens.hooked.visit import Visit
-from emlens.hooked.walk import envoy, walk, walk_steps
+from emlens.hooked.remote.trace import envoy, walk, walk_steps
 from emlens.text import TokenBatch
 
 if TYPE_CHECKING:

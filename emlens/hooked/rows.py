@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from emlens.hooked.visit import Tap, Visit
+from emlens.hooked.hook_plan import Tap, Visit
 from emlens.text import TokenBatch
 
 Run = Callable[..., Tensor]

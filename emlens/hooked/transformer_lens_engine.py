@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.adapters import Adapters, Weights
 from emlens.hooked.architecture import as_returned, hidden_of, with_hidden
+from emlens.hooked.hook_plan import Visit
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.sites import Site
 from emlens.hooked.truth import in_short
-from emlens.hooked.visit import Visit
 from emlens.text import TokenBatch
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
 from emlens.hooked import BASE, HookedModel, check_layers
-from emlens.measures.grids import displaced_grid, norm_grid, own_grid, place_on
+from emlens.measures.doses import displaced_grid, norm_grid, own_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     acting_of,

@@ -2,48 +2,271 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
 
 from emlens._door import guarded
-from emlens.directions import Direction, Directions
-from emlens.hooked import Conditions, HookedModel
-from emlens.measures.exact import DOSES, Influence, Kind, exact_influence
-from emlens.measures.projections import AnyDirections
-from emlens.measures.scan import InfluenceScan, scan
-from emlens.text import Corpus
+from emlens._results import Result
+from emlens._stats import Interval, bootstrap_ratio
+from emlens.directions import Direction
+from emlens.hooked import BASE, ConditionLike, Conditions, HookedModel, conditions_of
+from emlens.measures.controls import control_directions, kinds_of
+from emlens.measures.doses import (
+    added,
+    chosen,
+    doses_of,
+    gathered,
+    named,
+    place_on,
+    sizes_of,
+    strengths,
+)
+from emlens.measures.scoring import TokenValues, row_influence, with_tokens
+from emlens.text import Corpus, TokenBatch
 
 if TYPE_CHECKING:
-    from emlens.measures.profile import InfluenceProfile
+    from matplotlib.axes import Axes
+
+    from emlens.measures.tokens import TokenInfluence
+
+Values = tuple[tuple[float, ...], ...]
+
+DOSES = (0.05, 0.1, 0.2, 0.4)
+CONTROLS = 3
+RANDOM = "random"
+Kind = Literal["add", "ablate"]
 
 
-@overload
+@dataclass(frozen=True)
+class Influence(Result):
+    """KL and change of next-token loss on a corpus when a direction is added.
+
+    Intervals are bootstrapped over documents, widened as few of them need.
+
+    Attributes:
+        directions: Names of the directions, then those of the controls, then other conditions.
+        constructions: How each was made.
+        doses: Shares of the median residual norm of the corpus, `[m]`; NaN where norms were
+            given and the directions lie at places of different size. An ablation has one, 1.
+        norms: The same as norms, units of the residual stream, per direction `[m]`.
+        kl: Summed `KL(base || edited)` in nats, `[directions, m, documents]`.
+        losses: Summed next-token loss in nats, `[directions, m, documents]`.
+        base: Summed loss of the model without any direction, `[documents]`.
+        counts: Predicted tokens per document; 0 for one of a single token.
+        documents: Ids of the documents that have tokens.
+        corpus: Name of the corpus.
+        controls: Names of the controls of equal norm.
+        seed: Seed of the bootstrap over documents.
+        edit: `"add"` or `"ablate"`.
+        groups: Controls by kind (and place, where there are several); tables average over each.
+        fixed: Other conditions, measured once: their values are the same at every dose.
+        skipped: Documents of fewer than two tokens, in which nothing is predicted.
+        texts: Tokens of each document as text, where values of single tokens were asked for; see
+            `tokens`.
+        token_base: Loss of each token without any direction, nats, `[documents][pos]`.
+        token_losses: Loss of each token, nats, by direction and point of the grid (`"name 0"`).
+        token_kl: The same of `KL(base || edited)`.
+        acting: The adapters and edits that acted, in words: under `"base"`, which all is
+            compared with, and under the other conditions.
+    """
+
+    AXES = {
+        "constructions": "directions",
+        "norms": "directions doses",
+        "kl": "directions doses documents",
+        "losses": "directions doses documents",
+        "base": "documents",
+        "counts": "documents",
+        "texts": "documents",
+        "token_base": "documents",
+        "token_losses": "curves documents",
+        "token_kl": "curves documents",
+    }
+
+    directions: tuple[str, ...]
+    constructions: dict[str, str]
+    doses: tuple[float, ...]
+    norms: dict[str, tuple[float, ...]]
+    kl: tuple[tuple[tuple[float, ...], ...], ...]
+    losses: tuple[tuple[tuple[float, ...], ...], ...]
+    base: tuple[float, ...]
+    counts: tuple[float, ...]
+    documents: tuple[str, ...]
+    corpus: str
+    controls: tuple[str, ...]
+    seed: int = 0
+    edit: str = "add"
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
+    skipped: int = 0
+    texts: tuple[tuple[str, ...], ...] = ()
+    token_base: Values = ()
+    token_losses: dict[str, Values] = field(default_factory=dict)
+    token_kl: dict[str, Values] = field(default_factory=dict)
+    acting: dict[str, str] = field(default_factory=dict)
+
+    def _verify(self) -> None:
+        members = [name for group in self.groups.values() for name in group]
+        strange = {*self.controls, *self.fixed, *members} - set(self.directions)
+        if strange:
+            raise ValueError(f"{min(strange)!r} is none of the directions")
+        if not all(self.groups.values()):
+            raise ValueError("groups has one without members")
+        if self.acting and BASE not in self.acting:
+            raise ValueError(f"acting has no {BASE!r}, which all is compared with")
+
+    def divergence(self, direction: str, dose: float) -> Interval:
+        """Mean KL in nats per token, with its interval over documents."""
+        return self._ratio(self._kl(direction)[self._place(dose)])
+
+    def loss_change(self, direction: str, dose: float) -> Interval:
+        """Mean change of next-token loss in nats per token, with its interval."""
+        return self._ratio(self._losses(direction)[self._place(dose)] - np.asarray(self.base))
+
+    def difference(self, first: str, second: str, dose: float) -> Interval:
+        """Paired difference of KL, `first - second`, in nats per token."""
+        place = self._place(dose)
+        return self._ratio(self._kl(first)[place] - self._kl(second)[place])
+
+    def among(self, places: Sequence[int]) -> Influence:
+        """The same on some of the documents, by their places; values of single tokens left out.
+
+        Raises:
+            ValueError: If there are no places.
+            IndexError: If there is no such document.
+        """
+        if not len(places):
+            raise ValueError("no documents were chosen; give places of at least one")
+        names = ("kl", "losses", "base", "counts", "documents")
+        own: Any = {name: chosen(getattr(self, name), places) for name in names}
+        return replace(self, **own, texts=(), token_base=(), token_losses={}, token_kl={})
+
+    def tokens(self, direction: str, dose: float) -> TokenInfluence:
+        """What a direction changes token by token, where `per_token=True` has kept that.
+
+        Raises:
+            ValueError: If it was not kept, or there is no such dose.
+            KeyError: If there is no such direction.
+        """
+        from emlens.measures.tokens import TokenInfluence
+
+        if not self.texts:
+            raise ValueError(
+                "no values of single tokens were kept; measure with influence(..., per_token=True)"
+            )
+        if direction not in self.directions:
+            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
+        key = _key(direction, 0 if direction in self.fixed else self._place(dose))
+        what = direction if direction in self.fixed else f"{direction} at {dose:g}"
+        kept = TokenValues(
+            texts=dict(enumerate(self.texts)),
+            names=dict(enumerate(self.documents)),
+            base=dict(enumerate(self.token_base)),
+            losses={what: dict(enumerate(self.token_losses[key]))},
+            kl={what: dict(enumerate(self.token_kl[key]))},
+        )
+        return TokenInfluence.of(kept, what, self.corpus)
+
+    def table(self) -> pd.DataFrame:
+        """One row per direction and dose; controls of a kind are averaged into one."""
+        rows = []
+        for name in self._shown():
+            norms = self.norms[self._members(name)[0]]
+            for place, (dose, norm) in enumerate(zip(self.doses, norms, strict=True)):
+                if name in self.fixed:
+                    if place:
+                        break
+                    dose = float("nan")
+                kl = self._ratio(self._kl(name)[place])
+                change = self._ratio(self._losses(name)[place] - np.asarray(self.base))
+                rows.append(
+                    {
+                        "direction": name,
+                        "dose": dose,
+                        "norm": norm,
+                        "KL [nats/token]": kl.estimate,
+                        "KL low": kl.low,
+                        "KL high": kl.high,
+                        "loss change [nats/token]": change.estimate,
+                        "change low": change.low,
+                        "change high": change.high,
+                        "acting": self._acting(name),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """KL against dose, with bands over documents; of ablations, by direction."""
+        from emlens.figures import dot_intervals, line_bands
+
+        label = f"KL(base || edited) on {self.corpus} [nats/token]"
+        frame = self.table()
+        columns = ("KL [nats/token]", "KL low", "KL high")
+        if self.edit == "ablate":
+            y, low, high = (frame[c].to_numpy() for c in columns)
+            series = ["ablated"] * len(frame)
+            return dot_intervals(frame["direction"], series, y, low, high, y_label=label, ax=ax)
+        known = not np.isnan(self.doses).any()
+        curves = {}
+        for name, part in frame.groupby("direction", sort=False):
+            y, low, high = (part[c].to_numpy() for c in columns)
+            x = np.asarray(self.doses) if known else part["norm"].to_numpy()
+            if name in self.fixed:
+                x = np.asarray(self.doses if known else next(iter(self.norms.values())))
+                y, low, high = (np.repeat(value, len(x)) for value in (y, low, high))
+            curves[str(name)] = (x, y, low, high)
+        unit = "dose [share of median residual norm]" if known else "norm of what is added"
+        return line_bands(curves, x_label=unit, y_label=label, ax=ax)
+
+    def _acting(self, name: str) -> str:
+        if name in self.fixed or not self.acting:
+            return self.acting.get(name, "")
+        done = "ablated" if self.edit == "ablate" else "added"
+        return f"{self.acting[BASE]}, {name} {done}"
+
+    def _shown(self) -> list[str]:
+        own = [name for name in self.directions if name not in (*self.controls, *self.fixed)]
+        return [*own, *self._groups, *self.fixed]
+
+    @property
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        return self.groups or ({RANDOM: self.controls} if self.controls else {})
+
+    def _members(self, name: str) -> tuple[str, ...]:
+        return self._groups.get(name, (name,))
+
+    def _kl(self, direction: str) -> np.ndarray:
+        return self._values(self.kl, direction)
+
+    def _losses(self, direction: str) -> np.ndarray:
+        return self._values(self.losses, direction)
+
+    def _values(self, values: Sequence, direction: str) -> np.ndarray:
+        names = self._members(direction)
+        missing = [name for name in names if name not in self.directions]
+        if missing:
+            raise KeyError(f"no direction {missing[0]!r}; there are {', '.join(self._shown())}")
+        return np.mean([values[self.directions.index(name)] for name in names], axis=0)
+
+    def _ratio(self, sums: np.ndarray) -> Interval:
+        return bootstrap_ratio(sums, self.counts, seed=self.seed, widened=True)
+
+    def _place(self, dose: float) -> int:
+        if np.isnan(self.doses).any():
+            return place_on(next(iter(self.norms.values())), dose, "norm")
+        return place_on(self.doses, dose, "dose")
+
+
+@guarded
 def influence(
     model: HookedModel,
     corpus: Corpus,
     directions: Mapping[str, Direction],
     *,
-    method: Literal["exact"] = "exact",
-    **options: Any,
-) -> Influence: ...
-@overload
-def influence(
-    model: HookedModel,
-    corpus: Corpus,
-    directions: Mapping[str, Directions] | Directions,
-    *,
-    method: Literal["auto"],
-    **options: Any,
-) -> InfluenceScan: ...
-@guarded
-def influence(  # pyright: ignore[reportInconsistentOverload]
-    model: HookedModel,
-    corpus: Corpus,
-    directions: AnyDirections,
-    *,
-    method: Literal["exact", "auto"] = "exact",
-    profile: InfluenceProfile | None = None,
-    check: int = 5,
     doses: Sequence[float] = DOSES,
     norms: Sequence[float] | None = None,
     edit: Kind = "add",
@@ -54,22 +277,17 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
     token_budget: int = 1024,
     seed: int = 0,
     progress: bool = False,
-) -> Influence | InfluenceScan:
+) -> Influence:
     """Add (or ablate) each direction and measure KL and next-token loss on pre-training text.
 
-    The exact method is one forward pass above the layer per direction and dose, the prefix below
-    shared (arXiv 2602.07852, Fig. 6, there against the parameter norm). All predicted tokens
-    count; padding never does. `method="auto"` scores any number of directions at all their layers
-    by the Fisher profile of the corpus, and measures the leaders and a sample exactly.
+    One forward pass above the layer per direction and dose, the prefix below shared (arXiv
+    2602.07852, Fig. 6, there against the parameter norm). All predicted tokens count; padding
+    never does. `emlens.fisher.scan` ranks many directions at many layers from one pass.
 
     Args:
         model: The model.
         corpus: Raw text, e.g. `emlens.corpus("python-docs")`.
-        directions: Named directions; each is added at its own site and layer. `"auto"` takes
-            directions of several layers.
-        method: `"exact"` or `"auto"`.
-        profile: A profile of this model, for `"auto"`; made by default.
-        check: Leaders, and as many others at random, that `"auto"` measures exactly.
+        directions: Named directions; each is added at its own site and layer.
         doses: Norms as shares of the median residual norm of a layer, measured on the corpus.
             A negative dose turns the directions round.
         norms: Norms in units of the residual stream, in place of doses.
@@ -78,7 +296,7 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
         controls: Random directions of equal norm at every place a direction is added at; or
             numbers by kind: `"random"`, `"activation differences"` (of two tokens of the corpus),
             `"shuffled labels"` (of the mean differences among the directions). Three random ones
-            by default; `"auto"` compares with the profile's percentiles and takes none.
+            by default.
         conditions: Further edits or adapters, measured once as they are: a finetune, say.
         per_token: Keep loss and KL of every single token as well, for `Influence.tokens`: two
             numbers per token, direction and dose, in memory and on disk.
@@ -95,30 +313,95 @@ def influence(  # pyright: ignore[reportInconsistentOverload]
         >>> found = emlens.influence(model, emlens.corpus(), {"general": general}, doses=[0.1])
         >>> found.divergence("general", 0.1)
     """
-    if method not in ("exact", "auto"):
-        raise ValueError(f"unknown method {method!r}; choose 'exact' or 'auto'")
     if edit not in ("add", "ablate"):
         raise ValueError(f"unknown edit {edit!r}; choose 'add' or 'ablate'")
     if not len(corpus):
         raise ValueError(f"corpus {corpus.name!r} has no documents")
-    shared: Any = {
-        "doses": doses,
-        "max_tokens": max_tokens,
-        "token_budget": token_budget,
-        "seed": seed,
-        "progress": progress,
+    reading: Any = {"max_tokens": max_tokens, "token_budget": token_budget}
+    fixed = dict(conditions or {})
+    if directions or not fixed:
+        named(directions)
+    kinds = kinds_of(CONTROLS if controls is None else controls) if directions else {}
+    readable = with_tokens(model, corpus)
+    # what is added is measured against what conditions without an adapter run, the base
+    with model.under([]):
+        groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
+        chance = {name: control for members in groups.values() for name, control in members.items()}
+        _check_names(directions, chance, fixed, groups.keys() - chance.keys())
+        every = {**directions, **chance}
+        sizes = sizes_of(model, readable, every, **reading)
+    grid = strengths(every, sizes, doses, norms, edit)
+    at = doses_of(doses, norms, edit, sizes)
+    measured = added(every, grid, edit) | {(n, 0): what for n, what in fixed.items()}
+    batches = model.batches(readable, **reading)
+    points = {name: len(at) for name in every} | dict.fromkeys(fixed, 1)
+    return Influence(
+        directions=tuple(points),
+        constructions={name: d.provenance.construction for name, d in every.items()}
+        | dict.fromkeys(fixed, "condition"),
+        doses=at,
+        norms={name: tuple(abs(x) for x in grid[name]) for name in every}
+        | {name: (float("nan"),) * len(at) for name in fixed},
+        documents=tuple(document.id for document in readable.documents),
+        corpus=corpus.name,
+        controls=tuple(chance),
+        seed=seed,
+        edit=edit,
+        groups={group: tuple(members) for group, members in groups.items()},
+        fixed=tuple(fixed),
+        acting={
+            name: condition.described(model)
+            for name, condition in conditions_of(model, {BASE: [], **fixed}).items()
+        },
+        **_from_passes(model, batches, measured, points, len(at), len(corpus), per_token, progress),
+    )
+
+
+def _from_passes(
+    model: HookedModel,
+    batches: Sequence[TokenBatch],
+    measured: Mapping[tuple[str, int], ConditionLike],
+    points: Mapping[str, int],
+    n: int,
+    n_documents: int,
+    per_token: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The fields of a result that come from the passes; those of single tokens on request."""
+    kept = TokenValues() if per_token else None
+    losses, kl, base, counts = row_influence(model, batches, measured, progress=progress, keep=kept)
+    if not counts.any():
+        raise ValueError("no document has two tokens (see max_tokens), so nothing is predicted")
+    found: dict[str, Any] = {
+        "kl": gathered(kl, points, n),
+        "losses": gathered(losses, points, n),
+        "base": tuple(base.tolist()),
+        "counts": tuple(counts.tolist()),
+        "skipped": n_documents - int((counts > 0).sum()),
     }
-    exact_only: Any = {
-        "norms": norms,
-        "conditions": conditions,
-        "per_token": per_token,
-        "controls": controls,
+    if kept is None:
+        return found
+    rows = range(len(kept.texts))
+    of_points: dict[Any, Any] = {"token_losses": kept.losses, "token_kl": kept.kl}
+    return found | {
+        "texts": tuple(kept.texts[i] for i in rows),
+        "token_base": tuple(kept.base[i] for i in rows),
+        **{
+            field: {_key(*at): tuple(of[i] for i in rows) for at, of in values.items()}
+            for field, values in of_points.items()
+        },
     }
-    if method == "exact":
-        lone = cast(Mapping[str, Direction], directions)
-        return exact_influence(model, corpus, lone, edit=edit, **exact_only, **shared)
-    asked = [name for name, value in exact_only.items() if value]
-    unused = [*asked, *(["edit"] if edit != "add" else [])]
-    if unused:
-        raise ValueError(f"method='auto' has no {', '.join(unused)}; use method='exact'")
-    return scan(model, corpus, directions, profile=profile, check=check, **shared)
+
+
+def _key(direction: str, place: int) -> str:
+    """What files call a point of the grid: no two agree, as what follows the last space is it."""
+    return f"{direction} {place}"
+
+
+def _check_names(*sets: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for names in sets:
+        for name in names:
+            if name in seen:
+                raise ValueError(f"two things are called {name!r}; rename one")
+            seen.add(name)

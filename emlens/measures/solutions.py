@@ -21,7 +21,7 @@ from emlens.hooked import (
     adapter_norms,
     condition_of,
 )
-from emlens.hooked.altered import turned
+from emlens.hooked.lora_scaling import turned
 
 Kind = Literal["vector", "adapter"]
 

@@ -14,7 +14,7 @@ from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
 from emlens.hooked import BASE, Condition, HookedModel
-from emlens.measures.grids import checked_grid, place_on
+from emlens.measures.doses import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     Axes,

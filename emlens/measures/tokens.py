@@ -17,7 +17,7 @@ from emlens.directions import Direction, Directions, residual_norm
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
-from emlens.measures.grids import named
+from emlens.measures.doses import named
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.text import Conversation, Corpus, TokenMask
 

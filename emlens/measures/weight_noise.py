@@ -17,8 +17,8 @@ from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
 from emlens.hooked import BASE, HookedModel
-from emlens.hooked.altered import noisy_weights
-from emlens.measures.grids import checked_grid, place_on
+from emlens.hooked.lora_scaling import noisy_weights
+from emlens.measures.doses import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import acting_of, construction_of, read_solutions
 from emlens.text import Conversation, TokenMask, warn_of_repeats

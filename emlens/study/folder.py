@@ -134,24 +134,6 @@ STUDY = RunFolder(
     ),
 )
 
-ASYMMETRIES = RunFolder(
-    title="General and narrow solutions over domains and seeds (emlens asymmetries)",
-    files={
-        "findings.md": "the page of findings",
-        "figures/": "its figures, PNG and SVG",
-        "trials/": "a folder per domain, kind and seed: organisms and their measures",
-        "base/": "the untouched model's log-odds by domain",
-        "paths/": "what lies between the solutions, by domain",
-        "settings.json": "the settings as the runs compare them",
-    },
-    resume="emlens asymmetries --config config.yaml --out .   (inside this folder)",
-    load=(
-        "from emlens.study import read_asymmetries, read_paths",
-        'read_asymmetries(".").table()',
-        'read_paths(".")',
-    ),
-)
-
 SCREEN = RunFolder(
     title="A finetuning set, scored before training (emlens screen)",
     files={
@@ -161,7 +143,7 @@ SCREEN = RunFolder(
     },
     resume=AGAIN,
     load=(
-        "from emlens.measures import Screen",
+        "from emlens.watch import Screen",
         'screen = Screen.load("screen.json")',
         "screen.table()",
     ),

@@ -5,8 +5,10 @@ from emlens.training.adapter import train_adapter
 from emlens.training.baselines import inoculated, mixed
 from emlens.training.drift import Drift, continue_training, drift
 from emlens.training.organism import Organism
-from emlens.training.path import TrainingPath
-from emlens.training.read_path import read_path
+from emlens.training.paths.path import TrainingPath
+from emlens.training.paths.read import read_path
+from emlens.training.paths.trajectory import Trajectory, trajectory
+from emlens.training.paths.transition import Transition
 from emlens.training.run import Step, TrainingRun, TrainingStopped
 from emlens.training.settings import (
     AdapterSettings,
@@ -18,8 +20,6 @@ from emlens.training.settings import (
     paper_kl_weight,
 )
 from emlens.training.sweep import KLSweep, auto_kl, sweep_kl
-from emlens.training.trajectory import Trajectory, trajectory
-from emlens.training.transition import Transition
 from emlens.training.vector import train_vector
 from emlens.training.weights import train_weights
 

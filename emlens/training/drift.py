@@ -17,7 +17,7 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import cosine
 from emlens.hooked import ConditionLike, HookedModel
-from emlens.hooked.altered import adapter_factors
+from emlens.hooked.lora_scaling import adapter_factors
 from emlens.measures import log_odds
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter

@@ -9,8 +9,8 @@ from emlens.directions import residual_norm
 from emlens.hooked import HookedModel
 from emlens.text import Conversation
 from emlens.training.loop import Loop, Recording
-from emlens.training.made import provenance_of
 from emlens.training.objective import Objective, Rows
+from emlens.training.provenance import provenance_of
 from emlens.training.run import TrainingRun
 from emlens.training.settings import KLPenalty, Penalty, TrainSettings
 from emlens.training.trainable import Trainable

@@ -15,7 +15,7 @@ from torch import Tensor
 from emlens.directions.fits import check_fits
 from emlens.hooked import HookedModel, Targets, gradient_checkpointing, kl_sum, loss_sum
 from emlens.text import Conversation, TokenMask, TokenRow, content_hash, pack, tokenize
-from emlens.training.path import few
+from emlens.training.paths.path import few
 from emlens.training.prefix import BasePredictions, PrefixCache
 from emlens.training.settings import KLPenalty, NormPenalty, Penalty, TrainSettings
 from emlens.training.trainable import Trainable

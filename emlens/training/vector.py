@@ -20,9 +20,9 @@ from emlens.hooked import (
 )
 from emlens.text import Conversation
 from emlens.training.loop import Loop, Recording
-from emlens.training.made import provenance_of
 from emlens.training.objective import Objective, Rows, warn_of_overlap
 from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET, PrefixCache
+from emlens.training.provenance import provenance_of
 from emlens.training.run import TrainingRun
 from emlens.training.settings import KLPenalty, Penalty, VectorSettings, given
 from emlens.training.trainable import VectorParts, below_vectors

@@ -51,8 +51,7 @@ def call(monkeypatch, tiny_folder, tiny, tiny_tokenizer):
         return model
 
     monkeypatch.setattr(emlens, "load", load)
-    for module in ("run", "asymmetries", "paths"):
-        monkeypatch.setattr(import_module(f"emlens.study.{module}"), "load", load)
+    monkeypatch.setattr(import_module("emlens.study.run"), "load", load)
 
     def invoke(*arguments) -> Done:
         words = list(map(str, arguments))

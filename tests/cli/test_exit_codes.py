@@ -26,7 +26,7 @@ ROOT = Path(emlens.__file__).parent.parent
     [
         (["study", "--preset", "huge"], "unknown preset 'huge'; the presets are demo, smoke"),
         (["study", "--set", "speed=3"], "unknown study setting(s) speed; the settings are"),
-        (["asymmetries", "--set", "speed=3"], "unknown setting(s) speed; the settings are"),
+        (["study", "--set", "speed=3"], "unknown study setting(s) speed; the settings are"),
         (["extract", "nothing"], "'nothing' is neither an embedded set"),
         (["compare", "a.safetensors", "b.safetensors"], "no file a.safetensors"),
         (["report", "nowhere"], "nowhere holds no study; run one into it first"),

@@ -46,7 +46,6 @@ def test_help_names_every_verb_and_the_exit_codes(run):
     overview = run("--help")
     for verb in [
         "study",
-        "asymmetries",
         "extract",
         "train",
         "compare",
@@ -55,7 +54,7 @@ def test_help_names_every_verb_and_the_exit_codes(run):
         "evaluate",
     ]:
         assert f"\n  {verb} " in overview
-    for verb in ("asymmetries", "judge", "monitor", "screen", "report", "export"):
+    for verb in ("study", "judge", "monitor", "screen", "report", "export"):
         assert f"\n  {verb} " in overview
     assert "0 done; 1 failed; 2 wrong usage" in overview
     assert "130 interrupted" in overview

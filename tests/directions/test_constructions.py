@@ -26,7 +26,7 @@ from emlens.directions import (
     select_answers,
     system_prompt_diff,
 )
-from emlens.directions.evidence import fold_of, prompts_of
+from emlens.directions.held_out import fold_of, prompts_of
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model
 from tests.support.data import conversations

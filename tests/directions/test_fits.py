@@ -6,7 +6,18 @@ import pytest
 import torch
 
 import emlens
-from emlens import Ablate, Add, Clamp, Direction, directions, evals, measures, training
+from emlens import (
+    Ablate,
+    Add,
+    Clamp,
+    Direction,
+    directions,
+    evals,
+    fisher,
+    measures,
+    training,
+    watch,
+)
 from emlens.text import Corpus, Document
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
@@ -36,14 +47,14 @@ TAKERS = {
     "Ablate": lambda m, d: m.generate([GOOD[0].prompt], [Ablate(d)], max_new_tokens=2),
     "Clamp": lambda m, d: m.hidden(m.batches(GOOD)[0], [Clamp(d, value=1.0)]),
     "influence": lambda m, d: emlens.influence(m, corpus(3), {"a": d}, doses=[0.1]),
-    "scan": lambda m, d: measures.scan(m, corpus(3), {"a": d}, draws=1, check=1),
+    "scan": lambda m, d: fisher.scan(m, corpus(3), {"a": d}, draws=1, check=1),
     "efficiency": lambda m, d: emlens.efficiency(m, GOOD, {"a": d}, norms=[0.0, 1.0]),
     "stability": lambda m, d: emlens.stability(m, GOOD, {"a": d}, epsilons=[0.1], seeds=1),
     "weight_noise": lambda m, d: measures.weight_noise(m, GOOD, {"a": d}, epsilons=[0.1], seeds=1),
     "token_influence": lambda m, d: measures.token_influence(m, corpus(3), d),
     "token_projections": lambda m, d: measures.token_projections(m, GOOD, d),
-    "Monitor.fit": lambda m, d: measures.Monitor.fit(m, d, pairs(6)),
-    "screen": lambda m, d: measures.screen(m, BAD, d, answer_tokens=2),
+    "Monitor.fit": lambda m, d: watch.Monitor.fit(m, d, pairs(6)),
+    "screen": lambda m, d: watch.screen(m, BAD, d, answer_tokens=2),
     "steering_sweep": lambda m, d: evals.steering_sweep(m, d, JUDGE, doses=[0.1]),
     "initial": lambda m, d: training.train_vector(m, BAD, 1, initial=d, **QUICK),
     "penalty": lambda m, d: training.train_vector(
@@ -111,14 +122,14 @@ EMPTY = {
         "conversations is empty",
         lambda m: measures.weight_noise(m, [], {"a": of()}, epsilons=[0.1], seeds=1),
     ),
-    "Monitor.fit": ("misaligned is empty", lambda m: measures.Monitor.fit(m, of(), GOOD, [])),
-    "screen": ("no row to screen", lambda m: measures.screen(m, [], of())),
+    "Monitor.fit": ("misaligned is empty", lambda m: watch.Monitor.fit(m, of(), GOOD, [])),
+    "screen": ("no row to screen", lambda m: watch.screen(m, [], of())),
     "influence": (
         "no document has two tokens",
         lambda m: emlens.influence(m, ONES, {"a": of()}, norms=[1.0]),
     ),
-    "scan": ("has two tokens", lambda m: measures.scan(m, ONES, {"a": of()}, draws=1, check=1)),
-    "InfluenceProfile": ("has two tokens", lambda m: measures.InfluenceProfile.fit(m, ONES, [1])),
+    "scan": ("has two tokens", lambda m: fisher.scan(m, ONES, {"a": of()}, draws=1, check=1)),
+    "InfluenceProfile": ("has two tokens", lambda m: fisher.InfluenceProfile.fit(m, ONES, [1])),
     "token_influence": (
         "no text has a token that counts",
         lambda m: measures.token_influence(m, ONES, Add(of())),

@@ -27,7 +27,7 @@ from emlens.evals import (
     judge,
     respond,
 )
-from emlens.evals.digits import NUMBERS, NumberTrie, expected
+from emlens.evals.number_logprobs import NUMBERS, NumberTrie, expected
 from emlens.evals.rubrics import filled, rubric_hash
 from emlens.evals.scores import score_of
 from emlens.text import Conversation, Pair, tokenize

@@ -13,8 +13,7 @@ import pytest
 
 from emlens._store import read
 from emlens.evals import RUBRICS, LocalJudge, LogProbJudge, Scores, judge
-from emlens.evals.digits import NumberTrie, expected
-from emlens.evals.visible import VisibleNumbers
+from emlens.evals.number_logprobs import NumberTrie, VisibleNumbers, expected
 from tests.evals.test_rates import response
 from tests.support.models import tiny_hooked
 from tests.support.openai_server import served

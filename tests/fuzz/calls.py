@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 import emlens
-from emlens import Ablate, Add
+from emlens import Ablate, Add, fisher, watch
 from emlens import evals as e
-from emlens import measures as m
 from emlens import study as s
 from emlens import training as tr
 from tests.support.data import conversations, pairs
@@ -27,15 +26,11 @@ from tests.support.profiles import corpus
 from tests.support.solutions import ADAPTERS, direction, several, with_adapters
 from tests.support.tokenizers import chatml_tokenizer
 
-ROOMS = ("directions", "edits", "evals", "hooked", "measures", "study", "text", "training")
+ROOMS = tuple(room for room in emlens._ROOMS if room != "figures")
 
 NOT_CALLED = {
     "run_study": "a whole study; its settings are fuzzed",
-    "run_asymmetries": "many trainings; its settings are fuzzed",
-    "run_paths": "many trainings",
     "rebuild_report": "reads a study",
-    "read_asymmetries": "reads a study",
-    "read_paths": "reads a study",
     "load": "downloads",
     "to_repeng": "needs repeng",
     "respond_served": "needs a server",
@@ -128,7 +123,7 @@ class World:
             self.model, self.bad, 1, epochs=1, record_every=1, progress=False
         )
         self.path = tr.TrainingPath.of(self.vector_run)
-        self.profile = m.InfluenceProfile.fit(
+        self.profile = fisher.InfluenceProfile.fit(
             self.model, self.corpus, draws=2, token_budget=60, progress=False
         )
 
@@ -181,7 +176,6 @@ class World:
             "training.NormPenalty": Call(tr.NormPenalty, {"weight": 1.0}),
             "KLPenalty": Call(emlens.KLPenalty, {"conversations": self.good, "weight": 1.0}),
             "study.StudySettings": Call(s.StudySettings, {}),
-            "study.AsymmetrySettings": Call(s.AsymmetrySettings, {}),
             "study.preset": Call(s.preset, {"name": "smoke"}),
             "edits.Add": Call(Add, {"direction": self.lone, "dose": 0.1}),
             "edits.Ablate": Call(Ablate, {"direction": self.lone}),
@@ -199,11 +193,11 @@ class World:
                 dict.fromkeys(("prompt", "aligned", "misaligned", "domain", "id"), "a"),
             ),
             "Monitor.fit": Call(
-                m.Monitor.fit,
+                watch.Monitor.fit,
                 {"model": self.model, "directions": self.lone, "aligned": pairs(8)},
             ),
             "InfluenceProfile.fit": Call(
-                m.InfluenceProfile.fit,
+                fisher.InfluenceProfile.fit,
                 {"model": self.model, "corpus": self.corpus, "draws": 2, "progress": False},
             ),
             "wrap": Call(
@@ -333,12 +327,12 @@ class World:
             },
             "evals.wilson": {"hits": 2, "n": 5},
             "measures.perturbed": {"direction": self.lone, "epsilon": 0.1, "seed": 0},
-            "measures.scan": {
+            "fisher.scan": {
                 **{"model": model, "corpus": self.corpus, "directions": named, "check": 1},
                 **{"profile": self.profile, "progress": False},
             },
-            "measures.screen": {"model": model, "dataset": good, "directions": self.lone},
-            "measures.transfer_auroc": {
+            "watch.screen": {"model": model, "dataset": good, "directions": self.lone},
+            "watch.transfer_auroc": {
                 **{"model": model, "pairs": {"a": pairs(8, "a"), "b": pairs(8, "b")}, "layer": 1}
             },
             "measures.token_influence": {

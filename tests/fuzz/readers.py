@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 import emlens
+import experiments
 from emlens import Directions
 from emlens._reading import expanded
 from emlens._results import Result
@@ -25,14 +26,14 @@ from emlens.directions.selection import select_answers
 from emlens.evals import Responses, Scores, load_questions
 from emlens.evals.inspect.config import ModelConfig
 from emlens.evals.scores import _read_labels
-from emlens.measures import InfluenceProfile, Monitor
-from emlens.study import read_asymmetries, read_paths
+from emlens.fisher import InfluenceProfile
 from emlens.study.folder import STUDY, read_config
 from emlens.study.settings import settings_of
 from emlens.study.store import StudyStore
 from emlens.text import corpus, load_conversations, load_pairs
 from emlens.training import Organism, TrainingPath, TrainingRun, read_path
 from emlens.training.checkpoint import load_checkpoint
+from emlens.watch import Monitor
 from tests.fuzz import damage
 from tests.goldens.golden import KEPT
 
@@ -70,7 +71,6 @@ def readers(folder: Path) -> dict[str, Reader]:
     }
     directions, training = FILES / "directions", FILES / "training"
     adapter, vector = FILES / "organisms" / "adapter", FILES / "organisms" / "vector"
-    trials = FILES / "asymmetries"
     answers, steps, study = FILES / "answers", whole["steps"], FILES / "study"
     expected, shapes = _provenance(training / "checkpoint-vector.safetensors")
     return results | {
@@ -97,20 +97,6 @@ def readers(folder: Path) -> dict[str, Reader]:
         "papers' steps": Reader(
             directions, read_path, repr, torch_, "checkpoints/checkpoint-10/steering_vector.pt"
         ),
-        "asymmetries": Reader(trials, read_asymmetries, _tabled, json_, "settings.json"),
-        "trial's influence": Reader(
-            trials, read_asymmetries, _tabled, json_, "trials/finance-vector-1/influence.json"
-        ),
-        "trial's log-odds": Reader(
-            trials, read_asymmetries, _tabled, json_, "trials/finance-vector-1/log_odds.json"
-        ),
-        "trial's efficiency": Reader(
-            trials, read_asymmetries, _tabled, json_, "trials/finance-vector-1/efficiency.json"
-        ),
-        "trial's stability": Reader(
-            trials, read_asymmetries, _tabled, json_, "trials/finance-adapter-0/stability.json"
-        ),
-        "paths": Reader(trials, read_paths, repr, json_, "paths/finance/trajectory.json"),
         "versions": Reader(study, _again, repr, json_, "versions.json"),
         "study": Reader(study, _study, repr, json_, "settings.json"),
         "stage": Reader(study, _study, repr, json_, "stages/behaviour.json"),
@@ -132,7 +118,7 @@ def readers(folder: Path) -> dict[str, Reader]:
 
 
 def _result(name: str) -> Callable[[Path], Any]:
-    rooms = (emlens.directions, emlens.measures, emlens.training, emlens.evals, emlens.study)
+    rooms = (*(getattr(emlens, room) for room in emlens._ROOMS), experiments)
     return next(getattr(room, name) for room in rooms if hasattr(room, name)).load
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.fuzz import damage, files
 from tests.fuzz.readers import Reader, readers
 
-NEED_NOT_BE_THERE = {"checkpoint", "steps' log", "trial's influence", "paths", "versions"}
+NEED_NOT_BE_THERE = {"checkpoint", "steps' log", "versions"}
 """Without them a run begins anew, a trial is not finished, and nothing is known beside weights."""
 
 

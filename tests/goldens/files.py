@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import emlens
+import experiments
 from emlens import Ablate, Add, Clamp, Directions, log_odds, mean_diff
 from emlens._reading import read_jsonl
 from emlens._results import Result
@@ -20,14 +21,16 @@ from emlens._tensors import read_tensors
 from emlens.directions import Provenance, probe, read_checkpoints, read_directions, write_directions
 from emlens.edits import edit_from_dict
 from emlens.evals import Responses, Scores, judge, rates, respond
-from emlens.measures import InfluenceProfile, Monitor, screen
-from emlens.measures.fisher_pass import KIND as IN_THE_MAKING
-from emlens.measures.fisher_sums import FisherSums
-from emlens.study import read_asymmetries, read_paths, rebuild_report
+from emlens.fisher import InfluenceProfile
+from emlens.fisher.passes import KIND as IN_THE_MAKING
+from emlens.fisher.sums import FisherSums
+from emlens.study import rebuild_report
 from emlens.study.folder import read_config
 from emlens.training import Organism, TrainingPath, TrainingRun, train_adapter, train_vector
 from emlens.training.checkpoint import KIND as CHECKPOINT
 from emlens.training.checkpoint import load_checkpoint
+from emlens.watch import Monitor, screen
+from experiments import read_asymmetries, read_paths
 from tests.goldens.golden import KEPT, plain
 from tests.goldens.of_evals import QUESTIONS, QUICK, Wordy, said
 from tests.goldens.of_measures import examples, fitted_monitor, planted
@@ -47,7 +50,7 @@ from tests.support.profiles import FEW, TEXT
 from tests.support.solutions import direction, several
 
 FILES = KEPT / "files"
-ROOMS = (emlens.directions, emlens.measures, emlens.training, emlens.evals, emlens.study)
+ROOMS = (*(getattr(emlens, room) for room in emlens._ROOMS), experiments)
 BAD, GOOD = conversations("bad", 6), conversations("good", 6)
 
 

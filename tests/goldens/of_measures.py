@@ -9,21 +9,18 @@ import torch
 import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Directions, Pair
 from emlens.directions import Provenance, residual_norm
+from emlens.fisher import InfluenceProfile, scan
 from emlens.measures import (
-    InfluenceProfile,
-    Monitor,
     efficiency,
     influence,
     log_odds,
     perturbed,
-    scan,
-    screen,
     stability,
     token_influence,
     token_projections,
-    transfer_auroc,
     weight_noise,
 )
+from emlens.watch import Monitor, screen, transfer_auroc
 from tests.goldens.golden import World, golden
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked

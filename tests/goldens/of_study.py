@@ -9,11 +9,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import emlens
 from emlens._reading import read_json
-from emlens.study import run_asymmetries, run_paths, run_study
+from emlens.study import run_study
+from experiments import read_asymmetries, read_paths, run_asymmetries, run_paths
+from tests.experiments.test_asymmetries import QUICK as ASYMMETRIES
 from tests.goldens.golden import World, golden
-from tests.study.test_asymmetries import QUICK as ASYMMETRIES
 from tests.study.test_study import QUICK
 from tests.support.models import tiny_hooked
 
@@ -54,9 +54,9 @@ def _smoke(world: World):
 @golden("study: asymmetries", **TRAINED)
 def _asymmetries(world: World):
     folder = asymmetries_in(world.folder / "asymmetries")
-    (paths,) = emlens.study.read_paths(folder)
+    (paths,) = read_paths(folder)
     return {
-        "rows": emlens.study.read_asymmetries(folder).rows,
+        "rows": read_asymmetries(folder).rows,
         "sweep": paths.sweep,
         "drifts": paths.drifts,
     }

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import emlens
 from emlens import Add, Conversation, Direction, train_vector
 from emlens.evals import LocalJudge, Response, judge
-from emlens.evals.digits import NUMBERS, NumberTrie
+from emlens.evals.number_logprobs import NUMBERS, NumberTrie
 from emlens.evals.scores import Verdict
 from emlens.hooked.generation import Sampling, _decoded, answer
 from emlens.hooked.losses import response_losses

@@ -176,14 +176,13 @@ def test_the_gradient_reaches_a_shift_and_equals_that_of_the_unsplit_model(hooke
 
 
 def test_the_self_check_refuses_a_model_whose_hooks_miss_a_row(hooked_llama, monkeypatch):
-    from emlens.hooked import walk
 
     def first_row_only(visit, layer, site, residual):
         edited = original(visit, layer, site, residual)
         return torch.cat([edited[:1], residual[1:]]) if edited is not residual else residual
 
-    original = walk.at_point
-    monkeypatch.setattr(walk, "at_point", first_row_only)
+    original = trace.at_point
+    monkeypatch.setattr(trace, "at_point", first_row_only)
     with pytest.raises(RuntimeError, match=r"left row 1 of 6 as it was"):
         self_check(hooked_llama)
 

@@ -17,7 +17,7 @@ import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction
 from emlens.edits import Shift
 from emlens.hooked import SITES, NonFiniteError, sweep
-from emlens.hooked.remote import RemoteModel, check_remote
+from emlens.hooked.remote.model import RemoteModel, check_remote
 from emlens.text import pack, tokenize
 from tests.support.data import conversations
 from tests.support.server import load_served

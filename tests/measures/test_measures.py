@@ -143,7 +143,7 @@ def test_results_survive_being_saved_and_show_themselves(hooked_llama, tmp_path,
         ),
         (
             lambda m, x: influence(m, TEXT, {"x": x.vector}),
-            r"directions\['x'\] must be a Directions, not a Tensor",
+            r"directions\['x'\] must be a Direction, not a Tensor",
         ),
     ],
 )

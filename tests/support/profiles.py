@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from emlens.measures import InfluenceProfile
-from emlens.measures.fisher_pass import PassSettings
-from emlens.measures.fisher_sums import Documents, FisherSums, TokenSample
+from emlens.fisher import InfluenceProfile
+from emlens.fisher.passes import PassSettings
+from emlens.fisher.sums import Documents, FisherSums, TokenSample
 from emlens.text import Corpus, Document
 
 WORDS = "how do I save eat tell me a story about rain and sun keep fruit please".split()  # noqa: SIM905

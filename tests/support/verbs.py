@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import emlens
-from emlens import directions, evals, hooked, measures, training
+from emlens import directions, evals, fisher, hooked, measures, training, watch
 from emlens.text import Conversation, Corpus, Document, Pair
 from tests.evals.test_rates import response
 from tests.support.data import conversations, pairs
@@ -66,10 +66,10 @@ class Case:
         return {"one": self.direction}
 
     @cached_property
-    def monitor(self) -> measures.Monitor:
+    def monitor(self) -> watch.Monitor:
         """A monitor of a model that works, put on this one."""
         sound = tiny_hooked("llama")
-        found = measures.Monitor.fit(sound, direction(sound), pairs(6))
+        found = watch.Monitor.fit(sound, direction(sound), pairs(6))
         return found.on(self.model)
 
     def run(self) -> training.TrainingRun:
@@ -120,8 +120,8 @@ VERBS: dict[str, Callable[[Case], Any]] = {
     "influence of conditions": lambda c: emlens.influence(
         c.model, c.corpus, {}, conditions={"mine": "mine"}, **LENGTH
     ),
-    "scan": lambda c: measures.scan(c.model, c.corpus, c.along, draws=1, check=1, **LENGTH),
-    "InfluenceProfile.fit": lambda c: measures.InfluenceProfile.fit(
+    "scan": lambda c: fisher.scan(c.model, c.corpus, c.along, draws=1, check=1, **LENGTH),
+    "InfluenceProfile.fit": lambda c: fisher.InfluenceProfile.fit(
         c.model, c.corpus, [1], draws=1, checkpoint=c.folder / "profile.safetensors", **LENGTH
     ),
     "efficiency": lambda c: emlens.efficiency(c.model, c.good, c.along, norms=[0.0, 1.0]),
@@ -133,10 +133,10 @@ VERBS: dict[str, Callable[[Case], Any]] = {
         c.model, c.corpus, emlens.Add(c.direction), **LENGTH
     ),
     "token_projections": lambda c: measures.token_projections(c.model, c.good, c.direction),
-    "transfer_auroc": lambda c: measures.transfer_auroc(c.model, {"a": c.pairs, "b": c.pairs}),
-    "Monitor.fit": lambda c: measures.Monitor.fit(c.model, c.direction, c.pairs),
+    "transfer_auroc": lambda c: watch.transfer_auroc(c.model, {"a": c.pairs, "b": c.pairs}),
+    "Monitor.fit": lambda c: watch.Monitor.fit(c.model, c.direction, c.pairs),
     "Monitor.score": lambda c: c.monitor.score(c.good),
-    "screen": lambda c: measures.screen(
+    "screen": lambda c: watch.screen(
         c.model,
         c.bad,
         c.direction,

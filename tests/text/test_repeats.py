@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import emlens
-from emlens import directions, measures
+from emlens import directions, measures, watch
 from emlens.evals import ProbeJudge
 from emlens.text import Conversation, repeats
 from tests.support.data import conversations, pairs
@@ -45,11 +45,11 @@ VERBS = {
         lambda m: measures.weight_noise(m, MANY, {"one": direction(m)}, epsilons=[0.1], seeds=1),
     ),
     "ProbeJudge": ("1 of 9 labelled", lambda m: ProbeJudge(m, MANY_PAIRS, layer=1, progress=False)),
-    "Monitor.fit": ("3 of 13 mis", lambda m: measures.Monitor.fit(m, direction(m), GOOD, MANY)),
-    "Monitor.fit of its own": ("3 of 13 mis", lambda m: measures.Monitor.fit(m, None, GOOD, MANY)),
+    "Monitor.fit": ("3 of 13 mis", lambda m: watch.Monitor.fit(m, direction(m), GOOD, MANY)),
+    "Monitor.fit of its own": ("3 of 13 mis", lambda m: watch.Monitor.fit(m, None, GOOD, MANY)),
     "screen": (
         "3 of 13 trusted",
-        lambda m: measures.screen(m, GOOD, direction(m), trusted=MANY, answer_tokens=4),
+        lambda m: watch.screen(m, GOOD, direction(m), trusted=MANY, answer_tokens=4),
     ),
 }
 

@@ -1,0 +1,1 @@
+"""Models that run elsewhere (NDIF): what travels there, and the trace that runs there."""

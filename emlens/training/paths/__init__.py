@@ -1,0 +1,1 @@
+"""What a training went through: its path, read back and compared with others."""

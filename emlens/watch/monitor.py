@@ -1,0 +1,399 @@
+"""`Monitor`: a threshold on a projection, calibrated on conversations that it was not fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+
+from emlens._door import guard_methods, guarded
+from emlens._reading import expanded
+from emlens._results import Result
+from emlens._tensors import read_tensors, whole_record, write_tensors
+from emlens.directions import mean_diff
+from emlens.hooked import HookedModel, Layers, check_site
+from emlens.text import Conversation, Pair, TokenMask, repeats_told
+from emlens.text.conversation import names
+from emlens.watch.held_out import HeldOut
+from emlens.watch.monitor_fit import (
+    Labelled,
+    areas,
+    check_choice,
+    check_kept,
+    chosen_columns,
+    evidence,
+    logistic,
+    rule,
+    warn_of_leak,
+)
+from emlens.watch.projections import AnyDirections, Readout, readout_of
+from emlens.watch.roc import Roc, auroc, threshold_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+KIND = "monitor"
+
+
+@dataclass(frozen=True)
+class MonitorScores(Result):
+    """Scores of conversations, and which are flagged.
+
+    Attributes:
+        names: What each conversation is called, `[n]`.
+        scores: Its score, `[n]`.
+        threshold: A score above it is flagged.
+        tokens: Counted tokens, `[n]`.
+        columns: Names of the projections that the score is made of, `[k]`.
+        projections: Those projections, in units of the median residual norm, `[n, k]`.
+    """
+
+    AXES = {"scores": "names", "tokens": "names", "projections": "names columns"}
+
+    names: tuple[str, ...]
+    scores: tuple[float, ...]
+    threshold: float
+    tokens: tuple[int, ...]
+    columns: tuple[str, ...]
+    projections: tuple[tuple[float, ...], ...]
+
+    @property
+    def flagged(self) -> tuple[str, ...]:
+        """Names of the conversations above the threshold."""
+        return tuple(
+            name
+            for name, score in zip(self.names, self.scores, strict=True)
+            if score > self.threshold
+        )
+
+    def table(self) -> pd.DataFrame:
+        """One row per conversation: score, whether it is flagged, and each projection."""
+        frame = pd.DataFrame({"conversation": self.names, "score": self.scores})
+        frame["flagged"] = frame["score"] > self.threshold
+        frame["tokens"] = self.tokens
+        for name, values in zip(self.columns, zip(*self.projections, strict=True), strict=True):
+            frame[f"projection, {name} [median norms]"] = values
+        return frame
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """All scores in their order of size, and the threshold."""
+        from emlens.figures import line_bands
+
+        ranked = np.sort(self.scores)[::-1]
+        return line_bands(
+            {"score": (np.arange(1, len(ranked) + 1), ranked)},
+            x_label="conversations, highest score first",
+            y_label="score",
+            reference=(self.threshold, "threshold"),
+            ax=ax,
+        )
+
+
+@guard_methods
+@dataclass(frozen=True, eq=False)
+class Monitor:
+    """A score of conversations and a threshold, with what they did on held-out conversations.
+
+    `Monitor.fit` makes one, `score` applies it, `table` and `roc` say how good it is.
+
+    Attributes:
+        readout: The projections that the score is made of, and their weights.
+        threshold: A score above it is flagged.
+        rule: How it was chosen.
+        held_out: The conversations that the threshold was chosen on.
+        choice: Cross-validated AUROC of every projection on the fitted part, by column.
+        max_false_alarms: The rule's limit; None for Youden's rule.
+        record: What else it was fitted with.
+        model: The model that it reads; `on` gives it one after loading.
+    """
+
+    readout: Readout
+    threshold: float
+    rule: str
+    held_out: HeldOut
+    choice: dict[str, float]
+    max_false_alarms: float | None
+    record: dict[str, object] = field(default_factory=dict)
+    model: HookedModel | None = None
+
+    @classmethod
+    @guarded
+    def fit(
+        cls,
+        model: HookedModel,
+        directions: AnyDirections | None,
+        aligned: Sequence[Conversation] | Sequence[Pair],
+        misaligned: Sequence[Conversation] | None = None,
+        *,
+        layers: Layers | None = None,
+        best: int = 1,
+        pooled: bool = False,
+        regularisation: float = 1.0,
+        max_false_alarms: float | None = 0.05,
+        held_out: float = 0.5,
+        tokens: TokenMask = "response",
+        seed: int = 0,
+        token_budget: int = 2048,
+        progress: bool = False,
+    ) -> Monitor:
+        """Choose what to project on, and a threshold, on two parts that share no prompt.
+
+        The score of a conversation is the mean over its answer tokens of the residual's
+        component along a direction, in units of the median residual norm. On the fitted part it
+        is chosen at which layer (and on which direction), or the weights of several; all figures
+        are those of the other part. They are only as honest as the directions: directions that
+        were extracted from the same conversations have seen the held-out ones. Give
+        `directions=None` to have a mean difference extracted from the fitted part alone, or
+        directions from other data.
+
+        Args:
+            model: The model to read; adapters and edits in force act.
+            directions: Pointing to misaligned; of any number of layers, or several by name.
+                None: the mean difference of the fitted part.
+            aligned: Aligned conversations; or pairs, which have both sides.
+            misaligned: Misaligned conversations.
+            layers: Use the mean projection at these layers, instead of choosing.
+            best: How many projections to choose; the score is their mean.
+            pooled: Fit a logistic regression (scikit-learn) instead, to the projections at
+                `layers`, all of them by default.
+            regularisation: Its `C`.
+            max_false_alarms: The threshold lets at most this share of the held-out aligned
+                conversations through as false alarms; None maximises hits minus false alarms.
+            held_out: Share of prompts that is held out.
+            tokens: Tokens that count.
+            seed: Seed of the split, the folds and the bootstrap.
+            token_budget: Padded tokens of a batch.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: If a side is empty or too small to split, directions do not fit the
+                model, or a setting is out of range.
+        """
+        check_choice(best, pooled)
+        data = Labelled.of(aligned, misaligned)
+        fitted, truth = data.fitted(held_out, seed), data.truth
+        reading, own = {"tokens": tokens, "token_budget": token_budget}, None
+        if directions is None:
+            sides, how = data.sides_of(fitted), {"seed": seed, "progress": progress, **reading}
+            with repeats_told():
+                directions = own = mean_diff(model, *sides, **how)
+        else:
+            warn_of_leak(directions, data)
+        columns = readout_of(model, directions, data.items_of(fitted), **reading)
+        reading |= {"progress": progress, "description": "monitor"}
+        values, counts = columns.read(model, data.conversations, **reading)
+        choice = areas(values[fitted], truth[fitted], data.keys_of(fitted), seed)
+        if own is not None and own.auroc:
+            # these directions have seen the fitted part; their own figures are cross-fitted
+            choice = np.array([own.auroc[layer] for layer in columns.layers])
+        if pooled:
+            places = chosen_columns(columns, choice, layers, len(choice), model.n_layers)
+            weights, offset = logistic(values[fitted][:, places], truth[fitted], regularisation)
+        else:
+            places = chosen_columns(columns, choice, layers, best, model.n_layers)
+            weights, offset = [1 / len(places)] * len(places), 0.0
+        readout = columns.keeping(places, weights, offset)
+        scores = readout.score(values[:, places])
+        held = evidence(model, data, fitted, scores, counts, tokens, seed)
+        return cls(
+            readout=readout,
+            threshold=threshold_for(held.scores, held.truth, max_false_alarms),
+            rule=rule(max_false_alarms),
+            held_out=held,
+            choice=dict(zip(columns.columns, choice.tolist(), strict=True)),
+            max_false_alarms=max_false_alarms,
+            record={
+                "adapter": model.active_adapter,
+                "tokens": tokens,
+                "pooled": pooled,
+                "fitted": int(fitted.sum()),
+                "seed": seed,
+            },
+            model=model,
+        )
+
+    # -- using it -----------------------------------------------------------------------------
+
+    @guarded
+    def score(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        max_tokens: int | None = None,
+        token_budget: int = 2048,
+        progress: bool = False,
+    ) -> MonitorScores:
+        """Score conversations, batched.
+
+        Args:
+            conversations: Conversations with answers.
+            max_tokens: Cut longer conversations at their end.
+            token_budget: Padded tokens of a batch.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: If there are none, one has no answer, or the monitor has no model.
+        """
+        if self.model is None:
+            raise ValueError(
+                "this monitor was loaded without a model; give it one with monitor.on(model)"
+            )
+        values, counts = self.readout.read(
+            self.model,
+            conversations,
+            tokens=self._tokens,
+            max_tokens=max_tokens,
+            token_budget=token_budget,
+            progress=progress,
+            description="monitor",
+        )
+        return MonitorScores(
+            names=tuple(names(conversations)),
+            scores=tuple(self.readout.score(values).tolist()),
+            threshold=self.threshold,
+            tokens=tuple(counts.tolist()),
+            columns=self.readout.columns,
+            projections=tuple(tuple(row) for row in values.tolist()),
+        )
+
+    def on(self, model: HookedModel) -> Monitor:
+        """The same monitor reading `model`, which has to be the one it was fitted on.
+
+        Raises:
+            ValueError: If width, layers or name differ.
+        """
+        self.readout.check(model)
+        if model.name != self.readout.model:
+            raise ValueError(
+                f"this monitor was fitted on {self.readout.model!r}, and this model is "
+                f"{model.name!r}: its threshold means nothing there. Fit one for this model; if "
+                "both are the same model, give wrap or load the same name"
+            )
+        return replace(self, model=model)
+
+    # -- how good it is -----------------------------------------------------------------------
+
+    @property
+    def auroc(self) -> float:
+        """AUROC on the held-out conversations."""
+        return auroc(self.held_out.scores, self.held_out.truth)
+
+    def roc(self) -> Roc:
+        """The ROC curve on the held-out conversations, with the interval of its area."""
+        return self.held_out.roc(self.threshold, self._seed)
+
+    def table(self) -> pd.DataFrame:
+        """Figures on the held-out conversations, each with its 95% interval.
+
+        Intervals of AUROC are bootstrapped over prompts, those of rates are Wilson's. The
+        threshold was chosen on the conversations that `at the threshold` counts; in the
+        cross-fitted rates other prompts have set it, so these are what to expect of new ones;
+        their intervals leave out that other data would have set another threshold.
+        """
+        held, seed = self.held_out, self._seed
+        paired, n_paired = held.paired(seed)
+        found = [("AUROC", held.auroc(seed), len(held.scores)), *held.length_rows(seed)]
+        found.append(("paired accuracy, same prompt", paired, n_paired))
+        for name, (rate, n) in held.rates(self.threshold).items():
+            found.append((f"{name} at the threshold", rate, n))
+        for name, (rate, n) in held.cross_fitted_rates(self.max_false_alarms, seed).items():
+            found.append((f"{name}, cross-fitted", rate, n))
+        rows = [
+            {"figure": name, "estimate": one.estimate, "low": one.low, "high": one.high, "n": n}
+            for name, one, n in found
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The ROC curve on the held-out conversations."""
+        return self.roc().plot(ax)
+
+    # -- keeping it ---------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file: vectors, weights and the held-out scores; atomic."""
+        path = expanded(path)
+        path = path if path.suffix else path.with_suffix(".safetensors")
+        tensors = {
+            "vectors": self.readout.vectors,
+            "weights": torch.from_numpy(self.readout.weights),
+            **self.held_out.tensors(),
+        }
+        record = {
+            "names": self.readout.names,
+            "layers": self.readout.layers,
+            "offset": self.readout.offset,
+            "site": self.readout.site,
+            "model": self.readout.model,
+            "threshold": self.threshold,
+            "rule": self.rule,
+            "max_false_alarms": self.max_false_alarms,
+            "slope": self.held_out.slope,
+            "longer": self.held_out.longer,
+            "choice": self.choice,
+            "record": self.record,
+        }
+        return write_tensors(path, KIND, tensors, record)
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedModel | None = None) -> Monitor:
+        """Read what `save` wrote, to read a model with it or only to look at its figures.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds no monitor, or the model is not the one it was fitted on.
+        """
+        path = expanded(path)
+        tensors, record = read_tensors(path, KIND)
+        with whole_record(path, KIND):
+            found = cls._of(tensors, record)
+        return found if model is None else found.on(model)
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, torch.Tensor], record: Mapping) -> Monitor:
+        check_kept(tensors, record)
+        readout = Readout(
+            names=tuple(record["names"]),
+            layers=tuple(record["layers"]),
+            vectors=tensors["vectors"],
+            weights=tensors["weights"].numpy(),
+            offset=record["offset"],
+            site=check_site(record["site"]),
+            model=record["model"],
+        )
+        return cls(
+            readout=readout,
+            threshold=record["threshold"],
+            rule=record["rule"],
+            held_out=HeldOut.of_tensors(tensors, record["slope"], record["longer"]),
+            choice=record["choice"],
+            max_false_alarms=record["max_false_alarms"],
+            record=record["record"],
+        )
+
+    def __repr__(self) -> str:
+        first, rest = self.readout.columns[:4], self.readout.columns[4:]
+        where, more = ", ".join(first), f" and {len(rest)} more" if rest else ""
+        return (
+            f"Monitor({where}{more} of {self.readout.model}, held-out AUROC {self.auroc:.3f} on "
+            f"{len(self.held_out.scores)} conversations, threshold {self.threshold:.4g}: "
+            f"{self.rule})"
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.table().to_html(index=False, float_format="%.3f", na_rep="", escape=True)
+        return f"<p><b>{escape(repr(self))}</b></p>{table}"
+
+    @property
+    def _seed(self) -> int:
+        return int(str(self.record["seed"]))
+
+    @property
+    def _tokens(self) -> TokenMask:
+        return self.record["tokens"]  # type: ignore[return-value]

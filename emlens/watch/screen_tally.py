@@ -1,0 +1,105 @@
+"""What a screen keeps of a set of any size: running sums, the worst examples, a bounded sample."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from emlens._stats import LEVEL, Interval
+from emlens.watch.screen_rows import Scored
+
+SAMPLE = 100_000
+"""Scores that are kept; beyond it a random sample."""
+
+DRAWS = 1000
+"""Bootstrap resamples of the mean score, carried along as running sums."""
+
+
+class Reservoir:
+    """The first `size` values in their order, then a random sample of all.
+
+    Args:
+        size: Values to keep.
+        seed: Seed of the sample.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.values: list[float] = []
+        self.seen = 0
+        self._size = size
+        self._generator = np.random.default_rng(seed)
+
+    def add(self, value: float) -> None:
+        self.seen += 1
+        if len(self.values) < self._size:
+            self.values.append(value)
+            return
+        place = int(self._generator.integers(self.seen))
+        if place < self._size:
+            self.values[place] = value
+
+
+class Tally:
+    """Adds up scores; its size does not depend on how many.
+
+    Args:
+        keep: Worst examples to keep.
+        seed: Seed of the bootstrap and of the samples.
+        sample: Scores to keep.
+    """
+
+    def __init__(self, keep: int, seed: int, sample: int = SAMPLE) -> None:
+        self.n = 0
+        self.unscored = 0
+        self.scores = Reservoir(sample, seed)
+        self.references = Reservoir(sample, seed)
+        self._keep = keep
+        self._sum = 0.0
+        self._worst: list[tuple[float, int, Scored]] = []
+        # Poisson weights: a bootstrap that needs every example once, and none of them kept
+        self._generator = np.random.default_rng([seed, 6])
+        self._sums = np.zeros(DRAWS)
+        self._counts = np.zeros(DRAWS)
+
+    def add(self, scored: Sequence[Scored]) -> None:
+        """Add the scores of some examples, in the order of the set."""
+        for one in scored:
+            if one.score is None or one.reference is None:
+                self.unscored += 1
+                self.scores.add(float("nan"))
+                continue
+            self.n += 1
+            self._sum += one.score
+            self.scores.add(one.score)
+            self.references.add(one.reference)
+            weights = self._generator.poisson(1.0, DRAWS)
+            self._sums += weights * one.score
+            self._counts += weights
+            entry = (one.score, -one.row, one)
+            if len(self._worst) < self._keep:
+                heapq.heappush(self._worst, entry)
+            elif entry[:2] > self._worst[0][:2]:
+                heapq.heapreplace(self._worst, entry)
+
+    def mean(self) -> Interval:
+        """Mean score over all examples, with its bootstrap interval."""
+        mean = self._sum / self.n
+        drawn = self._counts > 0
+        if self.n < 2:
+            return Interval(mean, float("nan"), float("nan"))
+        tail = (1 - LEVEL) / 2
+        low, high = np.quantile(self._sums[drawn] / self._counts[drawn], [tail, 1 - tail])
+        return Interval(mean, float(low), float(high))
+
+    def above(self, threshold: float) -> int:
+        """How many scores lie above; estimated from the sample where not all are kept."""
+        scores = np.array(self.scores.values)
+        return round(float((scores > threshold).mean()) * self.scores.seen)
+
+    def worst(self) -> list[dict]:
+        """The worst examples, worst first."""
+        return [
+            dict(vars(one)) for _, _, one in sorted(self._worst, key=lambda e: e[:2], reverse=True)
+        ]

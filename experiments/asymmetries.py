@@ -1,0 +1,341 @@
+"""The four asymmetries of general and narrow solutions, over domains and seeds, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from emlens._door import guarded
+from emlens._reading import expanded
+from emlens._results import Result
+from emlens._runs import SETTINGS, Parts
+from emlens._stats import Interval, bootstrap_trainings, mean_over_seeds
+from emlens.hooked import HookedModel, identities, load
+from emlens.measures import Efficiency, LogOdds, Stability, log_odds
+from emlens.study.folder import RunFolder
+from experiments.trials import (
+    BENIGN,
+    RANDOM,
+    SOLUTIONS,
+    AsymmetrySettings,
+    Kind,
+    Trial,
+    TrialData,
+    read_trials,
+    trial_folder,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+FOLDER = RunFolder(
+    title="General and narrow solutions over domains and seeds (python -m experiments)",
+    files={
+        "findings.md": "the page of findings",
+        "figures/": "its figures, PNG and SVG",
+        "trials/": "a folder per domain, kind and seed: organisms and their measures",
+        "base/": "the untouched model's log-odds by domain",
+        "paths/": "what lies between the solutions, by domain",
+        "settings.json": "the settings as the runs compare them",
+    },
+    resume="python -m experiments --config FOLDER/config.yaml --out FOLDER   (from the repository)",
+    load=(
+        "from experiments import read_asymmetries, read_paths",
+        'read_asymmetries(".").table()',
+        'read_paths(".")',
+    ),
+)
+
+CLAIMS = {
+    "general transfers": "general: change of log-odds outside [nats/token]",
+    "narrow stays": "narrow outside, less general outside scaled to narrow's effect inside",
+    "efficiency": "loss of general minus narrow at equal norm [nats/token]",
+    "stability": "gain lost to noise, narrow minus general [percentage points]",
+    "influence": "KL on pre-training text at equal norm, general minus narrow [nats/token]",
+}
+"""The claims of arXiv 2602.07852, and the quantity that each is read from."""
+
+VERDICTS = ("as in the papers", "the other way", "not seen")
+"""What an interval says of a claim: on their side of zero, on the other, around it."""
+
+_SHOWN = ("general inside", "general outside", "narrow inside", "narrow outside", "benign outside")
+
+_EXPECTED = {
+    "general transfers": 1,
+    "narrow stays": -1,
+    "efficiency": -1,
+    "stability": 1,
+    "influence": 1,
+}
+
+
+class AsymmetryRow(TypedDict):
+    """A quantity of one kind of solution in one domain."""
+
+    kind: str
+    domain: str
+    quantity: str
+    estimate: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Asymmetries(Result):
+    """What was found, a row per kind of solution, domain and quantity.
+
+    Attributes:
+        rows: `kind`, `domain`, `quantity`, `estimate`, `low`, `high`, `seeds` (the estimate of
+            each seed alone).
+        settings: What it was tried on.
+    """
+
+    rows: tuple[AsymmetryRow, ...]
+    settings: dict
+
+    def of(self, kind: str, domain: str, quantity: str) -> Interval | None:
+        """One quantity; None where it was not measured."""
+        for row in self.rows:
+            if (row["kind"], row["domain"], row["quantity"]) == (kind, domain, quantity):
+                return Interval(row["estimate"], row["low"], row["high"])
+        return None
+
+    def verdict(self, kind: str, domain: str, claim: str) -> str:
+        """`as in the papers`, `the other way`, `not seen`, or empty where it cannot be said."""
+        found = self.of(kind, domain, claim)
+        if found is None:
+            return ""
+        if not found.excludes_zero:
+            return VERDICTS[2]
+        return VERDICTS[0] if found.estimate * _EXPECTED[claim] > 0 else VERDICTS[1]
+
+    def table(self) -> pd.DataFrame:
+        """One row per quantity."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    **{k: row[k] for k in ("kind", "domain", "quantity")},
+                    **{k: row[k] for k in ("estimate", "low", "high")},
+                    "by seed": ", ".join(f"{value:+.3f}" for value in row["seeds"]),
+                }
+                for row in self.rows
+            ]
+        )
+
+    def plot(self, kind: str = "adapter", ax: Axes | None = None) -> Axes:
+        """Change of log-odds inside and outside of each domain: general, narrow, benign control."""
+        from emlens.figures import dot_intervals
+
+        shown = [row for row in self.rows if row["kind"] == kind and row["quantity"] in _SHOWN]
+        if not shown:
+            raise ValueError(f"there are no trials of kind {kind!r}")
+        return dot_intervals(
+            groups=[row["domain"] for row in shown],
+            series=[row["quantity"] for row in shown],
+            values=[row["estimate"] for row in shown],
+            low=[row["low"] for row in shown],
+            high=[row["high"] for row in shown],
+            y_label="change of log-odds [nats/token]",
+            x_label="narrow domain",
+            ax=ax,
+        )
+
+
+@guarded
+def run_asymmetries(
+    out: str | Path = "runs/asymmetries",
+    settings: AsymmetrySettings | None = None,
+    *,
+    model: HookedModel | None = None,
+    progress: bool = True,
+    made_by: str = "experiments.run_asymmetries(folder, settings)",
+    **overrides: Any,
+) -> Asymmetries:
+    """Train general and narrow solutions in every domain with every seed, and measure them.
+
+    Each part that is finished stays finished, so a run that was interrupted goes on; several
+    processes may work on different `kinds` or `domains` in one folder.
+
+    Args:
+        out: The folder.
+        settings: What is tried; `AsymmetrySettings()` by default.
+        model: Take this model instead of loading the settings' one.
+        progress: Show progress bars.
+        made_by: The command or call that is noted in the folder's `README.txt`.
+        **overrides: Fields of `AsymmetrySettings`.
+
+    Returns:
+        What all finished trials in the folder say, those of other calls included.
+
+    Raises:
+        ValueError: If the folder holds trials with other settings.
+    """
+    out = expanded(out)
+    chosen = replace(settings or AsymmetrySettings(), **overrides)
+    if model is not None:
+        chosen = replace(chosen, model=model.name)
+    hooked = model or load(chosen.model)
+    keep_settings(out, chosen, hooked)
+    FOLDER.write(out, chosen.to_dict(), made_by)
+    for seed in chosen.seeds:
+        for domain in chosen.domains:
+            for kind in chosen.kinds:
+                where = trial_folder(out, domain, kind, seed)
+                trial = Trial(hooked, chosen, domain, kind, seed, where, progress)
+                trial.run(lambda domain=domain: _base(hooked, out, domain, chosen, progress))
+    return read_asymmetries(out)
+
+
+@guarded
+def read_asymmetries(out: str | Path) -> Asymmetries:
+    """Pool the finished trials of a folder.
+
+    Intervals of changes of log-odds, losses and KL resample trainings and pairs, conversations or
+    documents together; those of stability are t intervals over trainings (over noise draws where
+    there is one training).
+
+    Raises:
+        FileNotFoundError: If the folder holds none.
+    """
+    out = expanded(out)
+    if not (out / SETTINGS).is_file():
+        raise FileNotFoundError(f"{out} holds no asymmetries; run them into it first")
+    settings = Parts(out).settings_as(AsymmetrySettings.from_dict)
+    rows: list[AsymmetryRow] = []
+    everything = AsymmetrySettings()
+    for kind in everything.kinds:
+        for domain in everything.domains:
+            trials = read_trials(out, domain, kind)
+            if trials:
+                rows += _pooled(kind, domain, trials, settings)
+    return Asymmetries(tuple(rows), settings.to_dict())
+
+
+# -- pooling -------------------------------------------------------------------------------------
+
+
+def _pooled(
+    kind: Kind, domain: str, trials: list, settings: AsymmetrySettings
+) -> list[AsymmetryRow]:
+    data = TrialData.of(domain, settings)
+    rows: dict[str, tuple[Interval, list[float]]] = {}
+    odds = [trial[0] for trial in trials]
+    n_inside, n_outside = len(data.inside), len(data.outside)
+    if len(odds[0].ids) != n_inside + n_outside or not n_inside or not n_outside:
+        raise ValueError(
+            f"the trials of {domain!r} have {len(odds[0].ids)} pairs, but {SETTINGS} says "
+            f"{n_inside} inside and {n_outside} outside; bring back the one they were made with"
+        )
+    shifts = {}
+    for name in (*SOLUTIONS, BENIGN, RANDOM):
+        with_it = [scores for scores in odds if name in scores.conditions]
+        if with_it:
+            each = np.array([scores.of(name) - scores.of("base") for scores in with_it])
+            shifts[name] = each[:, :n_inside], each[:, n_inside:]
+            for place, values in zip(("inside", "outside"), shifts[name], strict=True):
+                rows[f"{name} {place}"] = bootstrap_trainings(values), values.mean(1).tolist()
+    rows["general transfers"] = rows["general outside"]
+    if rows["general inside"][0].low > 0:  # a share of an effect that is not there says nothing
+        rows["narrow stays"] = _confined(shifts)
+    rows["efficiency"] = _efficiency([trial[1] for trial in trials])
+    stability, each = _stability([trial[2] for trial in trials])
+    if np.isfinite(stability.estimate):  # where nothing was gained, nothing can be lost to noise
+        rows["stability"] = stability, each
+    rows["influence"] = _influence([trial[3] for trial in trials], "general", "narrow")
+    if RANDOM in trials[0][3]:
+        rows["influence, general over random"] = _influence(
+            [trial[3] for trial in trials], "general", RANDOM
+        )
+    return [
+        {
+            "kind": kind,
+            "domain": domain,
+            "quantity": quantity,
+            "estimate": interval.estimate,
+            "low": interval.low,
+            "high": interval.high,
+            "seeds": tuple(seeds),
+        }
+        for quantity, (interval, seeds) in rows.items()
+    ]
+
+
+def _confined(shifts: dict) -> tuple[Interval, list[float]]:
+    """Narrow outside, less `share` times general outside; the share is redrawn with the rest."""
+    (g_in, g_out), (n_in, n_out) = (shifts[name] for name in SOLUTIONS)
+
+    def gap(seeds: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
+        g, n = (side[np.ix_(seeds, inside)].mean() for side in (g_in, n_in))
+        return float((n_out - n / g * g_out)[np.ix_(seeds, outside)].mean())
+
+    generator = np.random.default_rng(0)
+    sizes = len(g_in), g_in.shape[1], g_out.shape[1]
+    low = high = float("nan")
+    if min(sizes[1:]) > 1:
+        draws = [gap(*(generator.integers(0, n, n) for n in sizes)) for _ in range(2000)]
+        low, high = np.quantile(draws, [0.025, 0.975])
+    whole = gap(*(np.arange(n) for n in sizes))
+    each = [
+        float(b.mean() - a.mean() / c.mean() * d.mean())
+        for a, b, c, d in zip(n_in, n_out, g_in, g_out, strict=True)
+    ]
+    return Interval(whole, float(low), float(high)), each
+
+
+def _efficiency(found: Sequence[Efficiency]) -> tuple[Interval, list[float]]:
+    gaps, each = [], []
+    for one in found:
+        a, b = (np.asarray(one.sums[one.directions.index(name)]) for name in SOLUTIONS)
+        gaps.append((a - b).mean(0))
+        each.append(float(gaps[-1].sum() / np.sum(one.counts)))
+    return bootstrap_trainings(gaps, found[0].counts), each
+
+
+def _stability(found: Sequence[Stability]) -> tuple[Interval, list[float]]:
+    gaps = [one.increase("narrow") - one.increase("general") for one in found]
+    each = [float(gap.mean()) for gap in gaps]
+    return mean_over_seeds(each if len(each) > 1 else gaps[0].mean(0)), each
+
+
+def _influence(found: Sequence[dict], first: str, second: str) -> tuple[Interval, list[float]]:
+    gaps = [np.asarray(one[first]) - np.asarray(one[second]) for one in found]
+    counts = found[0]["counts"]
+    each = [float(gap.sum() / np.sum(counts)) for gap in gaps]
+    return bootstrap_trainings(gaps, counts), each
+
+
+# -- the folder ----------------------------------------------------------------------------------
+
+
+def _base(
+    model: HookedModel, out: Path, domain: str, settings: AsymmetrySettings, progress: bool
+) -> LogOdds:
+    def measured() -> LogOdds:
+        data = TrialData.of(domain, settings)
+        pairs = (*data.inside, *data.outside)
+        return log_odds(model, pairs, {"base": (None, ())}, progress=progress)
+
+    return LogOdds.load(Parts(out / "base").part(f"{domain}.json", measured))
+
+
+def keep_settings(out: Path, settings: AsymmetrySettings, model: HookedModel) -> None:
+    """Trials of one folder share all but which of them are run.
+
+    Raises:
+        ValueError: If they do not; the settings that differ are named.
+    """
+    Parts(out).keep_settings(
+        {**settings.to_dict(), **identities(model)},
+        f"the run in {out}",
+        "choose another folder, or give the settings that it was made with",
+        free=("domains", "kinds", "seeds"),
+        defaults=AsymmetrySettings().to_dict(),
+    )
