@@ -12,6 +12,7 @@ from tests.lowest import ROOT, lowest
 
 # names of modules whose packages are called otherwise
 PACKAGES = {
+    "PIL": "pillow",
     "inspect_ai": "inspect-ai",
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",

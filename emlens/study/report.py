@@ -6,18 +6,23 @@ import base64
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from functools import cache
+from io import BytesIO
+from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from PIL import Image
 
 from emlens._files import atomic_write
 from emlens._reading import expanded, read_bytes, read_text
 
+_HERE = Path(__file__).parent
 IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
@@ -135,57 +140,47 @@ def render_report(report: Report) -> str:
         FileNotFoundError: If the file of a figure is missing.
         ValueError: If a figure is neither PNG nor SVG.
     """
-    numbers = _Numbers()
-    parts = [(section.heading, _section(section, numbers)) for section in report.sections]
     tails = {"Settings": report.settings, "Versions": report.versions}
-    parts += [(name, _settings(values)) for name, values in tails.items() if values]
-    headings = [heading for heading, _ in parts]
+    tails = {name: values for name, values in tails.items() if values}
+    headings = [*(section.heading for section in report.sections), *tails]
     anchors = _anchors(headings)
-    body = [
-        f'<section id="{anchor}">\n<h2>{escape(heading)}</h2>\n{content}\n</section>'
-        for anchor, (heading, content) in zip(anchors, parts, strict=True)
-    ]
-    style = read_text(Path(__file__).with_name("report.css"))
-    return _PAGE.format(
-        title=escape(report.title),
-        style=style,
-        contents=_contents(headings, anchors),
-        head=_head(report),
-        body="\n".join(body),
+    n = len(report.sections)
+    return _template().render(
+        report=report,
+        style=Markup(read_text(_HERE / "report.css")),
+        contents=list(zip(anchors, headings, strict=True)),
+        sections=_sections(report.sections, anchors[:n]),
+        tails=[
+            {"anchor": anchor, "heading": name, "rows": _flat(values)}
+            for anchor, (name, values) in zip(anchors[n:], tails.items(), strict=True)
+        ],
     )
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-{head}
-</header>
-{contents}
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+def _sections(sections: Sequence[Section], anchors: Sequence[str]) -> list[dict[str, object]]:
+    figures, tables = count(1), count(1)
+    return [
+        {
+            "anchor": anchor,
+            "heading": one.heading,
+            "text": one.text,
+            "figures": [_figure(item, one.heading, next(figures)) for item in one.figures],
+            "finding": one.finding,
+            "tables": [_table(item, next(tables)) for item in one.tables],
+            "answers": one.answers,
+            "caveat": one.caveat,
+        }
+        for anchor, one in zip(anchors, sections, strict=True)
+    ]
 
 
-@dataclass(slots=True)
-class _Numbers:
-    """How many figures and tables there are so far."""
-
-    figures: int = 0
-    tables: int = 0
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"paragraphs": _paragraphs, "marked": _marked}
+    return environment.get_template("report.html.jinja")
 
 
 def _anchors(headings: Sequence[str]) -> list[str]:
@@ -200,60 +195,23 @@ def _anchors(headings: Sequence[str]) -> list[str]:
     return anchors
 
 
-def _contents(headings: Sequence[str], anchors: Sequence[str]) -> str:
-    items = "".join(
-        f'<li><a href="#{anchor}">{escape(heading)}</a></li>'
-        for heading, anchor in zip(headings, anchors, strict=True)
-    )
-    return f'<nav aria-label="Contents"><span class="label">Contents</span><ol>{items}</ol></nav>'
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _head(report: Report) -> str:
-    notice = f'<aside class="notice">{_prose(report.notice)}</aside>' if report.notice else ""
-    question, method = (
-        _prose(report.question, "question"),
-        _prose(report.method, "method", "Method"),
-    )
-    items = "".join(f"<li>{_prose(finding)}</li>" for finding in report.findings)
-    findings = f'<div class="findings"><h2>Findings</h2><ol>{items}</ol></div>' if items else ""
-    return f"<h1>{escape(report.title)}</h1>{notice}{question}{method}{findings}"
-
-
-def _section(section: Section, numbers: _Numbers) -> str:
-    parts = [_prose(section.text)]
-    parts += [_figure(figure, section.heading, numbers) for figure in section.figures]
-    parts.append(_prose(section.finding or "", "finding", "Finding"))
-    parts += [_table(table, numbers) for table in section.tables]
-    parts += [_answers(answers) for answers in section.answers]
-    parts.append(_prose(section.caveat or "", "caveat", "Caveat"))
-    return "\n".join(part for part in parts if part)
-
-
-def _prose(text: str, kind: str = "", label: str = "") -> str:
-    """Escaped paragraphs; what stands between backticks becomes code."""
-    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
-    opening = f'<p class="{kind}">' if kind else "<p>"
-    first = f'<span class="label">{escape(label)}</span> ' if label else ""
-    return "\n".join(
-        f"{opening}{first if place == 0 else ''}{_marked(part)}</p>"
-        for place, part in enumerate(paragraphs)
-    )
-
-
-def _marked(text: str) -> str:
+def _marked(text: str) -> Markup:
     """Escaped, code between backticks, and numbers that no line breaks: minus signs, intervals."""
     parts = re.split(r"`([^`\n]+)`", text)
     parts[::2] = [_INTERVAL.sub(",\u00a0", _MINUS.sub("\u2212", part)) for part in parts[::2]]
-    parts = [escape(part) for part in parts]
-    parts[1::2] = [f"<code>{part}</code>" for part in parts[1::2]]
-    return "".join(parts)
+    parts[1::2] = [Markup("<code>{}</code>").format(part) for part in parts[1::2]]
+    return Markup("").join(parts)
 
 
 _MINUS = re.compile(r"(?<!\w)-(?=\d)")
 _INTERVAL = re.compile(r"(?<=\d),\s(?=[+\u2212]?[\d.]+\])")
 
 
-def _figure(figure: FigureItem, heading: str, numbers: _Numbers) -> str:
+def _figure(figure: FigureItem, heading: str, number: int) -> dict[str, object]:
     path = expanded(figure.path)
     kind = IMAGES.get(path.suffix.lower())
     if kind is None:
@@ -263,53 +221,38 @@ def _figure(figure: FigureItem, heading: str, numbers: _Numbers) -> str:
             f"figure {path} of section {heading!r} does not exist; draw it again and then write "
             "the report"
         )
-    numbers.figures += 1
     data = read_bytes(path)
-    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    caption = f"<b>Figure {numbers.figures}.</b> {_marked(figure.caption)}"
-    return (
-        f'<figure><img src="{source}" alt="{escape(figure.alt or figure.caption)}"{_size(data)}>'
-        f"<figcaption><p>{caption}</p>{_prose(figure.reading, '', 'How to read it')}</figcaption>"
-        "</figure>"
-    )
+    return {
+        "number": number,
+        "source": f"data:{kind};base64,{base64.b64encode(data).decode()}",
+        "size": _size(data) if path.suffix.lower() == ".png" else None,
+        "caption": figure.caption,
+        "reading": figure.reading,
+        "alt": figure.alt or figure.caption,
+    }
 
 
-def _size(png: bytes) -> str:
+def _size(png: bytes) -> tuple[int, int]:
     """Width and height of a PNG in CSS pixels, by the dots per inch that it names."""
-    if not png.startswith(b"\x89PNG\r\n\x1a\n"):
-        return ""
-    width, height = struct.unpack(">II", png[16:24])
-    place = png.find(b"pHYs", 0, max(png.find(b"IDAT"), 0))
-    per_metre, unit = struct.unpack(">I4xB", png[place + 4 : place + 13]) if place > 0 else (0, 0)
-    scale = 96 / (per_metre * 0.0254) if per_metre and unit == 1 else 1.0
-    return f' width="{round(width * scale)}" height="{round(height * scale)}"'
+    with Image.open(BytesIO(png)) as image:
+        dots = image.info.get("dpi", (96, 96))
+        width, height = (round(n * 96 / d) for n, d in zip(image.size, dots, strict=True))
+    return width, height
 
 
-def _table(table: Table, numbers: _Numbers) -> str:
+def _table(table: Table, number: int) -> dict[str, object]:
     data = table.data
     frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(list(data))
-    numbers.tables += 1
-    names = [str(name) for name in frame.columns]
-    columns = [frame.iloc[:, place].tolist() for place in range(len(names))]
-    classes = [' class="number"' if _is_numeric(column) else "" for column in columns]
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(name)}</th>'
-        for name, kind in zip(names, classes, strict=True)
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{kind}>{escape(_cell(value, table.digits))}</td>"
-            for value, kind in zip(row, classes, strict=True)
-        )
-        + "</tr>"
-        for row in zip(*columns, strict=True)
-    )
-    caption = f"<b>Table {numbers.tables}.</b> {_marked(table.caption)}"
-    return (
-        f'<figure><figcaption>{caption}</figcaption><div class="scroll" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></figure>"
-    )
+    columns = [frame.iloc[:, place].tolist() for place in range(frame.shape[1])]
+    return {
+        "number": number,
+        "caption": table.caption,
+        "columns": [
+            {"name": str(name), "numeric": _is_numeric(column)}
+            for name, column in zip(frame.columns, columns, strict=True)
+        ],
+        "rows": [[_cell(v, table.digits) for v in row] for row in zip(*columns, strict=True)],
+    }
 
 
 def _is_numeric(values: Sequence[object]) -> bool:
@@ -335,33 +278,6 @@ def _cell(value: object, digits: int) -> str:
         small = 0 < abs(number) < 10**-digits or (math.isfinite(number) and abs(number) >= 1e6)
         return (f"{number:.2g}" if small else f"{number:.{digits}f}").replace("-", "−")
     return str(value)
-
-
-def _answers(answers: Answers) -> str:
-    cards = "".join(
-        f'<div class="card"><div class="label">{escape(name)}</div>{_answer(text)}</div>'
-        for name, text in answers.responses.items()
-    )
-    kind = "cards two" if len(answers.responses) in (2, 4) else "cards"
-    return (
-        f'<div class="answers"><p><span class="label">Prompt</span> '
-        f'<span class="prompt">{escape(answers.prompt)}</span></p><div class="{kind}">{cards}</div>'
-        f"{_prose(answers.note, 'caveat')}</div>"
-    )
-
-
-def _answer(text: str) -> str:
-    if not text.strip():
-        return '<p class="answer empty">(no text)</p>'
-    return f'<p class="answer">{escape(text.strip())}</p>'
-
-
-def _settings(values: Mapping[str, object]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>'
-        for name, text in _flat(values)
-    )
-    return f'<div class="scroll settings" tabindex="0"><table><tbody>{rows}</tbody></table></div>'
 
 
 def _flat(values: Mapping[str, object], outer: str = "") -> list[tuple[str, str]]:
