@@ -197,8 +197,8 @@ def _sizes(part: Any) -> tuple[int, ...]:
     """Inputs and outputs of a linear module or an embedding, or of experts'; () of another."""
     base: Any = part.get_base_layer() if isinstance(part, LoraLayer) else part
     for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
-        sizes = tuple(getattr(base, name, None) for name in names)
-        if all(isinstance(size, int) for size in sizes):
-            return sizes  # type: ignore[return-value]
+        inputs, outputs = (getattr(base, name, None) for name in names)
+        if isinstance(inputs, int) and isinstance(outputs, int):
+            return inputs, outputs
     matrices = [w.shape[-2:] for w in base.parameters(recurse=False) if w.ndim > 1]
     return tuple(max(matrices, key=min)) if matrices else ()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -262,10 +262,9 @@ def arguments_of(module: nn.Module) -> tuple[str, ...]:
 
 def _body(module: nn.Module, kind: str) -> str:
     """Path of what holds the input embedding."""
-    embedding: Any = None
-    if hasattr(module, "get_input_embeddings"):
-        with suppress(NotImplementedError, AttributeError):
-            embedding = module.get_input_embeddings()  # type: ignore[operator]
+    embedding, model = None, cast(Any, module)
+    with suppress(NotImplementedError, AttributeError):
+        embedding = model.get_input_embeddings()
     paths = [path for path, part in module.named_modules() if part is embedding]
     if not paths or "." not in paths[0]:
         have = ", ".join(name for name, _ in module.named_children())

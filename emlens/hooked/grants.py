@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,9 +71,9 @@ class Tried:
         wanted |= {(layer + 1, "resid_pre") for layer in kinds if layer < self.last}
         wanted |= {(layer, "resid_post") for layer in _resumed(model.n_layers)}
         self.taps = {place: Tap(*place) for place in sorted(wanted)}
-        edits = [*pushes, *self.taps.values()]
+        edits: list[Any] = [*pushes, *self.taps.values()]
         self.shape = (*batch.input_ids.shape, model.d_model)
-        self.hidden = model.hidden(batch, edits)  # type: ignore[arg-type]
+        self.hidden = model.hidden(batch, edits)
 
     def at(self, layer: int, site: Site) -> Tensor:
         return self.taps[layer, site].seen.float()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ def _bytes(value: Any) -> Iterator[bytes]:
         for item in value:
             yield from _bytes(item)
     elif isinstance(value, Edit) and has_formula(value):
-        formulas: Any = {layer: value.formula(layer) for layer in value.layers}  # type: ignore
+        formulas = {layer: cast(Any, value).formula(layer) for layer in value.layers}
         yield from _bytes([value.site, value.where, formulas])
     elif isinstance(value, FunctionType):
         for function in _reached(value):

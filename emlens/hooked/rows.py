@@ -68,11 +68,10 @@ class _InRow:
 def _visit_of(visit: Visit, place: int, columns: Tensor, real: Tensor) -> Visit:
     own = Visit()
     for point, edits in visit.edits.items():
-        own.edits[point] = [_InRow(edit, place, real) for edit in edits]  # type: ignore[misc]
-    own.masks = {  # type: ignore[assignment]
-        where: None if mask is None else _cut(mask, place, columns)
-        for where, mask in visit.masks.items()
-    }
+        in_row: list[Any] = [_InRow(edit, place, real) for edit in edits]
+        own.edits[point] = in_row
+    for where, mask in visit.masks.items():
+        own.masks[where] = None if mask is None else _cut(mask, place, columns)
     own.reads, own.points = visit.reads, visit.points
     return own
 

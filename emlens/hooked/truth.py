@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -135,7 +135,7 @@ def probe_rows(module: PreTrainedModel, tokens: Sequence[int] = ()) -> tuple[Tok
 
 def input_device(module: nn.Module) -> torch.device:
     """Where inputs go: the device that the embedding runs on."""
-    embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
+    embedding = cast(Any, module).get_input_embeddings()
     if embedding.weight.is_meta:
         # offloaded by accelerate, which brings the weights in for the time of a pass
         return torch.device(embedding._hf_hook.execution_device)

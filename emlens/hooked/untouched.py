@@ -133,6 +133,7 @@ def _set(module: nn.Module, path: str, value: Tensor | nn.Module) -> None:
     """Put a module or tensor back into its place, where another one is now."""
     parent, _, child = path.rpartition(".")
     owner = module.get_submodule(parent)
-    for places in (owner._modules, owner._parameters, owner._buffers):
+    homes: list[dict[str, Any]] = [owner._modules, owner._parameters, owner._buffers]
+    for places in homes:
         if child in places and places[child] is not value:
-            places[child] = value  # type: ignore[assignment]
+            places[child] = value
