@@ -3,7 +3,6 @@
 from emlens.evals.ablation import Ablation, Projected, ablation_table
 from emlens.evals.agreement import Agreement, agreement
 from emlens.evals.behaviour import Behaviour, Effect, JudgedRate, LogOddsJudge
-from emlens.evals.inspect.responses import respond_served
 from emlens.evals.local_judge import LocalJudge
 from emlens.evals.logprob_judge import LogProbJudge
 from emlens.evals.probe_judge import ProbeJudge, Trust
@@ -13,6 +12,7 @@ from emlens.evals.rates import Rates, rates, wilson
 from emlens.evals.responses import Response, Responses, respond
 from emlens.evals.rubrics import RUBRICS
 from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, judge
+from emlens.evals.served_responses import respond_served
 from emlens.evals.steering import SteeringSweep, steering_sweep
 from emlens.evals.topics import TopicSplit, judged_topics, topic_split, topics
 from emlens.evals.transfer import Transfer, transfer_table

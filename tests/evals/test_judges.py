@@ -23,8 +23,8 @@ from emlens.evals import (
     Scores,
     Trust,
     Verdict,
-    digits,
     judge,
+    number_logprobs,
     respond,
 )
 from emlens.evals.number_logprobs import NUMBERS, NumberTrie, expected
@@ -259,7 +259,7 @@ def answers(n: int) -> list[Response]:
 
 def judge_many(folder: Path) -> None:
     # a random model would rather not say a number
-    digits.LEAST_MASS = 0.0
+    number_logprobs.LEAST_MASS = 0.0
     local = LocalJudge(tiny_hooked("llama"), {"aligned": "{question}{answer}", "kind": "{answer}"})
     found = judge(answers(64), local, store=folder / "scores.sqlite", progress=False)
     (folder / "told.json").write_text(json.dumps([asdict(row) for row in found.rows]))

@@ -170,7 +170,7 @@ def test_activations_are_those_of_all_tokens_but_the_first_of_a_document(hooked_
         assert torch.allclose(tokens.activations[place], residual[later], atol=1e-5)
         assert torch.allclose(tokens.norms[place], residual[real].norm(dim=-1), rtol=1e-4)
     assert len(tokens.keys.unique()) == int(real.sum())
-    with patch.object(fisher, "ACTIVATIONS", 7):
+    with patch.object(gradients, "ACTIVATIONS", 7):
         _, few = gradients.batch_gradients(
             hooked_llama, batch, (1,), draws=1, seed=0, halves=[0] * len(batch), threshold=2**60
         )
@@ -304,7 +304,7 @@ def test_processes_share_the_documents(hooked_llama, kept, request):
     def two(model, windows, read, what):
         return [read(windows[::2]), read(windows[1::2])]
 
-    with patch.object(fisher, "WINDOW", 3):
+    with patch.object(gradients, "WINDOW", 3):
         alone = InfluenceProfile.fit(hooked_llama, TEXT, **FEW)
         with patch.object(passes, "shared", two):
             shared = InfluenceProfile.fit(hooked_llama, TEXT, **FEW)
@@ -316,7 +316,7 @@ def test_processes_share_the_documents(hooked_llama, kept, request):
 
 
 def test_every_process_has_a_share_of_a_small_corpus():
-    with patch.object(fisher, "world", lambda: (0, 4)):
+    with patch.object(gradients, "world", lambda: (0, 4)):
         found = gradients.windows(TEXT)
     assert [len(window.index) for window in found] == [3, 3, 3, 3]
     assert [place for window in found for place in window.index] == list(range(12))
@@ -329,7 +329,10 @@ def test_only_a_window_of_the_corpus_is_tokenised_at_a_time(hooked_llama):
         sizes.append(len(documents))
         return tokenize_documents(documents, *args, **kwargs)
 
-    with patch.object(fisher, "WINDOW", 5), patch.object(fisher, "tokenize_documents", counting):
+    with (
+        patch.object(gradients, "WINDOW", 5),
+        patch.object(gradients, "tokenize_documents", counting),
+    ):
         InfluenceProfile.fit(hooked_llama, TEXT, layers=[0], **FEW)
     assert sizes == [5, 5, 2]
 

@@ -176,6 +176,7 @@ def test_the_gradient_reaches_a_shift_and_equals_that_of_the_unsplit_model(hooke
 
 
 def test_the_self_check_refuses_a_model_whose_hooks_miss_a_row(hooked_llama, monkeypatch):
+    from emlens.hooked.remote import trace
 
     def first_row_only(visit, layer, site, residual):
         edited = original(visit, layer, site, residual)
