@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import combinations
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from emlens.directions.direction import Directions, cosine
+from emlens.directions.direction import Directions
 from emlens.directions.held_out import (
     Groups,
     held_out_auroc,
@@ -83,50 +84,59 @@ def difference(
         groups: The prompt of each conversation, by side.
         paired: The reading of the differences, where both sides are the same text.
     """
+    if positive.parts[0].total.device != negative.parts[0].total.device:
+        positive, negative = positive.to("cpu"), negative.to("cpu")
     pos, neg = positive.moments, negative.moments
-    vectors = pos.mean - neg.mean
     variance = paired.moments.variance if paired else pos.variance + neg.variance
-    places = list(enumerate(reader.layers))
     weighting, seed = reader.counting.weighting, reader.counting.seed
-    auroc = held_out_auroc(positive, negative, groups, weighting, seed)
     noisy = (positive, negative) if paired is None else (paired,)
     shuffled = shuffled_differences(noisy, weighting, seed)
+
+    def by_layer(values: Iterable | None) -> dict | None:
+        return None if values is None else dict(zip(reader.layers, values, strict=True))
+
     return Directions(
-        {layer: vectors[i] for i, layer in places},
+        dict(zip(reader.layers, (pos.mean - neg.mean).cpu(), strict=True)),
         reader.site,
         made,
-        residual_norms={layer: reader.median_norm(layer) for layer in reader.layers},
-        standard_errors=(
-            {layer: variance[i].sqrt() for i, layer in places} if min(pos.n, neg.n) > 1 else None
-        ),
-        split_half=_split_half(reader.layers, positive.parts, negative.parts),
-        means={layer: (pos.mean[i] + neg.mean[i]) / 2 for i, layer in places},
-        shuffled=None if shuffled is None else {layer: shuffled[:, i] for i, layer in places},
-        auroc=None if auroc is None else {layer: auroc[i] for i, layer in places},
+        residual_norms=reader.median_norms(),
+        standard_errors=by_layer(variance.sqrt().cpu() if min(pos.n, neg.n) > 1 else None),
+        split_half=by_layer(split_half(positive.parts, negative.parts)),
+        means=by_layer(((pos.mean + neg.mean) / 2).cpu()),
+        shuffled=by_layer(None if shuffled is None else shuffled.transpose(0, 1).cpu()),
+        auroc=by_layer(held_out_auroc(positive, negative, groups, weighting, seed)),
     )
 
 
-def _split_half(
-    layers: tuple[int, ...], positive: Sequence[Moments], negative: Sequence[Moments]
-) -> dict[int, float] | None:
-    """Mean cosine of the directions of two halves, over the ways to halve the parts.
+def split_half(positive: Sequence[Moments], negative: Sequence[Moments]) -> list[float] | None:
+    """Mean cosine of the directions of two halves, per layer, over the ways to halve the parts.
 
     A side of few conversations leaves parts empty; splits with an empty half do not count.
     """
-    places, found = range(len(positive)), []
-    for chosen in combinations(places, len(positive) // 2):
-        if 0 not in chosen:
-            continue
-        halves = []
-        for half in (chosen, tuple(set(places) - set(chosen))):
-            sides = [
-                reduce(Moments.merged, (side[i] for i in half)) for side in (positive, negative)
-            ]
-            if not all(side.n for side in sides):
-                break
-            halves.append(sides[0].mean - sides[1].mean)
-        if len(halves) == 2:
-            found.append([cosine(a, b) for a, b in zip(*halves, strict=True)])
-    if not found:
+    n = len(positive)
+    halves = [half for half in combinations(range(n), n // 2) if 0 in half]
+    inside = torch.zeros(len(halves), n, dtype=torch.float64)
+    for row, half in enumerate(halves):
+        inside[row, list(half)] = 1.0
+    # of a half, the direction as sums of parts: the weights of each, `[splits, 2 n]`
+    shares = []
+    for chosen in (inside, 1 - inside):
+        of_sides = []
+        for side, sign in ((positive, 1), (negative, -1)):
+            weight = torch.tensor([part.weight for part in side], dtype=torch.float64)
+            of_sides.append(sign * chosen / (chosen @ weight)[:, None])
+        shares.append(torch.cat(of_sides, dim=1))
+    known = torch.stack(shares).isfinite().all(-1).all(0)
+    if not bool(known.any()):
         return None
-    return dict(zip(layers, np.mean(found, axis=0).tolist(), strict=True))
+    # away from a mean that both sides share, so that their products keep their digits
+    centre = reduce(Moments.merged, negative).mean
+    sums = torch.stack([p.total - p.weight * centre for p in (*positive, *negative)], dim=1)
+    products = (sums @ sums.transpose(1, 2)).cpu()
+    first, second = (of_half[known] for of_half in shares)
+
+    def along(a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum("sp,lpq,sq->sl", a, products, b)
+
+    scale = (along(first, first) * along(second, second)).sqrt()
+    return (along(first, second) / scale).clamp(-1, 1).mean(0).tolist()

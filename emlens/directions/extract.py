@@ -22,7 +22,7 @@ from emlens.directions.reader import (
     Side,
     Weighting,
     first_batches,
-    median,
+    medians,
     side_of,
 )
 from emlens.hooked import (
@@ -257,7 +257,7 @@ def residual_norm(
     first = first_batches(batches, lambda batch: batch.mask(tokens))
     parts = shared(model, first, read, f"norms at {at} of {tokens} tokens")
     norms = [norm for part in parts for norm in part]
-    return {layer: median([norm[i] for norm in norms]) for i, layer in enumerate(wanted)}
+    return dict(zip(wanted, medians(norms), strict=True))
 
 
 @guarded

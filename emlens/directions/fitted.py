@@ -321,7 +321,7 @@ def _like_a_difference(
         vectors,
         reader.site,
         made,
-        residual_norms={layer: reader.median_norm(layer) for layer in reader.layers},
+        residual_norms=reader.median_norms(),
         means={layer: (sides[0][i] + sides[1][i]) / 2 for i, layer in enumerate(reader.layers)},
         auroc=auroc,
         split_half=split_half,

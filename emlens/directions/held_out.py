@@ -77,25 +77,32 @@ def held_out_auroc(
     Cross-fitted over the sampled conversations; answers to one prompt stay in one fold. None
     where there are too few prompts for the folds.
     """
-    from sklearn.metrics import roc_auc_score
-
     samples = positive.sample, negative.sample
     labels, weights = _labels(samples), _weights(samples, weighting)
     keys = sampled_groups(positive, negative, groups)
     fold = fold_of(keys, folds, seed)
     if len(set(keys)) < 2 * folds:
         return None
-    scores = torch.zeros(len(positive.sample.means), folds)
-    for number in range(folds):
-        test = fold == number
+    tests = [fold == number for number in range(folds)]
+    for test in tests:
         if any(not side.any() or side.all() for side in (labels[test], labels[~test])):
             return None
-        direction = _weighted(_contrast(labels, weights * ~test)[None], samples)[0]
-        along = [torch.einsum("lnd,ld->ln", sample.means, direction) for sample in samples]
-        projected = torch.cat(along, dim=1)[:, test].numpy()
-        truth = labels[test].numpy()
-        scores[:, number] = torch.tensor([roc_auc_score(truth, row) for row in projected])
-    return scores.mean(1).tolist()
+    contrasts = torch.stack([_contrast(labels, weights * ~test) for test in tests])
+    axes = _weighted(contrasts, samples).permute(1, 2, 0)
+    along = torch.cat([sample.means @ axes for sample in samples], dim=1).cpu().numpy()
+    areas = [auroc(along[:, test, i], labels[test].numpy()) for i, test in enumerate(tests)]
+    return np.mean(areas, axis=0).tolist()
+
+
+def auroc(
+    scores: Float[np.ndarray, "layers n"], truth: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, " layers"]:
+    """Area under the ROC curve of each row of scores; both classes have to be there."""
+    from scipy.stats import rankdata
+
+    n, hits = len(truth), int(truth.sum())
+    ranks = rankdata(scores, axis=-1)[:, truth].sum(-1)
+    return (ranks - hits * (hits + 1) / 2) / (hits * (n - hits))
 
 
 def sampled_groups(positive: Reading, negative: Reading, groups: Groups) -> list[str]:
@@ -131,12 +138,12 @@ def _weighted(
 ) -> Float[Tensor, "k layers d_model"]:
     """Weighted sums of the sampled means; never all samples in one tensor, which are large."""
     parts = contrasts.float().split([len(sample.counts) for sample in samples], dim=1)
-    # layer by layer: all at once would copy the sample to bring its axes together
+    # a batch of products: one product would copy the sample to bring its axes together
     sums = [
-        torch.stack([part @ means for means in sample.means], dim=1)
+        part.to(sample.means.device).expand(len(sample.means), -1, -1) @ sample.means
         for part, sample in zip(parts, samples, strict=True)
     ]
-    return torch.stack(sums).sum(0)
+    return torch.stack(sums).sum(0).transpose(0, 1)
 
 
 def _contrast(labels: Tensor, weights: Tensor) -> Float[Tensor, " n"]:

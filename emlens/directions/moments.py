@@ -45,13 +45,19 @@ class Moments:
     ) -> None:
         """Take in a batch of per-conversation means; rows of weight 0 do not count."""
         weights = weights.double().cpu()
-        weighted = means.double().cpu() * weights[None, :, None]
+        sums = sums_of(means.cpu(), weights[None])[:, 0]
         self.n += int((weights > 0).sum())
         self.weight += float(weights.sum())
         self.weight2 += float((weights**2).sum())
-        self.total += weighted.sum(1)
-        self.total2 += (weighted * weights[None, :, None]).sum(1)
-        self.square += (weighted**2).sum(1)
+        self.total, self.total2, self.square = (
+            before + more
+            for before, more in zip((self.total, self.total2, self.square), sums, strict=True)
+        )
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same sums on a device."""
+        sums = (values.to(device) for values in (self.total, self.total2, self.square))
+        return Moments(self.n, self.weight, self.weight2, *sums)
 
     def merged(self, other: Moments) -> Moments:
         """The moments of both sets of conversations together."""
@@ -83,3 +89,18 @@ class Moments:
         mean = self.mean
         spread = self.square - 2 * mean * self.total2 + mean**2 * self.weight2
         return spread.clamp(min=0) / self.weight**2 * self.n / (self.n - 1)
+
+
+def sums_of(
+    means: Float[Tensor, "layers batch d_model"], weights: Float[Tensor, "parts batch"]
+) -> Float[Tensor, "3 parts layers d_model"]:
+    """`total`, `total2` and `square` of parts of a batch; a row has weight 0 outside of its part.
+
+    Computed where the means lie.
+    """
+    values = means.double()
+    # a batch of products: one product would copy the means to bring their axes together
+    layers = (len(values), -1, -1)
+    linear = torch.cat([weights, weights**2]).expand(*layers) @ values
+    square = (weights**2).expand(*layers) @ values**2
+    return torch.stack([*linear.chunk(2, dim=1), square]).transpose(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -13,11 +13,19 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from emlens._distributed import leads, shared
+from emlens._distributed import leads, shared, world
 from emlens._door import check_fields
-from emlens.directions.moments import Moments
-from emlens.hooked import Condition, ConditionLike, Edit, HookedModel, Site, condition_of
-from emlens.text import Conversation, TokenBatch, TokenMask, warn_of_repeats
+from emlens.directions.moments import Moments, sums_of
+from emlens.hooked import (
+    Condition,
+    ConditionLike,
+    Edit,
+    HookedModel,
+    Site,
+    condition_of,
+    late_checks,
+)
+from emlens.text import Conversation, TokenBatch, TokenMask, sent, warn_of_repeats
 
 Weighting = Literal["token", "conversation"]
 
@@ -110,6 +118,15 @@ class Sample:
     means: Float[Tensor, "layers n d_model"]
     counts: Float[Tensor, " n"]
 
+    def to(self, device: torch.device | str) -> Sample:
+        return Sample(self.places, self.means.to(device), self.counts)
+
+    def rows(self, chosen: Tensor) -> Sample:
+        """Some of the conversations, by a mask `[n]`."""
+        rows = chosen.nonzero()[:, 0]
+        means = self.means.index_select(1, rows.to(self.means.device))
+        return Sample(self.places[rows], means, self.counts[rows])
+
     def merged(self, other: Sample) -> Sample:
         """Both, in the order of the set."""
         places = torch.cat([self.places, other.places])
@@ -120,7 +137,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one pass over a set of conversations gave.
+    """What one pass over a set of conversations gave, on the device that it ran on.
 
     Attributes:
         parts: Moments of random parts of the set, as even as they go.
@@ -132,9 +149,14 @@ class Reading:
     norms: list[Tensor]
     sample: Sample
 
-    @property
+    @cached_property
     def moments(self) -> Moments:
         return reduce(Moments.merged, self.parts)
+
+    def to(self, device: torch.device | str) -> Reading:
+        parts = tuple(part.to(device) for part in self.parts)
+        norms = [norm.to(device) for norm in self.norms]
+        return Reading(parts, norms, self.sample.to(device))
 
     def merged(self, other: Reading) -> Reading:
         parts = tuple(a.merged(b) for a, b in zip(self.parts, other.parts, strict=True))
@@ -184,12 +206,13 @@ class Reader:
         norms = {batch.index for batch in first_batches(batches, self.counting.mask, counted)}
 
         def read(batches: Sequence[TokenBatch]) -> list[Reading]:
-            return self._pass(sides, batches, part, kept, norms, label)
+            readings = self._pass(sides, batches, part, kept, norms, label)
+            return readings if world()[1] == 1 else [one.to("cpu") for one in readings]
 
         done = f"{label}: moments at {self.site} of {self.counting.tokens} tokens"
         shares = shared(model, batches, read, done)
         readings = [reduce(Reading.merged, group) for group in zip(*shares, strict=True)]
-        if readings[len(sides) - 1].moments.weight == 0:
+        if not any(part.weight for part in readings[len(sides) - 1].parts):
             raise ValueError(
                 f"{label}: none of its {len(conversations)} conversation(s) has tokens that count "
                 f"(tokens={self.counting.tokens!r}, skip_first={self.counting.skip_first}); give "
@@ -198,10 +221,9 @@ class Reader:
         self._norms += readings[len(sides) - 1].norms
         return readings[: len(sides)], readings[len(sides) :]
 
-    def median_norm(self, layer: int) -> float:
-        """Median norm of the residual over the counted tokens of what was read."""
-        place = self.layers.index(layer)
-        return median([norm[place] for norm in self._norms])
+    def median_norms(self) -> dict[int, float]:
+        """Median norm of the residual over the counted tokens of what was read, by layer."""
+        return dict(zip(self.layers, medians(self._norms), strict=True))
 
     def _places(self, n: int, model: HookedModel) -> list[int]:
         """The conversations whose means are kept: the same of two sets of one size."""
@@ -224,66 +246,95 @@ class Reader:
     ) -> list[Reading]:
         here = {place for batch in batches for place in batch.index}
         mine = [place for place in kept if place in here]
-        tallies = [
-            _Tally(len(self.layers), sides[-1][0].d_model, mine) for _ in range(2 * len(sides) - 1)
-        ]
+        tallies = [_Tally(part, mine, self.counting) for _ in range(2 * len(sides) - 1)]
         total = sum(batch.n_tokens for batch in batches) * len(sides)
         quiet = not (self.counting.progress and leads())
-        with tqdm(total=total, desc=label, unit="tok", disable=quiet) as bar:
+        with tqdm(total=total, desc=label, unit="tok", disable=quiet) as bar, late_checks():
             for batch in batches:
-                found = []
+                counted, found = self.counting.mask(batch), []
                 for model, condition in sides:
                     with model.under(condition):
-                        found.append(self._means(model, batch, batch.index in norms))
+                        found.append(self._means(model, batch, counted, batch.index in norms))
                     bar.update(batch.n_tokens)
                 last = found[-1][0]
-                found += [(means - last, counts, []) for means, counts, _ in found[:-1]]
-                parts = torch.tensor([part[place] for place in batch.index])
-                for tally, (means, counts, sizes) in zip(tallies, found, strict=True):
-                    weights = counts if self.counting.weighting == "token" else counts.sign()
-                    tally.take(means, counts, weights, parts, batch.index)
+                found += [(means - last.to(means.device), []) for means, _ in found[:-1]]
+                for tally, (means, sizes) in zip(tallies, found, strict=True):
+                    tally.take(batch.index, counted.sum(1).double(), means)
                     tally.norms += sizes
-        return [tally.reading() for tally in tallies]
+        return [tally.reading(len(self.layers), sides[-1][0].d_model) for tally in tallies]
 
     def _means(
-        self, model: HookedModel, batch: TokenBatch, keep_norms: bool
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        mask = self.counting.mask(batch).to(model.device)
-        counts = mask.sum(1)
+        self, model: HookedModel, batch: TokenBatch, counted: Tensor, keep_norms: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Means of the counted tokens, `[layers, batch, d_model]`, and norms of each of them."""
+        batch = batch.to(model.device)
+        mask = self.counting.mask(batch)
         pool = _pool(mask, self.counting.winsorize, self.counting.drop_massive, keep_norms)
         read = model.residuals(batch, self.layers, self.site, pool, self.counting.edits)
-        pooled = torch.stack([read[layer].cpu() for layer in self.layers])
+        home = read[self.layers[0]].device
+        pooled = torch.stack([read[layer].to(home) for layer in self.layers])
         means, norms = pooled[..., : model.d_model], pooled[..., model.d_model :]
-        return means, counts.cpu().double(), [norms[:, mask.cpu()]] if keep_norms else []
+        if not keep_norms:
+            return means, []
+        places = sent(counted.flatten().nonzero()[:, 0], home)
+        return means, [norms.flatten(1).index_select(1, places)]
 
 
 class _Tally:
-    """What is added up while batches go by; room for the sample is taken at once."""
+    """What is added up while batches go by, on the device that they ran on.
 
-    def __init__(self, n_layers: int, d_model: int, kept: Sequence[int]) -> None:
-        self.parts = tuple(Moments.empty(n_layers, d_model) for _ in range(PARTS))
+    Args:
+        part: The part of each conversation.
+        kept: The conversations whose means are kept.
+        counting: What counts.
+    """
+
+    def __init__(self, part: Sequence[int], kept: Sequence[int], counting: Counting) -> None:
         self.norms: list[Tensor] = []
+        self._part, self._weighting = torch.tensor(part), counting.weighting
+        # a sample that may be larger than a GPU has room for stays on the host
+        self._beside = counting.sample_bytes is None
         self._row = {place: row for row, place in enumerate(kept)}
-        self._means = torch.empty(n_layers, len(kept), d_model)
         self._counts = torch.zeros(len(kept), dtype=torch.float64)
+        self._scalars = torch.zeros(3, PARTS, dtype=torch.float64)
+        self._sums = self._means = torch.empty(0)
 
-    def take(
-        self, means: Tensor, counts: Tensor, weights: Tensor, parts: Tensor, places: Sequence[int]
-    ) -> None:
-        for part in parts.unique().tolist():
-            self.parts[part].add(means[:, parts == part], weights[parts == part])
+    def take(self, places: Sequence[int], counts: Tensor, means: Tensor) -> None:
+        """Take in a batch: what it is of the set, counted tokens `[batch]`, and means."""
+        if not self._sums.numel():
+            self._make_room(len(means), means.shape[-1], means.device)
+        weights = torch.zeros(PARTS, len(places), dtype=torch.float64)
+        own = counts if self._weighting == "token" else counts.sign()
+        weights[self._part[list(places)], torch.arange(len(places))] = own
+        self._scalars += torch.stack([w.sum(1) for w in (weights.sign(), weights, weights**2)])
+        self._sums += sums_of(means, sent(weights, means.device))
         chosen = [i for i, place in enumerate(places) if place in self._row]
-        rows = [self._row[places[i]] for i in chosen]
-        self._means[:, rows] = means[:, chosen].float()
-        self._counts[rows] = counts[chosen]
+        if chosen:
+            rows = [self._row[places[i]] for i in chosen]
+            self._counts[rows] = counts[chosen]
+            taken, put = sent(torch.tensor([chosen, rows]), means.device)
+            kept = means.float().index_select(1, taken).to(self._means.device)
+            self._means.index_copy_(1, put.to(self._means.device), kept)
 
-    def reading(self) -> Reading:
-        places, read = torch.tensor(list(self._row)), self._counts > 0
-        if bool(read.all()):
-            sample = Sample(places, self._means, self._counts)
-        else:
-            sample = Sample(places[read], self._means[:, read], self._counts[read])
-        return Reading(self.parts, self.norms, sample)
+    def reading(self, n_layers: int, d_model: int) -> Reading:
+        """What was added up; of no batch, at these layers."""
+        if not self._sums.numel():
+            self._make_room(n_layers, d_model, torch.device("cpu"))
+        parts = tuple(
+            Moments(int(n), weight, weight2, *sums)
+            for (n, weight, weight2), sums in zip(
+                self._scalars.T.tolist(), self._sums.unbind(1), strict=True
+            )
+        )
+        sample = Sample(torch.tensor(list(self._row)), self._means, self._counts)
+        read = self._counts > 0
+        return Reading(parts, self.norms, sample if bool(read.all()) else sample.rows(read))
+
+    def _make_room(self, n_layers: int, d_model: int, device: torch.device) -> None:
+        shape = (3, PARTS, n_layers, d_model)
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        beside = device if self._beside else torch.device("cpu")
+        self._means = torch.empty(n_layers, len(self._row), d_model, device=beside)
 
 
 def side_of(source: HookedModel | tuple[HookedModel, ConditionLike]) -> Side:
@@ -302,19 +353,22 @@ def _pool(
     A remote model brings back what a pool returns, and nothing else.
     """
 
+    counted = mask.float()
+    even = counted / counted.sum(1, keepdim=True).clamp(min=1)
+
     def pool(residual: Tensor) -> Tensor:
         values = residual.float()
-        where = mask.to(values.device)
         norms = values.norm(dim=-1)
-        share = where.float()
+        share = even.to(values.device)
         if drop_massive is not None:
+            where = mask.to(values.device)
             usual = norms.masked_fill(~where, torch.nan).nanmedian(dim=1, keepdim=True).values
-            share = share * (norms <= drop_massive * usual)
+            share = where.float() * (norms <= drop_massive * usual)
+            share = share / share.sum(1, keepdim=True).clamp(min=1)
         if winsorize is not None:
             place = max(1, round(winsorize * values.shape[-1]))
             limit = values.abs().kthvalue(place, dim=-1, keepdim=True).values
             values = values.clamp(-limit, limit)
-        share = share / share.sum(1, keepdim=True).clamp(min=1)
         means = torch.einsum("btd,bt->bd", values, share)
         return torch.cat([means, norms], dim=1) if keep_norms else means
 
@@ -334,16 +388,16 @@ def first_batches(
     return first
 
 
-def median(norms: Sequence[Tensor]) -> float:
-    """The median of what several batches gave.
+def medians(norms: Sequence[Tensor]) -> list[float]:
+    """The median of each row of what several batches gave, `[rows, n]` each.
 
     Raises:
         ValueError: If they gave nothing.
     """
-    found = torch.cat(list(norms)) if norms else torch.empty(0)
-    if not len(found):
+    found = torch.cat(list(norms), dim=1) if norms else torch.empty(0, 0)
+    if not found.shape[1]:
         raise ValueError("no tokens were counted, so there is no median residual norm")
-    return float(found.median())
+    return found.median(dim=1).values.tolist()
 
 
 def _random_parts(n: int, seed: int) -> list[int]:

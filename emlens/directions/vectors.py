@@ -91,8 +91,9 @@ def nonzero(vector: Tensor, layer: int) -> Tensor:
 
 
 def _check_finite(value: Tensor, what: str) -> None:
-    bad = int((~torch.isfinite(value)).sum())
-    if bad:
+    if bool(value.sum().isfinite()):
+        return
+    if bad := int((~torch.isfinite(value)).sum()):
         raise ValueError(f"{what} has {bad} value(s) that are not finite")
 
 

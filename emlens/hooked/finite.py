@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from textwrap import shorten
 from typing import NoReturn
 
@@ -16,9 +18,36 @@ from emlens.hooked.interface import Hooked
 SHOWN = 160
 """Letters of what acts that an error shows."""
 
+LATE = 4
+"""Checks that may be open inside of `late_checks`."""
+
+_open: ContextVar[list[Callable[[], None]] | None] = ContextVar("open_checks", default=None)
+
 
 class NonFiniteError(ValueError):
     """A pass gave values that are not finite; condition, row and place are named."""
+
+
+@contextmanager
+def late_checks() -> Iterator[None]:
+    """Look at each check a few passes later inside the block, so that a loop waits for no pass.
+
+    All have been looked at when the block ends. They raise what they would have raised at once.
+    """
+    if _open.get() is not None:
+        yield
+        return
+    waiting: list[Callable[[], None]] = []
+    token = _open.set(waiting)
+    try:
+        try:
+            yield
+        finally:
+            # an error in the block may come of what a check would have said
+            for look in waiting:
+                look()
+    finally:
+        _open.reset(token)
 
 
 def check_finite(
@@ -47,8 +76,35 @@ def check_finite(
     # one number for all: on a GPU every look at one waits for the pass
     first = next(iter(values.values())).device
     sums = [value.detach().sum().to(first, torch.float32) for value in values.values()]
-    if bool(torch.stack(sums).sum().isfinite()):
+    total, waiting = torch.stack(sums).sum(), _open.get()
+    if waiting is None:
+        if not bool(total.isfinite()):
+            _name(model, values, names, real, condition)
         return
+    under, arrived = condition or model.condition_in_force, None
+    if total.is_cuda:
+        total = total.to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream(first).record_event()
+
+    def look() -> None:
+        if arrived is not None:
+            arrived.synchronize()
+        if not bool(total.isfinite()):
+            _name(model, values, names, real, under)
+
+    waiting.append(look)
+    if len(waiting) > LATE:
+        waiting.pop(0)()
+
+
+def _name(
+    model: Hooked,
+    values: Mapping[str, Tensor],
+    names: Sequence[str],
+    real: Bool[Tensor, "batch pos"] | None,
+    condition: Condition | None,
+) -> None:
+    """Refuse what of the values is not finite, if there is something."""
     for what, value in values.items():
         bad = ~value.detach().isfinite()
         if real is not None and bad.ndim == 2:

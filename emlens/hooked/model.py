@@ -164,9 +164,10 @@ class HookedModel(Conditioned, ABC):
         at = self.check_site(site, wanted)
         active = self.edits_in_force(edits)
         self._check_length(batch)
-        visit = Visit.of(batch.to(self.device), active, wanted, at, pool)
+        batch = batch.to(self.device)
+        visit = Visit.of(batch, active, wanted, at, pool)
         with evaluating(self.module):
-            self._pass(batch.to(self.device), visit, last=max(wanted))
+            self._pass(batch, visit, last=max(wanted))
         self._check_finite(batch, visit, active)
         return {layer: visit.read[layer] for layer in wanted}
 

@@ -96,9 +96,28 @@ class TokenBatch:
         """The same batch on a device."""
         if self.input_ids.device == torch.device(device):
             return self
-        names = ["input_ids", "attention_mask", "position_ids"]
-        names += ["response", "assistant_turn", "thinking"]
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        whole = [self.input_ids, self.attention_mask, self.position_ids]
+        masks = [self.response, self.assistant_turn, self.thinking]
+        moved = sent(torch.stack([*whole, *(mask.long() for mask in masks)]), device)
+        input_ids, attention_mask, position_ids = moved[:3]
+        response, assistant_turn, thinking = moved[3:].bool()
+        return replace(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            response=response,
+            assistant_turn=assistant_turn,
+            thinking=thinking,
+        )
+
+
+def sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device; on its way to a GPU, nothing waits for it."""
+    if values.device.type != "cpu" or torch.device(device).type != "cuda":
+        return values.to(device)
+    # PyTorch reuses the pinned copy only when the GPU has read it
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @guarded

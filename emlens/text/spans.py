@@ -107,7 +107,8 @@ def render(
     spans = _aligned(shown, messages, text)
     if spans is None:
         spans = _searched(template, messages, text, name)
-    turns = tuple(_turn(template, messages, i, text, spans) for i in answers)
+    closed = not generation_prompt
+    turns = tuple(_turn(template, messages, i, text, spans, closed) for i in answers)
     return Rendering(text, turns)
 
 
@@ -172,14 +173,20 @@ def _searched(template: Template, messages: list[Message], text: str, name: str)
     return spans
 
 
-def _turn(template: Template, messages: list[Message], i: int, text: str, spans: Spans) -> Turn:
-    """The turn of message `i`: its header before the content, its end after it."""
+def _turn(
+    template: Template, messages: list[Message], i: int, text: str, spans: Spans, closed: bool
+) -> Turn:
+    """The turn of message `i`: its header before the content, its end after it.
+
+    `closed` says that the text is the whole of the messages, and nothing is opened after them.
+    """
     start, stop = spans[i]
     header = _prefix(template, messages[:i], text)
     if header is None or header > start:
         opener = _opener(template, messages[: i or 1])
         header = start - len(opener) if text[:start].endswith(opener) else start
-    end = _prefix(template, messages[: i + 1], text)
+    whole = i == len(messages) - 1 and closed
+    end = len(text) if whole else _prefix(template, messages[: i + 1], text)
     if end is None or end < stop:
         end = min((spans[j][0] for j in spans if j > i), default=len(text))
     if messages[i].get("tool_calls"):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -174,7 +174,7 @@ class Template:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         done = text.rfind(_ANSWERED["content"]) + 1
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        closing = closing_tokens(self.tokenizer, text, ids, offsets)
+        closing = closing_tokens(closing_ids(self.tokenizer), text, ids, offsets)
         rows = zip(ids, offsets, closing, strict=True)
         return next((i for i, (start, _), closes in rows if closes and start >= done > 0), None)
 
@@ -203,17 +203,21 @@ def settled(
     return template
 
 
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that may end a turn: special and added ones."""
+    return set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
+
+
 def closing_tokens(
-    tokenizer: PreTrainedTokenizerBase,
+    closers: Container[int],
     text: str,
     ids: Sequence[int],
     offsets: Sequence[tuple[int, int]],
 ) -> list[bool]:
-    """Which tokens may end a turn: special and added ones, `[pos]`."""
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
+    """Which tokens may end a turn, `[pos]`, given those of the tokenizer that may."""
     # some tokenizers add runs of spaces as tokens; those end no turn
     return [
-        token in special and bool(text[start:end].strip())
+        token in closers and bool(text[start:end].strip())
         for token, (start, end) in zip(ids, offsets, strict=True)
     ]
 

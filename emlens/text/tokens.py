@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from emlens._door import guarded
 from emlens.text.conversation import Conversation, names
 from emlens.text.spans import Rendering, Turn, render
-from emlens.text.template import Template, closing_tokens
+from emlens.text.template import Template, closing_ids, closing_tokens
 
 TokenMask = Literal[
     "prompt",
@@ -31,6 +31,10 @@ it (what the papers average over); `prompt` is everything else than thinking and
 every real token; `last` is the one token from which the first response token is predicted (where
 there is no response, the last token). An answer that does not count (`weight: 0`) is `prompt`.
 """
+
+
+TOGETHER = 256
+"""Conversations that are tokenised in one call."""
 
 
 class Text(Protocol):
@@ -115,18 +119,22 @@ def tokenize(
     template = Template.of(template)
     _check_tokenizer(template.tokenizer)
     _check_limit(max_tokens)
-    rows = []
-    for conversation, name in zip(conversations, names(conversations), strict=True):
-        rendering = render(
-            template,
-            conversation,
-            name,
-            generation_prompt=generation_prompt,
-            continue_final_message=continue_final_message,
-            thinking=thinking,
-        )
-        row = _row(template.tokenizer, rendering, name)
-        rows.append(_fitted(row, max_tokens, truncate, must_answer=not generation_prompt))
+    rows, named = [], list(zip(conversations, names(conversations), strict=True))
+    for start in range(0, len(named), TOGETHER):
+        some = named[start : start + TOGETHER]
+        renderings = [
+            render(
+                template,
+                conversation,
+                name,
+                generation_prompt=generation_prompt,
+                continue_final_message=continue_final_message,
+                thinking=thinking,
+            )
+            for conversation, name in some
+        ]
+        for row in _rows(template.tokenizer, renderings, [name for _, name in some]):
+            rows.append(_fitted(row, max_tokens, truncate, must_answer=not generation_prompt))
     return rows
 
 
@@ -160,17 +168,33 @@ def template_hash(template: Template | PreTrainedTokenizerBase) -> str:
     return Template.of(template).hash
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, name: str) -> TokenRow:
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, renderings: Sequence[Rendering], names: Sequence[str]
+) -> Iterator[TokenRow]:
+    # in one call, which fast tokenizers spread over the cores
     encoded = tokenizer(
-        rendering.text,
+        [rendering.text for rendering in renderings],
         add_special_tokens=False,
         return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         verbose=False,
     )
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    closers = closing_ids(tokenizer)
+    parts = zip(renderings, encoded["input_ids"], encoded["offset_mapping"], names, strict=True)
+    for rendering, ids, offsets, name in parts:
+        row = _row(rendering, ids, offsets, closers, name)
+        _check_bos(row, tokenizer)
+        yield row
+
+
+def _row(
+    rendering: Rendering,
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    closers: Container[int],
+    name: str,
+) -> TokenRow:
     n = len(ids)
-    closing = closing_tokens(tokenizer, rendering.text, ids, offsets)
+    closing = closing_tokens(closers, rendering.text, ids, offsets)
     response, thinking, assistant = [False] * n, [False] * n, [False] * n
     for turn in rendering.turns:
         if not turn.counts:
@@ -184,12 +208,10 @@ def _row(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, name: str) ->
             thinking[i] |= any(start < b and end > a for a, b in turn.thinking)
             response[i] |= answered and start < turn.end and end > turn.content and not thinking[i]
             assistant[i] |= start < turn.end and end > turn.header
-    row = TokenRow(tuple(ids), tuple(response), tuple(assistant), name, tuple(thinking))
-    _check_bos(row, tokenizer)
-    return row
+    return TokenRow(tuple(ids), tuple(response), tuple(assistant), name, tuple(thinking))
 
 
-def _last_token(turn: Turn, offsets: list[tuple[int, int]], closing: list[bool]) -> int:
+def _last_token(turn: Turn, offsets: Sequence[tuple[int, int]], closing: list[bool]) -> int:
     """The turn's end-of-turn token, or the last of its content where there is none."""
     inside = [i for i, (a, b) in enumerate(offsets) if a != b and a < turn.end and b > turn.content]
     after = [i for i in inside if offsets[i][0] >= turn.content_end and closing[i]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
 import emlens
 from emlens import Add, Direction, mean_diff
 from emlens.directions import Moments, cosine, edit_diff, residual_norm
+from emlens.directions.build import split_half
 from emlens.text import pack, tokenize
 from tests.support.data import conversations, pairs
 
@@ -147,6 +150,47 @@ def test_split_half_and_norms_are_reported(hooked_llama):
     norms = torch.cat(parts[0] + parts[1]).norm(dim=-1)
     assert found.residual_norms[2] == pytest.approx(float(norms.median()), rel=1e-4)
     assert set(found.standard_errors) == set(found.layers)
+
+
+def test_split_half_is_the_mean_cosine_of_a_plain_loop_over_splits():
+    generator = torch.Generator().manual_seed(5)
+    sides = []
+    # a mean that both sides share, a thousand times as large as what differs
+    for n, shift in ((37, 1.0), (6, -1.0)):
+        rows = torch.randn(2, n, 7, generator=generator).double() + shift * torch.ones(7) + 1000.0
+        weights = torch.randint(1, 9, (n,), generator=generator).double()
+        sides.append([(rows[:, i::8], weights[i::8]) for i in range(8)])
+    parts = [[Moments.empty(2, 7) for _ in side] for side in sides]
+    for made, side in zip(parts, sides, strict=True):
+        for part, (rows, weights) in zip(made, side, strict=True):
+            part.add(rows, weights)
+
+    def mean(side, chosen):
+        rows = torch.cat([side[i][0] for i in chosen], dim=1)
+        weights = torch.cat([side[i][1] for i in chosen])
+        return (rows * weights[:, None]).sum(1) / weights.sum()
+
+    cosines = []
+    for half in combinations(range(8), 4):
+        rest = [i for i in range(8) if i not in half]
+        filled = all(any(len(side[i][1]) for i in h) for side in sides for h in (half, rest))
+        if 0 in half and filled:
+            a, b = (mean(sides[0], chosen) - mean(sides[1], chosen) for chosen in (half, rest))
+            cosines.append(torch.cosine_similarity(a, b, dim=1))
+    assert split_half(*parts) == pytest.approx(torch.stack(cosines).mean(0).tolist(), abs=1e-10)
+
+
+def test_moments_are_plain_weighted_sums():
+    generator = torch.Generator().manual_seed(6)
+    means = torch.randn(3, 9, 4, generator=generator) * 1000
+    weights = torch.randint(0, 9, (9,), generator=generator).double()
+    found, w, x = Moments.empty(3, 4), weights[None, :, None], means.double()
+    found.add(means, weights)
+    assert torch.allclose(found.total, (w * x).sum(1), rtol=1e-10, atol=0)
+    assert torch.allclose(found.total2, (w**2 * x).sum(1), rtol=1e-10, atol=0)
+    assert torch.allclose(found.square, (w * x).square().sum(1), rtol=1e-10, atol=0)
+    assert (found.weight, found.weight2) == (float(weights.sum()), float((weights**2).sum()))
+    assert found.n == int((weights > 0).sum())
 
 
 def test_the_same_seed_gives_the_same_halves(hooked_llama):

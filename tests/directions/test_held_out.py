@@ -20,6 +20,7 @@ from emlens.directions import (
     warnings_of,
 )
 from emlens.directions.held_out import (
+    auroc,
     fold_of,
     held_out_auroc,
     prompts_of,
@@ -287,6 +288,14 @@ def test_the_held_out_auroc_is_that_of_a_plain_loop_over_folds():
         areas.append(roc_auc_score(truth[~train], scores))
     assert found == [pytest.approx(np.mean(areas), abs=1e-6)]
     assert held_out_auroc(*sides, (["a"] * 50, ["b"] * 50), "token", seed=3) is None
+
+
+def test_areas_from_ranks_are_those_of_sklearn():
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=(5, 60)).round(1)  # with ties
+    truth = generator.random(60) < 0.3
+    expected = [roc_auc_score(truth, row) for row in scores]
+    assert auroc(scores, truth) == pytest.approx(expected, abs=1e-12)
 
 
 def test_answers_to_one_prompt_are_in_one_fold():

@@ -11,7 +11,7 @@ import torch
 import emlens
 from emlens import Add, Conversation, Direction
 from emlens.evals import Question, respond
-from emlens.hooked import NonFiniteError, Targets, response_losses
+from emlens.hooked import NonFiniteError, Targets, late_checks, response_losses
 from emlens.training import TrainingStopped, train_adapter, train_vector
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked, tiny_model
@@ -206,3 +206,34 @@ def test_training_that_leaves_what_is_finite_stops_with_the_run_so_far(tmp_path)
         )
     assert len(stopped.value.run.steps) >= 1
     assert isinstance(stopped.value, NonFiniteError)
+
+
+def test_a_late_check_names_the_row_of_the_pass_that_it_belongs_to():
+    model = tiny_hooked("llama")
+    batches = model.batches(ASKED, token_budget=1)
+    edits = [[], [huge(model)], [], []]
+    named = r"the residual of short at layer 1.*Add"
+    with pytest.raises(NonFiniteError, match=named), late_checks():
+        for batch, acting in zip([*batches, *batches], edits, strict=True):
+            model.residuals(batch, [2], edits=acting)
+
+
+def test_late_checks_stop_a_long_loop_within_a_few_passes():
+    model = tiny_hooked("llama")
+    (batch,) = model.batches(ASKED[:1])
+    passes = []
+    with pytest.raises(NonFiniteError, match="long"), late_checks():
+        for i in range(20):
+            passes.append(i)
+            model.residuals(batch, [2], edits=[huge(model)])
+    assert len(passes) < 8
+
+
+def test_an_error_that_comes_of_what_is_not_finite_is_that_of_the_late_check():
+    model = tiny_hooked("llama")
+    (batch,) = model.batches(ASKED[:1])
+    with pytest.raises(NonFiniteError, match="long"), late_checks():
+        model.residuals(batch, [2], edits=[huge(model)])
+        raise RuntimeError("what followed")
+    with late_checks():
+        model.residuals(batch, [2])

@@ -49,6 +49,16 @@ def test_masks_and_positions_follow_the_padding_side(side):
     assert batch.n_tokens == 6
 
 
+def test_a_batch_moves_to_a_device_as_it_is():
+    (batch,) = pack([row(4, response=2), row(2, response=1)])
+    moved = batch.to("meta")
+    for name in ("input_ids", "attention_mask", "position_ids", "response", "thinking"):
+        before, after = getattr(batch, name), getattr(moved, name)
+        assert after.device.type == "meta"
+        assert (after.shape, after.dtype) == (before.shape, before.dtype)
+    assert batch.to("cpu") is batch
+
+
 def test_the_first_token_of_a_row_is_never_a_target():
     (batch,) = pack([row(3), row(1)], padding_side="left")
     assert batch.targets("all").tolist() == [[False, True, True], [False, False, False]]
