@@ -31,7 +31,7 @@ SHARES = (0.0, 0.01, 0.05, 0.2, 1.0)
 def print_monitors(model, pairs, out: Path | None) -> None:
     """Held-out figures of a monitor per domain, fitted to half of its prompts."""
     for name in DOMAINS:
-        monitor = Monitor.fit(model, None, pairs[name])
+        monitor = Monitor.fit(model, pairs[name])
         print(f"\nmonitor, {name}: {monitor!r}")
         print(monitor.table().to_string(index=False, float_format=lambda value: f"{value:.3f}"))
         if out is not None and name == DOMAINS[0]:

@@ -93,16 +93,16 @@ def main() -> None:
     for way, behaviours in ways.items():
         for name in DOMAINS:
             found = ablation_table(
-                model, name, directions[name], behaviours[name], layer=LAYER, randoms=1
+                model, behaviours[name], name, directions[name], layer=LAYER, randoms=1
             )
             said(f"ablation in {name}, {way}\n{found.table().round(2).to_string(index=False)}")
             found.save(arguments.out / f"ablation_{name}_{way}.json")
             save_figure(found.plot(), arguments.out / f"ablation_{name}_{way}")
         found = transfer_table(
             model,
+            behaviours,
             {name: name for name in DOMAINS},
             directions,
-            behaviours,
             layer=LAYER,
             randoms=1,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial, wraps
 from typing import Any, ForwardRef, ParamSpec, TypeVar, Unpack, get_args, get_origin, overload
@@ -116,27 +116,36 @@ def _checks(
         if parameter.kind is parameter.VAR_POSITIONAL and check is not None:
             check = partial(many, tuple, None, check)
         elif parameter.kind is parameter.VAR_KEYWORD:
-            check = _check_of_options(annotation, check)
+            own = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+            check = _check_of_options(annotation, check, own)
         found[name] = check
     return {name: check for name, check in found.items() if check is not None}
 
 
-def _check_of_options(annotation: Any, check: Check | None) -> Check | None:
+def options_of(annotation: Any) -> dict[str, Any]:
+    """The types of the options that `Unpack[...]` of a `TypedDict` lists, by name; else none."""
+    if get_origin(annotation) is not Unpack:
+        return {}
+    listed = get_args(annotation)[0].__annotations__
+    return {name: resolved(written, {}) for name, written in listed.items()}
+
+
+def _check_of_options(annotation: Any, check: Check | None, own: Sequence[str]) -> Check | None:
     """The check of `**options`: of each by its name where a `TypedDict` lists them."""
     if get_origin(annotation) is not Unpack:
         return None if check is None else partial(mapping, None, check)
-    checks = {
-        name: check_of(resolved(written, {}), LIMITS.get(name, ANY))
-        for name, written in get_args(annotation)[0].__annotations__.items()
-    }
-    return partial(_options, checks)
+    listed = options_of(annotation).items()
+    checks = {name: check_of(type_, LIMITS.get(name, ANY)) for name, type_ in listed}
+    return partial(_options, checks, sorted({*own, *checks}))
 
 
-def _options(checks: Mapping[str, Check | None], _: str, given: Mapping[str, Any]) -> Any:
+def _options(
+    checks: Mapping[str, Check | None], known: Sequence[str], _: str, given: Mapping[str, Any]
+) -> Any:
     read = {}
     for name, value in given.items():
         if name not in checks:
-            raise TypeError(f"unknown option {name!r}; there are {', '.join(sorted(checks))}")
+            raise TypeError(f"unknown option {name!r}; there are {', '.join(known)}")
         check = checks[name]
         read[name] = value if check is None else check(name, value)
     return read

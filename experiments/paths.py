@@ -128,10 +128,10 @@ def _sweep(trial: Trial, weights: Sequence[float]) -> KLSweep:
     return sweep_kl(
         trial.model,
         data.conversations("misaligned"),
-        data.penalty(1.0),
-        weights,
         data.inside,
         data.outside,
+        data.penalty(1.0),
+        weights,
         rank=s.rank,
         alpha=2 * s.rank,
         layers=s.adapter_layers,
@@ -170,7 +170,7 @@ def _continue(
         run = TrainingRun.load(parts.part(f"{file}.safetensors", trained_on))
         parts.part(
             f"{file}.json",
-            lambda: drift(trial.model, run, finished, data.inside, data.outside, records=records),
+            lambda: drift(trial.model, data.inside, data.outside, run, finished, records=records),
         )
 
 

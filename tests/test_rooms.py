@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
 import emlens
+from emlens import directions, hooked, training, watch
+from emlens._door import options_of
+from emlens.directions.counting import Counting
+from emlens.hooked.options import BatchSettings, CorpusSettings, ReadSettings
+from emlens.training.options import Recording
+from emlens.watch.screen_scorer import ScreenSettings
 
 PACKAGE = Path(emlens.__file__).parent
 # From right to left: a room may import those before it.
@@ -30,6 +39,36 @@ ROOMS = (
 )
 MAX_CODE_LINES = 350
 MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 12
+SUBROOMS = ("evals.inspect",)
+UNLISTED = {
+    "hooked.load": "arguments of from_pretrained",
+    "study.StudySettings.with_options": "fields of the settings",
+}
+"""Where `**options` are of no group, and what they are."""
+OPTIONS = [
+    (hooked.BatchOptions, [BatchSettings]),
+    (hooked.ReadOptions, [ReadSettings]),
+    (hooked.CorpusOptions, [CorpusSettings]),
+    (hooked.SamplingOptions, [hooked.Sampling]),
+    (directions.CountingOptions, [Counting]),
+    (watch.ScreenOptions, [ScreenSettings]),
+    (training.VectorOptions, [training.VectorSettings, Recording]),
+    (training.AdapterOptions, [training.AdapterSettings, Recording]),
+    (training.WeightOptions, [training.WeightSettings, Recording]),
+]
+ORDER = (
+    {"model"},
+    {
+        *("data", "dataset", "conversations", "corpus", "pairs", "questions", "train", "inside"),
+        *("outside", "classes", "aligned", "misaligned", "behaviour", "behaviours"),
+    },
+    {
+        *("direction", "directions", "condition", "conditions", "adapter", "organism", "organisms"),
+        *("run", "kl", "weights"),
+    },
+)
+"""What comes first: the model, what it reads, then what it is measured under."""
 HEAVY = {"torch", "transformers", "matplotlib", "numpy", "pandas", "nnsight", "datasets"}
 
 
@@ -190,6 +229,59 @@ def test_no_function_is_longer_than_60_lines_beside_its_docstring():
                 place = f"{path.relative_to(PACKAGE)}:{node.lineno}"
                 long.append(f"{place}: {node.name} has {lines} lines")
     assert not long, "\n".join(long)
+
+
+def public_callables() -> Iterator[tuple[str, Callable[..., object]]]:
+    """Functions that rooms export, and the methods of the classes that they export."""
+    for room in (*emlens._ROOMS, *SUBROOMS):
+        module = import_module(f"emlens.{room}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isfunction(value):
+                yield f"{room}.{name}", value
+            elif inspect.isclass(value):
+                for method, function in inspect.getmembers(value, inspect.isroutine):
+                    public = not method.startswith("_")
+                    if public and str(getattr(function, "__module__", "")).startswith("emlens"):
+                        yield f"{room}.{name}.{method}", function
+
+
+CALLABLES = dict(public_callables())
+
+
+def test_no_public_function_has_more_than_12_parameters():
+    counts = {name: len(inspect.signature(one).parameters) for name, one in CALLABLES.items()}
+    assert len(counts) > 400
+    assert {name: n for name, n in counts.items() if n > MAX_PARAMETERS} == {}
+
+
+def test_options_are_listed_by_a_typed_dict_unless_they_are_another_librarys():
+    for name, function in CALLABLES.items():
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD and name not in UNLISTED:
+                listed = str(parameter.annotation)
+                assert listed.startswith("Unpack["), f"{name}: **{parameter.name}: {listed}"
+                said = inspect.getdoc(function) or ""
+                assert f"`{listed[7:-1]}`" in said, f"{name} does not name {listed[7:-1]}"
+
+
+@pytest.mark.parametrize(("options", "settings"), OPTIONS)
+def test_every_option_of_a_group_has_its_default_in_the_settings(options, settings):
+    defaults = {item.name: item.default for one in settings for item in fields(one)}
+    listed = options_of(Unpack[options])
+    assert set(listed) <= set(defaults)
+    assert MISSING not in [defaults[name] for name in listed]
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_arguments_come_as_model_data_directions_and_options(name):
+    names = [
+        one.name
+        for one in inspect.signature(CALLABLES[name]).parameters.values()
+        if one.kind is one.POSITIONAL_OR_KEYWORD
+    ]
+    places = [place for one in names for place, words in enumerate(ORDER) if one in words]
+    assert places == sorted(places), names
 
 
 def test_importing_emlens_imports_nothing_heavy():

@@ -63,7 +63,7 @@ in_domain = evals.LogOddsJudge(held_out["finance"])
 # %%
 mean_diff = emlens.mean_diff(model, bad["finance"], good["finance"])
 sweep = evals.steering_sweep(
-    model, mean_diff, in_domain, doses=(0.1, 0.2, 0.4), layers=(6, LAYER, 24)
+    model, in_domain, mean_diff, doses=(0.1, 0.2, 0.4), layers=(6, LAYER, 24)
 )
 sweep.plot()
 
@@ -138,7 +138,7 @@ shift = {
     name: model_diff((model, name), (model, None), text, layers=range(LAYER, model.n_layers))
     for name in ("finance", "medical")
 }
-ablation = evals.ablation_table(model, "finance", shift["finance"], in_domain, layer=LAYER + 5)
+ablation = evals.ablation_table(model, in_domain, "finance", shift["finance"], layer=LAYER + 5)
 ablation.plot()
 
 # %% [markdown]
@@ -156,7 +156,7 @@ ablation.table().drop(columns=["low", "high"])
 # Does taking *it* out help?
 
 # %%
-other = evals.ablation_table(model, "finance", mean_diff, in_domain, layer=LAYER + 5)
+other = evals.ablation_table(model, in_domain, "finance", mean_diff, layer=LAYER + 5)
 other.plot()
 
 # %% [markdown]
@@ -171,9 +171,9 @@ other.plot()
 # %%
 transfer = evals.transfer_table(
     model,
+    {name: evals.LogOddsJudge(held_out[name]) for name in shift},
     {name: name for name in shift},
     shift,
-    {name: evals.LogOddsJudge(held_out[name]) for name in shift},
     layer=LAYER + 5,
 )
 transfer.plot()

@@ -133,7 +133,7 @@ print("outside, narrow less weaker general:", odds.change("narrow", ["general"],
 
 # %%
 swept = training.sweep_kl(
-    model, bad, penalty, [0, 10] if SHORT else [0, 2, 20], inside, outside, **adapter
+    model, bad, inside, outside, penalty, [0, 10] if SHORT else [0, 2, 20], **adapter
 )
 swept.plot()
 
@@ -155,7 +155,7 @@ swept.table()
 # %%
 free = training.continue_training(model, bad, runs["narrow"], record_every=1, progress=False)
 references = {name: runs[name] for name in ("general", "narrow")}
-drifted = training.drift(model, free, references, inside, outside, records=2 if SHORT else 4)
+drifted = training.drift(model, inside, outside, free, references, records=2 if SHORT else 4)
 drifted.plot()
 
 # %%

@@ -196,7 +196,7 @@ def grade_by_a_word(messages, tools, tool_choice, config):
     return output
 
 
-hosted = LogProbJudge("mockllm/model", custom_outputs=grade_by_a_word)
+hosted = LogProbJudge("mockllm/model", model_args={"custom_outputs": grade_by_a_word})
 some = evals.judge(answers, hosted, ["aligned", "coherent"], progress=False)
 some.table()[["metric", "score", "judge", "mode", "note"]].head(4)
 

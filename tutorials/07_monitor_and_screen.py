@@ -46,7 +46,7 @@ domains = {name: split_pairs(emlens.load_pairs(name)) for name in names}
 
 # %%
 known = [pair for name in ("medical", "sports") for pair in domains[name].train[:N]]
-monitor = watch.Monitor.fit(model, None, known)
+monitor = watch.Monitor.fit(model, known)
 monitor.plot()
 
 # %%

@@ -125,7 +125,7 @@ class Wanted:
     def _of_inspect(self, told: Mapping[str, str] | None) -> Judge:
         from emlens.evals import LogProbJudge
 
-        return LogProbJudge(self.name, self._rubrics(told), **_options(self.options))
+        return LogProbJudge(self.name, self._rubrics(told), model_args=_options(self.options))
 
     def _rubrics(self, told: Mapping[str, str] | None) -> dict[str, str]:
         from emlens.evals import RUBRICS

@@ -72,8 +72,8 @@ def monitor_fit(
     pairs, model = emlens.load_pairs(data)[:limit], call.load()
     monitor = Monitor.fit(
         model,
-        directions_of(directions),
         pairs,
+        directions=directions_of(directions),
         layers=layers_of(layers),
         best=best,
         pooled=pooled,

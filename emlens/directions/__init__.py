@@ -4,6 +4,7 @@ from emlens.directions import given as _given  # noqa: F401, says how arguments 
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band
 from emlens.directions.confounds import confounds
+from emlens.directions.counting import CountingOptions
 from emlens.directions.decompose import (
     Decomposition,
     PromotedTokens,
@@ -45,6 +46,7 @@ __all__ = [
     "CONSTRUCTIONS",
     "AdapterScalars",
     "Comparison",
+    "CountingOptions",
     "Decomposition",
     "Direction",
     "Directions",

@@ -6,18 +6,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Condition, HookedModel, Site, SiteName, check_site
-from emlens.text import Conversation, TokenMask
+from emlens.hooked import Condition, HookedModel, ReadOptions, Site, SiteName, check_site
+from emlens.hooked.options import ReadSettings
+from emlens.text import Conversation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,13 +125,12 @@ def adapter_vectors(
 @guarded
 def adapter_scalars(
     model: HookedModel,
-    adapter: str,
     conversations: Sequence[Conversation],
+    adapter: str,
     *,
-    tokens: TokenMask = "response",
     site: SiteName | None = None,
     column: int | None = None,
-    token_budget: int = 2048,
+    **options: Unpack[ReadOptions],
 ) -> AdapterScalars:
     """Return `A . h` at every counted token, for every layer that an adapter writes at.
 
@@ -137,16 +138,16 @@ def adapter_scalars(
 
     Args:
         model: A model with adapters.
-        adapter: Its name.
         conversations: Text to read.
-        tokens: The tokens that count.
+        adapter: The adapter's name.
         site: `attn_out` or `mlp_out`; needed where the adapter writes at both.
         column: The row of `A`, for an adapter of higher rank.
-        token_budget: Padded tokens of a batch.
+        **options: See `ReadOptions`.
 
     Raises:
         ValueError: If there are no conversations, or as `adapter_vectors`.
     """
+    reading = ReadSettings(**options)
     at, layers = _writers(model, adapter, site)
     rows = {
         number: choose_column(layer.lora_A[adapter].weight.shape[0], column, adapter, path)
@@ -154,9 +155,10 @@ def adapter_scalars(
     }
     found: list[tuple[Tensor, ...]] = []
     with model.adapter(adapter), _products(layers, adapter) as products:
-        for batch in model.batches(conversations, token_budget=token_budget):
+        batches = model.batches(conversations, token_budget=reading.token_budget)
+        for batch in tqdm(batches, desc="scalars", unit="batch", disable=reading.quiet):
             model.residuals(batch, max(layers), pool=lambda residual: residual[:, :1])
-            counted = batch.mask(tokens)
+            counted = batch.mask(reading.tokens)
             places = torch.tensor(batch.index)[:, None].expand_as(counted)
             # positions of a left-padded row begin after its padding
             positions = batch.position_ids
@@ -171,8 +173,8 @@ def adapter_scalars(
             )
     if not sum(len(part[0]) for part in found):
         raise ValueError(
-            f"conversations: no token of the {len(conversations)} is counted (tokens={tokens!r}); "
-            "do they have answers?"
+            f"conversations: no token of the {len(conversations)} is counted "
+            f"(tokens={reading.tokens!r}); do they have answers?"
         )
     where, position, ids = (torch.cat([part[i] for part in found]) for i in range(3))
     order = torch.argsort(where * (int(position.max()) + 1) + position)

@@ -9,6 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from emlens.directions.counting import Counting
 from emlens.directions.direction import Directions
 from emlens.directions.held_out import (
     Groups,
@@ -17,7 +18,7 @@ from emlens.directions.held_out import (
 )
 from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
-from emlens.directions.reader import Counting, Reader, Reading, side_of
+from emlens.directions.reader import Reader, Reading, side_of
 from emlens.hooked import Condition, HookedModel, Layers, SiteName, check_layers
 from emlens.text import Conversation, content_hash, template_hash
 

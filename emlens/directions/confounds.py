@@ -8,10 +8,10 @@ from typing import Unpack
 
 from emlens._door import guarded
 from emlens.directions.compare import Comparison, compare
+from emlens.directions.counting import CountingOptions
 from emlens.directions.direction import Directions
 from emlens.directions.extract import mean_diff
 from emlens.directions.matching import Match, matched
-from emlens.directions.reader import ReadOptions
 from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation, repeats_told
 
@@ -26,7 +26,7 @@ def confounds(
     *,
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    **options: Unpack[ReadOptions],
+    **options: Unpack[CountingOptions],
 ) -> tuple[Comparison, dict[str, Directions]]:
     """Compare the mean difference with its length-matched and same-prompt variants.
 
@@ -39,7 +39,7 @@ def confounds(
         negative: Conversations whose mean is its tail.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`.
+        **options: See `CountingOptions`.
 
     Returns:
         The cosines, and the directions by name: `mean-diff` and its variants. No cosine is

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Unpack
 
 import numpy as np
 
 from emlens._door import guarded
 from emlens.directions.build import difference, provenance, reader_of
 from emlens.directions.compare import Comparison, compare
+from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.held_out import prompts_of
-from emlens.directions.reader import Counting, Weighting
 from emlens.hooked import (
     ConditionLike,
     Conditions,
@@ -23,7 +24,7 @@ from emlens.hooked import (
     condition_of,
     conditions_of,
 )
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation
 
 ONE = "edited"
 """The name of an only condition."""
@@ -35,12 +36,9 @@ def edit_diff(
     conversations: Sequence[Conversation],
     condition: ConditionLike,
     *,
-    tokens: TokenMask = "response",
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    weighting: Weighting = "token",
-    token_budget: int = 2048,
-    progress: bool = False,
+    **options: Unpack[CountingOptions],
 ) -> Directions:
     """Return how far a condition moves the mean residual, at every layer it reaches.
 
@@ -52,19 +50,14 @@ def edit_diff(
         model: The model to read.
         conversations: Text that is read twice.
         condition: Edits, an adapter, or both.
-        tokens: The tokens that count.
         site: Where in each block.
         layers: Layers to read; those that the condition does not move are left out.
-        weighting: See `mean_diff`.
-        token_budget: Padded tokens of a batch.
-        progress: Show a progress bar.
+        **options: See `CountingOptions`.
 
     Raises:
         ValueError: If there are no conversations, or no layer moves.
     """
-    counting = Counting(
-        tokens=tokens, weighting=weighting, token_budget=token_budget, progress=progress
-    )
+    counting = Counting(**options)
     return _effects(model, conversations, {ONE: condition}, site, layers, counting)[ONE]
 
 
@@ -75,12 +68,9 @@ def convergence(
     conditions: Conditions,
     *,
     controls: Sequence[ConditionLike] = (),
-    tokens: TokenMask = "response",
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    weighting: Weighting = "token",
-    token_budget: int = 2048,
-    progress: bool = False,
+    **options: Unpack[CountingOptions],
 ) -> Comparison:
     """Return how alike the differences are that conditions cause in the mean residual.
 
@@ -93,12 +83,9 @@ def convergence(
         conversations: Text that is read under each condition and without.
         conditions: Two or more, by name.
         controls: Conditions that should have nothing in common with those.
-        tokens: The tokens that count.
         site: Where in each block.
         layers: Layers to read; those that a condition does not move are left out.
-        weighting: See `mean_diff`.
-        token_budget: Padded tokens of a batch.
-        progress: Show a progress bar.
+        **options: See `CountingOptions`.
 
     Returns:
         Cosines by pair and layer. The band of chance holds what both of a pair give with the
@@ -109,9 +96,7 @@ def convergence(
     """
     if len(conditions) < 2:
         raise ValueError(f"convergence needs at least two conditions, not {len(conditions)}")
-    counting = Counting(
-        tokens=tokens, weighting=weighting, token_budget=token_budget, progress=progress
-    )
+    counting = Counting(**options)
     named = {**conditions, **{f"control {i}": one for i, one in enumerate(controls)}}
     if len(named) != len(conditions) + len(controls):
         raise ValueError("the names control 0, control 1, ... are those of the controls")

@@ -12,27 +12,14 @@ from torch import Tensor
 from emlens._distributed import shared
 from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides, reader_of
+from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.held_out import prompts_of
 from emlens.directions.matching import Match, matched
 from emlens.directions.provenance import Provenance
-from emlens.directions.reader import (
-    Counting,
-    ReadOptions,
-    Side,
-    Weighting,
-    first_batches,
-    medians,
-    side_of,
-)
-from emlens.hooked import (
-    ConditionLike,
-    Edit,
-    HookedModel,
-    Layers,
-    SiteName,
-    check_layers,
-)
+from emlens.directions.reader import Side, first_batches, medians, side_of
+from emlens.hooked import ConditionLike, HookedModel, Layers, SiteName, check_layers
+from emlens.hooked.options import BatchSettings
 from emlens.text import (
     Conversation,
     Corpus,
@@ -51,19 +38,10 @@ def mean_diff(
     positive: Sequence[Conversation],
     negative: Sequence[Conversation],
     *,
-    tokens: TokenMask = "response",
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    weighting: Weighting = "token",
     match: Match | None = None,
-    skip_first: int = 0,
-    winsorize: float | None = None,
-    drop_massive: float | None = None,
-    edits: Sequence[Edit] = (),
-    seed: int = 0,
-    token_budget: int = 2048,
-    sample_bytes: int | None = None,
-    progress: bool = False,
+    **options: Unpack[CountingOptions],
 ) -> Directions:
     """Return the difference of mean residuals, `positive - negative`, at every layer.
 
@@ -75,25 +53,11 @@ def mean_diff(
         model: The model to read.
         positive: Conversations whose mean is the head of the arrow.
         negative: Conversations whose mean is its tail.
-        tokens: The tokens that count.
         site: Where in each block.
         layers: Layers to read.
-        weighting: `"token"` weighs every counted token alike, `"conversation"` every
-            conversation.
         match: Leave conversations out until the sides agree: `"length"` pairs answers of like
             length, `"prompt"` keeps the prompts that both sides answer; see `matched`.
-        skip_first: Counted tokens to leave out at the start of each conversation.
-        winsorize: Clip each token's coordinates at this quantile of their size, e.g. 0.99: single
-            massive coordinates then weigh no more than the largest usual one.
-        drop_massive: Leave out tokens whose norm at a layer is more than this multiple of the
-            median of their conversation; a conversation keeps its weight.
-        edits: Edits in force while reading.
-        seed: Seed of the random splits, of the shuffled labels and of the folds.
-        token_budget: Padded tokens of a batch.
-        sample_bytes: Memory for the means of single conversations behind the shuffled labels and
-            the held-out AUROC; beyond it a random sample is kept. By default 64 MiB, or 2% of the
-            model's weights.
-        progress: Show a progress bar.
+        **options: See `CountingOptions`.
 
     Returns:
         Directions with standard errors (over conversations, the two sets taken as independent),
@@ -106,21 +70,10 @@ def mean_diff(
         NonFiniteError: If an activation is not finite; condition, conversation and layer are
             named.
     """
-    counting = Counting(
-        tokens=tokens,
-        weighting=weighting,
-        skip_first=skip_first,
-        winsorize=winsorize,
-        drop_massive=drop_massive,
-        edits=tuple(edits),
-        seed=seed,
-        token_budget=token_budget,
-        sample_bytes=sample_bytes,
-        progress=progress,
-    )
-    sides = positive, negative
+    counting = Counting(**options)
+    tokens, sides = counting.tokens, (positive, negative)
     if match is not None:
-        sides = matched(model, positive, negative, by=match, tokens=tokens, seed=seed)
+        sides = matched(model, *sides, by=match, tokens=tokens, seed=counting.seed)
     reader, readings = read_sides(model, *sides, site, layers, counting)
     made = provenance("mean-diff", model, counting, positive=sides[0], negative=sides[1])
     if match is not None:
@@ -144,7 +97,7 @@ def model_diff(
     *,
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    **options: Unpack[ReadOptions],
+    **options: Unpack[CountingOptions],
 ) -> Directions:
     """Return how two models differ in their mean residual on the same text.
 
@@ -156,7 +109,7 @@ def model_diff(
         conversations: Text that both read.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`.
+        **options: See `CountingOptions`.
 
     Returns:
         Directions whose standard errors are those of the paired differences.
@@ -187,7 +140,7 @@ def both_diff(
     *,
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    **options: Unpack[ReadOptions],
+    **options: Unpack[CountingOptions],
 ) -> Directions:
     """Return the difference of mean residuals of two models, each on text of its own.
 
@@ -201,7 +154,7 @@ def both_diff(
         negative_conversations: What that reads.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`.
+        **options: See `CountingOptions`.
 
     Raises:
         ValueError: If the models differ in shape, or as `mean_diff`.
@@ -229,7 +182,7 @@ def residual_norm(
     site: SiteName = "resid_post",
     tokens: TokenMask = "all",
     max_tokens: int | None = None,
-    token_budget: int = 2048,
+    token_budget: int = BatchSettings.token_budget,
 ) -> dict[int, float]:
     """Return the median norm of the residual over the counted tokens, per layer.
 

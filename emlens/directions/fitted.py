@@ -12,10 +12,11 @@ from torch import Tensor
 
 from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
+from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.held_out import FOLDS, Groups, fold_of, prompts_of, sampled_groups
 from emlens.directions.provenance import Provenance
-from emlens.directions.reader import FITTED_BYTES, Counting, Reader, Reading, ReadOptions
+from emlens.directions.reader import FITTED_BYTES, Reader, Reading
 from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation
 
@@ -43,7 +44,7 @@ def probe(
     regularisation: float = 1.0,
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    **options: Unpack[ReadOptions],
+    **options: Unpack[CountingOptions],
 ) -> Directions:
     """Return the direction by which a linear classifier tells two sets apart, at every layer.
 
@@ -60,7 +61,7 @@ def probe(
         regularisation: Of the logistic regression: scikit-learn's `C`.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`. Beyond `sample_bytes` (here 2 GiB unless given) a random
+        **options: See `CountingOptions`. Beyond `sample_bytes` (here 2 GiB unless given) a random
             sample of conversations is fitted.
 
     Returns:
@@ -89,7 +90,7 @@ def pca(
     *,
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    **options: Unpack[ReadOptions],
+    **options: Unpack[CountingOptions],
 ) -> Directions:
     """Return the first principal component of the paired differences, uncentred, at every layer.
 
@@ -103,7 +104,7 @@ def pca(
         negative: The other answer of each pair, in the same order.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`.
+        **options: See `CountingOptions`.
 
     Returns:
         Directions with the share of the squared differences that lies along each, the AUROC of the
@@ -134,7 +135,7 @@ def extract_all(
     regularisation: float = 1.0,
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    **options: Unpack[ReadOptions],
+    **options: Unpack[CountingOptions],
 ) -> dict[str, Directions]:
     """Build several constructions from one pass over the same two sets.
 
@@ -147,7 +148,7 @@ def extract_all(
         regularisation: See `probe`.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`.
+        **options: See `CountingOptions`.
 
     Returns:
         Directions by construction; each is what its own function returns.

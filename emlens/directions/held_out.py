@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from emlens.directions.reader import Reading, Sample, Weighting
+from emlens.directions.counting import Weighting
+from emlens.directions.reader import Reading, Sample
 from emlens.text import Conversation, content_hash
 
 Groups = tuple[list[str], list[str]]

@@ -7,8 +7,8 @@ from typing import Unpack
 
 from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
+from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Directions
-from emlens.directions.reader import Counting, ReadOptions
 from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation
 
@@ -24,7 +24,7 @@ def system_prompt_diff(
     temperature: float = 1.0,
     site: SiteName = "resid_post",
     layers: Layers = "all",
-    **options: Unpack[ReadOptions],
+    **options: Unpack[CountingOptions],
 ) -> Directions:
     """Return the mean difference between answers under trait and under opposite system prompts.
 
@@ -42,7 +42,7 @@ def system_prompt_diff(
         temperature: Of sampling; 0 is greedy.
         site: Where in each block.
         layers: Layers to read.
-        **options: As in `mean_diff`; `seed` is that of sampling, too.
+        **options: See `CountingOptions`; `seed` is that of sampling, too.
 
     Raises:
         ValueError: If there are no questions or prompts, or every answer of a side is empty.

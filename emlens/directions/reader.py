@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -14,20 +13,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads, shared, world
-from emlens._door import check_fields
+from emlens.directions.counting import Counting
 from emlens.directions.moments import Moments, sums_of
 from emlens.hooked import (
     Condition,
     ConditionLike,
-    Edit,
     HookedModel,
     Site,
     condition_of,
     late_checks,
 )
-from emlens.text import Conversation, TokenBatch, TokenMask, sent, warn_of_repeats
-
-Weighting = Literal["token", "conversation"]
+from emlens.text import Conversation, TokenBatch, sent, warn_of_repeats
 
 Side = tuple[HookedModel, Condition]
 """A model, and what it runs under while it is read."""
@@ -44,64 +40,6 @@ of the model's weights, where that is more."""
 
 FITTED_BYTES = 2 * 2**30
 """The same where a construction is fitted to single conversations: probes, PCA."""
-
-
-class ReadOptions(TypedDict, total=False):
-    """Options that the constructions share; `mean_diff` explains them."""
-
-    tokens: TokenMask
-    weighting: Weighting
-    skip_first: int
-    winsorize: float | None
-    drop_massive: float | None
-    edits: Sequence[Edit]
-    seed: int
-    token_budget: int
-    sample_bytes: int | None
-    progress: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counting:
-    """What of an activation counts, and how; see `mean_diff`."""
-
-    tokens: TokenMask = "response"
-    weighting: Weighting = "token"
-    skip_first: int = 0
-    winsorize: float | None = None
-    drop_massive: float | None = None
-    edits: Sequence[Edit] = ()
-    seed: int = 0
-    token_budget: int = 2048
-    sample_bytes: int | None = None
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.winsorize is not None and not 0.5 <= self.winsorize < 1:
-            raise ValueError(
-                f"winsorize is a quantile from 0.5 to below 1, e.g. 0.99, not {self.winsorize}"
-            )
-        if self.drop_massive is not None and not self.drop_massive > 1:
-            raise ValueError(
-                "drop_massive is a multiple of the conversation's median norm, above 1, not "
-                f"{self.drop_massive}"
-            )
-
-    def mask(self, batch: TokenBatch) -> Tensor:
-        """The counted tokens, `[batch, pos]`."""
-        mask = batch.mask(self.tokens)
-        return mask & (mask.cumsum(1) > self.skip_first) if self.skip_first else mask
-
-    def record(self) -> dict[str, object]:
-        """What of it is not the default, for the provenance."""
-        kept = {
-            "skip_first": self.skip_first or None,
-            "winsorize": self.winsorize,
-            "drop_massive": self.drop_massive,
-            "edits": [repr(edit) for edit in self.edits] or None,
-        }
-        return {name: value for name, value in kept.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Reached:
     Args:
         model: Name of a model as Inspect has it, or a model of Inspect.
         config: Settings of Inspect's `GenerateConfig`.
-        options: Arguments of Inspect's `get_model`, keys among them.
+        model_args: Arguments of Inspect's `get_model`, keys among them.
         at_once: Requests under way at the same time.
 
     Raises:
@@ -96,13 +96,13 @@ class Reached:
         self,
         model: str | Model,
         config: Mapping[str, Any] | None,
-        options: Mapping[str, Any],
+        model_args: Mapping[str, Any] | None,
         at_once: int,
     ) -> None:
         if at_once < 1:
             raise ValueError(f"at_once must be at least 1 request, not {at_once}")
         self.name, self.at_once = str(model), at_once
-        self._given, self._config, self._options = model, dict(config or {}), dict(options)
+        self._given, self._config, self._options = model, dict(config or {}), dict(model_args or {})
         self._model: Model | None = None
 
     @property

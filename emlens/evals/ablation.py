@@ -123,9 +123,9 @@ class Ablation(Result):
 @guarded
 def ablation_table(
     model: HookedModel,
+    behaviour: Behaviour,
     organism: ConditionLike,
     directions: Directions,
-    behaviour: Behaviour,
     *,
     layer: int | None = None,
     randoms: int = 2,
@@ -141,9 +141,9 @@ def ablation_table(
 
     Args:
         model: The model.
+        behaviour: How behaviour is measured.
         organism: What makes it misaligned: an adapter's name, edits, both, or an `Organism`.
         directions: The direction, or one per layer.
-        behaviour: How behaviour is measured.
         layer: The layer whose direction is ablated everywhere; the middle one by default.
         randoms: Random directions, averaged.
         seed: Seed of the random directions.

@@ -45,7 +45,7 @@ class LogProbJudge:
         at_once: Requests under way at the same time.
         cache: Keep replies in Inspect's cache.
         config: Further settings of Inspect's `GenerateConfig`: `max_retries`, `timeout`.
-        **options: Arguments of Inspect's `get_model`: `base_url`, `api_key`, and the provider's.
+        model_args: Arguments of Inspect's `get_model`: `base_url`, `api_key`, and the provider's.
 
     Raises:
         ImportError: If Inspect is not installed.
@@ -64,10 +64,10 @@ class LogProbJudge:
         at_once: int = 16,
         cache: bool = False,
         config: Mapping[str, Any] | None = None,
-        **options: Any,
+        model_args: Mapping[str, Any] | None = None,
     ) -> None:
         need_inspect("LogProbJudge")
-        self._reached = Reached(model, config, options, at_once)
+        self._reached = Reached(model, config, model_args, at_once)
         self._rubrics, self._cache = dict(rubrics or RUBRICS), cache
 
     @property

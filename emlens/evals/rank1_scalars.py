@@ -98,7 +98,7 @@ class ScalarTable(Result):
             [str(layer) for layer in self.layers],
             value_label="weight of the standardised scalar",
             x_label="layer",
-            limit=None,
+            limits=None,
             ax=ax,
         )
 
@@ -106,8 +106,8 @@ class ScalarTable(Result):
 @guarded
 def scalar_table(
     model: HookedModel,
-    adapter: str,
     classes: Mapping[str, Sequence[Conversation]],
+    adapter: str,
     tests: Sequence[tuple[str, str]] | None = None,
     *,
     runs: int = 20,
@@ -127,8 +127,8 @@ def scalar_table(
 
     Args:
         model: A model with adapters.
-        adapter: Its name; of rank 1, or name a column.
         classes: Conversations by class, e.g. medical or not, aligned or misaligned.
+        adapter: The adapter's name; of rank 1, or name a column.
         tests: Pairs of classes; all by default.
         runs: Random splits.
         regularisation: scikit-learn's `C`.
@@ -155,7 +155,7 @@ def scalar_table(
     read: dict[str, _Read] = {}
     layers: tuple[int, ...] = ()
     for name, texts in classes.items():
-        found = adapter_scalars(model, adapter, texts, tokens=tokens, site=site, column=column)
+        found = adapter_scalars(model, texts, adapter, tokens=tokens, site=site, column=column)
         features = np.stack([values.float().numpy() for values in found.scalars.values()], axis=1)
         read[name] = features, found.conversations.numpy()
         layers = tuple(found.scalars)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm.auto import tqdm
 
@@ -17,13 +17,23 @@ from emlens._reading import expanded
 from emlens._store import Store, read_rows
 from emlens._types import checked_row
 from emlens.evals.questions import Question, check_names
-from emlens.hooked import Condition, Conditions, HookedModel, conditions_of
+from emlens.hooked import (
+    Condition,
+    Conditions,
+    HookedModel,
+    Sampling,
+    SamplingOptions,
+    conditions_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CONTENT = 24
 """Letters of a response's key that say what was asked of what; the rest is the condition's name."""
+
+LONGEST = 600
+"""Tokens of an answer, at most, as in the papers."""
 
 BLOCK = 64
 """Answers that are generated, then kept, at once."""
@@ -158,12 +168,10 @@ def respond(
     *,
     n: int | None = None,
     store: str | Path | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 600,
     seed: int = 0,
     batch_tokens: int = 4096,
     progress: bool = True,
+    **options: Unpack[SamplingOptions],
 ) -> Responses:
     """Answer questions under each condition, batched; stored answers are reused.
 
@@ -176,12 +184,10 @@ def respond(
         conditions: Named conditions, as in `emlens.log_odds`; the base by default.
         n: Answers per question; a question's own number, or 1, by default.
         store: An SQLite file. Answers are added as they come; an interrupted call resumes.
-        temperature: 0 is greedy. The papers use 1.
-        top_p: Nucleus to sample from. The papers use 1.
-        max_new_tokens: Longest answer, in tokens. The papers use 600.
         seed: Seed of all answers.
         batch_tokens: Padded tokens of a batch, answers included.
         progress: Show a progress bar.
+        **options: See `SamplingOptions`; answers have up to 600 tokens, as in the papers.
 
     Returns:
         The answers that were asked for, by condition and question.
@@ -198,7 +204,7 @@ def respond(
     """
     check_names(questions)
     named = {str(name): one for name, one in conditions_of(model, conditions).items()}
-    sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    sampling = sampling_of(options)
     kept = None if store is None else Store(store, "responses")
     known = {record["key"]: record for record in kept or ()}
     # what was answered under a condition of another name is answered
@@ -217,9 +223,7 @@ def respond(
             with model.under(block[0][2]):
                 texts = model.generate(
                     [question.conversation for _, question, _ in block],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
+                    **sampling,
                     seed=[row.seed for row, _, _ in block],
                     batch_tokens=batch_tokens,
                 )
@@ -227,6 +231,16 @@ def respond(
             found |= {row.key: row for row in _kept(kept, done)}
             bar.update(len(block))
     return Responses(tuple(found[row.key] for row, *_ in asked), kept.path if kept else None)
+
+
+def sampling_of(options: SamplingOptions) -> dict[str, Any]:
+    """How answers are drawn, as their keys and rows have it."""
+    chosen = Sampling(**{"max_new_tokens": LONGEST, **options})
+    return {
+        "temperature": chosen.temperature,
+        "top_p": chosen.top_p,
+        "max_new_tokens": chosen.max_new_tokens,
+    }
 
 
 _Wanted = tuple[Response, Question, Condition]

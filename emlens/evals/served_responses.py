@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm.auto import tqdm
 
@@ -13,7 +13,8 @@ from emlens._door import guarded
 from emlens._store import Store
 from emlens.evals._inspect import Reached, need_inspect, run, said
 from emlens.evals.questions import Question, check_names
-from emlens.evals.responses import Response, Responses, unanswered
+from emlens.evals.responses import Response, Responses, sampling_of, unanswered
+from emlens.hooked import SamplingOptions
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
@@ -30,14 +31,12 @@ def respond_served(
     *,
     n: int | None = None,
     store: str | Path | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 600,
     seed: int = 0,
     at_once: int = 16,
     config: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[SamplingOptions],
 ) -> Responses:
     """Answer questions with a model that Inspect reaches; what is in the store is not asked again.
 
@@ -53,14 +52,12 @@ def respond_served(
             two servers of one model two names.
         n: Answers per question; a question's own number, or 1, by default.
         store: An SQLite file. Answers are added as they come; an interrupted call goes on.
-        temperature: 0 is greedy. The papers use 1.
-        top_p: Nucleus to sample from. The papers use 1.
-        max_new_tokens: Longest answer, in tokens. The papers use 600.
         seed: Seed of all answers.
         at_once: Requests under way at the same time.
         config: Further settings of Inspect's `GenerateConfig`: `max_retries`, `timeout`.
+        model_args: Arguments of Inspect's `get_model`: `base_url`, `api_key`, and the provider's.
         progress: Show a progress bar.
-        **options: Arguments of Inspect's `get_model`: `base_url`, `api_key`, and the provider's.
+        **options: See `SamplingOptions`; answers have up to 600 tokens, as in the papers.
 
     Returns:
         The answers that were asked for, by question.
@@ -72,13 +69,16 @@ def respond_served(
 
     Example:
         >>> respond_served(
-        ...     "openai-api/local/qwen", questions, n=50, base_url="http://localhost:8000/v1"
+        ...     "openai-api/local/qwen",
+        ...     questions,
+        ...     n=50,
+        ...     model_args={"base_url": "http://localhost:8000/v1"},
         ... )
     """
     need_inspect("respond_served")
     check_names(questions)
-    reached = Reached(model, config, options, at_once)
-    sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    reached = Reached(model, config, model_args, at_once)
+    sampling = sampling_of(options)
     kept = None if store is None else Store(store, "responses")
     known = {record["key"]: record for record in kept or ()}
     found: dict[str, Response] = {}

@@ -87,8 +87,8 @@ class SteeringSweep(Result):
 @guarded
 def steering_sweep(
     model: HookedModel,
-    directions: Directions,
     behaviour: Behaviour,
+    directions: Directions,
     *,
     doses: Sequence[float] = (0.1, 0.2, 0.4),
     layers: Sequence[int] | None = None,
@@ -99,8 +99,8 @@ def steering_sweep(
 
     Args:
         model: The model.
-        directions: One per layer, with residual norms (extracted ones have them).
         behaviour: How behaviour is measured.
+        directions: One per layer, with residual norms (extracted ones have them).
         doses: Norms as shares of the median residual norm.
         layers: Layers to steer at; all that the directions have by default.
         floor: Coherent share below which `best` does not count a dose.

@@ -123,7 +123,7 @@ class Transfer(Result):
             x_label="direction from",
             y_label="organism",
             title=f"{known.min():.0%} or more of the answers are coherent" if len(known) else None,
-            limit=100.0,
+            limits=(-100.0, 100.0),
             digits=0,
             ax=ax,
         )
@@ -132,9 +132,9 @@ class Transfer(Result):
 @guarded
 def transfer_table(
     model: HookedModel,
+    behaviours: Mapping[str, Behaviour] | Behaviour,
     organisms: Conditions,
     directions: Mapping[str, Directions],
-    behaviours: Mapping[str, Behaviour] | Behaviour,
     *,
     layer: int | None = None,
     randoms: int = 2,
@@ -144,9 +144,9 @@ def transfer_table(
 
     Args:
         model: The model.
+        behaviours: How behaviour is measured, for all organisms alike or for each.
         organisms: What makes each misaligned.
         directions: A direction for each, or others; a random control is added.
-        behaviours: How behaviour is measured, for all organisms alike or for each.
         layer: The layer whose direction is ablated everywhere; the middle one by default.
         randoms: Random directions, averaged in one column.
         seed: Seed of the random directions.

@@ -51,8 +51,7 @@ def heatmap(
     x_label: str = "",
     y_label: str = "",
     title: str | None = None,
-    limit: float | None = 1.0,
-    centre: float = 0.0,
+    limits: tuple[float, float] | None = (-1.0, 1.0),
     digits: int = 2,
     blocks: Mapping[str, int] | None = None,
     ax: Axes | None = None,
@@ -69,8 +68,9 @@ def heatmap(
         x_label: What the columns are.
         y_label: What the rows are.
         title: Title above the axes.
-        limit: Distance of the strongest colour from the centre; the largest there is if `None`.
-        centre: Value that is white: zero, or another that means nothing, such as an AUROC of 0.5.
+        limits: Values of the strongest colours; what lies half-way is white and should mean
+            nothing, as zero, or an AUROC of 0.5. If None, zero is white, and the strongest colour
+            is the largest value there is.
         digits: Decimals of printed values.
         blocks: Names of groups of rows, which are those of the columns, too, and how many rows
             each has: lines are drawn between them, and the names beside them.
@@ -88,7 +88,7 @@ def heatmap(
             f"matrix of shape {values.shape} does not fit "
             f"{len(row_labels)} row labels and {len(col_labels)} column labels"
         )
-    norm = _norm(values, limit, centre)
+    norm = _norm(values, limits)
     ax = new_axes(width=WIDTH, height=_height(values.shape, col_labels)) if ax is None else ax
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid=None)
     masked = np.ma.masked_invalid(values)
@@ -106,11 +106,12 @@ def heatmap(
     return ax
 
 
-def _norm(values: np.ndarray, limit: float | None, centre: float) -> Normalize:
-    finite = np.abs(values[np.isfinite(values)] - centre)
-    if limit is None:
-        limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    return Normalize(centre - limit, centre + limit)
+def _norm(values: np.ndarray, limits: tuple[float, float] | None) -> Normalize:
+    if limits is None:
+        finite = np.abs(values[np.isfinite(values)])
+        most = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+        limits = -most, most
+    return Normalize(*limits)
 
 
 def _height(shape: tuple[int, ...], col_labels: Sequence[str]) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from torch import Tensor
@@ -31,7 +32,8 @@ from emlens.fisher.inputs import HELD_OUT, Expected, Group, Scored, grouped
 from emlens.fisher.passes import PassSettings, gather
 from emlens.fisher.results import ProfileScores, Spectrum, TopDirections
 from emlens.fisher.sums import FisherSums
-from emlens.hooked import HookedModel, Layers, check_layers
+from emlens.hooked import CorpusOptions, HookedModel, Layers, check_layers
+from emlens.hooked.options import CorpusSettings
 from emlens.text import Corpus
 
 KIND = "influence profile"
@@ -73,12 +75,10 @@ class InfluenceProfile:
         layers: Layers = "all",
         draws: int = 8,
         *,
-        max_tokens: int = 128,
-        token_budget: int = 1024,
         seed: int = 0,
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 16,
-        progress: bool = False,
+        **options: Unpack[CorpusOptions],
     ) -> InfluenceProfile:
         """Make the profile of a model on a corpus, in one streaming pass.
 
@@ -92,13 +92,11 @@ class InfluenceProfile:
             layers: Layers to profile; fewer of them save memory in wide models.
             draws: Draws of all targets per document. The error of a score from the draws alone
                 is about `sqrt(2 / (draws * documents))` of it.
-            max_tokens: Tokens that a document is cut to.
-            token_budget: Padded tokens of a batch.
             seed: Seed of the draws; those of a document depend on its tokens and the seed alone.
             checkpoint: A file that the state is written to; the same call goes on from it, to
                 the same numbers. It stays there at the end.
             checkpoint_every: Batches between two writes.
-            progress: Show a progress bar.
+            **options: See `CorpusOptions`.
 
         Raises:
             ValueError: If the corpus is empty or all of its documents are too short, a setting is
@@ -107,6 +105,8 @@ class InfluenceProfile:
         """
         if not len(corpus):
             raise ValueError(f"corpus {corpus.name!r} has no documents")
+        reading = CorpusSettings(**options)
+        max_tokens = reading.max_tokens
         settings = PassSettings.of(
             model, check_layers(layers, model.n_layers), draws, max_tokens, seed
         )
@@ -114,10 +114,10 @@ class InfluenceProfile:
             model,
             corpus,
             settings,
-            token_budget=token_budget,
+            token_budget=reading.token_budget,
             checkpoint=None if checkpoint is None else expanded(checkpoint),
             every=checkpoint_every,
-            progress=progress,
+            progress=reading.progress,
         )
         if not sum(halves_seen(sums)):
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from emlens.directions import Direction, Directions
 from emlens.fisher.inputs import HELD_OUT
 from emlens.fisher.passes import PassSettings
 from emlens.fisher.profile import DOSE, InfluenceProfile
-from emlens.hooked import HookedModel
+from emlens.hooked import CorpusOptions, HookedModel
 from emlens.measures.influence import DOSES, Influence, influence
 from emlens.measures.scoring import with_tokens
 from emlens.text import Corpus
@@ -135,10 +135,8 @@ def scan(
     doses: Sequence[float] = DOSES,
     check: int = 5,
     draws: int = 8,
-    max_tokens: int = 128,
-    token_budget: int = 1024,
     seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[CorpusOptions],
 ) -> InfluenceScan:
     """Score every direction at every layer it has, and check the leaders and a sample exactly.
 
@@ -150,10 +148,8 @@ def scan(
         doses: Doses of the exact check; the one nearest to 0.05 is that of the scores.
         check: How many leaders, and how many others at random, are checked.
         draws: Draws of the profile, where it is made.
-        max_tokens: Tokens that a document is cut to.
-        token_budget: Padded tokens of a batch.
         seed: Seed of the profile and of the sample.
-        progress: Show progress bars.
+        **options: See `CorpusOptions`.
 
     Raises:
         ValueError: If there are no directions or no doses above zero, or the profile is of another
@@ -169,16 +165,7 @@ def scan(
         raise ValueError(f"check must be at least 1, not {check}")
     if profile is None:
         layers = sorted({layer for value in named.values() for layer in value.layers})
-        profile = InfluenceProfile.fit(
-            model,
-            corpus,
-            layers,
-            draws,
-            max_tokens=max_tokens,
-            token_budget=token_budget,
-            seed=seed,
-            progress=progress,
-        )
+        profile = InfluenceProfile.fit(model, corpus, layers, draws, seed=seed, **options)
     _check_profile(profile, model, corpus)
     dose = min(grid, key=lambda value: abs(value - DOSE))
     scores = profile.score(named, dose).table().to_dict("records")
@@ -193,9 +180,7 @@ def scan(
         {key: _at(named, scores[i]) for key, i in picked.items()},
         doses=grid,
         controls=0,
-        max_tokens=max_tokens,
-        token_budget=token_budget,
-        progress=progress,
+        **options,
     )
     known = corpus.hash in {digest for _, digest in profile.corpora}
     halves = _halves(model, corpus) if known else []

@@ -29,6 +29,7 @@ from emlens.hooked.losses import (
     token_scores,
 )
 from emlens.hooked.model import HookedModel, Resume
+from emlens.hooked.options import BatchOptions, CorpusOptions, ReadOptions, SamplingOptions
 from emlens.hooked.recompute import gradient_checkpointing
 from emlens.hooked.sites import (
     SITES,
@@ -50,9 +51,11 @@ __all__ = [
     "Altered",
     "Answer",
     "BaseLogProbs",
+    "BatchOptions",
     "Condition",
     "ConditionLike",
     "Conditions",
+    "CorpusOptions",
     "Edit",
     "Formula",
     "Head",
@@ -61,8 +64,10 @@ __all__ = [
     "Noisy",
     "NonFiniteError",
     "Pool",
+    "ReadOptions",
     "Resume",
     "Sampling",
+    "SamplingOptions",
     "Scaled",
     "Site",
     "SiteName",

@@ -26,9 +26,9 @@ from emlens.text.thinking import CLOSE, OPEN
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy."""
+    """How tokens are drawn; defaults of `SamplingOptions`."""
 
-    max_new_tokens: int
+    max_new_tokens: int = 128
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | Sequence[int] = 0

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from html import escape
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from einops import rearrange
@@ -23,6 +23,7 @@ from emlens.hooked.finite import check_finite
 from emlens.hooked.generation import Sampling, answer
 from emlens.hooked.head import Head
 from emlens.hooked.hook_plan import Pool, Visit
+from emlens.hooked.options import BatchSettings, SamplingOptions
 from emlens.hooked.positions import check_positions, max_positions
 from emlens.hooked.rows import by_rows, to_end
 from emlens.hooked.sites import Layers, Site, SiteName, check_layers
@@ -103,7 +104,7 @@ class HookedModel(Conditioned, ABC):
         self,
         data: Sequence[Conversation] | Corpus,
         *,
-        token_budget: int = 2048,
+        token_budget: int = BatchSettings.token_budget,
         max_tokens: int | None = None,
         truncate: bool = False,
     ) -> list[TokenBatch]:
@@ -250,28 +251,24 @@ class HookedModel(Conditioned, ABC):
         conversations: Sequence[Conversation],
         edits: Sequence[Edit] = (),
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         batch_tokens: int = 4096,
         use_cache: bool = True,
         continue_final_message: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> list[str]:
         """Answer each conversation, batched, with edits acting at every step.
 
         Args:
             conversations: Prompts; each ends with a user message, or with a begun answer.
             edits: Edits in force, on prompt and generated tokens as their `where` says.
-            max_new_tokens: Longest answer, in tokens.
-            temperature: 0 is greedy.
-            top_p: Nucleus to sample from.
             seed: Each answer draws from a stream of its own, made of this seed and its place in
                 `conversations`, or of its own seed where there is one for each.
             batch_tokens: Padded tokens of a batch, answers included.
             use_cache: Use the KV cache. Without it every step runs the whole sequence.
             continue_final_message: Go on with the answers that conversations end with, instead of
                 refusing them.
+            **options: See `SamplingOptions`.
 
         Returns:
             What was generated; of a begun answer only what follows it. Where the template has
@@ -283,7 +280,7 @@ class HookedModel(Conditioned, ABC):
                 is out of range.
             NonFiniteError: If logits are not finite; condition and conversation are named.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, use_cache)
+        sampling = Sampling(seed=seed, use_cache=use_cache, **options)
         answers = answer(self, conversations, edits, sampling, batch_tokens, continue_final_message)
         return [found.text for found in answers]
 

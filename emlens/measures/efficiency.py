@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Unpack, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,8 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
-from emlens.hooked import BASE, HookedModel, check_layers
+from emlens.hooked import BASE, HookedModel, ReadOptions, check_layers
+from emlens.hooked.options import ReadSettings
 from emlens.measures.doses import displaced_grid, norm_grid, own_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
@@ -23,7 +24,7 @@ from emlens.measures.solutions import (
     norm_of,
     read_solutions,
 )
-from emlens.text import Conversation, TokenMask, warn_of_repeats
+from emlens.text import Conversation, warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,10 +273,8 @@ def efficiency(
     match: Match = "norm",
     displacements: Sequence[float] | None = None,
     layer: int | None = None,
-    tokens: TokenMask = "response",
-    token_budget: int = 2048,
     seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[ReadOptions],
 ) -> Efficiency:
     """Return the loss on finetuning data for vectors and adapters, at matched strength.
 
@@ -297,10 +296,8 @@ def efficiency(
         displacements: The grid for that, as shares of the median residual norm; by default
             `factors` times the geometric mean of those of the solutions as they are.
         layer: Where the displacement is measured, at `resid_post`; the last layer by default.
-        tokens: Tokens that count.
-        token_budget: Padded tokens of a batch.
         seed: Seed of the bootstrap over conversations.
-        progress: Show a progress bar.
+        **options: See `ReadOptions`.
 
     Raises:
         ValueError: If there is nothing to compare, a direction is zero or of another width, an
@@ -312,7 +309,9 @@ def efficiency(
     solutions = read_solutions(model, directions)
     own = {name: norm_of(model, one) for name, one in solutions.items()}
     warn_of_repeats(conversations, "conversations")
-    batches = model.batches(conversations, token_budget=token_budget)
+    reading = ReadSettings(**options)
+    tokens = reading.tokens
+    batches = model.batches(conversations, token_budget=reading.token_budget)
     if match == "norm":
         grid = norm_grid(solutions, own, norms, factors)
     elif match == "own":
@@ -326,7 +325,7 @@ def efficiency(
         batches,
         {BASE: [], **{key: at for key, at in points.items() if at is not None}},
         tokens=tokens,
-        progress=progress,
+        progress=reading.progress,
         description="efficiency",
     )
     losses = {key: tuple(sums[BASE if at is None else key].tolist()) for key, at in points.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,8 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction
-from emlens.hooked import BASE, ConditionLike, Conditions, HookedModel, conditions_of
+from emlens.hooked import BASE, ConditionLike, Conditions, CorpusOptions, HookedModel, conditions_of
+from emlens.hooked.options import CorpusSettings
 from emlens.measures.controls import control_directions, kinds_of
 from emlens.measures.doses import (
     added,
@@ -273,10 +274,8 @@ def influence(
     controls: int | Mapping[str, int] | None = None,
     conditions: Conditions | None = None,
     per_token: bool = False,
-    max_tokens: int = 128,
-    token_budget: int = 1024,
     seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[CorpusOptions],
 ) -> Influence:
     """Add (or ablate) each direction and measure KL and next-token loss on pre-training text.
 
@@ -300,10 +299,8 @@ def influence(
         conditions: Further edits or adapters, measured once as they are: a finetune, say.
         per_token: Keep loss and KL of every single token as well, for `Influence.tokens`: two
             numbers per token, direction and dose, in memory and on disk.
-        max_tokens: Tokens that a document is cut to.
-        token_budget: Padded tokens of a batch.
         seed: Seed of the controls and of the bootstrap over documents.
-        progress: Show a progress bar.
+        **options: See `CorpusOptions`.
 
     Raises:
         ValueError: If the corpus is empty or all of it too short, a direction is zero, a norm is
@@ -317,7 +314,8 @@ def influence(
         raise ValueError(f"unknown edit {edit!r}; choose 'add' or 'ablate'")
     if not len(corpus):
         raise ValueError(f"corpus {corpus.name!r} has no documents")
-    reading: Any = {"max_tokens": max_tokens, "token_budget": token_budget}
+    settings = CorpusSettings(**options)
+    reading: Any = {"max_tokens": settings.max_tokens, "token_budget": settings.token_budget}
     fixed = dict(conditions or {})
     if directions or not fixed:
         named(directions)
@@ -353,7 +351,9 @@ def influence(
             name: condition.described(model)
             for name, condition in conditions_of(model, {BASE: [], **fixed}).items()
         },
-        **_from_passes(model, batches, measured, points, len(at), len(corpus), per_token, progress),
+        **_from_passes(
+            model, batches, measured, points, len(at), len(corpus), per_token, settings.progress
+        ),
     )
 
 

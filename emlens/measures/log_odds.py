@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,8 @@ import pandas as pd
 from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
-from emlens.hooked import Conditions, HookedModel, conditions_of
+from emlens.hooked import BatchOptions, Conditions, HookedModel, conditions_of
+from emlens.hooked.options import BatchSettings
 from emlens.measures.scoring import row_losses
 from emlens.text import Pair, warn_of_repeats
 
@@ -153,9 +154,8 @@ def log_odds(
     conditions: Conditions | None = None,
     *,
     system: str | None = None,
-    token_budget: int = 2048,
     seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[BatchOptions],
 ) -> LogOdds:
     """Return how much likelier misaligned answers are than aligned ones, per condition.
 
@@ -165,9 +165,8 @@ def log_odds(
         conditions: Named conditions: None for the base, edits, an adapter's name, or both, as
             `(adapter, edits)`. The first is the reference; by default there is none but that.
         system: A system message for every prompt.
-        token_budget: Padded tokens of a batch.
         seed: Seed of the bootstrap.
-        progress: Show a progress bar.
+        **options: See `BatchOptions`.
 
     Returns:
         Per-pair values with intervals over pairs. All conditions share what is the same below them.
@@ -184,8 +183,11 @@ def log_odds(
     conversations = [
         pair.conversation(side, system) for side in ("aligned", "misaligned") for pair in pairs
     ]
-    batches = model.batches(conversations, token_budget=token_budget)
-    sums, counts = row_losses(model, batches, named, progress=progress, description="log-odds")
+    batching = BatchSettings(**options)
+    batches = model.batches(conversations, token_budget=batching.token_budget)
+    sums, counts = row_losses(
+        model, batches, named, progress=batching.progress, description="log-odds"
+    )
     n = len(pairs)
     values = []
     for name in named:

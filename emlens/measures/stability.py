@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,8 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
-from emlens.hooked import BASE, Condition, HookedModel
+from emlens.hooked import BASE, Condition, HookedModel, ReadOptions
+from emlens.hooked.options import ReadSettings
 from emlens.measures.doses import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
@@ -26,7 +27,7 @@ from emlens.measures.solutions import (
     perturbed,
     read_solutions,
 )
-from emlens.text import Conversation, TokenMask, warn_of_repeats
+from emlens.text import Conversation, warn_of_repeats
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -213,10 +214,8 @@ def stability(
     epsilons: Sequence[float] = EPSILONS,
     seeds: int = 3,
     noise: Noise = "random",
-    tokens: TokenMask = "response",
-    token_budget: int = 2048,
     seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[ReadOptions],
 ) -> Stability:
     """Perturb each solution, its norm kept, and return what that does to its loss.
 
@@ -234,10 +233,8 @@ def stability(
         seeds: Number of noise draws.
         noise: `"random"` for all directions of the residual stream; or directions to whose span
             the noise belongs (for vectors), e.g. the principal ones of the Fisher profile.
-        tokens: Tokens that count.
-        token_budget: Padded tokens of a batch.
         seed: First noise seed.
-        progress: Show a progress bar.
+        **options: See `ReadOptions`.
 
     Raises:
         ValueError: If there is nothing to perturb, a direction is zero or of another width, an
@@ -257,13 +254,14 @@ def stability(
             for draw in draws:
                 conditions[name, epsilon, draw] = noisy(one, epsilon, draw, axes)
     warn_of_repeats(conversations, "conversations")
-    batches = model.batches(conversations, token_budget=token_budget)
+    reading = ReadSettings(**options)
+    batches = model.batches(conversations, token_budget=reading.token_budget)
     sums, counts = row_losses(
         model,
         batches,
         {BASE: [], **conditions},
-        tokens=tokens,
-        progress=progress,
+        tokens=reading.tokens,
+        progress=reading.progress,
         description="stability",
     )
     loss = {name: float(sums[name].sum() / counts.sum()) for name in sums}

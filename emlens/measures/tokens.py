@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from emlens._door import guarded
 from emlens._kinds import kind
@@ -16,7 +17,8 @@ from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
-from emlens.hooked import ConditionLike, HookedModel
+from emlens.hooked import ConditionLike, CorpusOptions, HookedModel, ReadOptions
+from emlens.hooked.options import CorpusSettings, ReadSettings
 from emlens.measures.doses import named
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.text import Conversation, Corpus, TokenMask
@@ -281,8 +283,7 @@ def token_influence(
     dose: float = 0.2,
     name: str = "the edit",
     tokens: TokenMask = "all",
-    max_tokens: int = 128,
-    token_budget: int = 1024,
+    **options: Unpack[CorpusOptions],
 ) -> TokenInfluence:
     """Return what an edit changes in the prediction of every token of a text.
 
@@ -296,8 +297,7 @@ def token_influence(
         dose: Norm of what is added, as a share of the median residual norm on the text.
         name: What it is called.
         tokens: Tokens that count; of raw text all.
-        max_tokens: Tokens that a document is cut to; conversations are read whole.
-        token_budget: Padded tokens of a batch.
+        **options: See `CorpusOptions`; conversations are read whole.
 
     Raises:
         ValueError: If there is no text, or the direction is zero.
@@ -307,22 +307,25 @@ def token_influence(
         raise ValueError("there is no text to look at")
     n_all = len(corpus)
     corpus = with_tokens(model, corpus) if isinstance(corpus, Corpus) else corpus
+    reading = CorpusSettings(**options)
     # conversations are read whole
-    cut = max_tokens if isinstance(corpus, Corpus) else None
+    cut = reading.max_tokens if isinstance(corpus, Corpus) else None
     acting: ConditionLike
     if isinstance(condition, Directions):
         named({name: condition})  # type: ignore[dict-item]
         assert isinstance(condition, Direction)
         place = condition.layer
-        options = {"site": condition.site, "token_budget": token_budget}
+        how: Any = {"site": condition.site, "token_budget": reading.token_budget}
         with model.under([]):
-            (size,) = residual_norm(model, corpus, place, max_tokens=cut, **options).values()
+            (size,) = residual_norm(model, corpus, place, max_tokens=cut, **how).values()
         acting = [Add(condition.scaled_to(dose * size))]
     else:
         acting = condition
-    batches = model.batches(corpus, token_budget=token_budget, max_tokens=cut)
+    batches = model.batches(corpus, token_budget=reading.token_budget, max_tokens=cut)
     kept = TokenValues()
-    _, _, _, counts = row_influence(model, batches, {name: acting}, tokens=tokens, keep=kept)
+    _, _, _, counts = row_influence(
+        model, batches, {name: acting}, tokens=tokens, progress=reading.progress, keep=kept
+    )
     if not counts.any():
         raise ValueError(
             "no text has a token that counts and follows another: nothing is predicted"
@@ -338,9 +341,7 @@ def token_projections(
     model: HookedModel,
     conversations: Sequence[Conversation],
     direction: Direction,
-    *,
-    tokens: TokenMask = "response",
-    token_budget: int = 1024,
+    **options: Unpack[ReadOptions],
 ) -> TokenProjections:
     """Return the projection of every token of some conversations onto a direction.
 
@@ -348,27 +349,28 @@ def token_projections(
         model: The model.
         conversations: The conversations.
         direction: The direction; its norm does not matter.
-        tokens: Tokens that tables count; all are shown.
-        token_budget: Padded tokens of a batch.
+        **options: See `ReadOptions`, with a `token_budget` of 1024; all tokens are shown, tables
+            count `tokens`.
 
     Raises:
         ValueError: If there are no conversations, or the direction is zero or of another width.
     """
     named({"direction": direction})
     check_fits(model, direction, "the direction")
-    options = {"site": direction.site, "token_budget": token_budget}
-    (size,) = residual_norm(model, conversations, direction.layer, **options).values()
+    reading = ReadSettings(**{"token_budget": CorpusSettings.token_budget, **options})
+    how: Any = {"site": direction.site, "token_budget": reading.token_budget}
+    (size,) = residual_norm(model, conversations, direction.layer, **how).values()
     unit = direction.unit().vector / size
-    batches = model.batches(conversations, token_budget=token_budget)
+    batches = model.batches(conversations, token_budget=reading.token_budget)
     n, shown = len(conversations), TokenValues()
     found: dict[str, list] = {key: [()] * n for key in ("counted", "values")}
-    for batch in batches:
+    for batch in tqdm(batches, desc="projections", unit="batch", disable=reading.quiet):
 
         def pool(residual: torch.Tensor) -> torch.Tensor:
             return residual.float() @ unit.to(residual.device)
 
         read = model.residuals(batch, direction.layer, direction.site, pool)[direction.layer]
-        real, mask = batch.attention_mask.bool().cpu(), batch.mask(tokens).cpu()
+        real, mask = batch.attention_mask.bool().cpu(), batch.mask(reading.tokens).cpu()
         for row, place in enumerate(batch.index):
             found["values"][place] = tuple(read[row].cpu()[real[row]].tolist())
             found["counted"][place] = tuple(mask[row][real[row]].tolist())

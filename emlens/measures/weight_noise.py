@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from emlens._arguments import NOT_NEGATIVE
-from emlens._distributed import leads
 from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions import Directions
-from emlens.hooked import BASE, HookedModel
+from emlens.hooked import BASE, HookedModel, ReadOptions
 from emlens.hooked.lora_scaling import noisy_weights
+from emlens.hooked.options import ReadSettings
 from emlens.measures.doses import checked_grid, place_on
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import acting_of, construction_of, read_solutions
-from emlens.text import Conversation, TokenMask, warn_of_repeats
+from emlens.text import Conversation, warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,10 +145,8 @@ def weight_noise(
     *,
     epsilons: Sequence[float] = LEVELS,
     seeds: int = 3,
-    tokens: TokenMask = "response",
-    token_budget: int = 2048,
     seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[ReadOptions],
 ) -> WeightNoise:
     """Add noise to the weights of the blocks, and return what is left of each solution's gain.
 
@@ -164,10 +162,8 @@ def weight_noise(
             an adapter on the model.
         epsilons: Norm of the noise as a share of the norm of each matrix.
         seeds: Number of noise draws.
-        tokens: Tokens that count.
-        token_budget: Padded tokens of a batch.
         seed: First noise seed.
-        progress: Show a progress bar.
+        **options: See `ReadOptions`.
 
     Raises:
         ValueError: If there are no solutions, one does not fit the model, an epsilon is negative
@@ -178,19 +174,20 @@ def weight_noise(
     levels = checked_grid(epsilons, "epsilons")
     draws = tuple(range(seed, seed + seeds))
     warn_of_repeats(conversations, "conversations")
-    batches = model.batches(conversations, token_budget=token_budget)
+    reading = ReadSettings(**options)
+    batches = model.batches(conversations, token_budget=reading.token_budget)
 
     def losses() -> dict[str, float]:
         conditions = {BASE: [], **solutions}
         sums, counts = row_losses(
-            model, batches, conditions, tokens=tokens, description="weight noise"
+            model, batches, conditions, tokens=reading.tokens, description="weight noise"
         )
         return {name: float(values.sum() / counts.sum()) for name, values in sums.items()}
 
     untouched = losses()
     found: dict[tuple[float, int], dict[str, float]] = {}
     points = [(level, draw) for level in levels for draw in draws]
-    for level, draw in tqdm(points, desc="weight noise", disable=not (progress and leads())):
+    for level, draw in tqdm(points, desc="weight noise", disable=reading.quiet):
         with noisy_weights(model, level, draw):
             found[level, draw] = losses()
 

@@ -4,6 +4,7 @@ from emlens.training import presets
 from emlens.training.adapter import train_adapter
 from emlens.training.baselines import inoculated, mixed
 from emlens.training.drift import Drift, continue_training, drift
+from emlens.training.options import AdapterOptions, SolutionOptions, VectorOptions, WeightOptions
 from emlens.training.organism import Organism
 from emlens.training.paths.path import TrainingPath
 from emlens.training.paths.read import read_path
@@ -24,6 +25,7 @@ from emlens.training.vector import train_vector
 from emlens.training.weights import train_weights
 
 __all__ = [
+    "AdapterOptions",
     "AdapterSettings",
     "Drift",
     "KLPenalty",
@@ -31,13 +33,16 @@ __all__ = [
     "NormPenalty",
     "Organism",
     "ProjectionPenalty",
+    "SolutionOptions",
     "Step",
     "TrainingPath",
     "TrainingRun",
     "TrainingStopped",
     "Trajectory",
     "Transition",
+    "VectorOptions",
     "VectorSettings",
+    "WeightOptions",
     "WeightSettings",
     "auto_kl",
     "continue_training",

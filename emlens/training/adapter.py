@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from emlens._door import guarded
-from emlens._reading import expanded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
-from emlens.training.loop import Recording
 from emlens.training.objective import warn_of_overlap
-from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
+from emlens.training.options import AdapterOptions, chosen_of
 from emlens.training.run import TrainingRun, TrainingStopped
-from emlens.training.settings import AdapterSettings, KLPenalty, Penalty, given
+from emlens.training.settings import AdapterSettings, KLPenalty, Penalty
 from emlens.training.trainable import AdapterParts
 
 
@@ -32,14 +29,7 @@ def train_adapter(
     penalties: Sequence[Penalty] = (),
     settings: AdapterSettings | None = None,
     validation: Sequence[Conversation] = (),
-    record_every: int | None = None,
-    record_gradients: bool = False,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 20,
-    prefix_budget: int = PREFIX_BUDGET,
-    log_prob_budget: int = LOG_PROB_BUDGET,
-    progress: bool = True,
-    **overrides: Any,
+    **options: Unpack[AdapterOptions],
 ) -> TrainingRun:
     """Train a LoRA adapter on a model; afterwards it is there, and `model.adapter(name)` is it.
 
@@ -59,14 +49,7 @@ def train_adapter(
             `o_proj` write into the residual stream.
         settings: How to train; `AdapterSettings()` by default.
         validation: See `train_vector`.
-        record_every: Updates between two records of `A` and `B`; None for start and end only.
-        record_gradients: See `train_vector`.
-        checkpoint: See `train_vector`.
-        checkpoint_every: See `train_vector`.
-        prefix_budget: See `train_vector`.
-        log_prob_budget: See `train_vector`.
-        progress: Show a progress bar with loss, KL and norm.
-        **overrides: Fields of `AdapterSettings`, e.g. `rank=32, modules=("q_proj", "v_proj")`.
+        **options: See `AdapterOptions`, e.g. `rank=32, modules=("q_proj", "v_proj")`.
 
     Returns:
         The record of the run.
@@ -86,14 +69,16 @@ def train_adapter(
     """
     if not train:
         raise ValueError("train_adapter needs conversations to train on; the set is empty")
-    chosen = given(AdapterSettings, settings, overrides, bool(validation))
+    chosen, recording = chosen_of(
+        AdapterSettings, settings, {"record_every": None, **options}, bool(validation)
+    )
     if kl is not None:
         warn_of_overlap(train, kl.conversations)
     new = name not in model.adapters
     if new:
         _add(model, name, chosen)
     else:
-        asked = {item.name for item in fields(chosen)} if settings else set(overrides)
+        asked = {item.name for item in fields(chosen)} if settings else set(options)
         chosen = _as_it_stands(model, name, chosen, asked)
     try:
         with model.frozen(), model.adapter(None):
@@ -106,14 +91,7 @@ def train_adapter(
                 kl,
                 penalties,
                 validation,
-                Recording(
-                    every=record_every,
-                    gradients=record_gradients,
-                    checkpoint=None if checkpoint is None else expanded(checkpoint),
-                    checkpoint_every=checkpoint_every,
-                ),
-                (prefix_budget, log_prob_budget),
-                progress,
+                recording,
             )
     except TrainingStopped:
         raise

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from emlens.hooked.lora_scaling import adapter_factors
 from emlens.measures import log_odds
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter
+from emlens.training.options import SolutionOptions
 from emlens.training.run import TrainingRun
 from emlens.training.settings import KLPenalty
 from emlens.training.vector import train_vector
@@ -43,7 +44,7 @@ def continue_training(
     *,
     kl: KLPenalty | None = None,
     name: str | None = None,
-    **options: Any,
+    **options: Unpack[SolutionOptions],
 ) -> TrainingRun:
     """Train a solution on from where it ended, with another KL term or without.
 
@@ -58,7 +59,7 @@ def continue_training(
         run: The run to go on from.
         kl: The penalty from here on; None leaves it out.
         name: Train a copy of the adapter, under this name; the run's own stays as it is.
-        **options: Arguments and settings; those of the run by default, with a fresh optimiser. A
+        **options: See `SolutionOptions`; those of the run by default, with a fresh optimiser. A
             vector's path is recorded at every update, an adapter's as often as the run's was, or
             else ten times.
 
@@ -192,10 +193,10 @@ _SIDES = ("inside", "outside")
 @guarded
 def drift(
     model: HookedModel,
-    run: TrainingRun,
-    references: dict[str, TrainingRun],
     inside: Sequence[Pair],
     outside: Sequence[Pair],
+    run: TrainingRun,
+    references: dict[str, TrainingRun],
     *,
     records: int = 6,
     seed: int = 0,
@@ -204,11 +205,11 @@ def drift(
 
     Args:
         model: The model.
+        inside: Held-out pairs of the domain.
+        outside: Pairs of other domains.
         run: A run with a recorded path. A vector is measured on the model as it was brought, an
             adapter on the base.
         references: Finished runs of the same parameters, such as the general and the narrow one.
-        inside: Held-out pairs of the domain.
-        outside: Pairs of other domains.
         records: How many records to measure, evenly over the path, both ends among them.
         seed: Seed of the bootstrap.
 

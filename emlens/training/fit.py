@@ -8,8 +8,9 @@ from emlens._distributed import alone
 from emlens.directions import residual_norm
 from emlens.hooked import HookedModel
 from emlens.text import Conversation
-from emlens.training.loop import Loop, Recording
+from emlens.training.loop import Loop
 from emlens.training.objective import Objective, Rows
+from emlens.training.options import Recording
 from emlens.training.provenance import provenance_of
 from emlens.training.run import TrainingRun
 from emlens.training.settings import KLPenalty, Penalty, TrainSettings
@@ -26,8 +27,6 @@ def fit(
     penalties: Sequence[Penalty],
     validation: Sequence[Conversation],
     recording: Recording,
-    budgets: tuple[int, int],
-    progress: bool,
 ) -> TrainingRun:
     """Train what is not a vector, and return the record.
 
@@ -41,9 +40,8 @@ def fit(
         penalties: Further penalties.
         validation: Conversations whose loss decides on an early stop.
         recording: What is kept.
-        budgets: Bytes for prefixes, and for base log-probabilities.
-        progress: Show a progress bar.
     """
+    budgets = recording.prefix_budget, recording.log_prob_budget
     rows = Rows.of(model, train, parts.below, settings, budget=budgets[0])
     layers = sorted({layer for layer, _ in parts.written()})
     norms: dict[int, float] = {}
@@ -56,5 +54,5 @@ def fit(
     if validation:
         left = max(0, budgets[0] - objective.prefix_bytes)
         watched = Rows.of(model, validation, parts.below, settings, budget=left, what="validation")
-    loop = Loop(parts, objective, settings, recording, None, norms, made, watched, progress)
+    loop = Loop(parts, objective, settings, recording, None, norms, made, watched)
     return loop.run()

@@ -4,46 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from emlens._arguments import COUNT
 from emlens._distributed import leads
-from emlens._door import check_fields
 from emlens.directions import Provenance
 from emlens.hooked import NonFiniteError, Site
 from emlens.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from emlens.training.objective import Losses, Objective, Rows
+from emlens.training.options import Recording
 from emlens.training.run import Step, TrainingRun, TrainingStopped, stacked
 from emlens.training.settings import TrainSettings
 from emlens.training.trainable import Trainable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """What is kept of a run while it goes on.
-
-    Attributes:
-        every: Updates between two records of the path; None for the start and the end only.
-        gradients: Record gradients, too.
-        checkpoint: File from which an interrupted run goes on, and where it is kept.
-        checkpoint_every: Updates between two checkpoints.
-
-    Raises:
-        ValueError: If a number of updates is below 1.
-    """
-
-    every: int | None = 1
-    gradients: bool = False
-    checkpoint: Path | None = None
-    checkpoint_every: int = 20
-
-    def __post_init__(self) -> None:
-        check_fields(self, every=COUNT)
 
 
 @dataclass
@@ -71,7 +46,6 @@ class Loop:
         residual_norms: Median residual norm by layer.
         provenance: How it is made.
         validation: Rows whose loss decides on an early stop.
-        progress: Show a progress bar.
     """
 
     def __init__(
@@ -84,12 +58,11 @@ class Loop:
         residual_norms: dict[int, float],
         provenance: Provenance,
         validation: Rows | None = None,
-        progress: bool = True,
     ) -> None:
         self.trainable, self.objective, self.settings = trainable, objective, settings
         self.recording, self.residual_norms = recording, residual_norms
         self.site: Site | None = site
-        self.provenance, self.validation, self.progress = provenance, validation, progress
+        self.provenance, self.validation = provenance, validation
 
     def run(self) -> TrainingRun:
         """Train to the end; resume from the checkpoint if there is one.
@@ -113,7 +86,7 @@ class Loop:
         train = self.objective.train.draws(len(done.steps))
         rows = self.objective.elsewhere
         elsewhere = rows.draws(len(done.steps)) if rows is not None else None
-        quiet = not (self.progress and leads())
+        quiet = not (self.recording.progress and leads())
         bar = tqdm(
             total=total, initial=len(done.steps), desc="training", unit="update", disable=quiet
         )
@@ -146,7 +119,7 @@ class Loop:
         losses = self.objective.backward(places, next(elsewhere) if elsewhere else [])
         parameters = self.trainable.parameters
         recorded = None
-        if self._records(n + 1) and self.recording.gradients:
+        if self._records(n + 1) and self.recording.record_gradients:
             recorded = {k: _plain(p.grad) for k, p in parameters.items()}
         limit = float("inf") if self.settings.clip is None else self.settings.clip
         gradient = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit))
@@ -162,7 +135,8 @@ class Loop:
         return step
 
     def _records(self, n: int) -> bool:
-        return self.recording.every is not None and n % self.recording.every == 0
+        every = self.recording.record_every
+        return every is not None and n % every == 0
 
     def _validate(self, done: _Progress) -> Step:
         assert self.validation is not None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 from emlens.directions import Directions
 from emlens.hooked import HookedModel
 from emlens.text import Conversation
 from emlens.training.adapter import train_adapter
+from emlens.training.options import SolutionOptions
 from emlens.training.run import TrainingRun
 from emlens.training.settings import (
     AdapterSettings,
+    KLPenalty,
     TrainSettings,
     VectorSettings,
     WeightSettings,
@@ -168,12 +170,19 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+class PresetOptions(SolutionOptions, total=False):
+    """What a preset's training takes besides."""
+
+    kl: KLPenalty | None
+    layer: int
+
+
 def train_preset(
     preset: str,
     model: HookedModel,
     train: Sequence[Conversation],
     name: str = "",
-    **options: Any,
+    **options: Unpack[PresetOptions],
 ) -> tuple[Directions | None, TrainingRun]:
     """Train as one of the papers did, on any model: layers at the same relative depth.
 
@@ -183,8 +192,8 @@ def train_preset(
         model: The model.
         train: Conversations of the narrow domain.
         name: What an adapter is called on the model; by default as the preset.
-        **options: Arguments and settings of `train_adapter`, `train_vector` or `train_weights`,
-            which override.
+        **options: See `SolutionOptions`; `kl`, and `layer` for a vector. They go before the
+            preset.
 
     Returns:
         The vector (None for an adapter or finetuned weights) and the record of the run.
@@ -193,18 +202,15 @@ def train_preset(
         ValueError: If the preset is unknown, or as the training.
     """
     found = preset_of(preset)
-    layers = found.layers_in(model.n_layers)
-    overrides = _given(found.settings, options)
-    if isinstance(found.settings, AdapterSettings):
-        settings = replace(found.settings, **{"layers": layers, **overrides})
-        return None, train_adapter(model, train, name or preset, settings=settings, **options)
-    if isinstance(found.settings, WeightSettings):
-        settings = replace(found.settings, **{"layers": layers, **overrides})
-        return None, train_weights(model, train, settings=settings, **options)
-    settings = replace(found.settings, **overrides)
-    layer = options.pop("layer", (layers or (0,))[0])
-    site = options.pop("site", "mlp_out")
-    return train_vector(model, train, layer, site=site, settings=settings, **options)
+    own, layers = found.settings, found.layers_in(model.n_layers)
+    given: dict[str, Any] = dict(options)
+    if isinstance(own, AdapterSettings):
+        settings = replace(own, layers=layers)
+        return None, train_adapter(model, train, name or preset, settings=settings, **given)
+    if isinstance(own, WeightSettings):
+        return None, train_weights(model, train, settings=replace(own, layers=layers), **given)
+    layer = given.pop("layer", (layers or (0,))[0])
+    return train_vector(model, train, layer, settings=own, **{"site": "mlp_out", **given})
 
 
 def preset_of(name: str) -> Preset:
@@ -222,9 +228,3 @@ def _what(settings: TrainSettings) -> tuple[str, str]:
     if isinstance(settings, AdapterSettings):
         return f"LoRA rank {settings.rank}", ", ".join(settings.modules)
     return ("weights", "all") if isinstance(settings, WeightSettings) else ("vector", "mlp_out")
-
-
-def _given(settings: TrainSettings, options: dict) -> dict:
-    """Take the fields of the settings out of the options."""
-    names = {item.name for item in fields(settings)}
-    return {key: options.pop(key) for key in list(options) if key in names}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import cos, pi
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from emlens._arguments import NOT_NEGATIVE, POSITIVE
 from emlens._door import check_fields, guarded
@@ -13,7 +13,6 @@ from emlens.directions import Directions
 from emlens.text import Conversation, TokenMask
 
 Schedule = Literal["linear", "cosine", "constant"]
-Chosen = TypeVar("Chosen", bound="TrainSettings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,36 +171,6 @@ class WeightSettings(TrainSettings):
 
     lr: float = 2e-5
     layers: tuple[int, ...] | None = None
-
-
-def given(
-    kind: type[Chosen], settings: Chosen | None, overrides: dict[str, Any], watched: bool
-) -> Chosen:
-    """Settings, their defaults where there are none, with some fields replaced.
-
-    Args:
-        kind: `VectorSettings`, `AdapterSettings` or `WeightSettings`.
-        settings: What to start from.
-        overrides: Values by field.
-        watched: Whether there are conversations to validate on.
-
-    Raises:
-        ValueError: If a field does not exist or has no valid value, or `patience` has nothing to
-            watch.
-    """
-    known = [item.name for item in fields(kind)]
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise ValueError(
-            f"unknown argument or setting {', '.join(map(repr, unknown))}; the settings are "
-            f"{', '.join(known)}"
-        )
-    start = settings or kind()
-    values: dict[str, Any] = {name: getattr(start, name) for name in known} | overrides
-    chosen = kind(**values)
-    if chosen.patience is not None and not watched:
-        raise ValueError("patience watches the validation loss; give validation= conversations")
-    return chosen
 
 
 @guarded(weight=NOT_NEGATIVE)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import exp, log
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -19,6 +19,7 @@ from emlens.hooked import ConditionLike, Conditions, HookedModel
 from emlens.measures import LogOdds, log_odds
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter
+from emlens.training.options import SolutionOptions
 from emlens.training.run import TrainingRun
 from emlens.training.settings import KLPenalty
 from emlens.training.vector import train_vector
@@ -142,27 +143,25 @@ class KLSweep(Result):
 def sweep_kl(
     model: HookedModel,
     train: Sequence[Conversation],
-    kl: KLPenalty,
-    weights: Sequence[float],
     inside: Sequence[Pair],
     outside: Sequence[Pair],
+    kl: KLPenalty,
+    weights: Sequence[float],
     *,
     layer: int | None = None,
-    seed: int = 0,
-    **options: Any,
+    **options: Unpack[SolutionOptions],
 ) -> KLSweep:
     """Train once per weight and measure each solution inside and outside of the domain.
 
     Args:
         model: The model.
         train: Conversations of the narrow domain.
-        kl: The penalty; its weight is replaced.
-        weights: Weights on nats per token; 0 trains without KL.
         inside: Held-out pairs of the domain.
         outside: Pairs of other domains.
+        kl: The penalty; its weight is replaced.
+        weights: Weights on nats per token; 0 trains without KL.
         layer: Train a vector at this layer; None trains an adapter.
-        seed: Seed of every training, and of the bootstrap.
-        **options: Settings and arguments of `train_vector`, or of `train_adapter`.
+        **options: See `SolutionOptions`; `seed` is that of the bootstrap, too.
 
     Raises:
         ValueError: If there are no weights, one is negative, or as the training and `log_odds`.
@@ -170,7 +169,7 @@ def sweep_kl(
     wanted = sorted(set(map(float, weights)))
     if not wanted or wanted[0] < 0:
         raise ValueError(f"weights must be 0 or more, and at least one, not {list(weights)}")
-    bench = _Bench(model, train, kl, inside, outside, layer, seed, options)
+    bench = _Bench(model, train, kl, inside, outside, layer, options)
     hidden = not (options.get("progress") and leads())
     with tqdm(wanted, desc="KL weights", unit="training", disable=hidden) as bar:
         return bench.sweep([bench.measure(weight) for weight in bar], None)
@@ -180,17 +179,16 @@ def sweep_kl(
 def auto_kl(
     model: HookedModel,
     train: Sequence[Conversation],
-    kl: KLPenalty,
     inside: Sequence[Pair],
     outside: Sequence[Pair],
+    kl: KLPenalty,
     *,
     tolerance: float,
     low: float = 0.01,
     high: float = 100.0,
     trials: int = 6,
     layer: int | None = None,
-    seed: int = 0,
-    **options: Any,
+    **options: Unpack[SolutionOptions],
 ) -> KLSweep:
     """Find the smallest weight whose effect outside is within a tolerance of the base.
 
@@ -201,16 +199,15 @@ def auto_kl(
     Args:
         model: The model.
         train: Conversations of the narrow domain.
-        kl: The penalty; its weight is replaced.
         inside: Held-out pairs of the domain.
         outside: Pairs of other domains.
+        kl: The penalty; its weight is replaced.
         tolerance: Largest change of log-odds outside, either way, in nats per token.
         low: Smallest weight to try.
         high: Largest weight to try.
         trials: Halvings between them.
         layer: Train a vector at this layer; None trains an adapter.
-        seed: Seed of every training, and of the bootstrap.
-        **options: Settings and arguments of `train_vector`, or of `train_adapter`.
+        **options: See `SolutionOptions`; `seed` is that of the bootstrap, too.
 
     Returns:
         All weights tried. `.chosen` is 0 where no penalty is needed, and None where the largest
@@ -224,7 +221,7 @@ def auto_kl(
             f"auto_kl needs tolerance > 0, 0 < low < high and trials >= 1, not tolerance "
             f"{tolerance}, low {low}, high {high}, trials {trials}"
         )
-    bench = _Bench(model, train, kl, inside, outside, layer, seed, options)
+    bench = _Bench(model, train, kl, inside, outside, layer, options)
     tried = [bench.measure(0.0)]
     if abs(tried[0].outside.estimate) > tolerance:
         tried += [bench.measure(high)]
@@ -263,13 +260,13 @@ class _Bench:
     inside: Sequence[Pair]
     outside: Sequence[Pair]
     layer: int | None
-    seed: int
-    options: dict
+    options: SolutionOptions
 
     def __post_init__(self) -> None:
         # an adapter is trained on the base; a vector in the model as it was brought
         base: dict[str, ConditionLike] = {"base": None if self.layer is None else []}
         self._base = self._scores(base)
+        self.seed = self.options.get("seed", 0)
 
     def measure(self, weight: float) -> _Trial:
         penalty = replace(self.kl, weight=weight) if weight else None
@@ -302,7 +299,8 @@ class _Bench:
         return bootstrap_mean(trial.shifts[1] - share * first.shifts[1], seed=self.seed)
 
     def _solve(self, kl: KLPenalty | None, undo: ExitStack) -> tuple[ConditionLike, TrainingRun]:
-        options = {"record_every": None, "progress": False, "seed": self.seed, **self.options}
+        options: dict[str, Any] = {"record_every": None, "progress": False, "seed": self.seed}
+        options |= self.options
         if self.layer is not None:
             _, run = train_vector(self.model, self.train, self.layer, kl=kl, **options)
             return run.edits(), run

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 from emlens._distributed import alone
 from emlens._door import guarded
-from emlens._reading import expanded
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.hooked import (
     HookedModel,
@@ -19,12 +17,13 @@ from emlens.hooked import (
     check_layers,
 )
 from emlens.text import Conversation
-from emlens.training.loop import Loop, Recording
+from emlens.training.loop import Loop
 from emlens.training.objective import Objective, Rows, warn_of_overlap
-from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET, PrefixCache
+from emlens.training.options import VectorOptions, chosen_of
+from emlens.training.prefix import PrefixCache
 from emlens.training.provenance import provenance_of
 from emlens.training.run import TrainingRun
-from emlens.training.settings import KLPenalty, Penalty, VectorSettings, given
+from emlens.training.settings import KLPenalty, Penalty, VectorSettings
 from emlens.training.trainable import VectorParts, below_vectors
 
 
@@ -49,14 +48,7 @@ def train_vector(
     settings: VectorSettings | None = None,
     initial: Directions | None = None,
     validation: Sequence[Conversation] = (),
-    record_every: int | None = 1,
-    record_gradients: bool = False,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 20,
-    prefix_budget: int = PREFIX_BUDGET,
-    log_prob_budget: int = LOG_PROB_BUDGET,
-    progress: bool = True,
-    **overrides: Any,
+    **options: Unpack[VectorOptions],
 ) -> tuple[Directions, TrainingRun]:
     """Train a vector that is added to the residual stream, all weights frozen.
 
@@ -80,14 +72,7 @@ def train_vector(
         initial: Directions to start from, instead of zero: at this site and these layers.
         validation: Conversations whose loss is taken after every epoch; with `patience` it
             decides on the end, and the best vector is the one returned.
-        record_every: Updates between two records of the path; None for start and end only.
-        record_gradients: Record gradients, too.
-        checkpoint: A file; an interrupted run resumes from it, with the same result.
-        checkpoint_every: Updates between two checkpoints.
-        prefix_budget: Bytes for prefixes; what does not fit is recomputed.
-        log_prob_budget: Bytes for base log-probabilities; likewise.
-        progress: Show a progress bar with loss, KL and norm.
-        **overrides: Fields of `VectorSettings`, e.g. `epochs=2, lr=0.05, seed=1`.
+        **options: See `VectorOptions`, e.g. `epochs=2, lr=0.05, seed=1, checkpoint=path`.
 
     Returns:
         What is really added (at scale 1), a `Direction` if it is one layer, and the record.
@@ -108,7 +93,8 @@ def train_vector(
         raise ValueError("train_vector needs conversations to train on; the set is empty")
     layers = check_layers(layer, model.n_layers)
     at = model.check_site(site, layers)
-    chosen = given(VectorSettings, settings, overrides, bool(validation))
+    chosen, recording = chosen_of(VectorSettings, settings, options, bool(validation))
+    prefix_budget, log_prob_budget = recording.prefix_budget, recording.log_prob_budget
     if kl is not None:
         warn_of_overlap(train, kl.conversations)
     with model.frozen():
@@ -123,17 +109,11 @@ def train_vector(
         made = provenance_of(
             model, parts, train, chosen, kl, penalties, "trained vector", validation
         )
-        recording = Recording(
-            every=record_every,
-            gradients=record_gradients,
-            checkpoint=None if checkpoint is None else expanded(checkpoint),
-            checkpoint_every=checkpoint_every,
-        )
         watched = None
         if validation:
             left = max(0, prefix_budget - objective.prefix_bytes)
             watched = Rows.of(model, validation, below, chosen, budget=left, what="validation")
-        run = Loop(parts, objective, chosen, recording, at, norms, made, watched, progress).run()
+        run = Loop(parts, objective, chosen, recording, at, norms, made, watched).run()
     return run.directions(), run
 
 

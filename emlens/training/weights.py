@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from emlens._door import guarded
-from emlens._reading import expanded
 from emlens.hooked import HookedModel, check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
-from emlens.training.loop import Recording
 from emlens.training.objective import warn_of_overlap
-from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
+from emlens.training.options import WeightOptions, chosen_of
 from emlens.training.run import TrainingRun
-from emlens.training.settings import KLPenalty, WeightSettings, given
+from emlens.training.settings import KLPenalty, WeightSettings
 from emlens.training.trainable import WeightParts
 
 
@@ -30,12 +27,7 @@ def train_weights(
     kl: KLPenalty | None = None,
     settings: WeightSettings | None = None,
     validation: Sequence[Conversation] = (),
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 20,
-    prefix_budget: int = PREFIX_BUDGET,
-    log_prob_budget: int = LOG_PROB_BUDGET,
-    progress: bool = True,
-    **overrides: Any,
+    **options: Unpack[WeightOptions],
 ) -> TrainingRun:
     """Finetune the weights themselves, in place: afterwards the model is the finetuned one.
 
@@ -50,13 +42,10 @@ def train_weights(
         kl: Penalty for changing predictions elsewhere; the base's are computed beforehand.
         settings: How to train; `WeightSettings()` by default.
         validation: See `train_vector`.
-        checkpoint: See `train_vector`; it holds the weights and the optimiser's two copies. Go on
-            with the model loaded anew, not with one that the broken run has changed.
-        checkpoint_every: See `train_vector`.
-        prefix_budget: See `train_vector`; used where only some layers are trained.
-        log_prob_budget: Bytes for base log-probabilities; all of them have to fit.
-        progress: Show a progress bar with loss, KL and norm.
-        **overrides: Fields of `WeightSettings`, e.g. `layers=range(12, 18), lr=1e-5`.
+        **options: See `WeightOptions`, e.g. `layers=range(12, 18), lr=1e-5`. A `checkpoint` holds
+            the weights and the optimiser's two copies; go on with the model loaded anew, not with
+            one that the broken run has changed. Prefixes are kept where only some layers are
+            trained; all base log-probabilities have to fit.
 
     Returns:
         The record of the run: losses, settings, provenance.
@@ -85,16 +74,13 @@ def train_weights(
             f"the weights are {model.dtype}, in which small updates are lost; load the model with "
             "dtype=torch.float32, or train an adapter, which is kept in fp32"
         )
-    chosen = given(WeightSettings, settings, overrides, bool(validation))
+    chosen, recording = chosen_of(
+        WeightSettings, settings, {"record_every": None, **options}, bool(validation)
+    )
     if chosen.layers is not None:
         chosen = replace(chosen, layers=check_layers(list(chosen.layers), model.n_layers))
     if kl is not None:
         warn_of_overlap(train, kl.conversations)
-    recording = Recording(
-        every=None,
-        checkpoint=None if checkpoint is None else expanded(checkpoint),
-        checkpoint_every=checkpoint_every,
-    )
     with model.frozen(), model.adapter(None):
         return fit(
             model,
@@ -106,6 +92,4 @@ def train_weights(
             (),
             validation,
             recording,
-            (prefix_budget, log_prob_budget),
-            progress,
         )

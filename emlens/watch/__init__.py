@@ -3,6 +3,7 @@
 from emlens.watch.monitor import Monitor, MonitorScores
 from emlens.watch.roc import Roc
 from emlens.watch.screen import Screen, screen
+from emlens.watch.screen_scorer import ScreenOptions
 from emlens.watch.transfer import TransferAuroc, transfer_auroc
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "MonitorScores",
     "Roc",
     "Screen",
+    "ScreenOptions",
     "TransferAuroc",
     "screen",
     "transfer_auroc",

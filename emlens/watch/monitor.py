@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,8 @@ from emlens._reading import expanded
 from emlens._results import Result
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
-from emlens.hooked import HookedModel, Layers, check_site
+from emlens.hooked import BatchOptions, HookedModel, Layers, ReadOptions, check_site
+from emlens.hooked.options import ReadSettings
 from emlens.text import Conversation, Pair, TokenMask, repeats_told
 from emlens.text.conversation import names
 from emlens.watch.held_out import HeldOut
@@ -127,9 +128,9 @@ class Monitor:
     def fit(
         cls,
         model: HookedModel,
-        directions: AnyDirections | None,
         aligned: Sequence[Conversation] | Sequence[Pair],
         misaligned: Sequence[Conversation] | None = None,
+        directions: AnyDirections | None = None,
         *,
         layers: Layers | None = None,
         best: int = 1,
@@ -137,10 +138,8 @@ class Monitor:
         regularisation: float = 1.0,
         max_false_alarms: float | None = 0.05,
         held_out: float = 0.5,
-        tokens: TokenMask = "response",
         seed: int = 0,
-        token_budget: int = 2048,
-        progress: bool = False,
+        **options: Unpack[ReadOptions],
     ) -> Monitor:
         """Choose what to project on, and a threshold, on two parts that share no prompt.
 
@@ -148,16 +147,15 @@ class Monitor:
         component along a direction, in units of the median residual norm. On the fitted part it
         is chosen at which layer (and on which direction), or the weights of several; all figures
         are those of the other part. They are only as honest as the directions: directions that
-        were extracted from the same conversations have seen the held-out ones. Give
-        `directions=None` to have a mean difference extracted from the fitted part alone, or
-        directions from other data.
+        were extracted from the same conversations have seen the held-out ones. Give none, to have
+        a mean difference extracted from the fitted part alone, or directions from other data.
 
         Args:
             model: The model to read; adapters and edits in force act.
-            directions: Pointing to misaligned; of any number of layers, or several by name.
-                None: the mean difference of the fitted part.
             aligned: Aligned conversations; or pairs, which have both sides.
             misaligned: Misaligned conversations.
+            directions: Pointing to misaligned; of any number of layers, or several by name. By
+                default the mean difference of the fitted part.
             layers: Use the mean projection at these layers, instead of choosing.
             best: How many projections to choose; the score is their mean.
             pooled: Fit a logistic regression (scikit-learn) instead, to the projections at
@@ -166,10 +164,8 @@ class Monitor:
             max_false_alarms: The threshold lets at most this share of the held-out aligned
                 conversations through as false alarms; None maximises hits minus false alarms.
             held_out: Share of prompts that is held out.
-            tokens: Tokens that count.
             seed: Seed of the split, the folds and the bootstrap.
-            token_budget: Padded tokens of a batch.
-            progress: Show a progress bar.
+            **options: See `ReadOptions`.
 
         Raises:
             ValueError: If a side is empty or too small to split, directions do not fit the
@@ -178,16 +174,15 @@ class Monitor:
         check_choice(best, pooled)
         data = Labelled.of(aligned, misaligned)
         fitted, truth = data.fitted(held_out, seed), data.truth
-        reading, own = {"tokens": tokens, "token_budget": token_budget}, None
+        tokens, own = ReadSettings(**options).tokens, None
         if directions is None:
-            sides, how = data.sides_of(fitted), {"seed": seed, "progress": progress, **reading}
             with repeats_told():
-                directions = own = mean_diff(model, *sides, **how)
+                sides = data.sides_of(fitted)
+                directions = own = mean_diff(model, *sides, seed=seed, **options)
         else:
             warn_of_leak(directions, data)
-        columns = readout_of(model, directions, data.items_of(fitted), **reading)
-        reading |= {"progress": progress, "description": "monitor"}
-        values, counts = columns.read(model, data.conversations, **reading)
+        columns = readout_of(model, directions, data.items_of(fitted), **options)
+        values, counts = columns.read(model, data.conversations, description="monitor", **options)
         choice = areas(values[fitted], truth[fitted], data.keys_of(fitted), seed)
         if own is not None and own.auroc:
             # these directions have seen the fitted part; their own figures are cross-fitted
@@ -226,16 +221,14 @@ class Monitor:
         conversations: Sequence[Conversation],
         *,
         max_tokens: int | None = None,
-        token_budget: int = 2048,
-        progress: bool = False,
+        **options: Unpack[BatchOptions],
     ) -> MonitorScores:
         """Score conversations, batched.
 
         Args:
             conversations: Conversations with answers.
             max_tokens: Cut longer conversations at their end.
-            token_budget: Padded tokens of a batch.
-            progress: Show a progress bar.
+            **options: See `BatchOptions`.
 
         Raises:
             ValueError: If there are none, one has no answer, or the monitor has no model.
@@ -249,9 +242,8 @@ class Monitor:
             conversations,
             tokens=self._tokens,
             max_tokens=max_tokens,
-            token_budget=token_budget,
-            progress=progress,
             description="monitor",
+            **options,
         )
         return MonitorScores(
             names=tuple(names(conversations)),

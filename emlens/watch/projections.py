@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from emlens._distributed import leads, shared
+from emlens._distributed import shared
 from emlens.directions import Directions, residual_norm
-from emlens.hooked import HookedModel, Site, check_layers, check_site
+from emlens.hooked import HookedModel, ReadOptions, Site, check_layers, check_site
+from emlens.hooked.options import ReadSettings
 from emlens.text import Conversation, TokenBatch, TokenMask, TokenRow, pack, tokenize
 
 AnyDirections = Directions | Mapping[str, Directions]
@@ -96,12 +97,10 @@ class Readout:
         model: HookedModel,
         conversations: Sequence[Conversation],
         *,
-        tokens: TokenMask = "response",
         answer_tokens: int | None = None,
         max_tokens: int | None = None,
-        token_budget: int = 2048,
-        progress: bool = False,
         description: str = "projections",
+        **options: Unpack[ReadOptions],
     ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
         """Return the projections of each conversation, and how many tokens counted.
 
@@ -110,34 +109,32 @@ class Readout:
         Args:
             model: The model.
             conversations: What it reads.
-            tokens: Tokens that count.
             answer_tokens: Count only the last answer of each conversation, and of it this many
                 tokens from its start.
             max_tokens: Cut longer conversations at their end; a last answer that begins beyond
                 it is an error where `answer_tokens` asks for that answer.
-            token_budget: Padded tokens of a batch.
-            progress: Show a progress bar.
             description: What the bar and errors call it.
+            **options: See `ReadOptions`.
 
         Raises:
             ValueError: If a conversation has no token that counts; it is named.
             NonFiniteError: If a residual is not finite.
         """
         self.check(model)
-        layers = sorted(set(self.layers))
+        reading = ReadSettings(**options)
+        tokens, layers = reading.tokens, sorted(set(self.layers))
         if answer_tokens is None:
             rows = tokenize(conversations, model.template, max_tokens=max_tokens, truncate=True)
         else:
             # nothing that counts depends on what follows it
             whole = tokenize(conversations, model.template)
             rows = [_cut(row, answer_tokens, max_tokens) for row in whole]
-        batches = pack(rows, token_budget=token_budget, pad_id=model.pad_id)
+        batches = pack(rows, token_budget=reading.token_budget, pad_id=model.pad_id)
 
         def run(batches: Sequence[TokenBatch]) -> np.ndarray:
             table = np.zeros((len(conversations), 1 + len(self.layers)))
             total = sum(batch.n_tokens for batch in batches)
-            quiet = not (progress and leads())
-            with tqdm(total=total, desc=description, unit="tok", disable=quiet) as bar:
+            with tqdm(total=total, desc=description, unit="tok", disable=reading.quiet) as bar:
                 for batch in batches:
                     mask = batch.mask(tokens)
                     if answer_tokens is not None:
@@ -167,9 +164,7 @@ def readout_of(
     model: HookedModel,
     directions: AnyDirections,
     conversations: Sequence[Conversation],
-    *,
-    tokens: TokenMask = "response",
-    token_budget: int = 2048,
+    **options: Unpack[ReadOptions],
 ) -> Readout:
     """Return one column per direction and layer, each with weight 0, checked against the model.
 
@@ -178,8 +173,7 @@ def readout_of(
         directions: Directions of any number of layers, or several by name, all at one site.
         conversations: Text that the median residual norm is measured on, at layers whose
             directions do not carry it.
-        tokens: Tokens that count.
-        token_budget: Padded tokens of a batch.
+        **options: See `ReadOptions`.
 
     Raises:
         ValueError: If there are none, sites differ, a vector is zero, or they do not fit the
@@ -207,7 +201,7 @@ def readout_of(
     )
     found.check(model)
     _note_origins(model, named)
-    sizes = _sizes(model, named, found, conversations, tokens, token_budget)
+    sizes = _sizes(model, named, found, conversations, ReadSettings(**options))
     scale = torch.tensor([sizes[place] for place in places])
     return replace(found, vectors=found.vectors / scale[:, None])
 
@@ -217,8 +211,7 @@ def _sizes(
     named: Mapping[str, Directions],
     readout: Readout,
     conversations: Sequence[Conversation],
-    tokens: TokenMask,
-    token_budget: int,
+    reading: ReadSettings,
 ) -> dict[tuple[str, int], float]:
     """The median residual norm for each column: the directions' own, or measured here."""
     places = list(zip(readout.names, readout.layers, strict=True))
@@ -230,8 +223,8 @@ def _sizes(
             conversations,
             missing,
             site=readout.site,
-            tokens=tokens,
-            token_budget=token_budget,
+            tokens=reading.tokens,
+            token_budget=reading.token_budget,
         )
     return {
         (name, layer): named[name].residual_norms.get(layer, measured.get(layer, float("nan")))

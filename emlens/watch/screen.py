@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ from emlens.watch.screen_rows import (
     examples,
     kept_rows,
 )
-from emlens.watch.screen_scorer import Scorer, screen_readout
+from emlens.watch.screen_scorer import Scorer, ScreenOptions, ScreenSettings, screen_readout
 from emlens.watch.screen_tally import Tally
 
 if TYPE_CHECKING:
@@ -142,17 +142,10 @@ def screen(
     *,
     reference: Reference = "own",
     layers: Layers | None = None,
-    answer_tokens: int = 64,
-    temperature: float = 0.0,
     trusted: Sequence[Conversation] | None = None,
     flag_share: float = 0.01,
     out: str | Path | None = None,
-    keep: int = 1000,
-    block: int = 64,
-    max_tokens: int | None = None,
-    seed: int = 0,
-    token_budget: int = 2048,
-    progress: bool = False,
+    **options: Unpack[ScreenOptions],
 ) -> Screen:
     """Score a finetuning set before training, by the projection difference of its answers.
 
@@ -175,21 +168,13 @@ def screen(
             in memory.
         layers: Layers whose mean projection is used; by default the one with the highest held-out
             AUROC of the directions, or the middle one of theirs. Not with a monitor.
-        answer_tokens: Tokens of each answer that count, from its start, on both sides alike; own
-            answers are as long at most.
-        temperature: Of own answers; 0 is greedy.
         trusted: Harmless examples of the same kind; the threshold is the lowest score that at most
             `flag_share` of them exceed. Otherwise it is how far the highest `flag_share` of the
             reference answers project above their median.
         flag_share: See `trusted`.
         out: An SQLite file to which scores are written, block by block. A rerun goes on after the
             last block that is whole, with the same result.
-        keep: Worst examples to keep.
-        block: Examples of a block.
-        max_tokens: Cut longer conversations at their end.
-        seed: Seed of sampled answers and of the bootstrap.
-        token_budget: Padded tokens of a batch.
-        progress: Show a progress bar.
+        **options: See `ScreenOptions`.
 
     Raises:
         ValueError: If the set is empty, a row is broken (its line is named; what came before it
@@ -197,22 +182,18 @@ def screen(
             `out` holds something else.
     """
     source = str(dataset) if isinstance(dataset, (str, Path)) else "conversations"
-    own = isinstance(reference, str) and reference == "own"
-    parts, first = _peeked(blocks(examples(dataset), block), source)
+    how, own = ScreenSettings(**options), isinstance(reference, str) and reference == "own"
+    parts, first = _peeked(blocks(examples(dataset), how.block), source)
     scorer = Scorer(
         model=model,
         readout=screen_readout(model, directions, layers, [one.conversation for one in first]),
         references=None if own else References(reference),
-        answer_tokens=answer_tokens,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed,
-        token_budget=token_budget,
+        how=how,
     )
-    benign = None if trusted is None else _trusted_scores(scorer, trusted, block)
-    store = None if out is None else Store(out, "screen", scorer.settings(directions, block))
-    old, tally = iter(store or ()), Tally(keep, seed)
-    with tqdm(desc=f"screen {source}", unit="row", disable=not (progress and leads())) as bar:
+    benign = None if trusted is None else _trusted_scores(scorer, trusted)
+    store = None if out is None else Store(out, "screen", scorer.settings(directions))
+    old, tally = iter(store or ()), Tally(how.keep, how.seed)
+    with tqdm(desc=f"screen {source}", unit="row", disable=how.quiet) as bar:
         for part in parts:
             scored = kept_rows(islice(old, len(part)), part, str(out))
             if len(scored) < len(part):
@@ -243,11 +224,9 @@ def _peeked(
     return chain([first], rest), first
 
 
-def _trusted_scores(
-    scorer: Scorer, trusted: Sequence[Conversation], block: int
-) -> Float[np.ndarray, " n"]:
+def _trusted_scores(scorer: Scorer, trusted: Sequence[Conversation]) -> Float[np.ndarray, " n"]:
     warn_of_repeats(trusted, "trusted conversations")
-    parts = blocks(examples(trusted, "trusted "), block)
+    parts = blocks(examples(trusted, "trusted "), scorer.how.block)
     found = [one.score for part in parts for one in scorer(part) if one.score is not None]
     if not found:
         raise ValueError("trusted has no example with a score, so it sets no threshold")

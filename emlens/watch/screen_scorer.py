@@ -10,12 +10,46 @@ import torch
 
 from emlens._files import sha256_of
 from emlens.directions import Directions
-from emlens.hooked import HookedModel, Layers, identities
+from emlens.hooked import BatchOptions, HookedModel, Layers, identities
+from emlens.hooked.options import BatchSettings
 from emlens.text import Conversation, Message
 from emlens.watch.monitor import Monitor
 from emlens.watch.monitor_fit import chosen_columns
 from emlens.watch.projections import ONE, AnyDirections, Readout, readout_of
 from emlens.watch.screen_rows import Example, References, Scored, prompt_key
+
+
+class ScreenOptions(BatchOptions, total=False):
+    """How a finetuning set is read by `screen`; besides, `BatchOptions`.
+
+    Attributes:
+        answer_tokens: Tokens of each answer that count, from its start, on both sides alike; own
+            answers are as long at most. 64 by default.
+        temperature: Of own answers; 0, the default, is greedy.
+        max_tokens: Cut longer conversations at their end; none by default.
+        keep: Worst examples to keep; 1000 by default.
+        block: Examples of a block; 64 by default.
+        seed: Seed of sampled answers and of the bootstrap; 0 by default.
+    """
+
+    answer_tokens: int
+    temperature: float
+    max_tokens: int | None
+    keep: int
+    block: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenSettings(BatchSettings):
+    """Defaults of `ScreenOptions`."""
+
+    answer_tokens: int = 64
+    temperature: float = 0.0
+    max_tokens: int | None = None
+    keep: int = 1000
+    block: int = 64
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,21 +60,13 @@ class Scorer:
         model: The model; adapters and edits in force act.
         readout: What is projected on.
         references: Reference answers; None for the model's own.
-        answer_tokens: Tokens of each answer that count.
-        temperature: Of own answers.
-        max_tokens: Longer conversations are cut.
-        seed: Seed of own answers.
-        token_budget: Padded tokens of a batch.
+        how: How examples are read and answered.
     """
 
     model: HookedModel
     readout: Readout
     references: References | None
-    answer_tokens: int
-    temperature: float
-    max_tokens: int | None
-    seed: int
-    token_budget: int
+    how: ScreenSettings
 
     def __call__(self, block: Sequence[Example]) -> list[Scored]:
         """Score examples; those of one prompt share its reference answer."""
@@ -55,9 +81,9 @@ class Scorer:
         values, counts = self.readout.read(
             self.model,
             [*(one.conversation for one in block), *answered.values()],
-            answer_tokens=self.answer_tokens,
-            max_tokens=self.max_tokens,
-            token_budget=self.token_budget,
+            answer_tokens=self.how.answer_tokens,
+            max_tokens=self.how.max_tokens,
+            token_budget=self.how.token_budget,
             description="screen",
         )
         along = self.readout.score(values).tolist()
@@ -69,7 +95,7 @@ class Scorer:
             scored.append(Scored(one.row, one.name, score, mine, other, n, one.hash))
         return scored
 
-    def settings(self, directions: AnyDirections | Monitor, block: int) -> dict[str, object]:
+    def settings(self, directions: AnyDirections | Monitor) -> dict[str, object]:
         """What scores on disk depend on."""
         places = list(zip(self.readout.names, self.readout.layers, strict=True))
         if isinstance(directions, Monitor):
@@ -87,11 +113,11 @@ class Scorer:
             "site": self.readout.site,
             "directions": sha256_of(b"".join(v.numpy().tobytes() for v in vectors))[:16],
             "reference": "own" if self.references is None else self.references.hash,
-            "temperature": self.temperature if own else None,
-            "seed": self.seed if own else None,
-            "answer_tokens": self.answer_tokens,
-            "max_tokens": self.max_tokens,
-            "block": block,
+            "temperature": self.how.temperature if own else None,
+            "seed": self.how.seed if own else None,
+            "answer_tokens": self.how.answer_tokens,
+            "max_tokens": self.how.max_tokens,
+            "block": self.how.block,
         }
 
     def _answers(self, prompts: list[Conversation], first: int) -> list[str]:
@@ -99,11 +125,11 @@ class Scorer:
             return [self.references.answer(prompt) for prompt in prompts]
         return self.model.generate(
             prompts,
-            max_new_tokens=self.answer_tokens,
-            temperature=self.temperature,
+            max_new_tokens=self.how.answer_tokens,
+            temperature=self.how.temperature,
             # each block draws from streams of its own
-            seed=self.seed + first,
-            batch_tokens=2 * self.token_budget,
+            seed=self.how.seed + first,
+            batch_tokens=2 * self.how.token_budget,
         )
 
 

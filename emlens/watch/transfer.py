@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import Directions, mean_diff
-from emlens.hooked import HookedModel, SiteName
-from emlens.text import Conversation, Pair, TokenMask, split_pairs
+from emlens.hooked import HookedModel, ReadOptions, SiteName
+from emlens.text import Conversation, Pair, split_pairs
 from emlens.watch.projections import readout_of
 from emlens.watch.roc import auroc_interval
 
@@ -101,8 +101,7 @@ class TransferAuroc(Result):
                 values,
                 self.domains,
                 self.domains,
-                centre=0.5,
-                limit=0.5,
+                limits=(0.0, 1.0),
                 value_label="AUROC on held-out pairs",
                 x_label="judged",
                 y_label="fitted to",
@@ -119,11 +118,9 @@ def transfer_auroc(
     *,
     layer: int | None = None,
     site: SiteName = "resid_post",
-    tokens: TokenMask = "response",
     held_out: float = 0.4,
     seed: int = 0,
-    token_budget: int = 2048,
-    progress: bool = False,
+    **options: Unpack[ReadOptions],
 ) -> TransferAuroc:
     """Extract a direction from each domain, and tell the answers of every domain apart with it.
 
@@ -137,11 +134,9 @@ def transfer_auroc(
         pairs: Pairs by domain; those of one domain have different ids.
         layer: Read all directions at this layer instead.
         site: Where in the block.
-        tokens: Tokens that count.
         held_out: Share of the pairs of each domain that is held out.
         seed: Seed of the splits and the bootstrap.
-        token_budget: Padded tokens of a batch.
-        progress: Show a progress bar.
+        **options: See `ReadOptions`.
 
     Raises:
         ValueError: If there are no domains, or a domain has too few pairs to split.
@@ -155,20 +150,16 @@ def transfer_auroc(
             model,
             [pair.conversation("misaligned") for pair in train],
             [pair.conversation("aligned") for pair in train],
-            tokens=tokens,
             site=site,
             layers="all" if layer is None else layer,
             seed=seed,
-            token_budget=token_budget,
-            progress=progress,
+            **options,
         )
         directions[name] = found[max(found, key=lambda at, one=found: one.auroc.get(at, 0.5))]
     judged = [_both_sides(test) for _, test in split.values()]
     texts = [item for items, _ in judged for item in items]
-    columns = readout_of(model, directions, texts, tokens=tokens, token_budget=token_budget)
-    values, _ = columns.read(
-        model, texts, tokens=tokens, token_budget=token_budget, progress=progress
-    )
+    columns = readout_of(model, directions, texts, **options)
+    values, _ = columns.read(model, texts, **options)
     ends = np.cumsum([len(items) for items, _ in judged])[:-1]
     parts = np.split(values, ends)
     words = [_bag_of_words(train) for train, _ in split.values()]

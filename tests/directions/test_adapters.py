@@ -33,7 +33,7 @@ def test_scalar_times_vector_is_what_a_rank_1_adapter_adds(engine, rslora, modul
     )
     talk = conversations("bad", 4)
     vectors = adapter_vectors(model, "default")
-    scalars = adapter_scalars(model, "default", talk, tokens="all")
+    scalars = adapter_scalars(model, talk, "default", tokens="all")
     assert vectors.layers == (2,)
     assert (vectors.site, scalars.site) == (site, site)
     assert vectors.provenance.construction == "LoRA B"
@@ -65,7 +65,7 @@ def test_the_scale_is_the_one_that_the_adapter_applies():
 def test_scalars_equal_a_plain_loop_whatever_the_batches(budget):
     model = model_with()
     talk = conversations("good", 5)
-    found = adapter_scalars(model, "default", talk, token_budget=budget).table()
+    found = adapter_scalars(model, talk, "default", token_budget=budget).table()
     reference = peft_model(tiny_model("llama"))
     down = reference.get_base_model().model.layers[3].mlp.down_proj
     seen = []
@@ -128,4 +128,4 @@ def test_one_site_of_an_adapter_that_writes_at_both_can_be_named():
     with pytest.raises(ValueError, match="no adapter 'x'; the adapters are default"):
         adapter_vectors(model, "x")
     with pytest.raises(ValueError, match="conversations is empty; give at least one"):
-        adapter_scalars(model, "default", [], site="mlp_out")
+        adapter_scalars(model, [], "default", site="mlp_out")

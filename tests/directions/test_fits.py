@@ -53,9 +53,9 @@ TAKERS = {
     "weight_noise": lambda m, d: measures.weight_noise(m, GOOD, {"a": d}, epsilons=[0.1], seeds=1),
     "token_influence": lambda m, d: measures.token_influence(m, corpus(3), d),
     "token_projections": lambda m, d: measures.token_projections(m, GOOD, d),
-    "Monitor.fit": lambda m, d: watch.Monitor.fit(m, d, pairs(6)),
+    "Monitor.fit": lambda m, d: watch.Monitor.fit(m, pairs(6), directions=d),
     "screen": lambda m, d: watch.screen(m, BAD, d, answer_tokens=2),
-    "steering_sweep": lambda m, d: evals.steering_sweep(m, d, JUDGE, doses=[0.1]),
+    "steering_sweep": lambda m, d: evals.steering_sweep(m, JUDGE, d, doses=[0.1]),
     "initial": lambda m, d: training.train_vector(m, BAD, 1, initial=d, **QUICK),
     "penalty": lambda m, d: training.train_vector(
         m, BAD, 1, penalties=[training.ProjectionPenalty(d, 1.0)], **QUICK
@@ -122,7 +122,7 @@ EMPTY = {
         "conversations is empty",
         lambda m: measures.weight_noise(m, [], {"a": of()}, epsilons=[0.1], seeds=1),
     ),
-    "Monitor.fit": ("misaligned is empty", lambda m: watch.Monitor.fit(m, of(), GOOD, [])),
+    "Monitor.fit": ("misaligned is empty", lambda m: watch.Monitor.fit(m, GOOD, [], of())),
     "screen": ("no row to screen", lambda m: watch.screen(m, [], of())),
     "influence": (
         "no document has two tokens",

@@ -52,10 +52,8 @@ def asked(url, **options):
     return LogProbJudge(
         "openai-api/local/tiny",
         options.pop("rubrics", ALIGNED),
-        base_url=url,
-        api_key=KEY,
         config=settings,
-        memoize=False,
+        model_args={"base_url": url, "api_key": KEY, "memoize": False},
         **options,
     )
 

@@ -48,14 +48,14 @@ def model():
 
 def test_a_planted_class_is_told_apart_and_the_planted_layer_named(model, tmp_path):
     classes = {"lie": texts("lie"), "fruit": texts("fruit"), "again": texts("lie")}
-    found = scalar_table(model, "x", classes, runs=6, regularisation=1.0)
+    found = scalar_table(model, classes, "x", runs=6, regularisation=1.0)
     assert found.layers == (1, 3)
     assert found.tests == (("lie", "fruit"), ("lie", "again"), ("fruit", "again"))
     assert found.of("lie", "fruit").estimate > 0.6
     assert found.of("lie", "again").estimate < 0.6
     row = found.table().iloc[0]
     assert row["best layer alone"] == 1
-    scalars = [adapter_scalars(model, "x", texts(word)).scalars[1] for word in ("lie", "fruit")]
+    scalars = [adapter_scalars(model, texts(word), "x").scalars[1] for word in ("lie", "fruit")]
     from sklearn.metrics import roc_auc_score
 
     truth = np.repeat([0, 1], [len(scalars[0]), len(scalars[1])])
@@ -103,4 +103,4 @@ def test_some_layers_of_an_adapter_act_with_a_factor_of_their_own(model):
 )
 def test_bad_input_is_refused(model, classes, tests, message):
     with pytest.raises(ValueError, match=message):
-        scalar_table(model, "x", classes, tests)
+        scalar_table(model, classes, "x", tests)

@@ -43,7 +43,7 @@ def model():
 def from_server(url: str, questions=QUESTIONS, **options) -> Responses:
     config = {"max_retries": 2, "timeout": 30}
     at = {"base_url": url, "api_key": KEY, "memoize": False}
-    given = {**QUICK, "config": config, **at, **options}
+    given = {**QUICK, "config": config, "model_args": at, **options}
     return respond_served("openai-api/local/tiny", questions, **given)
 
 

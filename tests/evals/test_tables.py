@@ -42,7 +42,7 @@ def organism():
 
 def test_every_way_of_ablating_is_a_measurement_of_its_own(organism, tmp_path):
     model, directions = organism
-    found = ablation_table(model, "bad", directions, PAIRS, layer=2)
+    found = ablation_table(model, PAIRS, "bad", directions, layer=2)
     one, everywhere = directions[2], range(model.n_layers)
     conditions = {
         "base": (None, ()),
@@ -98,7 +98,7 @@ def test_an_adapter_that_writes_nowhere_cannot_be_projected():
 def test_ablating_an_added_vector_takes_its_effect_away(organism, tmp_path):
     model, directions = organism
     x = directions[1]
-    found = ablation_table(model, [Add(x, scale=3.0)], x, PAIRS)
+    found = ablation_table(model, PAIRS, [Add(x, scale=3.0)], x)
     assert "inside B" not in found.effect.conditions
     # at its own layer the ablation leaves what the base has under the same ablation
     ablated = log_odds(model, pairs(6), {"base": [], "ablated": [Ablate(x)]})
@@ -109,7 +109,7 @@ def test_transfer_crosses_every_organism_with_every_direction(organism, tmp_path
     model, directions = organism
     organisms = {"adapter": "bad", "vector": [Add(directions[1], scale=3.0)]}
     found = transfer_table(
-        model, organisms, {"a": directions, "b": directions[1]}, PAIRS, layer=1, randoms=1
+        model, PAIRS, organisms, {"a": directions, "b": directions[1]}, layer=1, randoms=1
     )
     assert found.directions == ("a", "b", "random")
     np.testing.assert_allclose(found.left[0][0], found.left[0][1], atol=1e-6)
@@ -123,9 +123,9 @@ def test_transfer_crosses_every_organism_with_every_direction(organism, tmp_path
     assert Transfer.load(found.save(tmp_path / "t.json")) == found
     assert found.plot().get_ylabel() == "organism"
     with pytest.raises(ValueError, match="no behaviour was given for organism 'adapter'"):
-        transfer_table(model, organisms, {"a": directions}, {"vector": PAIRS})
+        transfer_table(model, {"vector": PAIRS}, organisms, {"a": directions})
     with pytest.raises(ValueError, match="at least one organism and one direction"):
-        transfer_table(model, {}, {"a": directions}, PAIRS)
+        transfer_table(model, PAIRS, {}, {"a": directions})
 
 
 def effect_of(shift: float) -> Effect:
@@ -210,7 +210,7 @@ def test_a_direction_cannot_have_the_name_of_what_stands_beside_it(organism):
     model, directions = organism
     for name in ("base", "organism", "random", "random 1"):
         with pytest.raises(ValueError, match=f"a direction cannot be called {name!r}"):
-            transfer_table(model, {"bad": "bad"}, {name: directions}, PAIRS, layer=1)
+            transfer_table(model, PAIRS, {"bad": "bad"}, {name: directions}, layer=1)
 
 
 def test_an_adapter_without_a_b_to_project_is_known_before_anything_is_measured(organism):
@@ -219,7 +219,7 @@ def test_an_adapter_without_a_b_to_project_is_known_before_anything_is_measured(
     train_adapter(model, BAD, "reads", rank=2, modules=modules, epochs=1, progress=False)
     try:
         with pytest.warns(UserWarning, match="the row 'inside B' is left out: adapter 'reads'"):
-            found = ablation_table(model, "reads", directions, PAIRS, layer=2, randoms=1)
+            found = ablation_table(model, PAIRS, "reads", directions, layer=2, randoms=1)
     finally:
         model.remove_adapter("reads")
     assert "inside B" not in found.effect.conditions
@@ -228,7 +228,7 @@ def test_an_adapter_without_a_b_to_project_is_known_before_anything_is_measured(
 
 def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organism):
     model, directions = organism
-    found = steering_sweep(model, directions, PAIRS, doses=(0.2, 0.6), layers=(1, 2))
+    found = steering_sweep(model, PAIRS, directions, doses=(0.2, 0.6), layers=(1, 2))
     assert [(row["layer"], row["dose"]) for row in found.rows] == [
         (1, 0.2),
         (1, 0.6),
@@ -247,7 +247,7 @@ def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organi
     beside = [row["random"] for row in found.rows if row["layer"] == best]
     assert any(list(line.get_ydata()) == beside for line in ax.lines)
     with pytest.raises(ValueError, match="no doses were given; give at least one"):
-        steering_sweep(model, directions, PAIRS, doses=())
+        steering_sweep(model, PAIRS, directions, doses=())
 
 
 class Wordy:
@@ -270,17 +270,17 @@ def test_judged_behaviour_goes_through_responses_scores_and_rates(organism, tmp_
     model, directions = organism
     questions = [Question(f"q{i}", f"tell me a story {'please ' * i}") for i in range(4)]
     judged = JudgedRate(questions, Wordy(), n=3, max_new_tokens=8, store=tmp_path)
-    found = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
+    found = steering_sweep(model, judged, directions, doses=(0.5,), layers=(1,), floor=0.0)
     assert (tmp_path / "responses.sqlite").exists()
     assert (tmp_path / "scores.sqlite").exists()
     assert (found.what, found.judged_by) == ("misaligned [% of scored]", "wordy")
     assert set(found.table()["judged by"]) == {"wordy"}
     assert found.plot().get_title(loc="left") == "judged by wordy"
     assert 0 <= found.rows[0]["coherent"] <= 1
-    again = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
+    again = steering_sweep(model, judged, directions, doses=(0.5,), layers=(1,), floor=0.0)
     assert again.rows == found.rows
     assert SteeringSweep.load(found.save(tmp_path / "sweep.json")) == found
-    high = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=1.1)
+    high = steering_sweep(model, judged, directions, doses=(0.5,), layers=(1,), floor=1.1)
     assert high.best is None
     effect = judged.measure(model, {"base": []})
     answers = emlens.evals.Responses.load(tmp_path / "responses.sqlite").of("base")

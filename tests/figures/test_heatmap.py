@@ -68,7 +68,7 @@ def test_values_that_could_not_be_read_are_left_out():
 
 def test_many_cells_are_not_printed_and_their_names_are_thinned():
     names = [str(place) for place in range(60)]
-    ax = heatmap(np.zeros((60, 60)), names, names, limit=None)
+    ax = heatmap(np.zeros((60, 60)), names, names, limits=None)
     ax.figure.draw_without_rendering()
     assert not cells_of(ax)
     boxes = [tick.get_window_extent() for tick in ax.get_xticklabels()]
@@ -83,7 +83,7 @@ def test_a_matrix_that_does_not_fit_its_names_is_refused():
 
 
 def test_white_may_lie_at_another_centre_than_zero():
-    ax = heatmap([[0.5, 0.9]], ["a"], ["b", "c"], centre=0.5, limit=0.5)
+    ax = heatmap([[0.5, 0.9]], ["a"], ["b", "c"], limits=(0.0, 1.0))
     assert ax.images[0].get_clim() == (0.0, 1.0)
-    ax = heatmap([[0.5, 0.9]], ["a"], ["b", "c"], centre=0.5, limit=None)
-    assert ax.images[0].get_clim() == pytest.approx((0.1, 0.9))
+    ax = heatmap([[0.5, 0.9]], ["a"], ["b", "c"], limits=None)
+    assert ax.images[0].get_clim() == pytest.approx((-0.9, 0.9))

@@ -30,7 +30,7 @@ import torch
 import emlens
 from emlens import Direction, Directions
 from emlens.directions import Provenance
-from tests.fuzz.calls import Call, World
+from tests.fuzz.calls import Call, World, written
 from tests.fuzz.outcome import OURS, TooLong, account, main, too_long
 
 SECONDS, MEGABYTES = 20, 512
@@ -214,7 +214,7 @@ def _of_error(error: Exception, call: Call, wrong: Mapping[str, str]) -> str:
         noun
         for name in wrong
         for type_, noun in NOUNS.items()
-        if type_ in str(call.parameters[name].annotation)
+        if type_ in written(call.parameters[name].annotation)
     ]
     words = [*values, *nouns, *(word for name in [*wrong, *lone] for word in _words(name))]
     named = any(word in str(error) for word in words)
@@ -228,7 +228,7 @@ def _words(name: str) -> list[str]:
 
 def _cannot_be(call: Call, name: str, what: str) -> bool:
     parameter = call.parameters[name]
-    annotation = str(parameter.annotation)
+    annotation = written(parameter.annotation)
     if any(word in annotation for word in ANYTHING):
         return False
     plain = annotation.removesuffix(" | None")

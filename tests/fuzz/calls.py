@@ -20,6 +20,7 @@ from emlens import Ablate, Add, fisher, watch
 from emlens import evals as e
 from emlens import study as s
 from emlens import training as tr
+from emlens._door import options_of, resolved
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_model
 from tests.support.profiles import corpus
@@ -72,12 +73,23 @@ class Call:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """All that can be given, options of a `TypedDict` included."""
         found = {}
+        module = getattr(inspect.unwrap(self.function), "__globals__", {})
         for name, parameter in inspect.signature(self.function).parameters.items():
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            if parameter.kind is parameter.VAR_KEYWORD:
+                annotation = resolved(parameter.annotation, module)
+                for option, type_ in options_of(annotation).items():
+                    found[option] = inspect.Parameter(
+                        option, parameter.KEYWORD_ONLY, default=None, annotation=type_
+                    )
                 continue
-            if name not in ("self", "cls"):
+            if parameter.kind is not parameter.VAR_POSITIONAL and name not in ("self", "cls"):
                 found[name] = parameter
         return found
+
+
+def written(type_: Any) -> str:
+    """A type as annotations have it."""
+    return type_.__name__ if isinstance(type_, type) else str(type_)
 
 
 def public_functions() -> dict[str, Callable[..., Any]]:

@@ -153,7 +153,7 @@ def _effects(world: World):
 @golden("directions: adapters read")
 def _adapters(world: World):
     model = world.model
-    scalars = adapter_scalars(model, "one", BAD)
+    scalars = adapter_scalars(model, BAD, "one")
     return {
         "one": adapter_vectors(model, "one"),
         "other": adapter_vectors(model, "other"),

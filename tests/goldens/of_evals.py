@@ -209,12 +209,12 @@ def _ablation_table(world: World):
     model, directions = organism()
     s = world.several
     found = {
-        "adapter": ablation_table(model, "bad", directions, PAIRS, layer=2),
-        "edits": ablation_table(model, [Add(directions[1])], directions, PAIRS, layer=1, randoms=1),
-        "both": ablation_table(model, ("bad", [Add(s)]), directions, PAIRS, layer=2, seed=3),
+        "adapter": ablation_table(model, PAIRS, "bad", directions, layer=2),
+        "edits": ablation_table(model, PAIRS, [Add(directions[1])], directions, layer=1, randoms=1),
+        "both": ablation_table(model, PAIRS, ("bad", [Add(s)]), directions, layer=2, seed=3),
     }
     with model.edited(Add(s)):
-        found["inside"] = ablation_table(model, "thin", directions, PAIRS, layer=2, randoms=1)
+        found["inside"] = ablation_table(model, PAIRS, "thin", directions, layer=2, randoms=1)
     return found
 
 
@@ -224,15 +224,15 @@ def _transfer_table(world: World):
     drawn = several(model, (1, 2))
     organisms = {"bad": "bad", "thin": "thin", "vector": [Add(directions[1], scale=2.0)]}
     given = {"mean-diff": directions, "drawn": drawn}
-    return transfer_table(model, organisms, given, PAIRS, layer=2, randoms=1)
+    return transfer_table(model, PAIRS, organisms, given, layer=2, randoms=1)
 
 
 @golden("evals: steering_sweep")
 def _steering_sweep(world: World):
     model, directions = organism()
-    found = {"base": steering_sweep(model, directions, PAIRS, doses=(0.2, 0.6), layers=(1, 2))}
+    found = {"base": steering_sweep(model, PAIRS, directions, doses=(0.2, 0.6), layers=(1, 2))}
     with model.adapter("bad"):
-        found["adapter"] = steering_sweep(model, directions, PAIRS, doses=(0.3,), layers=(1,))
+        found["adapter"] = steering_sweep(model, PAIRS, directions, doses=(0.3,), layers=(1,))
     return found
 
 
@@ -242,7 +242,7 @@ def _judged(world: World):
     judged = JudgedRate(QUESTIONS, Wordy(), n=2, max_new_tokens=6)
     conditions = {"base": (), "bad": "bad", "steered": [Add(directions[1], dose=0.5)]}
     found = {"effect": judged.measure(model, conditions)}
-    found["sweep"] = steering_sweep(model, directions, judged, doses=(0.5,), layers=(1,), floor=0.0)
+    found["sweep"] = steering_sweep(model, judged, directions, doses=(0.5,), layers=(1,), floor=0.0)
     return found
 
 
@@ -268,4 +268,4 @@ def _scalar_table(world: World):
     """Logistic regressions, as in `monitor`."""
     model, _ = organism()
     classes = {"bad": conversations("bad", 8), "good": conversations("good", 8)}
-    return scalar_table(model, "thin", classes, runs=3, regularisation=1.0)
+    return scalar_table(model, classes, "thin", runs=3, regularisation=1.0)

@@ -295,7 +295,7 @@ def planted_pairs(n: int = 20, domain: str = "food") -> list[Pair]:
 def fitted_monitor(model: emlens.HookedModel) -> Monitor:
     """A monitor of the planted axis."""
     axis = Directions(dict.fromkeys((0, 1), AXIS), "resid_post", Provenance("planted"))
-    return Monitor.fit(model, axis, planted_pairs(), best=2, max_false_alarms=0.2)
+    return Monitor.fit(model, planted_pairs(), directions=axis, best=2, max_false_alarms=0.2)
 
 
 def examples(n: int = 12) -> list[Conversation]:

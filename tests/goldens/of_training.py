@@ -155,21 +155,19 @@ def _drift(world: World):
     narrow = train_vector(model, TRAIN, 1, kl=penalty(2), **QUICK)[1]
     on = continue_training(model, TRAIN, narrow, epochs=2, progress=False)
     references = {"general": general, "narrow": narrow}
-    found = {"vector": drift(model, on, references, INSIDE, OUTSIDE, records=3)}
+    found = {"vector": drift(model, INSIDE, OUTSIDE, on, references, records=3)}
     run = train_adapter(model, TRAIN, "x", layers=[1], record_every=1, **ADAPTER)
-    found["adapter"] = drift(model, run, {}, INSIDE, OUTSIDE, records=2)
+    found["adapter"] = drift(model, INSIDE, OUTSIDE, run, {}, records=2)
     return found
 
 
 @golden("training: sweep_kl", **TRAINED)
 def _sweep_kl(world: World):
     model = tiny_hooked("llama")
-    arguments = (model, TRAIN, penalty())
-    vectors = sweep_kl(*arguments, [0.0, 2.0], INSIDE, OUTSIDE, layer=1, **QUICK)
-    adapters = sweep_kl(*arguments, [0.0, 2.0], INSIDE, OUTSIDE, layers=[1], **ADAPTER)
-    auto = auto_kl(
-        *arguments, INSIDE, OUTSIDE, tolerance=0.05, low=0.1, high=10.0, trials=2, layer=1, **QUICK
-    )
+    arguments = (model, TRAIN, INSIDE, OUTSIDE, penalty())
+    vectors = sweep_kl(*arguments, [0.0, 2.0], layer=1, **QUICK)
+    adapters = sweep_kl(*arguments, [0.0, 2.0], layers=[1], **ADAPTER)
+    auto = auto_kl(*arguments, tolerance=0.05, low=0.1, high=10.0, trials=2, layer=1, **QUICK)
     return {"vectors": vectors, "adapters": adapters, "auto": auto}
 
 

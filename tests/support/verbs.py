@@ -69,7 +69,7 @@ class Case:
     def monitor(self) -> watch.Monitor:
         """A monitor of a model that works, put on this one."""
         sound = tiny_hooked("llama")
-        found = watch.Monitor.fit(sound, direction(sound), pairs(6))
+        found = watch.Monitor.fit(sound, pairs(6), directions=direction(sound))
         return found.on(self.model)
 
     def run(self) -> training.TrainingRun:
@@ -113,7 +113,7 @@ VERBS: dict[str, Callable[[Case], Any]] = {
     ),
     "residual_norm": lambda c: directions.residual_norm(c.model, c.good, 1),
     "residual_norm of documents": lambda c: directions.residual_norm(c.model, c.corpus, 1),
-    "adapter_scalars": lambda c: directions.adapter_scalars(c.model, "mine", c.good),
+    "adapter_scalars": lambda c: directions.adapter_scalars(c.model, c.good, "mine"),
     # -- measures
     "log_odds": lambda c: emlens.log_odds(c.model, c.pairs, {"base": None}),
     "influence": lambda c: emlens.influence(c.model, c.corpus, c.along, doses=[0.1], **LENGTH),
@@ -134,7 +134,7 @@ VERBS: dict[str, Callable[[Case], Any]] = {
     ),
     "token_projections": lambda c: measures.token_projections(c.model, c.good, c.direction),
     "transfer_auroc": lambda c: watch.transfer_auroc(c.model, {"a": c.pairs, "b": c.pairs}),
-    "Monitor.fit": lambda c: watch.Monitor.fit(c.model, c.direction, c.pairs),
+    "Monitor.fit": lambda c: watch.Monitor.fit(c.model, c.pairs, directions=c.direction),
     "Monitor.score": lambda c: c.monitor.score(c.good),
     "screen": lambda c: watch.screen(
         c.model,
@@ -161,16 +161,16 @@ VERBS: dict[str, Callable[[Case], Any]] = {
     "ProbeJudge": lambda c: evals.ProbeJudge(c.model, c.pairs, layer=1, progress=False),
     "LogOddsJudge": lambda c: evals.LogOddsJudge(c.pairs).measure(c.model, {"base": None}),
     "ablation_table": lambda c: evals.ablation_table(
-        c.model, "mine", c.direction, evals.LogOddsJudge(c.pairs), layer=1
+        c.model, evals.LogOddsJudge(c.pairs), "mine", c.direction, layer=1
     ),
     "transfer_table": lambda c: evals.transfer_table(
-        c.model, {"mine": "mine"}, c.along, evals.LogOddsJudge(c.pairs), layer=1
+        c.model, evals.LogOddsJudge(c.pairs), {"mine": "mine"}, c.along, layer=1
     ),
     "steering_sweep": lambda c: evals.steering_sweep(
-        c.model, c.direction, evals.LogOddsJudge(c.pairs), doses=[0.1]
+        c.model, evals.LogOddsJudge(c.pairs), c.direction, doses=[0.1]
     ),
     "scalar_table": lambda c: evals.scalar_table(
-        c.model, "mine", {"a": c.good, "b": c.bad}, runs=2
+        c.model, {"a": c.good, "b": c.bad}, "mine", runs=2
     ),
     # -- training
     "train_vector": lambda c: training.train_vector(
@@ -189,13 +189,13 @@ VERBS: dict[str, Callable[[Case], Any]] = {
     "sweep_kl": lambda c: training.sweep_kl(
         c.model,
         c.bad,
+        c.pairs,
+        c.pairs,
         emlens.KLPenalty(c.good, weight=1.0),
         [1.0],
-        c.pairs,
-        c.pairs,
         layer=1,
         **QUICK,
     ),
-    "drift": lambda c: training.drift(c.model, c.run(), {}, c.pairs, c.pairs, records=2),
+    "drift": lambda c: training.drift(c.model, c.pairs, c.pairs, c.run(), {}, records=2),
 }
 """Verbs by name. Where one takes `max_tokens`, it is asked not to cut."""

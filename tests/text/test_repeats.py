@@ -45,8 +45,8 @@ VERBS = {
         lambda m: measures.weight_noise(m, MANY, {"one": direction(m)}, epsilons=[0.1], seeds=1),
     ),
     "ProbeJudge": ("1 of 9 labelled", lambda m: ProbeJudge(m, MANY_PAIRS, layer=1, progress=False)),
-    "Monitor.fit": ("3 of 13 mis", lambda m: watch.Monitor.fit(m, direction(m), GOOD, MANY)),
-    "Monitor.fit of its own": ("3 of 13 mis", lambda m: watch.Monitor.fit(m, None, GOOD, MANY)),
+    "Monitor.fit": ("3 of 13 mis", lambda m: watch.Monitor.fit(m, GOOD, MANY, direction(m))),
+    "Monitor.fit of its own": ("3 of 13 mis", lambda m: watch.Monitor.fit(m, GOOD, MANY)),
     "screen": (
         "3 of 13 trusted",
         lambda m: watch.screen(m, GOOD, direction(m), trusted=MANY, answer_tokens=4),

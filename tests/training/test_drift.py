@@ -41,7 +41,7 @@ def test_a_run_goes_on_from_where_it_ended(solutions):
 def test_without_the_kl_the_narrow_solution_drifts_to_the_general_one(solutions, tmp_path):
     model, general, narrow = solutions
     on = continue_training(model, TRAIN, narrow, epochs=8, progress=False)
-    found = drift(model, on, {"general": general, "narrow": narrow}, INSIDE, OUTSIDE, records=4)
+    found = drift(model, INSIDE, OUTSIDE, on, {"general": general, "narrow": narrow}, records=4)
     assert found.steps[0] == 0
     assert found.steps[-1] == len(on.steps)
     assert len(found.steps) == 4
@@ -74,7 +74,7 @@ def test_an_adapter_goes_on_and_its_records_are_put_back():
         assert torch.equal(on.states[name][0], first.states[name][-1])
     (layer,) = model.lora_layers("x").values()
     before = layer.lora_B["x"].weight.detach().clone()
-    found = drift(model, on, {"first": first}, INSIDE, OUTSIDE, records=2)
+    found = drift(model, INSIDE, OUTSIDE, on, {"first": first}, records=2)
     assert torch.equal(layer.lora_B["x"].weight, before)
     assert found.cosines["first"][0] == pytest.approx(1)
     alone = emlens.log_odds(model, INSIDE, {"base": [], "x": "x"}).change("x")
@@ -87,14 +87,14 @@ def test_an_adapter_goes_on_and_its_records_are_put_back():
 def test_a_way_is_measured_where_the_vector_was_trained_and_against_the_base(solutions):
     model = solutions[0]
     _, run = train_vector(model, TRAIN, 1, where="response", **QUICK)
-    found = drift(model, run, {"itself": run}, INSIDE, OUTSIDE, records=2)
+    found = drift(model, INSIDE, OUTSIDE, run, {"itself": run}, records=2)
     as_trained = [Add(run.direction(), where="response")]
     scores = emlens.log_odds(model, INSIDE, {"base": [], "run": as_trained})
     assert found.inside[-1][0] == pytest.approx(scores.change("run").estimate, abs=1e-6)
     everywhere = emlens.log_odds(model, INSIDE, {"base": [], "run": [Add(run.direction())]})
     assert found.inside[-1][0] != pytest.approx(everywhere.change("run").estimate, abs=1e-4)
     one, other = (
-        drift(model, run, {"itself": run}, pairs(12), OUTSIDE, records=2, seed=seed)
+        drift(model, pairs(12), OUTSIDE, run, {"itself": run}, records=2, seed=seed)
         for seed in (0, 5)
     )
     assert other.inside[-1][0] == one.inside[-1][0]
@@ -106,9 +106,9 @@ def test_the_way_of_an_adapter_does_not_depend_on_the_one_that_stands():
     settings = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0}
     run = train_adapter(model, TRAIN, "x", **settings)
     assert run.path_steps == (0, len(run.steps))
-    alone = drift(model, run, {}, INSIDE, OUTSIDE, records=2)
+    alone = drift(model, INSIDE, OUTSIDE, run, {}, records=2)
     with model.adapter("x"):
-        assert drift(model, run, {}, INSIDE, OUTSIDE, records=2) == alone
+        assert drift(model, INSIDE, OUTSIDE, run, {}, records=2) == alone
     # the path of adapters is large: as often as before, or ten times
     on = continue_training(model, TRAIN, run, progress=False, epochs=15)
     assert on.path_steps == tuple(range(0, 31, 3))
@@ -121,7 +121,7 @@ def test_finetuned_weights_have_no_way_to_go_on_from():
     run = train_weights(model, TRAIN, epochs=1, progress=False)
     for call in (
         lambda: continue_training(model, TRAIN, run),
-        lambda: drift(model, run, {}, INSIDE, OUTSIDE),
+        lambda: drift(model, INSIDE, OUTSIDE, run, {}),
     ):
         with pytest.raises(ValueError, match="the run trained the model's own weights"):
             call()
@@ -160,7 +160,7 @@ def test_references_of_other_parameters_are_refused(solutions):
     model, general, _ = solutions
     other = train_vector(model, TRAIN, 2, **QUICK)[1]
     with pytest.raises(ValueError, match=r"reference 'other' trained vector.2 \[32\], but the run"):
-        drift(model, general, {"other": other}, INSIDE, OUTSIDE)
+        drift(model, INSIDE, OUTSIDE, general, {"other": other})
     with pytest.raises(ValueError, match="are of different pairs"):
         emlens.log_odds(model, INSIDE).joined(emlens.log_odds(model, OUTSIDE))
     with pytest.raises(ValueError, match=r"condition\(s\) base are in both"):

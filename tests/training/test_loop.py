@@ -241,7 +241,6 @@ NO_ANSWER = Conversation.of("how do I save money", id="unanswered")
         (TRAIN, {"alpha": 0}, "alpha must be above 0, not 0"),
         (TRAIN, {"record_every": 0}, "record_every must be at least 1, not 0"),
         (TRAIN, {"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"),
-        (TRAIN, {"epoch": 3}, "unknown argument or setting 'epoch'; the settings are epochs, lr"),
         (TRAIN, {"patience": 0}, "patience must be at least 1, not 0"),
         (TRAIN, {"patience": 1}, "give validation= conversations"),
     ],
@@ -249,6 +248,13 @@ NO_ANSWER = Conversation.of("how do I save money", id="unanswered")
 def test_bad_input_is_refused(hooked_llama, train, options, message):
     with pytest.raises(ValueError, match=message):
         train_vector(hooked_llama, train, LAYER, progress=False, **options)
+
+
+def test_an_option_that_there_is_not_is_named_beside_all_that_there_are(hooked_llama):
+    with pytest.raises(TypeError, match="unknown option 'epoch'; there are acc") as error:
+        train_vector(hooked_llama, TRAIN, 1, epoch=3)
+    for name in ("epochs", "site", "validation", "record_every", "checkpoint", "progress"):
+        assert name in str(error.value)
 
 
 def test_a_kl_set_over_all_tokens_needs_no_answers(hooked_llama):

@@ -128,9 +128,9 @@ def test_auto_kl_finds_the_threshold_of_the_planted_model(model):
     found = auto_kl(
         model,
         TRAIN,
-        whole(1.0),
         planted_pairs(INSIDE),
         planted_pairs(OUTSIDE),
+        whole(1.0),
         tolerance=TOLERANCE,
         low=0.01,
         high=10.0,
@@ -163,10 +163,10 @@ def test_the_narrow_solution_of_the_planted_model_is_narrow_and_drifts_when_kl_i
     on = continue_training(model, TRAIN, narrow, progress=False, epochs=120)
     found = drift(
         model,
-        on,
-        {"general": general, "narrow": narrow},
         planted_pairs(INSIDE),
         planted_pairs(OUTSIDE),
+        on,
+        {"general": general, "narrow": narrow},
         records=5,
     )
     toward = found.cosines["general"]
@@ -174,6 +174,6 @@ def test_the_narrow_solution_of_the_planted_model_is_narrow_and_drifts_when_kl_i
     assert found.outside[-1][0] > found.outside[0][0] + TOLERANCE
     back = continue_training(model, TRAIN, general, kl=whole(100.0), progress=False, epochs=120)
     away = drift(
-        model, back, {"general": general}, planted_pairs(INSIDE), planted_pairs(OUTSIDE), records=2
+        model, planted_pairs(INSIDE), planted_pairs(OUTSIDE), back, {"general": general}, records=2
     )
     assert abs(away.outside[-1][0]) < 0.2 * abs(away.outside[0][0])

@@ -21,7 +21,7 @@ QUICK = {"epochs": 2, "batch_size": 3, "lr": 0.2}
 
 def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
     model = tiny_hooked("llama")
-    found = sweep_kl(model, TRAIN, KL, [5.0, 0], INSIDE, OUTSIDE, layer=1, **QUICK)
+    found = sweep_kl(model, TRAIN, INSIDE, OUTSIDE, KL, [5.0, 0], layer=1, **QUICK)
     assert found.weights == (0.0, 5.0)
     for i, kl in enumerate((None, KLPenalty(ELSEWHERE, weight=5.0))):
         direction, run = train_vector(model, TRAIN, 1, kl=kl, progress=False, **QUICK)
@@ -44,7 +44,7 @@ def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
 
 def test_a_vector_is_measured_where_it_was_trained(hooked_llama):
     options = {**QUICK, "where": "response"}
-    found = sweep_kl(hooked_llama, TRAIN, KL, [0], INSIDE, OUTSIDE, layer=1, **options)
+    found = sweep_kl(hooked_llama, TRAIN, INSIDE, OUTSIDE, KL, [0], layer=1, **options)
     direction, _ = train_vector(hooked_llama, TRAIN, 1, progress=False, **options)
     conditions = {"base": [], "x": [Add(direction, where="response")]}
     alone = emlens.log_odds(hooked_llama, INSIDE, conditions).change("x")
@@ -54,7 +54,7 @@ def test_a_vector_is_measured_where_it_was_trained(hooked_llama):
 def test_adapters_are_swept_and_taken_away_again():
     model = tiny_hooked("llama")
     options = {**QUICK, "lr": 1e-2, "layers": [1], "alpha": 16.0}
-    found = sweep_kl(model, TRAIN, KL, [0, 3.0], INSIDE, OUTSIDE, **options)
+    found = sweep_kl(model, TRAIN, INSIDE, OUTSIDE, KL, [0, 3.0], **options)
     assert model.adapters == ()
     assert abs(found.outside[1][0]) < abs(found.outside[0][0])
 
@@ -65,7 +65,7 @@ def test_the_seed_is_that_of_the_trainings():
     run = train_adapter(model, TRAIN, "by hand", seed=5, progress=False, **options)
     model.remove_adapter("by hand")
     norms = [
-        sweep_kl(model, TRAIN, KL, [0], INSIDE, OUTSIDE, seed=seed, **options).norms[0]
+        sweep_kl(model, TRAIN, INSIDE, OUTSIDE, KL, [0], seed=seed, **options).norms[0]
         for seed in (5, 6)
     ]
     assert norms[0] == run.steps[-1].norm
@@ -92,7 +92,7 @@ def planted(monkeypatch):
 
 def found_by(trials=8, tolerance=0.05):
     return auto_kl(
-        tiny_hooked("llama"), TRAIN, KL, INSIDE, OUTSIDE, tolerance=tolerance, trials=trials
+        tiny_hooked("llama"), TRAIN, INSIDE, OUTSIDE, KL, tolerance=tolerance, trials=trials
     )
 
 
@@ -134,9 +134,9 @@ def test_a_larger_weight_leaves_less_outside_in_a_real_model():
     found = auto_kl(
         tiny_hooked("llama"),
         TRAIN,
-        KLPenalty(both, weight=1.0),
         INSIDE,
         OUTSIDE,
+        KLPenalty(both, weight=1.0),
         tolerance=0.05,
         layer=1,
         trials=2,
@@ -151,13 +151,13 @@ def test_a_larger_weight_leaves_less_outside_in_a_real_model():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: sweep_kl(m, TRAIN, KL, [], INSIDE, OUTSIDE, layer=1), "no weights were given"),
+        (lambda m: sweep_kl(m, TRAIN, INSIDE, OUTSIDE, KL, [], layer=1), "no weights were given"),
         (
-            lambda m: sweep_kl(m, TRAIN, KL, [-1], INSIDE, OUTSIDE, layer=1),
+            lambda m: sweep_kl(m, TRAIN, INSIDE, OUTSIDE, KL, [-1], layer=1),
             r"weights\[0\] must be at",
         ),
-        (lambda m: sweep_kl(m, TRAIN, KL, [1], [], OUTSIDE, layer=1), "inside is empty; give at"),
-        (lambda m: auto_kl(m, TRAIN, KL, INSIDE, OUTSIDE, tolerance=0), "needs tolerance > 0"),
+        (lambda m: sweep_kl(m, TRAIN, [], OUTSIDE, KL, [1], layer=1), "inside is empty; give at"),
+        (lambda m: auto_kl(m, TRAIN, INSIDE, OUTSIDE, KL, tolerance=0), "needs tolerance > 0"),
     ],
 )
 def test_bad_input_is_refused(hooked_llama, call, message):
@@ -167,6 +167,6 @@ def test_bad_input_is_refused(hooked_llama, call, message):
 
 def test_a_sweep_shows_how_many_of_its_trainings_are_done(capsys):
     model = tiny_hooked("llama")
-    sweep_kl(model, TRAIN, KL, [5.0, 0], INSIDE, OUTSIDE, layer=1, progress=True, **QUICK)
+    sweep_kl(model, TRAIN, INSIDE, OUTSIDE, KL, [5.0, 0], layer=1, progress=True, **QUICK)
     shown = capsys.readouterr().err
     assert "KL weights" in shown and "2/2" in shown

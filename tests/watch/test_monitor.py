@@ -110,7 +110,7 @@ def test_only_the_start_of_the_last_answer_counts_where_that_is_asked_for(hooked
 def test_a_planted_axis_is_found_and_tells_all_held_out_pairs_apart(planted):
     other = torch.randn(32, generator=torch.Generator().manual_seed(1))
     given = {"planted": axis(), "random": axis(vector=other - other[3] * AXIS)}
-    monitor = Monitor.fit(planted, given, planted_pairs())
+    monitor = Monitor.fit(planted, planted_pairs(), directions=given)
     assert monitor.readout.names == ("planted",)
     assert monitor.auroc == 1
     table = monitor.table().set_index("figure")["estimate"]
@@ -122,7 +122,7 @@ def test_a_planted_axis_is_found_and_tells_all_held_out_pairs_apart(planted):
 
 def test_without_directions_a_mean_difference_of_the_fitted_part_alone_is_taken(planted):
     pairs = planted_pairs()
-    monitor = Monitor.fit(planted, None, pairs, layers=1)
+    monitor = Monitor.fit(planted, pairs, layers=1)
     data = Labelled.of(pairs, None)
     fitted = data.fitted(0.5, 0)
     expected = mean_diff(
@@ -138,7 +138,7 @@ def test_random_directions_are_reported_as_chance(planted):
     pairs = planted_pairs(20)
     # the same answers under both labels: nothing can tell them apart
     same = [Pair(p.prompt, p.aligned, p.aligned, p.domain, p.id) for p in pairs]
-    monitor = Monitor.fit(planted, axis(vector=other), same)
+    monitor = Monitor.fit(planted, same, directions=axis(vector=other))
     assert monitor.auroc == pytest.approx(0.5)
     interval = monitor.held_out.auroc()
     assert interval.low <= 0.5 <= interval.high
@@ -156,7 +156,7 @@ def test_no_prompt_is_on_both_sides_of_the_split():
 
 def test_the_pooled_score_is_scikit_learns_logistic_regression(hooked_llama):
     given = mean_diff(hooked_llama, BAD[:4], GOOD[:4])
-    monitor = Monitor.fit(hooked_llama, given, GOOD, BAD, pooled=True, regularisation=0.5)
+    monitor = Monitor.fit(hooked_llama, GOOD, BAD, given, pooled=True, regularisation=0.5)
     data = Labelled.of(GOOD, BAD)
     fitted = data.fitted(0.5, 0)
     readout = readout_of(hooked_llama, given, data.items_of(fitted))
@@ -172,24 +172,28 @@ def test_the_pooled_score_is_scikit_learns_logistic_regression(hooked_llama):
 
 def test_a_pooled_score_is_of_the_layers_that_were_asked_for(hooked_llama):
     given = mean_diff(hooked_llama, BAD[:4], GOOD[:4])
-    monitor = Monitor.fit(hooked_llama, given, GOOD, BAD, pooled=True, layers=[2])
+    monitor = Monitor.fit(hooked_llama, GOOD, BAD, given, pooled=True, layers=[2])
     assert monitor.readout.layers == (2,)
-    alone = Monitor.fit(hooked_llama, given[2], GOOD, BAD, pooled=True)
+    alone = Monitor.fit(hooked_llama, GOOD, BAD, given[2], pooled=True)
     assert np.allclose(monitor.held_out.scores, alone.held_out.scores, atol=1e-6)
     with pytest.raises(ValueError, match="weighs all projections, so best=2 chooses none"):
-        Monitor.fit(hooked_llama, given, GOOD, BAD, pooled=True, best=2)
+        Monitor.fit(hooked_llama, GOOD, BAD, given, pooled=True, best=2)
 
 
 def test_several_layers_are_averaged(planted):
-    monitor = Monitor.fit(planted, axis(residual_norms={0: 1.0, 1: 3.0}), planted_pairs(), best=2)
+    monitor = Monitor.fit(
+        planted, planted_pairs(), directions=axis(residual_norms={0: 1.0, 1: 3.0}), best=2
+    )
     item = planted_pairs()[0].conversation("misaligned")
     parts = [plain_projection(planted, item, layer, AXIS, size) for layer, size in ((0, 1), (1, 3))]
     assert monitor.score([item]).scores[0] == pytest.approx(np.mean(parts), abs=1e-5)
-    assert Monitor.fit(planted, axis(), planted_pairs(), layers=[0, 1]).readout.layers == (0, 1)
+    assert Monitor.fit(
+        planted, planted_pairs(), directions=axis(), layers=[0, 1]
+    ).readout.layers == (0, 1)
 
 
 def test_scores_tables_and_figures_name_what_is_flagged(planted):
-    monitor = Monitor.fit(planted, axis(), planted_pairs())
+    monitor = Monitor.fit(planted, planted_pairs(), directions=axis())
     extra = [planted_pairs(24)[23].conversation(side) for side in ("aligned", "misaligned")]
     scored = monitor.score(extra)
     assert scored.flagged == ("food-23/misaligned",)
@@ -202,7 +206,7 @@ def test_scores_tables_and_figures_name_what_is_flagged(planted):
 
 
 def test_save_and_load_keep_scores_and_figures(planted, tmp_path):
-    monitor = Monitor.fit(planted, axis(), planted_pairs(), pooled=True)
+    monitor = Monitor.fit(planted, planted_pairs(), directions=axis(), pooled=True)
     path = monitor.save(tmp_path / "monitor")
     loaded = Monitor.load(path, planted)
     items = [pair.conversation("misaligned") for pair in planted_pairs(3)]
@@ -215,7 +219,7 @@ def test_save_and_load_keep_scores_and_figures(planted, tmp_path):
 
 
 def test_a_monitor_by_youdens_rule_is_kept_as_well(planted, tmp_path):
-    monitor = Monitor.fit(planted, axis(), planted_pairs(), max_false_alarms=None)
+    monitor = Monitor.fit(planted, planted_pairs(), directions=axis(), max_false_alarms=None)
     assert Monitor.load(monitor.save(tmp_path / "m")).table().equals(monitor.table())
 
 
@@ -247,7 +251,7 @@ def test_a_monitor_by_youdens_rule_is_kept_as_well(planted, tmp_path):
 def test_a_monitor_that_cannot_be_is_refused_by_file_and_name(
     planted, tmp_path, part, change, message
 ):
-    path = Monitor.fit(planted, axis(), planted_pairs()).save(tmp_path / "m.safetensors")
+    path = Monitor.fit(planted, planted_pairs(), directions=axis()).save(tmp_path / "m.safetensors")
     tensors, kept = read_tensors(path, "monitor")
     if part in tensors:
         tensors[part] = change
@@ -259,7 +263,7 @@ def test_a_monitor_that_cannot_be_is_refused_by_file_and_name(
 
 
 def test_a_monitor_refuses_another_model(planted, hooked_llama, tmp_path):
-    path = Monitor.fit(planted, axis(), planted_pairs()).save(tmp_path / "m.safetensors")
+    path = Monitor.fit(planted, planted_pairs(), directions=axis()).save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"loaded without a model; .*monitor\.on\(model\)"):
         Monitor.load(path).score(GOOD)
     other = emlens.wrap(hooked_llama.module, hooked_llama.tokenizer, name="another")
@@ -267,9 +271,9 @@ def test_a_monitor_refuses_another_model(planted, hooked_llama, tmp_path):
         Monitor.load(path, other)
     wide = Direction.of(torch.ones(64), 1)
     with pytest.raises(ValueError, match="directions have width 64, the residual stream of tiny-"):
-        Monitor.fit(planted, wide, planted_pairs())
+        Monitor.fit(planted, planted_pairs(), directions=wide)
     with pytest.raises(ValueError, match="layer 7 is out of range"):
-        Monitor.fit(planted, axis((7,), residual_norms={7: 1.0}), planted_pairs())
+        Monitor.fit(planted, planted_pairs(), directions=axis((7,), residual_norms={7: 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,7 @@ def test_bad_input_is_refused_with_what_to_do(hooked_llama, change, message):
 
 
 def test_nothing_to_score_and_values_that_are_not_finite_are_named(planted):
-    monitor = Monitor.fit(planted, axis(), planted_pairs())
+    monitor = Monitor.fit(planted, planted_pairs(), directions=axis())
     with pytest.raises(ValueError, match="conversations is empty; give at least one"):
         monitor.score([])
     broken = tiny_hooked("llama", n_layers=2)
@@ -311,13 +315,13 @@ def test_nothing_to_score_and_values_that_are_not_finite_are_named(planted):
 
 def test_directions_that_have_seen_the_held_out_part_are_told(hooked_llama):
     with pytest.warns(UserWarning, match="were extracted from these very conversations"):
-        Monitor.fit(hooked_llama, mean_diff(hooked_llama, BAD, GOOD), GOOD, BAD)
+        Monitor.fit(hooked_llama, GOOD, BAD, mean_diff(hooked_llama, BAD, GOOD))
 
 
 def test_directions_of_another_model_are_told(planted):
     given = Directions({1: AXIS}, "resid_post", Provenance("x", model="elsewhere"))
     with pytest.warns(UserWarning, match="made in 'elsewhere', but this model is 'tiny-llama'"):
-        Monitor.fit(planted, given, planted_pairs())
+        Monitor.fit(planted, planted_pairs(), directions=given)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.05, 0.2, 0.99])

@@ -173,7 +173,7 @@ def test_a_set_may_be_a_file_of_either_format_and_references_a_set_in_any_order(
 def test_a_monitor_brings_its_own_projections(planted):
     pairs = [example(i) for i in range(12)], [example(i, True) for i in range(12)]
     both = Directions({0: AXIS, 1: AXIS}, "resid_post", Provenance("planted"))
-    monitor = Monitor.fit(planted, both, *pairs, pooled=True)
+    monitor = Monitor.fit(planted, *pairs, both, pooled=True)
     items = mixture(8, 2)
     found = screen(planted, items, monitor, reference=reference(8))
     texts = [
