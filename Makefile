@@ -17,7 +17,7 @@ SEED ?= 0
 SOURCES := emlens experiments tests tutorials benchmarks docs/*.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo assets test test-lowest fuzz zoo lint format bench tutorials docs clean
+.PHONY: help setup demo assets test test-lowest fuzz zoo lint format bench bench-gpu tutorials docs clean
 
 help:
 	@echo "make setup     create .venv with all that emlens and its checks need; the others do it, too"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint      ruff and pyright only"
 	@echo "make format    let ruff format and fix what it can"
 	@echo "make bench     run the benchmarks"
+	@echo "make bench-gpu run those that need a GPU (TOKENIZER=FOLDER), eight minutes on an H200"
 	@echo "make tutorials run the tutorials in full and write their notebooks (an hour or more)"
 	@echo "make docs      build the documentation into site/, figures of the gallery as they are"
 	@echo "make clean     remove caches and run folders (the environment stays)"
@@ -87,9 +88,13 @@ format: $(STAMP)
 	$(BIN)/ruff format $(wildcard $(SOURCES))
 
 bench: $(STAMP)
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
 		echo "== $$script"; $(BIN)/python $$script; \
 	done
+
+# TOKENIZER=FOLDER: any tokenizer with a chat template; the weights are random.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --tokenizer $(TOKENIZER)
 
 tutorials: $(STAMP)
 	$(BIN)/python tutorials/execute.py

@@ -15,6 +15,7 @@ import cProfile
 import pstats
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
@@ -100,7 +101,11 @@ def decoding(model: emlens.HookedModel, module) -> dict[str, Callable[[], object
         pad_id=model.pad_id,
     )[0]
     edit = Add(Direction.of(torch.randn(model.d_model), model.n_layers // 2))
-    options = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "batch_tokens": 10**6}
+    options: dict[str, Any] = {
+        "max_new_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "batch_tokens": 10**6,
+    }
     return {
         "transformers": lambda: module.generate(
             input_ids=batch.input_ids,
