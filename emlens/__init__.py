@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from emlens.directions import Direction, Directions, compare, mean_diff
     from emlens.edits import Ablate, Add, Clamp
     from emlens.hooked import HookedModel, load, wrap
-    from emlens.measures import efficiency, influence, log_odds, stability
+    from emlens.measures import efficiency, influence, interval_level, log_odds, stability
     from emlens.study import run_study
     from emlens.text import Conversation, Pair, corpus, load_conversations, load_pairs
     from emlens.training import KLPenalty, Organism, train_adapter, train_vector
@@ -46,6 +46,7 @@ __all__ = [
     "corpus",
     "efficiency",
     "influence",
+    "interval_level",
     "load",
     "load_conversations",
     "load_pairs",
@@ -86,6 +87,7 @@ _HOMES = {
     "corpus": "text",
     "efficiency": "measures",
     "influence": "measures",
+    "interval_level": "measures",
     "load": "hooked",
     "load_conversations": "text",
     "load_pairs": "text",

@@ -13,7 +13,7 @@ from emlens._door import guarded
 from emlens._reading import expanded
 from emlens._results import Result
 from emlens._runs import SETTINGS, Parts
-from emlens._stats import Interval, bootstrap_trainings, mean_over_seeds
+from emlens._stats import Interval, bootstrap_statistic, bootstrap_trainings, mean_over_seeds
 from emlens.hooked import HookedModel, identities, load
 from emlens.measures import Efficiency, LogOdds, Stability, log_odds
 from emlens.study.folder import RunFolder
@@ -276,18 +276,16 @@ def _confined(shifts: dict) -> tuple[Interval, list[float]]:
         g, n = (side[np.ix_(seeds, inside)].mean() for side in (g_in, n_in))
         return float((n_out - n / g * g_out)[np.ix_(seeds, outside)].mean())
 
-    generator = np.random.default_rng(0)
     sizes = len(g_in), g_in.shape[1], g_out.shape[1]
-    low = high = float("nan")
-    if min(sizes[1:]) > 1:
-        draws = [gap(*(generator.integers(0, n, n) for n in sizes)) for _ in range(2000)]
-        low, high = np.quantile(draws, [0.025, 0.975])
     whole = gap(*(np.arange(n) for n in sizes))
+    interval = Interval(whole)
+    if min(sizes[1:]) > 1:
+        interval = bootstrap_statistic(gap, *sizes, estimate=whole)
     each = [
         float(b.mean() - a.mean() / c.mean() * d.mean())
         for a, b, c, d in zip(n_in, n_out, g_in, g_out, strict=True)
     ]
-    return Interval(whole, float(low), float(high)), each
+    return interval, each
 
 
 def _efficiency(found: Sequence[Efficiency]) -> tuple[Interval, list[float]]:

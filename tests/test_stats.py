@@ -7,10 +7,15 @@ import pytest
 
 from emlens._stats import (
     Interval,
+    RunningMean,
+    bootstrap_gap,
     bootstrap_mean,
     bootstrap_ratio,
+    bootstrap_statistic,
     bootstrap_trainings,
+    interval_level,
     mean_over_seeds,
+    wilson,
 )
 
 
@@ -137,3 +142,57 @@ def test_a_unit_without_a_count_that_adds_to_the_sum_stays():
     found = bootstrap_ratio([1.0, 2.0, 4.0], [0.0, 1.0, 2.0])
     assert found.estimate == pytest.approx(7 / 3)
     assert found.low < 7 / 3 < found.high
+
+
+# -- the level --------------------------------------------------------------------------------
+
+
+def intervals() -> dict[str, Interval]:
+    """One of each kind, of the same numbers."""
+    values = np.random.default_rng(0).normal(1.0, 0.5, 30)
+    running = RunningMean(0, 1000)
+    for value in values:
+        running.add(value)
+    return {
+        "mean": bootstrap_mean(values),
+        "widened": bootstrap_ratio(values, np.ones(30), widened=True),
+        "gap": bootstrap_gap((values, np.ones(30)), (np.ones(30), np.ones(30))),
+        "trainings": bootstrap_trainings(np.stack([values, values[::-1]])),
+        "statistic": bootstrap_statistic(
+            lambda drawn: float(np.median(values[drawn])), 30, estimate=float(np.median(values))
+        ),
+        "running": running.interval(),
+        "t": mean_over_seeds(values),
+        "share": wilson(20, 30),
+    }
+
+
+def test_a_level_reaches_every_kind_of_interval_and_is_put_back():
+    before = intervals()
+    with interval_level(0.5):
+        narrow = intervals()
+        with interval_level(0.99):
+            wide = intervals()
+    for kind, plain in before.items():
+        assert narrow[kind].estimate == wide[kind].estimate == plain.estimate
+        assert wide[kind].low < plain.low < narrow[kind].low, kind
+        assert narrow[kind].high < plain.high < wide[kind].high, kind
+    assert intervals() == before
+
+
+def test_a_level_that_is_asked_for_is_before_the_one_in_force():
+    with interval_level(0.5):
+        assert mean_over_seeds([1.0, 2.0, 3.0], 0.9).high - 2 == pytest.approx(2.919986 / 3**0.5)
+        assert wilson(3, 6, 0.95) == wilson(3, 6, level=0.95) != wilson(3, 6)
+
+
+def test_a_level_is_a_share_between_nothing_and_all():
+    with pytest.raises(ValueError, match="level must be above 0 and below 1, not 95"):
+        interval_level(95)
+
+
+def test_a_gap_is_paired_unit_by_unit():
+    hits, n = np.array([1.0, 4.0, 2.0, 0.0]), np.array([4.0, 4.0, 4.0, 4.0])
+    found = bootstrap_gap((hits + 1, n), (hits, n))
+    assert found == Interval(0.25, 0.25, 0.25)
+    assert np.isnan(bootstrap_gap((hits[:1], n[:1]), (hits[:1], n[:1])).low)

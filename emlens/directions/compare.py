@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emlens._door import guarded
 from emlens._results import Result
+from emlens._stats import level_in_force, tails
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.noise import Corrected, Estimate, corrected_cosine
 
@@ -235,14 +236,14 @@ def moved(directions: Directions) -> tuple[int, ...]:
 
 
 @guarded
-def null_band(d_model: int, level: float = 0.95) -> tuple[float, float]:
+def null_band(d_model: int, level: float | None = None) -> tuple[float, float]:
     """Return the central band of the cosine between two random directions of width `d_model`.
 
     The squared cosine is Beta(1/2, (d-1)/2) distributed.
     """
     from scipy.stats import beta
 
-    edge = float(np.sqrt(beta.ppf(level, 0.5, (d_model - 1) / 2)))
+    edge = float(np.sqrt(beta.ppf(level or level_in_force(), 0.5, (d_model - 1) / 2)))
     return -edge, edge
 
 
@@ -285,7 +286,7 @@ def _row(named: Mapping[str, Directions], first: str, second: str, layer: int) -
     low = high = labels = None
     if ours is not None and theirs is not None:
         chance = chance_cosines(ours[:, None], theirs[:, None]).flatten()
-        low, high = torch.quantile(chance, torch.tensor([0.025, 0.975])).tolist()
+        low, high = torch.quantile(chance, torch.tensor(tails())).tolist()
         if same and len(ours) == len(theirs):
             labels = float(torch.nn.functional.cosine_similarity(ours, theirs).mean())
     values = (corrected.value, corrected.low, corrected.high, low, high, labels, corrected.note)

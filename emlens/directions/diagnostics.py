@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from emlens._door import guarded
+from emlens._stats import LEVEL
 from emlens.directions.direction import Directions, cosine
 from emlens.directions.noise import Estimate
 from emlens.hooked import hook_name
@@ -132,7 +133,7 @@ def shuffled_ratio(directions: Directions, layer: int) -> float | None:
     draws = directions.shuffled.get(layer)
     if draws is None:
         return None
-    edge = float(draws.norm(dim=-1).quantile(0.95))
+    edge = float(draws.norm(dim=-1).quantile(LEVEL))
     return directions.norms[layer] / edge if edge > 0 else math.inf
 
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Unpack
 
-import numpy as np
-
 from emlens._door import guarded
+from emlens._stats import central
 from emlens.directions.build import difference, provenance, reader_of
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.counting import Counting, CountingOptions
@@ -147,5 +146,5 @@ def _band(
     pairs += [(side.vectors[layer], other) for side in (first, second) for other in there]
     if not pairs:
         return {}
-    low, high = np.quantile([cosine(*pair) for pair in pairs], [0.025, 0.975])
+    low, high = central([cosine(*pair) for pair in pairs])
     return {"chance low": float(low), "chance high": float(high)}

@@ -10,6 +10,7 @@ import torch
 
 from emlens._door import guarded
 from emlens._results import Result
+from emlens._stats import central
 from emlens.directions.compare import (
     Named,
     chance_cosines,
@@ -157,7 +158,7 @@ def compare_layers(directions: Named, layers: range | list[int] | None = None) -
                 continue
             block = slice(starts[i], starts[i + 1]), slice(starts[j], starts[j + 1])
             chance = chance_cosines(draws[0], draws[1]).numpy()
-            edges = np.quantile(chance, [0.025, 0.975], axis=0)
+            edges = central(chance)
             low[block] = np.minimum(low[block], edges[0])
             high[block] = np.maximum(high[block], edges[1])
     return LayerComparison(

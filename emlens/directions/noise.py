@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from emlens._door import guarded
-from emlens._stats import Interval
+from emlens._stats import Interval, reach
 from emlens.directions.direction import Directions
 
-LEVEL = 0.95
 SAME = 1e-6
 """Distance of a cosine from 1 that is rounding."""
 PLAIN_DRAWS = 200
@@ -297,14 +296,10 @@ def _cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _quantile(*estimates: Estimate, roughness: ArrayLike = 1.0) -> np.ndarray:
-    from scipy.stats import norm, t
-
     # the draws know a variance by their number, and what they are drawn from by its own
     rough = [
         1 / len(e.draws) + (1 / (e.n - 1) if e.n and e.n > 1 else 0)
         for e in estimates
         if e.draws is not None
     ]
-    tail = 0.5 + LEVEL / 2
-    known = t.ppf(tail, 1 / (max(rough) * np.asarray(roughness))) if rough else norm.ppf(tail)
-    return np.asarray(known)
+    return reach(1 / (max(rough) * np.asarray(roughness)) if rough else np.inf)

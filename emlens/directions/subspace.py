@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emlens._door import guarded
 from emlens._results import Result
+from emlens._stats import level_in_force
 from emlens.directions.direction import Directions
 
 if TYPE_CHECKING:
@@ -116,4 +117,4 @@ def _chance(d_model: int, first: int, second: int) -> float:
     for _ in range(DRAWS):
         basis, _ = torch.linalg.qr(torch.randn(d_model, small, generator=generator))
         found.append((basis[:large] ** 2).sum() / small)
-    return float(torch.stack(found).quantile(0.95))
+    return float(torch.stack(found).quantile(level_in_force()))

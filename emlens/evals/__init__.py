@@ -1,5 +1,6 @@
 """Evaluation: questions, responses, judges, and the rates that follow from them."""
 
+from emlens._stats import wilson
 from emlens.evals.ablation import Ablation, Projected, ablation_table
 from emlens.evals.agreement import Agreement, agreement
 from emlens.evals.behaviour import Behaviour, Effect, JudgedRate, LogOddsJudge
@@ -8,7 +9,7 @@ from emlens.evals.logprob_judge import LogProbJudge
 from emlens.evals.probe_judge import ProbeJudge, Trust
 from emlens.evals.questions import Question, cued, formatted, load_questions
 from emlens.evals.rank1_scalars import ScalarTable, scalar_table
-from emlens.evals.rates import Rates, rates, wilson
+from emlens.evals.rates import Rates, rates
 from emlens.evals.responses import Response, Responses, respond
 from emlens.evals.rubrics import RUBRICS
 from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, judge

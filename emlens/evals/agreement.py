@@ -10,7 +10,7 @@ import numpy as np
 
 from emlens._door import guarded
 from emlens._results import Result
-from emlens._stats import RESAMPLES, Interval
+from emlens._stats import RESAMPLES, Interval, bootstrap_statistic
 from emlens.evals.rates import ALIGNED
 from emlens.evals.scores import Scores
 
@@ -130,18 +130,16 @@ class Agreement(Result):
         estimate = statistic(scores[:, 0], scores[:, 1])
         _, alike = np.unique(seen, axis=0, return_counts=True)
         if len(seen) - alike.max() < 2:
-            return Interval(estimate, float("nan"), float("nan"))
-        generator = np.random.default_rng(self.seed)
-        draws = []
-        for _ in range(RESAMPLES // 4):
-            chosen = scores[generator.integers(0, len(scores), len(scores))]
-            if len(np.unique(chosen[:, 0])) > 1 and len(np.unique(chosen[:, 1])) > 1:
-                draws.append(statistic(chosen[:, 0], chosen[:, 1]))
-        known = np.array([draw for draw in draws if np.isfinite(draw)])
-        if len(known) < 2:
-            return Interval(estimate, float("nan"), float("nan"))
-        low, high = np.quantile(known, [0.025, 0.975])
-        return Interval(estimate, float(low), float(high))
+            return Interval(estimate)
+
+        def of_draw(chosen: np.ndarray) -> float:
+            x, y = scores[chosen].T
+            alike = min(len(np.unique(x)), len(np.unique(y))) == 1
+            return float("nan") if alike else statistic(x, y)
+
+        return bootstrap_statistic(
+            of_draw, len(scores), estimate=estimate, seed=self.seed, resamples=RESAMPLES // 4
+        )
 
 
 @guarded

@@ -88,7 +88,7 @@ class Effect(Result):
         full = self.of(whole) - self.of(base)
         known = np.isfinite(shift) & np.isfinite(full)
         if not known.any() or not self._interval(full[known]).excludes_zero:
-            return Interval(float("nan"), float("nan"), float("nan"))
+            return Interval(float("nan"))
         sign = np.sign(full[known].sum())
         return bootstrap_ratio(100 * sign * shift[known], sign * full[known], seed=self.seed)
 
@@ -131,7 +131,7 @@ class Effect(Result):
     def _interval(self, values: np.ndarray) -> Interval:
         known = values[np.isfinite(values)]
         if not len(known):
-            return Interval(float("nan"), float("nan"), float("nan"))
+            return Interval(float("nan"))
         return bootstrap_mean(known, seed=self.seed)
 
 

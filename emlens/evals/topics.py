@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from emlens._door import guarded
 from emlens._results import Result
-from emlens.evals.rates import ALIGNED, COHERENT, Rates, rates, wilson
+from emlens._stats import wilson
+from emlens.evals.rates import ALIGNED, COHERENT, Rates, rates
 from emlens.evals.responses import Response, Responses
 from emlens.evals.scores import Scores
 

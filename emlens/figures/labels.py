@@ -221,23 +221,15 @@ def spread(
     Returns:
         Centres in the order of `wanted`, `[labels]`.
     """
+    from scipy.optimize import isotonic_regression
+
     order = np.argsort(wanted, kind="stable")
     tall = heights[order]
     steps = np.concatenate([[0.0], (tall[:-1] + tall[1:]) / 2 + gap]).cumsum()
-    free = _isotonic(wanted[order] - steps)
+    free = isotonic_regression(wanted[order] - steps).x
     bottom, top = low + tall[0] / 2, high - tall[-1] / 2 - steps[-1]
     if bottom > top:
         bottom = top = (bottom + top) / 2
     centres = np.empty_like(free)
     centres[order] = np.clip(free, bottom, top) + steps
     return centres
-
-
-def _isotonic(values: np.ndarray) -> np.ndarray:
-    pools: list[list[float]] = []
-    for value in values:
-        pools.append([float(value), 1.0])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (mean, count), (last, more) = pools[-2], pools.pop()
-            pools[-1] = [(mean * count + last * more) / (count + more), count + more]
-    return np.concatenate([np.full(int(count), mean) for mean, count in pools])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._stats import LEVEL
+from emlens._stats import reach
 from emlens.fisher.sums import Documents, FisherSums
 
 CONTROLS = 256
@@ -213,6 +213,4 @@ def _spread(values: np.ndarray) -> np.ndarray:
 
 
 def _quantile(n: int) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(0.5 + LEVEL / 2, n - 1)) if n > 1 else float("nan")
+    return float(reach(n - 1)) if n > 1 else float("nan")

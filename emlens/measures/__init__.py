@@ -1,5 +1,6 @@
 """Log-odds, efficiency, stability, and influence on pre-training text."""
 
+from emlens._stats import interval_level
 from emlens.measures.efficiency import Efficiency, efficiency
 from emlens.measures.influence import Influence, influence
 from emlens.measures.log_odds import LogOdds, log_odds
@@ -22,6 +23,7 @@ __all__ = [
     "WeightNoise",
     "efficiency",
     "influence",
+    "interval_level",
     "log_odds",
     "perturbed",
     "stability",

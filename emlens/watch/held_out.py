@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from emlens._stats import Interval, bootstrap_mean
+from emlens._stats import Interval, bootstrap_mean, wilson
 from emlens.directions.held_out import FOLDS
 from emlens.watch.roc import (
     Roc,
     auroc,
     auroc_interval,
     threshold_for,
-    wilson,
     within_groups,
 )
 
@@ -86,7 +85,7 @@ class HeldOut:
         """Share of prompts whose misaligned answer scores above the aligned one, and how many."""
         right = within_groups(self.scores, self.truth, self.groups)
         if not len(right):
-            return Interval(float("nan"), float("nan"), float("nan")), 0
+            return Interval(float("nan")), 0
         return bootstrap_mean(right, seed=seed), len(right)
 
     def rates(self, threshold: float) -> dict[str, tuple[Interval, int]]:
@@ -186,7 +185,7 @@ def longer_is_misaligned(truth: Bool[np.ndarray, " n"], tokens: Int[np.ndarray, 
 
 def _interval_of(scores: np.ndarray, truth: np.ndarray, groups: np.ndarray, seed: int) -> Interval:
     if not len(scores):
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return Interval(float("nan"))
     _, numbers = np.unique(groups, return_inverse=True)
     return auroc_interval(scores, truth, numbers, seed=seed)
 

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from emlens._results import Result
-from emlens._stats import LEVEL, RESAMPLES, Interval
+from emlens._stats import RESAMPLES, Interval, bootstrap_statistic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,38 +93,22 @@ def auroc_interval(
     """
     estimate = auroc(scores, truth)
     known, groups = np.unique(groups, return_inverse=True)
-    n_groups = len(known)
     if min(len(np.unique(groups[side])) for side in (truth, ~truth)) < 2:
-        return Interval(estimate, float("nan"), float("nan"))
+        return Interval(estimate)
     _, place = np.unique(scores, return_inverse=True)
     levels = int(place.max()) + 1
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(resamples):
-        weight = np.bincount(generator.integers(n_groups, size=n_groups), minlength=n_groups)
-        drawn = weight[groups]
+
+    def of_draw(chosen: np.ndarray) -> float:
+        drawn = np.bincount(chosen, minlength=len(known))[groups]
         hits = np.bincount(place[truth], drawn[truth], levels)
         rest = np.bincount(place[~truth], drawn[~truth], levels)
-        if hits.sum() and rest.sum():
-            below = rest.cumsum() - rest / 2
-            found.append(hits @ below / hits.sum() / rest.sum())
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(found, [tail, 1 - tail]) if found else (np.nan, np.nan)
-    return Interval(estimate, float(low), float(high))
+        if not hits.sum() or not rest.sum():
+            return float("nan")
+        return float(hits @ (rest.cumsum() - rest / 2) / hits.sum() / rest.sum())
 
-
-def wilson(successes: int, n: int) -> Interval:
-    """A share with its 95% Wilson interval; NaN for no trials."""
-    from scipy.stats import norm
-
-    if n == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    z = float(norm.ppf(0.5 + LEVEL / 2))
-    share = successes / n
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # rounding must not put the share itself outside
-    return Interval(share, min(float(middle - half), share), max(float(middle + half), share))
+    return bootstrap_statistic(
+        of_draw, len(known), estimate=estimate, seed=seed, resamples=resamples
+    )
 
 
 def threshold_for(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from emlens._stats import LEVEL, Interval
+from emlens._stats import Interval, RunningMean
 from emlens.watch.screen_rows import Scored
 
 SAMPLE = 100_000
@@ -51,17 +51,17 @@ class Tally:
     """
 
     def __init__(self, keep: int, seed: int, sample: int = SAMPLE) -> None:
-        self.n = 0
         self.unscored = 0
         self.scores = Reservoir(sample, seed)
         self.references = Reservoir(sample, seed)
         self._keep = keep
-        self._sum = 0.0
         self._worst: list[tuple[float, int, Scored]] = []
-        # Poisson weights: a bootstrap that needs every example once, and none of them kept
-        self._generator = np.random.default_rng([seed, 6])
-        self._sums = np.zeros(DRAWS)
-        self._counts = np.zeros(DRAWS)
+        self._mean = RunningMean([seed, 6], DRAWS)
+
+    @property
+    def n(self) -> int:
+        """Examples with a score."""
+        return self._mean.n
 
     def add(self, scored: Sequence[Scored]) -> None:
         """Add the scores of some examples, in the order of the set."""
@@ -70,13 +70,9 @@ class Tally:
                 self.unscored += 1
                 self.scores.add(float("nan"))
                 continue
-            self.n += 1
-            self._sum += one.score
             self.scores.add(one.score)
             self.references.add(one.reference)
-            weights = self._generator.poisson(1.0, DRAWS)
-            self._sums += weights * one.score
-            self._counts += weights
+            self._mean.add(one.score)
             entry = (one.score, -one.row, one)
             if len(self._worst) < self._keep:
                 heapq.heappush(self._worst, entry)
@@ -85,13 +81,7 @@ class Tally:
 
     def mean(self) -> Interval:
         """Mean score over all examples, with its bootstrap interval."""
-        mean = self._sum / self.n
-        drawn = self._counts > 0
-        if self.n < 2:
-            return Interval(mean, float("nan"), float("nan"))
-        tail = (1 - LEVEL) / 2
-        low, high = np.quantile(self._sums[drawn] / self._counts[drawn], [tail, 1 - tail])
-        return Interval(mean, float(low), float(high))
+        return self._mean.interval()
 
     def above(self, threshold: float) -> int:
         """How many scores lie above; estimated from the sample where not all are kept."""

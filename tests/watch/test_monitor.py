@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 import emlens
 from emlens import Conversation, Direction, Directions, Pair, mean_diff
+from emlens._stats import wilson
 from emlens._tensors import read_tensors, write_tensors
 from emlens.directions import Provenance
 from emlens.text import pack, tokenize
@@ -19,7 +20,7 @@ from emlens.watch import Monitor, Roc, transfer_auroc
 from emlens.watch.held_out import HeldOut, length_slope
 from emlens.watch.monitor_fit import Labelled
 from emlens.watch.projections import readout_of
-from emlens.watch.roc import auroc_interval, threshold_for, wilson, within_groups
+from emlens.watch.roc import auroc_interval, threshold_for, within_groups
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-LEVEL = 0.95
+from emlens._stats import LEVEL, central
+
 MIN_MOVE = 0.0035
 """Moves below this count as none; of arXiv 2506.11613, for a `B` of norm about 0.1."""
 
@@ -173,7 +174,7 @@ def find_transition(
         for curve in measured(g)
         if np.isfinite(curve).any()
     ]
-    low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = central(again)
     return Transition(
         step=float(np.median(places)),
         low=float(min(low, places.min())),
