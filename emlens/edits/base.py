@@ -15,6 +15,7 @@ from torch import Tensor
 from emlens._arguments import choice, number, shown
 from emlens.directions import Direction, Directions, Provenance
 from emlens.hooked import Site, Where, check_site, named_layers
+from emlens.text import sent
 
 _WHERE: tuple[Where, ...] = ("all", "prompt", "response")
 
@@ -89,7 +90,7 @@ class DirectionEdit:
         placed: dict[tuple[int, str], Tensor] = self.__dict__["_placed"]
         key = (layer, str(residual.device))
         if key not in placed:
-            placed[key] = placed[layer, "cpu"].to(residual.device)
+            placed[key] = sent(placed[layer, "cpu"], residual.device)
         return placed[key]
 
     # -- keeping ------------------------------------------------------------------------------

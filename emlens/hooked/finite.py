@@ -76,21 +76,37 @@ def check_finite(
     # one number for all: on a GPU every look at one waits for the pass
     first = next(iter(values.values())).device
     sums = [value.detach().sum().to(first, torch.float32) for value in values.values()]
-    total, waiting = torch.stack(sums).sum(), _open.get()
+    under = condition or model.condition_in_force
+    look_at(torch.stack(sums).sum(), lambda: _name(model, values, names, real, under))
+
+
+def look_at(total: Tensor, blame: Callable[[], None]) -> None:
+    """Let `blame` raise where a number is not finite: at once, or later inside of `late_checks`.
+
+    Args:
+        total: The number, a tensor of one.
+        blame: Finds out what it comes of; where nothing is wrong it returns.
+    """
+    waiting = _open.get()
     if waiting is None:
         if not bool(total.isfinite()):
-            _name(model, values, names, real, condition)
+            blame()
         return
-    under, arrived = condition or model.condition_in_force, None
+    arrived = None
     if total.is_cuda:
+        stream = torch.cuda.current_stream(total.device)
         total = total.to("cpu", non_blocking=True)
-        arrived = torch.cuda.current_stream(first).record_event()
+        arrived = stream.record_event()
 
     def look() -> None:
         if arrived is not None:
             arrived.synchronize()
         if not bool(total.isfinite()):
-            _name(model, values, names, real, under)
+            token = _open.set(None)
+            try:
+                blame()
+            finally:
+                _open.reset(token)
 
     waiting.append(look)
     if len(waiting) > LATE:

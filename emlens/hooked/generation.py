@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import SupportsIndex
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from emlens._arguments import NOT_NEGATIVE, whole, wholes
 from emlens._door import check_fields, guarded
 from emlens.hooked.edit import Edit
-from emlens.hooked.finite import check_finite
+from emlens.hooked.finite import check_finite, late_checks, look_at
 from emlens.hooked.hook_plan import Visit
 from emlens.hooked.interface import Hooked
 from emlens.hooked.positions import check_positions
@@ -90,10 +91,13 @@ class LogitWatch:
 
     def see(self, input_ids: Tensor, sums: Tensor) -> None:
         """Check the sums of logits that were made from these tokens, `[batch]`."""
-        if not bool(sums.isfinite().all()):
+
+        def blame() -> None:
             new = input_ids[:, self.width :]
             ended = torch.isin(new, torch.tensor(self.ends, device=new.device)).any(1)
             self.check(sums.masked_fill(ended.to(sums.device), 0.0))
+
+        look_at(sums.sum(), blame)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +194,10 @@ def answer(
 
         watch = LogitWatch(check, batch.shape[1], settings["eos_token_id"])
         settings["logits_processor"] = [watch, *settings.get("logits_processor", [])]
-        with torch.no_grad(), evaluating(model.module), neutral_generation(model.module):
+        # a GPU is not waited for at every step; on a CPU there is nothing to wait for
+        late = late_checks() if model.device.type == "cuda" else nullcontext()
+        running = evaluating(model.module), neutral_generation(model.module)
+        with torch.no_grad(), running[0], running[1], late:
             ids = model._decode(batch, visit, **settings)
         new = ids[:, batch.input_ids.shape[1] :]
         kept = _until_end(new, settings)

@@ -22,7 +22,7 @@ from emlens.hooked.edit import Edit
 from emlens.hooked.finite import check_finite
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
-from emlens.text import TokenBatch, TokenMask
+from emlens.text import TokenBatch, TokenMask, sent
 
 CHUNK_BYTES = 64 * 2**20
 """Size that one chunk of fp32 logits may have."""
@@ -49,9 +49,16 @@ class Targets:
 
     @classmethod
     def of(cls, batch: TokenBatch, tokens: TokenMask = "response") -> Targets:
-        """The counted tokens of `batch`: those under the mask that have a predecessor."""
+        """The counted tokens of `batch`: those under the mask that have a predecessor.
+
+        How many there are is no secret on the CPU; of a batch on a GPU this waits for it.
+        """
         rows, positions = batch.targets(tokens).nonzero(as_tuple=True)
         return cls(rows, positions, batch.input_ids[rows, positions])
+
+    def to(self, device: torch.device) -> Targets:
+        """The same tokens for hidden states on a device."""
+        return Targets(*sent(torch.stack([self.rows, self.positions, self.ids]), device))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -244,7 +251,7 @@ def response_losses(
     def score(batches: Sequence[TokenBatch]) -> Tensor:
         table = torch.zeros(2, n_rows, dtype=torch.float64)
         for batch in batches:
-            targets = Targets.of(batch.to(model.device), tokens)
+            targets = Targets.of(batch, tokens).to(model.device)
             hidden = targets.predictors(model.hidden(batch, edits))
             losses = token_losses(model, hidden, targets.ids)
             of_rows = targets.per_row(losses, len(batch))

@@ -22,6 +22,7 @@ from emlens.hooked import (
     check_finite,
     condition_of,
     conditions_of,
+    late_checks,
     sweep,
     token_losses,
     token_scores,
@@ -118,19 +119,21 @@ def row_losses(
 
     def score(batches: Sequence[TokenBatch]) -> np.ndarray:
         table = np.zeros((1 + len(named), n_rows))
-        counts, sums = table[0], dict(zip(named, table[1:], strict=True))
-        with _bar(batches, named, progress, description) as bar:
+        counts = table[0]
+        with _bar(batches, named, progress, description) as bar, late_checks():
             for batch in batches:
-                at = list(batch.index)
-                targets = Targets.of(batch.to(model.device), tokens)
-                counts[at] = targets.counts(len(batch)).cpu().numpy()
+                at, found = list(batch.index), []
+                targets = Targets.of(batch, tokens)
+                counts[at] = targets.counts(len(batch)).numpy()
                 _check_counted(counts[at], batch)
+                targets = targets.to(model.device)
                 for name, hidden, head in sweep(model, batch, named):
                     losses = token_losses(head, targets.predictors(hidden), targets.ids)
                     of_rows = targets.per_row(losses, len(batch))
                     _check_finite(model, batch, named[name], of_rows)
-                    sums[name][at] = of_rows.cpu().numpy()
+                    found.append(of_rows)
                     bar.update(batch.n_tokens)
+                table[1:, at] = torch.stack(found).cpu().numpy()
         return table
 
     what = f"{description} on {tokens} tokens under {_listed(named)}"
@@ -168,14 +171,13 @@ def row_influence(
 
     def score(batches: Sequence[TokenBatch]) -> tuple[np.ndarray, TokenValues | None]:
         table = np.zeros((2 + 2 * n, n_rows))
-        kept = {name: table[2 + i :: n] for i, name in enumerate(conditions)}
         single = None if keep is None else TokenValues()
-        with _bar(batches, conditions, progress, description) as bar:
+        with _bar(batches, conditions, progress, description) as bar, late_checks():
             for batch in batches:
-                at = list(batch.index)
-                targets = Targets.of(batch.to(model.device), tokens)
-                table[0, at] = targets.counts(len(batch)).cpu().numpy()
-                log_base = None
+                at, found = list(batch.index), []
+                targets = Targets.of(batch, tokens)
+                table[0, at] = targets.counts(len(batch)).numpy()
+                targets, log_base = targets.to(model.device), None
                 for name, hidden, head in sweep(model, batch, measured):
                     states = targets.predictors(hidden)
                     if log_base is None:
@@ -183,7 +185,7 @@ def row_influence(
                         values = token_losses(head, states, targets.ids)
                         base = targets.per_row(values, len(batch))
                         _check_finite(model, batch, measured[name], base)
-                        table[1, at] = base.cpu().numpy()
+                        found.append(base)
                         if single is not None:
                             single.note(model, batch)
                             single.base |= by_place(batch, targets, values)
@@ -191,12 +193,14 @@ def row_influence(
                     both = token_scores(head, log_base, states, targets.ids)
                     of_rows = [targets.per_row(value, len(batch)) for value in both]
                     _check_finite(model, batch, measured[name], *of_rows)
-                    for i, value in enumerate(both):
-                        kept[name][i, at] = of_rows[i].cpu().numpy()
-                        if single is not None:
-                            rows = (single.losses, single.kl)[i].setdefault(name, {})
-                            rows.update(by_place(batch, targets, value))
+                    found += of_rows
+                    if single is not None:
+                        for kept, value in zip((single.losses, single.kl), both, strict=True):
+                            kept.setdefault(name, {}).update(by_place(batch, targets, value))
                     bar.update(batch.n_tokens)
+                # base, then loss and KL of each condition, for one transfer
+                sums = torch.stack(found).cpu().numpy()
+                table[1:, at] = np.concatenate([sums[:1], sums[1::2], sums[2::2]])
         return table, single
 
     what = f"{description} on {tokens} tokens under {_listed(conditions)}"

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from emlens.directions.fits import check_fits
-from emlens.hooked import HookedModel, Targets, gradient_checkpointing, kl_sum, loss_sum
+from emlens.hooked import (
+    HookedModel,
+    Targets,
+    gradient_checkpointing,
+    kl_sum,
+    late_checks,
+    loss_sum,
+)
 from emlens.text import Conversation, TokenMask, TokenRow, content_hash, pack, tokenize
 from emlens.training.paths.path import few
 from emlens.training.prefix import BasePredictions, PrefixCache
@@ -178,38 +185,43 @@ class Objective:
 
     def backward(self, places: Sequence[int], elsewhere: Sequence[int]) -> Losses:
         """Put the gradient of one update into the parameters; return the terms."""
-        loss = self._over_passes(self.train, places, self._loss)
-        divergence = penalty = None
-        if self._kl is not None and self.elsewhere is not None:
-            weight = self._kl.weight
-            divergence = self._over_passes(self.elsewhere, elsewhere, self._divergence, weight)
-        if self._penalties:
-            penalty = self._backward_penalties()
-        return Losses(loss, divergence, penalty)
+        terms: dict[str, Tensor] = {}
+        with late_checks():
+            terms["loss"] = self._over_passes(self.train, places, self._loss)
+            if self._kl is not None and self.elsewhere is not None:
+                weight = self._kl.weight
+                terms["kl"] = self._over_passes(self.elsewhere, elsewhere, self._divergence, weight)
+            if self._penalties:
+                terms["penalty"] = self._backward_penalties()
+        home = terms["loss"].device
+        values = torch.stack([term.to(home, torch.float64) for term in terms.values()]).tolist()
+        found = dict(zip(terms, values, strict=True))
+        return Losses(found["loss"], found.get("kl"), found.get("penalty"))
 
     def evaluate(self, rows: Rows) -> float:
         """Loss on other rows, nats per token."""
-        sums, count = 0.0, 0
-        with torch.no_grad():
+        sums, count = [], 0
+        with torch.no_grad(), late_checks():
             for places in rows.passes(range(len(rows.cache))):
                 total, n = self._loss(rows, places, grad=False)
-                sums, count = sums + float(total), count + n
-        return sums / count
+                sums.append(total.double())
+                count += n
+        return float(torch.stack(sums).sum()) / count
 
     # -- the terms ----------------------------------------------------------------------------
 
     def _over_passes(
         self, rows: Rows, places: Sequence[int], term: Term, weight: float = 1.0
-    ) -> float:
+    ) -> Tensor:
         passes = rows.passes(places)
         whole = rows.counted(places) if len(passes) > 1 else None
-        value = 0.0
+        values = []
         for part in passes:
             total, n = term(rows, part)
             mean = total / (whole or n)
             (mean * weight).backward()
-            value += float(mean.detach())
-        return value
+            values.append(mean.detach().double())
+        return torch.stack(values).sum()
 
     def _loss(self, rows: Rows, places: list[int], grad: bool = True) -> tuple[Tensor, int]:
         targets, states = self._predictors(rows, places, grad)
@@ -221,11 +233,11 @@ class Objective:
 
     def _predictors(self, rows: Rows, places: list[int], grad: bool) -> tuple[Targets, Tensor]:
         batch, resume = rows.cache.batch(places)
-        targets = Targets.of(batch, rows.tokens)
+        targets = Targets.of(batch, rows.tokens).to(self._model.device)
         hidden = self._model.hidden(batch, self._trainable.edits(), resume, grad=grad)
         return targets, targets.predictors(hidden)
 
-    def _backward_penalties(self) -> float:
+    def _backward_penalties(self) -> Tensor:
         terms = []
         for layer, vector in self._trainable.written():
             for penalty in self._penalties:
@@ -237,7 +249,7 @@ class Objective:
                     terms.append(penalty.weight * (vector @ axis / self._norms[layer]) ** 2)
         total = torch.stack(terms).sum()
         total.backward()
-        return float(total.detach())
+        return total.detach()
 
 
 def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask, what: str) -> None:

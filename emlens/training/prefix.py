@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.hooked import BaseLogProbs, HookedModel, Targets
-from emlens.text import TokenBatch, TokenMask, TokenRow, pack
+from emlens.text import TokenBatch, TokenMask, TokenRow, pack, sent
 
 PREFIX_BUDGET = 1 * 2**30
 """Bytes that cached prefixes may take by default."""
@@ -24,9 +24,9 @@ LOG_PROB_BUDGET = 1 * 2**30
 class PrefixCache:
     """The residual below the trained vector, computed once per row.
 
-    Blocks `0 .. layer` see the same input at every update, so their output is kept on the CPU in
-    the model's dtype while it fits into `budget`; the rows beyond it are computed again whenever
-    they are drawn. A layer of -1 means that nothing lies below.
+    Blocks `0 .. layer` see the same input at every update, so their output is kept in the model's
+    dtype while it fits into `budget`, on the CPU or on a GPU with much room; the rows beyond it are
+    computed again whenever they are drawn. A layer of -1 means that nothing lies below.
 
     Args:
         model: The model.
@@ -71,17 +71,17 @@ class PrefixCache:
     def batch(self, places: Sequence[int]) -> tuple[TokenBatch, tuple[int, Tensor] | None]:
         """Return the rows at `places` as one batch, and what to resume it from."""
         model = self._model
-        batch = self.tokens(places).to(model.device)
+        batch = self.tokens(places)
         if self._layer < 0:
             return batch, None
         if any(place not in self._kept for place in places):
             return batch, (self._layer, model.prefix(batch, self._layer)[self._layer])
         parts = [self._kept[place] for place in places]
         longest = batch.input_ids.shape[1]
-        residual = torch.zeros(len(parts), longest, model.d_model, dtype=parts[0].dtype)
+        residual = parts[0].new_zeros(len(parts), longest, model.d_model)
         for row, part in zip(residual, parts, strict=True):
             row[: len(part)] = part
-        return batch, (self._layer, residual.to(model.device))
+        return batch, (self._layer, sent(residual, model.device))
 
     def tokens(self, places: Sequence[int]) -> TokenBatch:
         """The rows at `places` as one batch."""
@@ -101,11 +101,19 @@ class PrefixCache:
                 break
             places.append(place)
         chosen = [self.rows[place] for place in places]
+        home = _home(model, size * sum(len(row.input_ids) for row in chosen))
         for batch in pack(chosen, token_budget=token_budget, pad_id=model.pad_id):
-            residual = model.prefix(batch, self._layer)[self._layer].cpu()
+            residual = model.prefix(batch, self._layer)[self._layer].to(home)
             for row, place in enumerate(batch.index):
                 length = len(chosen[place].input_ids)
                 self._kept[places[place]] = residual[row, :length].clone()
+
+
+def _home(model: HookedModel, size: int) -> torch.device:
+    """Where so many bytes are kept: on a GPU where they are little of what is free."""
+    if model.device.type != "cuda" or 8 * size > torch.cuda.mem_get_info(model.device)[0]:
+        return torch.device("cpu")
+    return model.device
 
 
 class BasePredictions:
@@ -131,7 +139,8 @@ class BasePredictions:
             places = range(start, min(start + ROWS_AT_ONCE, len(prefixes)))
             batch, resume = prefixes.batch(places)
             targets = Targets.of(batch, tokens)
-            states = targets.predictors(model.hidden(batch, resume=resume))
+            hidden = model.hidden(batch, resume=resume)
+            states = targets.to(model.device).predictors(hidden)
             counts = targets.counts(len(batch)).long().tolist()
             for of_row in states.split(counts):
                 log_probs = BaseLogProbs(model, of_row, room)
