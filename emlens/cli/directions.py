@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from emlens._registry import CONSTRUCTIONS, FORMATS
 from emlens.cli.app import app
 from emlens.cli.common import Call, Layer, Layers, rows_of, verb
 from emlens.cli.values import direction_of, layers_of, named
@@ -31,9 +32,7 @@ def extract(
         str, typer.Option(help="response, thinking, assistant_turn, prompt, last or all.")
     ] = "response",
     site: Annotated[str, typer.Option(help="Site in the block.")] = "resid_post",
-    construction: Annotated[
-        str, typer.Option(help="mean-diff, 'logistic probe', 'LDA probe' or 'PCA of differences'.")
-    ] = "mean-diff",
+    construction: Annotated[str, typer.Option(help=f"{CONSTRUCTIONS}.")] = "mean-diff",
     match: Annotated[
         str | None, typer.Option(help="Make the sides agree first: in length, or in prompt.")
     ] = None,
@@ -52,7 +51,7 @@ def extract(
     directions = extract_all(
         hooked,
         *sides,
-        constructions=[construction],  # type: ignore[list-item]
+        constructions=[construction],
         tokens=tokens,  # type: ignore[arg-type]
         site=site,  # type: ignore[arg-type]
         progress=call.progress,
@@ -97,7 +96,9 @@ def compare(
 def convert(
     call: Call,
     source: Annotated[str, typer.Argument(help="File, folder or hub repository of directions.")],
-    out: Annotated[Path, typer.Argument(help="File to write: .safetensors, .gguf or .pt.")],
+    out: Annotated[
+        Path, typer.Argument(help=f"File to write; its suffix says the format: {FORMATS}.")
+    ],
     layers: Layers = None,
 ) -> None:
     """Write directions in another format; what that cannot hold is refused."""

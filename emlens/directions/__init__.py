@@ -1,5 +1,6 @@
 """What a direction is, how to read one out of a model, and how to compare many."""
 
+from emlens._registry import CONSTRUCTIONS
 from emlens.directions import given as _given  # noqa: F401, says how arguments are read
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band
@@ -21,7 +22,7 @@ from emlens.directions.extract import (
     random_direction,
     residual_norm,
 )
-from emlens.directions.fitted import CONSTRUCTIONS, extract_all, pca, probe
+from emlens.directions.fitted import extract_all, pca, probe
 from emlens.directions.formats import (
     adapter_directions,
     adapter_rows,

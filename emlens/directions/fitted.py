@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -11,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guarded
+from emlens._registry import CONSTRUCTIONS
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Directions, cosine
@@ -21,17 +24,22 @@ from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation
 
 ProbeKind = Literal["logistic", "lda"]
-Construction = Literal["mean-diff", "logistic probe", "LDA probe", "PCA of differences"]
-"""The constructions that share one pass over two sets of conversations."""
+QUICK = ("mean-diff", "logistic probe", "PCA of differences")
+"""Constructions that take next to no time beyond the pass."""
 
-CONSTRUCTIONS: tuple[Construction, ...] = (
-    "mean-diff",
-    "logistic probe",
-    "LDA probe",
-    "PCA of differences",
-)
-QUICK: tuple[Construction, ...] = ("mean-diff", "logistic probe", "PCA of differences")
-"""Those that take next to no time beyond the pass."""
+
+@dataclass(frozen=True)
+class Construction:
+    """A construction that shares one pass over two sets; `emlens._registry` lists them.
+
+    Attributes:
+        build: Takes the reader, both readings, the provenance, the prompts of both sides and the
+            regularisation; returns the directions.
+        paired: Whether the conversations of both sides belong together, one by one.
+    """
+
+    build: Callable[[Reader, tuple[Reading, Reading], Provenance, Groups, float], Directions]
+    paired: bool = False
 
 
 @guarded
@@ -79,7 +87,7 @@ def probe(
     name = "logistic probe" if kind == "logistic" else "LDA probe"
     made = provenance(name, model, counting, positive=positive, negative=negative)
     groups = prompts_of(positive), prompts_of(negative)
-    return _probed(reader, readings, made, groups, kind, regularisation)
+    return _probed(reader, readings, made, groups, regularisation, kind)
 
 
 @guarded
@@ -131,7 +139,7 @@ def extract_all(
     positive: Sequence[Conversation],
     negative: Sequence[Conversation],
     *,
-    constructions: Sequence[Construction] = QUICK,
+    constructions: Collection[str] = QUICK,
     regularisation: float = 1.0,
     site: SiteName = "resid_post",
     layers: Layers = "all",
@@ -156,27 +164,20 @@ def extract_all(
     Raises:
         ValueError: If a construction is unknown, or as its own function.
     """
-    for name in constructions:
-        if name not in CONSTRUCTIONS:
-            raise ValueError(f"unknown construction {name!r}; choose {', '.join(CONSTRUCTIONS)}")
-    if "PCA of differences" in constructions and len(positive) != len(negative):
+    chosen: dict[str, Construction] = {name: CONSTRUCTIONS[name] for name in constructions}
+    paired = [name for name, one in chosen.items() if one.paired]
+    if paired and len(positive) != len(negative):
         raise ValueError(
-            f"PCA takes pairs, but there are {len(positive)} positive and {len(negative)} negative "
-            "conversations; leave it out of constructions="
+            f"{paired[0]} takes pairs, but there are {len(positive)} positive and {len(negative)} "
+            "negative conversations; leave it out of constructions="
         )
     counting = Counting(**{"sample_bytes": FITTED_BYTES, **options})
     reader, readings = read_sides(model, positive, negative, site, layers, counting)
     groups = prompts_of(positive), prompts_of(negative)
     found: dict[str, Directions] = {}
-    for name in constructions:
+    for name, one in chosen.items():
         made = provenance(name, model, counting, positive=positive, negative=negative)
-        if name == "mean-diff":
-            found[name] = difference(reader, *readings, made, groups)
-        elif name == "PCA of differences":
-            found[name] = _component(reader, readings, made, groups[0])
-        else:
-            kind = "lda" if name == "LDA probe" else "logistic"
-            found[name] = _probed(reader, readings, made, groups, kind, regularisation)
+        found[name] = one.build(reader, readings, made, groups, regularisation)
     return found
 
 
@@ -185,8 +186,8 @@ def _probed(
     readings: tuple[Reading, Reading],
     made: Provenance,
     groups: Groups,
-    kind: ProbeKind,
     regularisation: float,
+    kind: ProbeKind = "logistic",
 ) -> Directions:
     means, truth = _labelled(readings)
     keys = sampled_groups(*readings, groups)
@@ -361,3 +362,14 @@ def _check_folds(fold: np.ndarray, truth: np.ndarray, n_prompts: int) -> None:
                 f"a probe is checked on {FOLDS} folds with positive and negative prompts in each; "
                 f"{n_prompts} prompts are too few for that"
             )
+
+
+MEAN_DIFF = Construction(
+    lambda reader, readings, made, groups, _: difference(reader, *readings, made, groups)
+)
+LOGISTIC = Construction(_probed)
+LDA = Construction(partial(_probed, kind="lda"))
+PCA = Construction(
+    lambda reader, readings, made, groups, _: _component(reader, readings, made, groups[0]),
+    paired=True,
+)

@@ -113,8 +113,13 @@ class DirectionEdit:
         }
 
     def _settings(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in self.own_settings()}
+
+    @classmethod
+    def own_settings(cls) -> tuple[str, ...]:
+        """Names of the numbers that this edit has beside what all edits share."""
         shared = {item.name for item in fields(DirectionEdit)}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
+        return tuple(item.name for item in fields(cls) if item.name not in shared)
 
     @classmethod
     def from_dict(cls, record: Mapping) -> Self:

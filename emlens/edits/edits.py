@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guarded
+from emlens._registry import EDITS
 from emlens.edits.base import DirectionEdit
 from emlens.edits.deltas import Residual, Vector, ablate_delta, add_delta, clamp_delta
 from emlens.hooked import Formula, Site, Where
@@ -135,9 +136,6 @@ class Shift:
         return add_delta, (self.vector,)
 
 
-_BY_NAME: dict[str, type[DirectionEdit]] = {kind.NAME: kind for kind in (Add, Ablate, Clamp)}
-
-
 @guarded
 def edit_from_dict(record: Mapping) -> DirectionEdit:
     """Rebuild an edit from what its `to_dict` gave.
@@ -145,9 +143,5 @@ def edit_from_dict(record: Mapping) -> DirectionEdit:
     Raises:
         ValueError: If the record names no known edit.
     """
-    name = record.get("edit")
-    if name not in _BY_NAME:
-        raise ValueError(
-            f"the record is of unknown edit {name!r}; the edits are {', '.join(_BY_NAME)}"
-        )
-    return _BY_NAME[name].from_dict(record)
+    kind: type[DirectionEdit] = EDITS[record.get("edit", "")]
+    return kind.from_dict(record)

@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from emlens._registry import CONTROLS
 from emlens.directions import Direction, Provenance, random_direction
 from emlens.hooked import HookedModel, identities
 from emlens.text import Corpus
-
-ControlKind = Literal["random", "activation differences", "shuffled labels"]
-"""Random directions; differences of the residuals of two tokens of the corpus; the direction's
-own construction with shuffled labels, which a mean difference carries."""
 
 Place = tuple[str, int]
 """Site and layer."""
 
 
-def kinds_of(controls: int | Mapping[str, int]) -> dict[ControlKind, int]:
+@dataclass(frozen=True)
+class Asked:
+    """What controls are drawn from.
+
+    Attributes:
+        model: The model.
+        corpus: The text.
+        directions: All directions that are compared.
+        like: The one whose place the controls have.
+        place: Which of the places it is, from 0.
+        n: How many controls.
+        max_tokens: Tokens that a document is cut to.
+        token_budget: Padded tokens of a batch.
+        seed: Seed.
+    """
+
+    model: HookedModel
+    corpus: Corpus
+    directions: Mapping[str, Direction]
+    like: Direction
+    place: int
+    n: int
+    max_tokens: int
+    token_budget: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Control:
+    """A kind of controls; `emlens._registry.CONTROLS` lists them.
+
+    Attributes:
+        draw: Gives the controls at a place; none where it has none there.
+        none: What an error says where no place has any.
+    """
+
+    draw: Callable[[Asked], list[Direction]]
+    none: str = "there are no such controls"
+
+
+def kinds_of(controls: int | Mapping[str, int]) -> dict[str, int]:
     """How many controls of which kind; a number alone is that of random directions.
 
     Raises:
         ValueError: If there is no such kind.
     """
     given: Mapping = {"random": controls} if isinstance(controls, int) else controls
-    known = get_args(ControlKind)
     for kind in given:
-        if kind not in known:
-            raise ValueError(f"unknown controls {kind!r}; choose {', '.join(map(repr, known))}")
+        CONTROLS[kind]
     return {kind: n for kind, n in given.items() if n}
 
 
@@ -39,7 +74,7 @@ def control_directions(
     model: HookedModel,
     corpus: Corpus,
     directions: Mapping[str, Direction],
-    kinds: Mapping[ControlKind, int],
+    kinds: Mapping[str, int],
     *,
     max_tokens: int,
     token_budget: int,
@@ -57,44 +92,35 @@ def control_directions(
         places.setdefault((direction.site, direction.layer), direction)
     found: dict[str, dict[str, Direction]] = {}
     for kind, n in kinds.items():
+        control: Control = CONTROLS[kind]
         made: dict[str, dict[str, Direction]] = {}
         for i, (place, like) in enumerate(places.items()):
             group = kind if len(places) == 1 else f"{kind}, {place[0]} {place[1]}"
-            if kind == "random":
-                # the first place has the same draws whatever other places there are
-                drawn = [random_direction(like, seed + j + 1000 * i) for j in range(n)]
-            elif kind == "activation differences":
-                drawn = _differences(
-                    model, corpus, like, n, max_tokens=max_tokens, budget=token_budget, seed=seed
-                )
-            else:
-                drawn = _shuffled(directions, place, n)
+            drawn = control.draw(
+                Asked(model, corpus, directions, like, i, n, max_tokens, token_budget, seed)
+            )
             if drawn:
-                short = "random" if kind == "random" else kind.split()[0]
-                tail = group.removeprefix(kind)
+                short, tail = kind.split()[0], group.removeprefix(kind)
                 made[group] = {f"{short} {j}{tail}": x for j, x in enumerate(drawn)}
         if not made:
-            raise ValueError(
-                "no direction carries directions under shuffled labels; mean differences do "
-                "(emlens.mean_diff), trained and derived ones do not"
-            )
+            raise ValueError(control.none)
         found |= made
     return found
 
 
-def _differences(
-    model: HookedModel,
-    corpus: Corpus,
-    like: Direction,
-    n: int,
-    *,
-    max_tokens: int,
-    budget: int,
-    seed: int,
-) -> list[Direction]:
+def _random(asked: Asked) -> list[Direction]:
+    # the first place has the same draws whatever other places there are
+    first = asked.seed + 1000 * asked.place
+    return [random_direction(asked.like, first + j) for j in range(asked.n)]
+
+
+def _differences(asked: Asked) -> list[Direction]:
     """Residuals of random tokens, one minus another, at the place of a direction."""
+    model, like, n, seed = asked.model, asked.like, asked.n, asked.seed
     tokens: list[Tensor] = []
-    for batch in model.batches(corpus, token_budget=budget, max_tokens=max_tokens):
+    for batch in model.batches(
+        asked.corpus, token_budget=asked.token_budget, max_tokens=asked.max_tokens
+    ):
         mask = batch.mask("all").to(model.device)
 
         def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
@@ -117,10 +143,11 @@ def _differences(
     return [_at(like, pool_of[a] - pool_of[b], made) for a, b in chosen.tolist()]
 
 
-def _shuffled(directions: Mapping[str, Direction], place: Place, n: int) -> list[Direction]:
+def _shuffled(asked: Asked) -> list[Direction]:
     """Of every direction that carries them, in turn."""
+    place, n = (asked.like.site, asked.like.layer), asked.n
     drawn: list[Sequence[Direction]] = []
-    for direction in directions.values():
+    for direction in asked.directions.values():
         draws = direction.shuffled.get(direction.layer)
         if (direction.site, direction.layer) == place and draws is not None and len(draws):
             made = direction.provenance.derived(
@@ -134,3 +161,12 @@ def _shuffled(directions: Mapping[str, Direction], place: Place, n: int) -> list
 def _at(like: Direction, vector: Tensor, made: Provenance) -> Direction:
     norms = like.residual_norms
     return Direction({like.layer: vector}, like.site, made, residual_norms=norms)
+
+
+RANDOM = Control(_random)
+DIFFERENCES = Control(_differences)
+SHUFFLED = Control(
+    _shuffled,
+    "no direction carries directions under shuffled labels; mean differences do "
+    "(emlens.mean_diff), trained and derived ones do not",
+)

@@ -472,9 +472,12 @@ def test_the_papers_selection_of_judged_answers(tmp_path):
         (lambda m: pca(m, BAD, GOOD[:3]), "there are 24 positive and 3 negative conversations"),
         (
             lambda m: extract_all(m, BAD, GOOD, constructions=["ica"]),
-            r"unknown constructions\[0\] 'ica'",
+            "unknown construction 'ica'; choose 'mean-diff'",
         ),
-        (lambda m: extract_all(m, BAD, GOOD[:3]), "PCA takes pairs, but there are 24 positive"),
+        (
+            lambda m: extract_all(m, BAD, GOOD[:3]),
+            "PCA of differences takes pairs, but there are",
+        ),
         (
             lambda m: system_prompt_diff(m, [], ["a"], ["b"]),
             "no questions were given; give at least one",

@@ -120,7 +120,7 @@ def test_every_edit_fits_the_protocol():
             ),
             r"Ablate at layer 2: the directions have layers \(0, 1\); pick one",
         ),
-        (lambda: edit_from_dict({"edit": "melt"}), "unknown edit 'melt'; the edits are add"),
+        (lambda: edit_from_dict({"edit": "melt"}), "unknown edit 'melt'; choose 'add'"),
     ],
 )
 def test_bad_edits_are_refused(make, message):

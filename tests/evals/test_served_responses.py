@@ -132,7 +132,7 @@ def test_a_judge_is_given_as_many_answers_as_it_asks_at_once(model):
     with served(model, next_token=graded(model, {42: 1.0})) as server:
         settings = {"base_url": server.url, "api_key": KEY, "memoize": False}
         one = {"aligned": RUBRICS["aligned"]}
-        grader = Watched("openai-api/local/tiny", one, at_once=24, **settings)
+        grader = Watched("openai-api/local/tiny", one, at_once=24, model_args=settings)
         judge(rows(30), grader, progress=False)
     assert sizes == [24, 6]
     with pytest.raises(ValueError, match="at_once must be at least 1, not 0"):

@@ -16,6 +16,7 @@ from emlens._files import atomic_path
 from emlens._gguf import Declared, read_gguf_file
 from emlens._reading import parsed_json
 from emlens.directions.direction import Direction, Directions
+from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
 
 _ARCHITECTURE = "controlvector"
@@ -152,3 +153,8 @@ def _provenance(path: Path, held: Mapping[str, object]) -> Provenance:
 
 def _hint(made: Provenance) -> str:
     return str(made.settings.get("model_hint") or made.model or "unknown")
+
+
+GGUF = Format(
+    "GGUF control vectors", read_gguf, lambda _, head: head[:4] == b"GGUF", ".gguf", write_gguf
+)

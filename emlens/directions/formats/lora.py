@@ -16,6 +16,7 @@ from emlens._door import guarded
 from emlens._reading import expanded
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
 from emlens.directions.direction import Direction, Directions
+from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Site, SiteName
 from emlens.hooked.architecture import norms_what_it_adds, place_of
@@ -168,3 +169,11 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     check_alpha(name, config)
     check_weights(products, name)
     return _Saved(name, config, products)
+
+
+PEFT = Format(
+    "folders of LoRA adapters",
+    lambda path: adapter_directions(path if path.is_dir() else path.parent),
+    lambda path, _: path.is_dir() or path.name in (FILE, CONFIG),
+    folder=True,
+)

@@ -14,6 +14,7 @@ from emlens._files import atomic_write
 from emlens._reading import read_json
 from emlens._tensors import check_stored, read_torch_file
 from emlens.directions.direction import Direction, Directions
+from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
 from emlens.hooked.architecture import norms_what_it_adds
 
@@ -169,3 +170,13 @@ def _split(product: Tensor, alpha: object) -> tuple[int | float, Tensor]:
         if torch.equal(vector * alpha, product):
             return alpha, vector
     return 1.0, product.clone()
+
+
+PAPERS = Format(
+    f"the papers' {FILE}",
+    read_papers,
+    # the first bytes of safetensors are a length, and may be anything
+    lambda _, head: head[:2] in (b"PK", b"\x80\x02") and head[8:9] != b"{",
+    ".pt",
+    lambda directions, path, _: write_papers(directions, path),
+)

@@ -7,22 +7,23 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
 
+from emlens._arguments import listed
 from emlens._door import guarded
 from emlens._reading import expanded, read_head, readable
+from emlens._registry import FORMATS
 from emlens.directions.direction import Directions
 from emlens.directions.files import load_directions, save_directions
-from emlens.directions.formats import lora, papers
-from emlens.directions.formats.llama_cpp import read_gguf, write_gguf
+from emlens.directions.formats import lora
+from emlens.directions.formats.format import Format
 
-Format = Literal["emlens", "papers", "gguf", "peft"]
-"""`emlens` safetensors, the papers' `steering_vector.pt`, llama.cpp's control vectors, and LoRA
-adapters of PEFT, which are read only."""
-
-FORMATS: tuple[Format, ...] = get_args(Format)
-_SUFFIXES: dict[str, Format] = {".safetensors": "emlens", ".pt": "papers", ".gguf": "gguf"}
-_ENDINGS: dict[Format, str] = {kind: suffix for suffix, kind in _SUFFIXES.items()}
+EMLENS = Format(
+    "safetensors of its own",
+    load_directions,
+    lambda _, head: head[8:9] == b"{",
+    ".safetensors",
+    lambda directions, path, _: save_directions(directions, path),
+)
 _OTHERS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|gradients\.safetensors|(optimizer|scheduler|scaler)\.pt"
 )
@@ -31,7 +32,7 @@ _STEP = re.compile(r"checkpoint-(\d+)")
 
 @guarded
 def read_directions(
-    path: str | Path, format: Format | None = None, *, d_model: int | None = None
+    path: str | Path, format: str | None = None, *, d_model: int | None = None
 ) -> Directions:
     """Read directions from a file or a folder, of whichever format it is.
 
@@ -59,19 +60,11 @@ def read_directions(
             as the format's reader says: truncated, not finite, or with the wrong keys.
     """
     path = expanded(path)
-    if path.is_dir() and format != "peft":
+    if path.is_dir() and not (format is not None and FORMATS[format].folder):
         path = path / pick(_names(path), str(path))
     if not path.is_dir():
         readable(path)
-    kind = format or _sniffed(path)
-    if kind not in FORMATS:
-        raise ValueError(f"unknown format {kind!r}; the formats are {', '.join(FORMATS)}")
-    if kind == "peft":
-        found = lora.adapter_directions(path if path.is_dir() else path.parent)
-    else:
-        found = {"emlens": load_directions, "papers": papers.read_papers, "gguf": read_gguf}[kind](
-            path
-        )
+    found = FORMATS[format or _sniffed(path)].read(path)
     if d_model is not None and found.d_model != d_model:
         raise ValueError(
             f"{path} holds vectors of width {found.d_model}, but the model's is {d_model}; they "
@@ -84,7 +77,7 @@ def read_directions(
 def write_directions(
     directions: Directions,
     path: str | Path,
-    format: Format | None = None,
+    format: str | None = None,
     *,
     layers: Iterable[int] | None = None,
     model_hint: str | None = None,
@@ -107,17 +100,17 @@ def write_directions(
         ValueError: If the format cannot hold the directions, or the suffix says none.
     """
     path = expanded(path)
-    kind = format or _SUFFIXES.get(path.suffix or ".safetensors")
-    if kind not in _ENDINGS:
-        writable = ", ".join(f"{name} ({suffix})" for name, suffix in _ENDINGS.items())
+    suffixes = _suffixes()
+    kind = format or suffixes.get(path.suffix or ".safetensors")
+    chosen = None if kind is None else FORMATS[kind]
+    if chosen is None or chosen.write is None or chosen.suffix is None:
+        writable = ", ".join(f"{name} ({suffix})" for suffix, name in suffixes.items())
         what = f"cannot write {path.name}" if kind is None else f"cannot write format {kind!r}"
         raise ValueError(f"{what}; the formats to write are {writable}")
-    path = path if path.suffix else path.with_suffix(_ENDINGS[kind])
+    path = path if path.suffix else path.with_suffix(chosen.suffix)
     if layers is not None:
         directions = directions.at(layers)
-    if kind == "gguf":
-        return write_gguf(directions, path, model_hint)
-    return {"emlens": save_directions, "papers": papers.write_papers}[kind](directions, path)
+    return chosen.write(directions, path, model_hint)
 
 
 @guarded
@@ -176,8 +169,7 @@ def pick(names: Iterable[str], where: str) -> str:
     if not choices:
         have = ", ".join(names[:4]) or "nothing"
         raise FileNotFoundError(
-            f"{where} holds no directions (.safetensors, .gguf, {papers.FILE} or {lora.FILE}); "
-            f"it has {have}"
+            f"{where} holds no directions ({listed([*_suffixes(), lora.FILE])}); it has {have}"
         )
     if len(choices) > 1:
         more = f" and {len(choices) - 8} more" if len(choices) > 8 else ""
@@ -189,7 +181,12 @@ def pick(names: Iterable[str], where: str) -> str:
 
 
 def _may_hold(name: PurePosixPath) -> bool:
-    return name.suffix in _SUFFIXES and not _OTHERS.fullmatch(name.name)
+    return name.suffix in _suffixes() and not _OTHERS.fullmatch(name.name)
+
+
+def _suffixes() -> dict[str, str]:
+    """Formats by the suffix of their files."""
+    return {suffix: name for name in FORMATS if (suffix := FORMATS[name].suffix) is not None}
 
 
 def _above(name: str) -> tuple[str, ...]:
@@ -201,19 +198,13 @@ def _names(folder: Path) -> list[str]:
     return [path.as_posix() for path in inside if not any(p.startswith(".") for p in path.parts)]
 
 
-def _sniffed(path: Path) -> Format:
-    if path.is_dir() or path.name in (lora.FILE, lora.CONFIG):
-        return "peft"
-    path = expanded(path)
-    head = read_head(path, 9)
-    if head[:4] == b"GGUF":
-        return "gguf"
-    if head[8:9] == b"{":
-        return "emlens"
-    if head[:2] in (b"PK", b"\x80\x02"):
-        return "papers"
+def _sniffed(path: Path) -> str:
+    head = b"" if path.is_dir() else read_head(path, 9)
+    for name in reversed(list(FORMATS)):
+        if FORMATS[name].holds(path, head):
+            return name
+    known = ", ".join(FORMATS[name].says for name in FORMATS)
     raise ValueError(
         f"{path} is in no format that emlens reads: its {path.stat().st_size} bytes begin with "
-        f"{head!r}. It reads safetensors of its own, GGUF control vectors, the papers' "
-        f"{papers.FILE} and folders of LoRA adapters"
+        f"{head!r}. It reads {known}"
     )

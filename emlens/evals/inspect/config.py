@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from emlens._reading import expanded, readable
+from emlens._registry import EDITS
 from emlens._yaml import read_yaml
 from emlens.directions import Directions, read_directions
-from emlens.edits import Ablate, Add, Clamp
 from emlens.hooked import Condition, Edit, HookedModel, check_layers, load
 
-_KINDS = {"add": Add, "ablate": Ablate, "clamp": Clamp}
-_OWN = {"add": {"scale", "dose"}, "ablate": set(), "clamp": {"value"}}
 _SHARED = {"layer", "layers", "site", "where"}
-_NUMBERS = ("scale", "dose", "value")
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "model": (str, "a name or a folder"),
     "engine": (str, "a name"),
@@ -144,20 +141,21 @@ class ModelConfig:
                 f"{path}: say with 'adapter:' which of {', '.join(self.adapters)} acts"
             )
         for place, entry in enumerate(self.edits):
-            kinds = [kind for kind in _KINDS if isinstance(entry, dict) and kind in entry]
+            kinds = [kind for kind in EDITS if isinstance(entry, dict) and kind in entry]
             if len(kinds) != 1:
                 raise ValueError(
-                    f"{path}: edit {place + 1} must have one of {', '.join(_KINDS)}, "
+                    f"{path}: edit {place + 1} must have one of {', '.join(EDITS)}, "
                     f"each with a file of directions; it is {entry!r}"
                 )
-            known = {kinds[0], *_OWN[kinds[0]], *_SHARED}
+            numbers = EDITS[kinds[0]].own_settings()
+            known = {kinds[0], *numbers, *_SHARED}
             strange = [str(key) for key in entry if key not in known]
             if strange:
                 raise ValueError(
                     f"{path}: edit {place + 1} ({kinds[0]}) has unknown {', '.join(strange)}; "
                     f"it may have {', '.join(sorted(known))}"
                 )
-            for key in _NUMBERS:
+            for key in numbers:
                 if not isinstance(entry.get(key, 0), int | float):
                     raise ValueError(
                         f"{path}: edit {place + 1} ({kinds[0]}): {key} must be a number, "
@@ -165,12 +163,16 @@ class ModelConfig:
                     )
 
     def _edit(self, entry: Mapping[str, Any], model: HookedModel) -> Edit:
-        (kind,) = set(entry) & set(_KINDS)
+        (kind,) = set(entry) & set(EDITS)
         source = read_directions(self._found(entry[kind]), d_model=model.d_model)
-        options = {key: entry[key] for key in ("site", "where", *_OWN[kind]) if key in entry}
+        options = {
+            key: entry[key]
+            for key in ("site", "where", *EDITS[kind].own_settings())
+            if key in entry
+        }
         if entry.get("layers") is not None:
             options["layers"] = check_layers(entry["layers"], model.n_layers)
-        return _KINDS[kind](_picked(source, entry.get("layer")), **options)
+        return EDITS[kind](_picked(source, entry.get("layer")), **options)
 
     def _found(self, path: str) -> str:
         beside = self.folder / expanded(path)
