@@ -2,7 +2,7 @@
 
 from emlens.directions import given as _given  # noqa: F401, says how arguments are read
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
-from emlens.directions.compare import Comparison, compare, null_band
+from emlens.directions.compare import Comparison, compare, null_band, projection
 from emlens.directions.confounds import confounds
 from emlens.directions.decompose import (
     Decomposition,
@@ -10,8 +10,7 @@ from emlens.directions.decompose import (
     decompose,
     promoted_tokens,
 )
-from emlens.directions.diagnostics import trust_table, warnings_of
-from emlens.directions.direction import Direction, Directions, cosine
+from emlens.directions.direction import Direction, Directions
 from emlens.directions.effects import convergence, edit_diff
 from emlens.directions.extract import (
     both_diff,
@@ -24,8 +23,10 @@ from emlens.directions.fitted import CONSTRUCTIONS, extract_all, pca, probe
 from emlens.directions.formats import (
     adapter_directions,
     adapter_rows,
+    from_hub,
     from_repeng,
     from_steering_vectors,
+    push_to_hub,
     read_checkpoints,
     read_directions,
     to_repeng,
@@ -35,11 +36,11 @@ from emlens.directions.formats import (
 from emlens.directions.layer_comparison import LayerComparison, compare_layers
 from emlens.directions.matching import matched
 from emlens.directions.moments import Moments
-from emlens.directions.noise import projection
 from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
 from emlens.directions.selection import select_answers
 from emlens.directions.subspace import SubspaceOverlap, subspace_overlap
+from emlens.directions.vectors import Evidence, cosine
 
 __all__ = [
     "CONSTRUCTIONS",
@@ -48,6 +49,7 @@ __all__ = [
     "Decomposition",
     "Direction",
     "Directions",
+    "Evidence",
     "LayerComparison",
     "Moments",
     "PromotedTokens",
@@ -66,6 +68,7 @@ __all__ = [
     "decompose",
     "edit_diff",
     "extract_all",
+    "from_hub",
     "from_repeng",
     "from_steering_vectors",
     "matched",
@@ -76,6 +79,7 @@ __all__ = [
     "probe",
     "projection",
     "promoted_tokens",
+    "push_to_hub",
     "random_direction",
     "read_checkpoints",
     "read_directions",
@@ -85,7 +89,5 @@ __all__ = [
     "system_prompt_diff",
     "to_repeng",
     "to_steering_vectors",
-    "trust_table",
-    "warnings_of",
     "write_directions",
 ]

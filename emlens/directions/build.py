@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from emlens.directions.direction import Directions, cosine
+from emlens.directions.direction import Directions
 from emlens.directions.held_out import (
     Groups,
     held_out_auroc,
@@ -17,6 +17,7 @@ from emlens.directions.held_out import (
 from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Counting, Reader, Reading, side_of
+from emlens.directions.vectors import Evidence, cosine
 from emlens.hooked import Condition, HookedModel, Layers, SiteName, check_layers
 from emlens.text import Conversation, content_hash, template_hash
 
@@ -91,24 +92,21 @@ def difference(
     auroc = held_out_auroc(positive, negative, groups, weighting, seed)
     noisy = (positive, negative) if paired is None else (paired,)
     shuffled = shuffled_differences(noisy, weighting, seed)
-    return Directions(
-        {layer: vectors[i] for i, layer in places},
-        reader.site,
-        made,
+    enough = min(pos.n, neg.n) > 1
+    known = Evidence(
         residual_norms={layer: reader.median_norm(layer) for layer in reader.layers},
-        standard_errors=(
-            {layer: variance[i].sqrt() for i, layer in places} if min(pos.n, neg.n) > 1 else None
-        ),
+        standard_errors={layer: variance[i].sqrt() for i, layer in places} if enough else {},
         split_half=_split_half(reader.layers, positive.parts, negative.parts),
         means={layer: (pos.mean[i] + neg.mean[i]) / 2 for i, layer in places},
-        shuffled=None if shuffled is None else {layer: shuffled[:, i] for i, layer in places},
-        auroc=None if auroc is None else {layer: auroc[i] for i, layer in places},
+        shuffled={} if shuffled is None else {layer: shuffled[:, i] for i, layer in places},
+        auroc={} if auroc is None else {layer: auroc[i] for i, layer in places},
     )
+    return Directions({layer: vectors[i] for i, layer in places}, reader.site, made, known)
 
 
 def _split_half(
     layers: tuple[int, ...], positive: Sequence[Moments], negative: Sequence[Moments]
-) -> dict[int, float] | None:
+) -> dict[int, float]:
     """Mean cosine of the directions of two halves, over the ways to halve the parts.
 
     A side of few conversations leaves parts empty; splits with an empty half do not count.
@@ -128,5 +126,5 @@ def _split_half(
         if len(halves) == 2:
             found.append([cosine(a, b) for a, b in zip(*halves, strict=True)])
     if not found:
-        return None
+        return {}
     return dict(zip(layers, np.mean(found, axis=0).tolist(), strict=True))

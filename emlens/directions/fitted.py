@@ -12,10 +12,11 @@ from torch import Tensor
 
 from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
-from emlens.directions.direction import Directions, cosine
+from emlens.directions.direction import Directions
 from emlens.directions.held_out import FOLDS, Groups, fold_of, prompts_of, sampled_groups
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import FITTED_BYTES, Counting, Reader, Reading, ReadOptions
+from emlens.directions.vectors import Evidence, cosine
 from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation
 
@@ -207,7 +208,8 @@ def _probed(
         if all(0 < truth[part].sum() < part.sum() for part in (half, ~half)):
             agree[layer] = cosine(normal(half), normal(~half))
     settings = {"folds": FOLDS}
-    made.settings["probe"] = settings if kind == "lda" else {**settings, "C": regularisation}
+    record = settings if kind == "lda" else {**settings, "C": regularisation}
+    made = made.with_settings({"probe": record})
     measured = {"held-out accuracy": accuracy}
     return _like_a_difference(reader, readings, made, vectors, auroc, agree, measured)
 
@@ -317,16 +319,14 @@ def _like_a_difference(
     measured: dict[str, dict[int, float]],
 ) -> Directions:
     sides = [reading.moments.mean for reading in readings]
-    return Directions(
-        vectors,
-        reader.site,
-        made,
+    known = Evidence(
         residual_norms={layer: reader.median_norm(layer) for layer in reader.layers},
         means={layer: (sides[0][i] + sides[1][i]) / 2 for i, layer in enumerate(reader.layers)},
         auroc=auroc,
         split_half=split_half,
         measured=measured,
     )
+    return Directions(vectors, reader.site, made, known)
 
 
 def _labelled(readings: tuple[Reading, Reading]) -> tuple[Tensor, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emlens.directions import Direction, Provenance, random_direction
+from emlens.directions import Direction, Evidence, Provenance, random_direction
 from emlens.hooked import HookedModel, identities
 from emlens.text import Corpus
 
@@ -132,5 +132,4 @@ def _shuffled(directions: Mapping[str, Direction], place: Place, n: int) -> list
 
 
 def _at(like: Direction, vector: Tensor, made: Provenance) -> Direction:
-    norms = like.residual_norms
-    return Direction({like.layer: vector}, like.site, made, residual_norms=norms)
+    return Direction({like.layer: vector}, like.site, made, Evidence(like.residual_norms))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from copy import copy
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
@@ -12,7 +11,7 @@ from typing import Literal, get_args
 from emlens._door import guarded
 from emlens._reading import expanded, read_head, readable
 from emlens.directions.direction import Directions
-from emlens.directions.files import load_directions, save_directions
+from emlens.directions.files import write_vectors
 from emlens.directions.formats import lora, papers
 from emlens.directions.formats.llama_cpp import read_gguf, write_gguf
 
@@ -69,9 +68,8 @@ def read_directions(
     if kind == "peft":
         found = lora.adapter_directions(path if path.is_dir() else path.parent)
     else:
-        found = {"emlens": load_directions, "papers": papers.read_papers, "gguf": read_gguf}[kind](
-            path
-        )
+        readers = {"emlens": Directions.load, "papers": papers.read_papers, "gguf": read_gguf}
+        found = readers[kind](path)
     if d_model is not None and found.d_model != d_model:
         raise ValueError(
             f"{path} holds vectors of width {found.d_model}, but the model's is {d_model}; they "
@@ -117,7 +115,7 @@ def write_directions(
         directions = directions.at(layers)
     if kind == "gguf":
         return write_gguf(directions, path, model_hint)
-    return {"emlens": save_directions, "papers": papers.write_papers}[kind](directions, path)
+    return {"emlens": write_vectors, "papers": papers.write_papers}[kind](directions, path)
 
 
 @guarded
@@ -153,9 +151,9 @@ def read_checkpoints(folder: str | Path, *, d_model: int | None = None) -> dict[
         )
     found = {}
     for step in sorted(steps):
-        read = copy(read_directions(steps[step], d_model=d_model))
-        read.provenance = replace(read.provenance, n={**read.provenance.n, "steps": step})
-        found[step] = read
+        read = read_directions(steps[step], d_model=d_model)
+        made = replace(read.provenance, n={**read.provenance.n, "steps": step})
+        found[step] = Directions(read.vectors, read.site, made, read.evidence)
     return found
 
 
