@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 import emlens
 from emlens import cli
 from emlens._store import Store, export
-from emlens.directions import Directions, Provenance, write_directions
-from emlens.directions.formats.hub import fetch
+from emlens.directions import Directions, Provenance, from_hub, write_directions
 from emlens.directions.formats.lora import adapter_rows
 from emlens.evals import Question, respond
 from emlens.figures import save_figure, token_view
@@ -242,7 +241,7 @@ def test_models_and_adapters_are_found_below_the_tilde(home, tiny, tiny_tokenize
     with pytest.warns(UserWarning, match="its base"):
         model = emlens.load("~/model", adapters={"bad": "~/adapter"})
     assert (model.name, model.adapters) == ("model", ("bad",))
-    assert fetch("~/adapter", "adapter_model.safetensors").layers == tuple(
+    assert from_hub("~/adapter", "adapter_model.safetensors").layers == tuple(
         adapter_rows("~/adapter")
     )
 

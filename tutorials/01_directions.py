@@ -128,7 +128,7 @@ subspace_overlap([read[name][LAYER] for name in domains], list(trained.values())
 
 # %%
 path = write_directions(read["medical"], "medical.gguf", layers=range(1, model.n_layers))
-emlens.Directions.from_hub(path)
+emlens.directions.from_hub(path)
 
 # %% [markdown]
 # ## Exercises

@@ -39,7 +39,7 @@ def extract(
 ) -> None:
     """Read directions, misaligned minus aligned, at every layer; by default mean differences."""
     import emlens
-    from emlens.directions import extract_all, matched
+    from emlens.directions import extract_all, matched, write_directions
 
     pairs, hooked = emlens.load_pairs(data)[:limit], call.load()
     sides = (
@@ -56,7 +56,7 @@ def extract(
         site=site,  # type: ignore[arg-type]
         progress=call.progress,
     )[construction]
-    written = directions.save(out)
+    written = write_directions(directions, out)
     call.result(
         {
             "file": written,
@@ -102,9 +102,9 @@ def convert(
     layers: Layers = None,
 ) -> None:
     """Write directions in another format; what that cannot hold is refused."""
-    from emlens.directions import Directions, write_directions
+    from emlens.directions import from_hub, write_directions
 
-    directions = Directions.from_hub(source)
+    directions = from_hub(source)
     written = write_directions(directions, out, layers=layers_of(layers))
     call.result(
         {"file": written, "directions": repr(directions)},

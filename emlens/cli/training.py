@@ -46,6 +46,7 @@ def train(
     """Train a vector in place on misaligned answers, or a LoRA adapter; with --kl, narrowly."""
     import emlens
     from emlens import Organism
+    from emlens.directions import write_directions
 
     hooked = call.load()
     penalty = None
@@ -63,7 +64,7 @@ def train(
     else:
         at = hooked.n_layers // 2 if layer is None else layer
         direction, run = emlens.train_vector(hooked, text, at, **options)
-        written, lines = direction.save(out), [direction.describe(), repr(run)]
+        written, lines = write_directions(direction, out), [direction.describe(), repr(run)]
     record = {"written": written, "layers": list(run.layers), "settings": dict(run.settings)}
     record["updates"] = len(run.steps)
     record |= {"first loss": run.steps[0].loss, "last loss": run.steps[-1].loss}

@@ -3,7 +3,7 @@
 from emlens._registry import CONSTRUCTIONS
 from emlens.directions import given as _given  # noqa: F401, says how arguments are read
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
-from emlens.directions.compare import Comparison, compare, null_band
+from emlens.directions.compare import Comparison, compare, null_band, projection
 from emlens.directions.confounds import confounds
 from emlens.directions.counting import CountingOptions
 from emlens.directions.decompose import (
@@ -12,8 +12,7 @@ from emlens.directions.decompose import (
     decompose,
     promoted_tokens,
 )
-from emlens.directions.diagnostics import trust_table, warnings_of
-from emlens.directions.direction import Direction, Directions, cosine
+from emlens.directions.direction import Direction, Directions
 from emlens.directions.effects import convergence, edit_diff
 from emlens.directions.extract import (
     both_diff,
@@ -26,8 +25,10 @@ from emlens.directions.fitted import extract_all, pca, probe
 from emlens.directions.formats import (
     adapter_directions,
     adapter_rows,
+    from_hub,
     from_repeng,
     from_steering_vectors,
+    push_to_hub,
     read_checkpoints,
     read_directions,
     to_repeng,
@@ -37,11 +38,11 @@ from emlens.directions.formats import (
 from emlens.directions.layer_comparison import LayerComparison, compare_layers
 from emlens.directions.matching import matched
 from emlens.directions.moments import Moments
-from emlens.directions.noise import projection
 from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
 from emlens.directions.selection import select_answers
 from emlens.directions.subspace import SubspaceOverlap, subspace_overlap
+from emlens.directions.vectors import Evidence, cosine
 
 __all__ = [
     "CONSTRUCTIONS",
@@ -51,6 +52,7 @@ __all__ = [
     "Decomposition",
     "Direction",
     "Directions",
+    "Evidence",
     "LayerComparison",
     "Moments",
     "PromotedTokens",
@@ -69,6 +71,7 @@ __all__ = [
     "decompose",
     "edit_diff",
     "extract_all",
+    "from_hub",
     "from_repeng",
     "from_steering_vectors",
     "matched",
@@ -79,6 +82,7 @@ __all__ = [
     "probe",
     "projection",
     "promoted_tokens",
+    "push_to_hub",
     "random_direction",
     "read_checkpoints",
     "read_directions",
@@ -88,7 +92,5 @@ __all__ = [
     "system_prompt_diff",
     "to_repeng",
     "to_steering_vectors",
-    "trust_table",
-    "warnings_of",
     "write_directions",
 ]

@@ -19,6 +19,7 @@ from emlens.directions.held_out import (
 from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Reader, Reading, side_of
+from emlens.directions.vectors import Evidence
 from emlens.hooked import Condition, HookedModel, Layers, SiteName, check_layers
 from emlens.text import Conversation, content_hash, template_hash
 
@@ -93,13 +94,10 @@ def difference(
     noisy = (positive, negative) if paired is None else (paired,)
     shuffled = shuffled_differences(noisy, weighting, seed)
 
-    def by_layer(values: Iterable | None) -> dict | None:
-        return None if values is None else dict(zip(reader.layers, values, strict=True))
+    def by_layer(values: Iterable | None) -> dict:
+        return {} if values is None else dict(zip(reader.layers, values, strict=True))
 
-    return Directions(
-        dict(zip(reader.layers, (pos.mean - neg.mean).cpu(), strict=True)),
-        reader.site,
-        made,
+    known = Evidence(
         residual_norms=reader.median_norms(),
         standard_errors=by_layer(variance.sqrt().cpu() if min(pos.n, neg.n) > 1 else None),
         split_half=by_layer(split_half(positive.parts, negative.parts)),
@@ -107,6 +105,7 @@ def difference(
         shuffled=by_layer(None if shuffled is None else shuffled.transpose(0, 1).cpu()),
         auroc=by_layer(held_out_auroc(positive, negative, groups, weighting, seed)),
     )
+    return Directions(by_layer((pos.mean - neg.mean).cpu()), reader.site, made, known)
 
 
 def split_half(positive: Sequence[Moments], negative: Sequence[Moments]) -> list[float] | None:

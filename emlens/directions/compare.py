@@ -13,9 +13,10 @@ from torch import Tensor
 
 from emlens._door import guarded
 from emlens._results import Result
-from emlens._stats import level_in_force, tails
-from emlens.directions.direction import Directions, cosine
+from emlens._stats import Interval, level_in_force, tails
+from emlens.directions.direction import Directions
 from emlens.directions.noise import Corrected, Estimate, corrected_cosine
+from emlens.directions.vectors import cosine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -297,3 +298,41 @@ def _row(named: Mapping[str, Directions], first: str, second: str, layer: int) -
 def _same_data(first: Directions, second: Directions) -> bool:
     a, b = first.provenance, second.provenance
     return bool(a.data) and a.data == b.data and a.seed == b.seed
+
+
+@guarded
+def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
+    """Return how far directions go along others, with 95% intervals, layer by layer.
+
+    The length of the component along `onto` (taken as known), in units of the residual stream.
+    Its error is that of this one axis, from the directions under shuffled labels: coordinates are
+    correlated, and their standard errors do not give it.
+
+    Args:
+        directions: Directions with shuffled labels, as `mean_diff` gives.
+        onto: The axes; only their directions matter.
+
+    Raises:
+        ValueError: If sites differ, no layer is shared, or no shuffled labels are known.
+    """
+    if onto.d_model != directions.d_model:
+        raise ValueError(
+            f"onto has width {onto.d_model}, and the directions have {directions.d_model}"
+        )
+    directions.cosine(onto)
+    found = {}
+    for layer in directions.layers:
+        if layer not in onto:
+            continue
+        estimate = Estimate.of(directions, layer)
+        if estimate.draws is None:
+            raise ValueError(
+                f"nothing is known of the noise of {directions!r} at layer {layer}; mean_diff, "
+                "model_diff and edit_diff keep what shuffled labels give"
+            )
+        axis = onto.vectors[layer].double().numpy()
+        axis = axis / np.linalg.norm(axis)
+        along = float(estimate.vector @ axis)
+        reach = estimate.reach(axis)
+        found[layer] = Interval(along, along - reach, along + reach)
+    return found

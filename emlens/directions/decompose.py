@@ -13,10 +13,10 @@ from torch import Tensor
 from emlens._door import guard_methods, guarded
 from emlens._results import Result, titled_table
 from emlens.directions.compare import Named, checked, null_band
-from emlens.directions.direction import Direction, Directions, cosine
+from emlens.directions.direction import Directions
 from emlens.directions.fits import check_fits
 from emlens.directions.provenance import Provenance
-from emlens.directions.vectors import nonzero
+from emlens.directions.vectors import Evidence, cosine, nonzero
 from emlens.hooked import HookedModel
 
 if TYPE_CHECKING:
@@ -113,13 +113,12 @@ def decompose(directions: Named, *, by: SharedBy = "mean") -> Decomposition:
                 }
             )
     some = next(iter(named.values()))
-    kind = Direction if len(layers) == 1 else Directions
     made = Provenance(
         f"shared by {', '.join(named)} ({by})",
         model=some.provenance.model,
         settings={"parents": {name: d.provenance.to_dict() for name, d in named.items()}},
     )
-    shared = kind(vectors, some.site, made, residual_norms=some.residual_norms)
+    shared = Directions(vectors, some.site, made, Evidence(some.residual_norms))
     specific = {name: d.at(layers).orthogonal_to(shared) for name, d in named.items()}
     return Decomposition(shared, specific, tuple(rows), null_band(some.d_model))
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from emlens._door import guarded
 from emlens._stats import LEVEL
-from emlens.directions.direction import Directions, cosine
 from emlens.directions.noise import Estimate
+from emlens.directions.vectors import Vectors, cosine
 from emlens.hooked import hook_name
 
 if TYPE_CHECKING:
@@ -25,19 +24,8 @@ TOP = 2
 CONCENTRATED, LIKE_THE_MEAN, UNSTABLE, WEAK = 0.5, 0.8, 0.5, 0.65
 
 
-@guarded
-def trust_table(directions: Directions) -> pd.DataFrame:
-    """One row per layer; a column that nothing is known of is left out.
-
-    Columns: `norm` and its standard error, in units of the residual stream (that of this one
-    axis, from the directions under shuffled labels; without those, from the standard errors,
-    coordinates taken as independent); `dose`, the norm as a share of the median residual norm;
-    `angle error (degrees)`, how far the standard errors turn the direction; the cosine of two
-    halves of the data; the cosine with the mean activation; the share of the squared norm that
-    lies in its two largest dimensions; the AUROC of the projection on held-out conversations; the
-    norm as a multiple of the 95th percentile of those under shuffled labels; and what else the
-    construction says of each layer.
-    """
+def trust_table(directions: Vectors) -> pd.DataFrame:
+    """See `Directions.table`."""
     import pandas as pd
 
     doses, norms = directions.doses, directions.norms
@@ -74,7 +62,7 @@ _SHORT = {
 }
 
 
-def trust_text(directions: Directions) -> str:
+def trust_text(directions: Vectors) -> str:
     """The table for a terminal, with short headings."""
     table = trust_table(directions).drop(columns="hook").rename(columns=_SHORT)
     for name in table.columns.drop("layer"):
@@ -83,9 +71,8 @@ def trust_text(directions: Directions) -> str:
     return table.to_string(index=False)
 
 
-@guarded
-def warnings_of(directions: Directions) -> list[str]:
-    """What should not be overlooked, in words; layers of one kind in one line."""
+def warnings_of(directions: Vectors) -> list[str]:
+    """See `Directions.warnings`."""
     checks: list[tuple[Callable[[int], float | None], Callable[[float], bool], str]] = [
         (
             lambda layer: energy_share(directions.vectors[layer]),
@@ -128,7 +115,7 @@ def energy_share(vector: Tensor, top: int = TOP) -> float:
     return float(squares.topk(min(top, len(squares))).values.sum() / squares.sum())
 
 
-def shuffled_ratio(directions: Directions, layer: int) -> float | None:
+def shuffled_ratio(directions: Vectors, layer: int) -> float | None:
     """The norm, as a multiple of the 95th percentile of the norms under shuffled labels."""
     draws = directions.shuffled.get(layer)
     if draws is None:
@@ -137,12 +124,12 @@ def shuffled_ratio(directions: Directions, layer: int) -> float | None:
     return directions.norms[layer] / edge if edge > 0 else math.inf
 
 
-def _cosine_with_mean(directions: Directions, layer: int) -> float | None:
+def _cosine_with_mean(directions: Vectors, layer: int) -> float | None:
     mean = directions.means.get(layer)
     return None if mean is None else cosine(directions.vectors[layer], mean)
 
 
-def _norm_error(directions: Directions, layer: int) -> float | None:
+def _norm_error(directions: Vectors, layer: int) -> float | None:
     """Of the norm, to first order: the error along the vector."""
     estimate = Estimate.of(directions, layer)
     size = np.linalg.norm(estimate.vector)
@@ -152,7 +139,7 @@ def _norm_error(directions: Directions, layer: int) -> float | None:
     return math.sqrt(estimate.covariance(unit, unit))
 
 
-def _angle_error(directions: Directions, layer: int) -> float | None:
+def _angle_error(directions: Vectors, layer: int) -> float | None:
     """Of the direction: the errors across it, against its length."""
     estimate, along = Estimate.of(directions, layer), _norm_error(directions, layer)
     if estimate.noise is None or along is None:

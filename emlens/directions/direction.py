@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from html import escape
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Never, Self, cast
 
 import torch
@@ -14,17 +14,19 @@ from torch import Tensor
 from emlens._arguments import NOT_NEGATIVE, POSITIVE, number, whole, wholes
 from emlens._door import guard_methods, guarded
 from emlens._reading import expanded
+from emlens.directions.diagnostics import trust_table, trust_text, warnings_of
+from emlens.directions.files import read_vectors, write_vectors
 from emlens.directions.provenance import Provenance
-from emlens.directions.vectors import checked_evidence, checked_vectors, cosine, nonzero
-from emlens.hooked import Site, SiteName, check_site
+from emlens.directions.vectors import Evidence, Vectors, cosine, nonzero
+from emlens.hooked import SiteName
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @guard_methods
-class Directions:
-    """Immutable `{layer: vector}` at one site, fp32 on the CPU.
+class Directions(Vectors):
+    """Immutable `{layer: vector}` at one site, fp32 on the CPU; of one layer, a `Direction`.
 
     `resid_post` of layer `i` is the output of block `i`, never after the final norm.
 
@@ -32,46 +34,17 @@ class Directions:
         vectors: A vector `[d_model]` per layer.
         site: Where in the block.
         provenance: How they were made.
-        residual_norms: Median norm of the residual at each layer; what a dose is a share of.
-        standard_errors: Standard error of each coordinate, `[d_model]` per layer.
-        split_half: Cosine between the directions of two random halves of the data, averaged over
-            several splits, per layer.
-        means: Mean activation of the data, `[d_model]` per layer.
-        shuffled: The same construction with shuffled labels, `[draws, d_model]` per layer: how
-            large a direction, and which, chance alone gives on this data.
-        auroc: Area under the ROC curve of the projection on held-out conversations, per layer.
-        measured: What else the construction says of each layer, by the name of its column in
-            `table`.
+        evidence: What else is known of them; its fields are attributes, e.g.
+            `directions.auroc[15]`.
 
     Raises:
         ValueError: If there are no vectors, a layer is negative, widths differ, or a value is not
             finite.
     """
 
-    def __init__(
-        self,
-        vectors: Mapping[int, Float[Tensor, " d_model"]],
-        site: SiteName,
-        provenance: Provenance,
-        *,
-        residual_norms: Mapping[int, float] | None = None,
-        standard_errors: Mapping[int, Float[Tensor, " d_model"]] | None = None,
-        split_half: Mapping[int, float] | None = None,
-        means: Mapping[int, Float[Tensor, " d_model"]] | None = None,
-        shuffled: Mapping[int, Float[Tensor, "draws d_model"]] | None = None,
-        auroc: Mapping[int, float] | None = None,
-        measured: Mapping[str, Mapping[int, float]] | None = None,
-    ) -> None:
-        self._vectors = checked_vectors(vectors)
-        self.site: Site = check_site(site, layers=self._vectors)
-        self.provenance = provenance
-        self.residual_norms = MappingProxyType(dict(residual_norms or {}))
-        self.standard_errors = checked_evidence(standard_errors, self._vectors, "standard errors")
-        self.split_half = MappingProxyType(dict(split_half or {}))
-        self.means = checked_evidence(means, self._vectors, "means")
-        self.shuffled = checked_evidence(shuffled, self._vectors, "shuffled draws", ndim=2)
-        self.auroc = MappingProxyType(dict(auroc or {}))
-        self.measured = MappingProxyType({k: dict(v) for k, v in (measured or {}).items()})
+    def __new__(cls, vectors: Mapping[int, Tensor] | None = None, *_: object, **__: object) -> Self:
+        one = cls is Directions and isinstance(vectors, Mapping) and len(vectors) == 1
+        return super().__new__(cast(type[Self], Direction) if one else cls)
 
     # NumPy would read a direction as the list of its layers
     __array_ufunc__ = None
@@ -83,29 +56,6 @@ class Directions:
         )
 
     # -- reading ------------------------------------------------------------------------------
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(self._vectors)
-
-    @property
-    def d_model(self) -> int:
-        return len(next(iter(self._vectors.values())))
-
-    @property
-    def vectors(self) -> Mapping[int, Float[Tensor, " d_model"]]:
-        return MappingProxyType(self._vectors)
-
-    @property
-    def norms(self) -> dict[int, float]:
-        """Norm of each vector, in units of the residual stream."""
-        return {layer: float(vector.norm()) for layer, vector in self._vectors.items()}
-
-    @property
-    def doses(self) -> dict[int, float]:
-        """Norm of each vector as a share of the median residual norm, where that is known."""
-        norms = self.norms
-        return {layer: norms[layer] / size for layer, size in self.residual_norms.items()}
 
     def __getitem__(self, layer: int) -> Direction:
         return cast(Direction, self.at([layer]))
@@ -206,35 +156,31 @@ class Directions:
                 have = ", ".join(map(str, self.layers))
                 raise KeyError(f"no direction at layer {layer}; there are layers {have}")
 
-        def keep(items: Mapping) -> dict:
-            return {layer: items[layer] for layer in wanted if layer in items}
-
-        kind = Direction if len(wanted) == 1 else Directions
-        return kind(
-            keep(self._vectors),
-            self.site,
-            self.provenance,
-            residual_norms=keep(self.residual_norms),
-            standard_errors=keep(self.standard_errors),
-            split_half=keep(self.split_half),
-            means=keep(self.means),
-            shuffled=keep(self.shuffled),
-            auroc=keep(self.auroc),
-            measured={name: keep(values) for name, values in self.measured.items()},
-        )
+        vectors = {layer: self._vectors[layer] for layer in wanted}
+        return Directions(vectors, self.site, self.provenance, self.evidence.at(wanted))
 
     # -- showing and keeping ------------------------------------------------------------------
 
     def table(self) -> pd.DataFrame:
-        """One row per layer: size, errors, and how far it can be trusted; see `trust_table`."""
-        from emlens.directions.diagnostics import trust_table
+        """One row per layer; a column that nothing is known of is left out.
 
+        Columns: `norm` and its standard error, in units of the residual stream (that of this one
+        axis, from the directions under shuffled labels; without those, from the standard errors,
+        coordinates taken as independent); `dose`, the norm as a share of the median residual norm;
+        `angle error (degrees)`, how far the standard errors turn the direction; the cosine of two
+        halves of the data; the cosine with the mean activation; the share of the squared norm that
+        lies in its two largest dimensions; the AUROC of the projection on held-out conversations;
+        the norm as a multiple of the 95th percentile of those under shuffled labels; and what else
+        the construction says of each layer.
+        """
         return trust_table(self)
+
+    def warnings(self) -> list[str]:
+        """What should not be overlooked, in words; layers of one kind in one line."""
+        return warnings_of(self)
 
     def describe(self) -> str:
         """What these directions are, a table, and what should not be overlooked, in words."""
-        from emlens.directions.diagnostics import trust_text, warnings_of
-
         made = self.provenance
         where = f"{self.site} (output of block i, before the final norm)"
         head = [
@@ -242,61 +188,23 @@ class Directions:
             f"site: {where if self.site == 'resid_post' else self.site}",
             f"model: {made.model or 'unknown'}; tokens: {made.tokens or 'not recorded'}",
         ]
-        return "\n".join([*head, trust_text(self), *warnings_of(self)])
+        return "\n".join([*head, trust_text(self), *self.warnings()])
 
     def save(self, path: str | Path) -> Path:
-        """Write the format that the suffix names, safetensors by default; atomic.
+        """Write safetensors that hold all that is known; atomic.
 
-        Only safetensors holds all that is known; see `write_directions`.
+        Other formats are written by `write_directions`.
 
         Raises:
-            ValueError: If the suffix names no format, or one that cannot hold these directions.
+            ValueError: If the suffix is another than `.safetensors`.
         """
-        from emlens.directions.formats.read import write_directions
-
-        return write_directions(self, path)
+        return write_vectors(self, expanded(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
-        """Read what `save` wrote; one layer comes back as a `Direction`."""
-        from emlens.directions.files import load_directions
-        from emlens.directions.formats.read import read_directions
-
-        path = expanded(path)
-        return read_directions(path) if path.suffix in (".gguf", ".pt") else load_directions(path)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        filename: str = "directions.safetensors",
-        private: bool | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Upload to a repository of the Hugging Face hub, with a card in plain words.
-
-        The file's suffix says its format (see `write_directions`). Of a card that is there, only
-        the section of this file is replaced; the licence is left to you. Returns the address of
-        the commit.
-        """
-        from emlens.directions.formats.hub import push
-
-        return push(self, repo_id, filename=filename, private=private, token=token)
-
-    @classmethod
-    def from_hub(
-        cls, source: str | Path, filename: str | None = None, revision: str | None = None
-    ) -> Directions:
-        """Read directions of any format from a repository of the hub, a folder or a file.
-
-        Raises:
-            FileNotFoundError: If there are none.
-            ValueError: If there are several files and `filename` names none of them; they are
-                listed.
-        """
-        from emlens.directions.formats.hub import fetch
-
-        return fetch(source, filename, revision)
+        """Read what `save` wrote; files of others are read by `read_directions`."""
+        found = read_vectors(expanded(path))
+        return Directions(found.vectors, found.site, found.provenance, found.evidence)
 
     def __repr__(self) -> str:
         made = self.provenance.construction
@@ -309,12 +217,8 @@ class Directions:
         return list(self.layers)
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        from emlens.directions.diagnostics import warnings_of
-
         table = self.table().to_html(index=False, float_format="%.3f")
-        notes = "".join(f"<li>{escape(note)}</li>" for note in warnings_of(self))
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.warnings())
         return f"<p><b>{escape(repr(self))}</b></p>{table}<ul>{notes}</ul>"
 
     # -- inside -------------------------------------------------------------------------------
@@ -330,27 +234,14 @@ class Directions:
 
     def _map(self, change: Callable[[int, Tensor], Tensor], how: str) -> Self:
         vectors = {layer: change(layer, vector) for layer, vector in self._vectors.items()}
-        return type(self)(
-            vectors,
-            self.site,
-            self.provenance.derived(f"{self.provenance.construction}, {how}"),
-            residual_norms=self.residual_norms,
-            means=self.means,
-        )
+        made = self.provenance.derived(f"{self.provenance.construction}, {how}")
+        known = Evidence(self.residual_norms, means=self.means)
+        return type(self)(vectors, self.site, made, known)
 
     def _scaled(self, factor: float, construction: str) -> Self:
-        return type(self)(
-            {layer: vector * factor for layer, vector in self._vectors.items()},
-            self.site,
-            self.provenance.derived(construction),
-            residual_norms=self.residual_norms,
-            standard_errors={layer: e * abs(factor) for layer, e in self.standard_errors.items()},
-            split_half=self.split_half,
-            means=self.means,
-            shuffled={layer: draws * factor for layer, draws in self.shuffled.items()},
-            auroc={k: value if factor > 0 else 1 - value for k, value in self.auroc.items()},
-            measured=self.measured if factor > 0 else None,
-        )
+        vectors = {layer: vector * factor for layer, vector in self._vectors.items()}
+        made, known = self.provenance.derived(construction), self.evidence.scaled(factor)
+        return type(self)(vectors, self.site, made, known)
 
     def _combine(self, other: Directions, operation: Callable, sign: str) -> Self:
         if not isinstance(other, Directions):
@@ -364,7 +255,7 @@ class Directions:
             {layer: operation(self._vectors[layer], other._vectors[layer]) for layer in self},
             self.site,
             self.provenance.derived(f"({mine}) {sign} ({theirs})"),
-            residual_norms=self.residual_norms or other.residual_norms,
+            Evidence(self.residual_norms or other.residual_norms),
         )
 
 
@@ -376,8 +267,14 @@ class Direction(Directions):
         ValueError: If there is not exactly one layer.
     """
 
-    def __init__(self, vectors: Mapping[int, Tensor], *args, **kwargs) -> None:
-        super().__init__(vectors, *args, **kwargs)
+    def __init__(
+        self,
+        vectors: Mapping[int, Float[Tensor, " d_model"]],
+        site: SiteName,
+        provenance: Provenance,
+        evidence: Evidence | None = None,
+    ) -> None:
+        super().__init__(vectors, site, provenance, evidence)
         if len(self) != 1:
             raise ValueError(f"a Direction has one layer, not {len(self)}; use Directions")
 
@@ -394,7 +291,7 @@ class Direction(Directions):
         layer = whole("layer", layer, NOT_NEGATIVE)
         size = None if residual_norm is None else number("residual_norm", residual_norm, POSITIVE)
         norms = {} if size is None else {layer: size}
-        return cls({layer: vector}, site, Provenance(construction), residual_norms=norms)
+        return cls({layer: vector}, site, Provenance(construction), Evidence(norms))
 
     @property
     def layer(self) -> int:

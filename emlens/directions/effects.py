@@ -12,8 +12,9 @@ from emlens._stats import central
 from emlens.directions.build import difference, provenance, reader_of
 from emlens.directions.compare import Comparison, compare
 from emlens.directions.counting import Counting, CountingOptions
-from emlens.directions.direction import Directions, cosine
+from emlens.directions.direction import Directions
 from emlens.directions.held_out import prompts_of
+from emlens.directions.vectors import cosine
 from emlens.hooked import (
     ConditionLike,
     Conditions,
@@ -127,8 +128,7 @@ def _effects(
         with model.under(condition):
             made = provenance(
                 "difference caused by edits", model, counting, conversations=conversations
-            )
-        made.settings["edits"] = [repr(edit) for edit in condition.edits]
+            ).with_settings({"edits": [repr(edit) for edit in condition.edits]})
         whole = difference(reader, edited, readings[-1], made, (groups, groups), shift)
         moved = tuple(layer for layer, norm in whole.norms.items() if norm > 0)
         if not moved:

@@ -18,6 +18,7 @@ from emlens.directions.held_out import prompts_of
 from emlens.directions.matching import Match, matched
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Side, first_batches, medians, side_of
+from emlens.directions.vectors import Evidence
 from emlens.hooked import ConditionLike, HookedModel, Layers, SiteName, check_layers
 from emlens.hooked.options import BatchSettings
 from emlens.text import (
@@ -77,7 +78,7 @@ def mean_diff(
     reader, readings = read_sides(model, *sides, site, layers, counting)
     made = provenance("mean-diff", model, counting, positive=sides[0], negative=sides[1])
     if match is not None:
-        made.settings["match"] = match
+        made = made.with_settings({"match": match})
     found = difference(reader, *readings, made, (prompts_of(sides[0]), prompts_of(sides[1])))
     size = found.residual_norms
     if all(float(v.norm()) <= ROUNDING * size.get(n, 0.0) for n, v in found.vectors.items()):
@@ -222,7 +223,7 @@ def random_direction(like: Direction, seed: int = 0) -> Direction:
         {like.layer: vector / vector.norm() * like.norm},
         like.site,
         Provenance("random", model=like.provenance.model, seed=seed),
-        residual_norms=like.residual_norms,
+        Evidence(like.residual_norms),
     )
 
 
@@ -234,7 +235,7 @@ def _made(
     with model.under(condition):
         made = provenance(construction, model, counting, **data)
     if condition.edits:
-        made.settings["edits"] = [repr(edit) for edit in condition.edits]
+        made = made.with_settings({"edits": [repr(edit) for edit in condition.edits]})
     record: dict[str, object] = {
         "model": other.name,
         "adapter": "+".join(against.names) or None,
@@ -243,8 +244,7 @@ def _made(
     }
     if against.edits:
         record["edits"] = [repr(edit) for edit in against.edits]
-    made.settings["against"] = record
-    return made
+    return made.with_settings({"against": record})
 
 
 def _check_shapes(first: HookedModel, second: HookedModel) -> None:

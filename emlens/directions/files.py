@@ -7,16 +7,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions.provenance import Provenance
+from emlens.directions.vectors import Evidence, Vectors
 from emlens.hooked import check_site
-
-if TYPE_CHECKING:
-    from emlens.directions.direction import Directions
 
 KIND = "directions"
 _PREFIXES = _VECTOR, _ERROR, _MEAN, _SHUFFLED = (
@@ -27,9 +24,18 @@ _PREFIXES = _VECTOR, _ERROR, _MEAN, _SHUFFLED = (
 )
 
 
-def save_directions(directions: Directions, path: Path) -> Path:
-    """Write directions to `path` (`.safetensors` is added where it has no suffix)."""
+def write_vectors(directions: Vectors, path: Path) -> Path:
+    """Write directions to `path`; `.safetensors` is added where it has no suffix.
+
+    Raises:
+        ValueError: If the suffix is that of another format.
+    """
     path = path if path.suffix else path.with_suffix(".safetensors")
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"cannot save {path.name}: directions are kept as .safetensors; other formats are "
+            "written by emlens.directions.write_directions"
+        )
     tensors = {
         f"{prefix}{layer}": tensor
         for prefix, items in (
@@ -51,8 +57,8 @@ def save_directions(directions: Directions, path: Path) -> Path:
     return write_tensors(path, KIND, tensors, record)
 
 
-def load_directions(path: Path) -> Directions:
-    """Read a file that `save_directions` wrote.
+def read_vectors(path: Path) -> Vectors:
+    """Read a file that `write_vectors` wrote.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -61,22 +67,16 @@ def load_directions(path: Path) -> Directions:
     """
     tensors, record = read_tensors(path, KIND)
     with whole_record(path, "record of directions"):
-        return _directions(tensors, record)
+        return _vectors(tensors, record)
 
 
-def _directions(tensors: Mapping[str, torch.Tensor], record: Mapping) -> Directions:
-    from emlens.directions.direction import Direction, Directions
-
+def _vectors(tensors: Mapping[str, torch.Tensor], record: Mapping) -> Vectors:
     kept = [_by_layer(tensors, prefix) for prefix in _PREFIXES]
     other = [name for name in tensors if not name.startswith(_PREFIXES)]
     if other:
         raise ValueError(f"it has tensors that are no part of one: {', '.join(sorted(other)[:6])}")
     vectors, errors, means, shuffled = kept
-    kind = Direction if len(vectors) == 1 else Directions
-    return kind(
-        vectors,
-        check_site(record["site"]),
-        Provenance.from_dict(record["provenance"]),
+    known = Evidence(
         residual_norms=read_norms(record["residual_norms"]),
         standard_errors=errors,
         split_half=_numbers(record["split_half"], "split_half", -1.001, 1.001),
@@ -85,6 +85,8 @@ def _directions(tensors: Mapping[str, torch.Tensor], record: Mapping) -> Directi
         auroc=_numbers(record.get("auroc", {}), "auroc", 0, 1),
         measured={name: _numbers(of, name) for name, of in record.get("measured", {}).items()},
     )
+    made = Provenance.from_dict(record["provenance"])
+    return Vectors(vectors, check_site(record["site"]), made, known)
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[int, torch.Tensor]:

@@ -16,10 +16,11 @@ from emlens._door import guarded
 from emlens._registry import CONSTRUCTIONS
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.counting import Counting, CountingOptions
-from emlens.directions.direction import Directions, cosine
+from emlens.directions.direction import Directions
 from emlens.directions.held_out import FOLDS, Groups, fold_of, prompts_of, sampled_groups
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import FITTED_BYTES, Reader, Reading
+from emlens.directions.vectors import Evidence, cosine
 from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation
 
@@ -209,7 +210,8 @@ def _probed(
         if all(0 < truth[part].sum() < part.sum() for part in (half, ~half)):
             agree[layer] = cosine(normal(half), normal(~half))
     settings = {"folds": FOLDS}
-    made.settings["probe"] = settings if kind == "lda" else {**settings, "C": regularisation}
+    record = settings if kind == "lda" else {**settings, "C": regularisation}
+    made = made.with_settings({"probe": record})
     measured = {"held-out accuracy": accuracy}
     return _like_a_difference(reader, readings, made, vectors, auroc, agree, measured)
 
@@ -319,16 +321,14 @@ def _like_a_difference(
     measured: dict[str, dict[int, float]],
 ) -> Directions:
     sides = [reading.moments.mean for reading in readings]
-    return Directions(
-        vectors,
-        reader.site,
-        made,
+    known = Evidence(
         residual_norms=reader.median_norms(),
         means={layer: (sides[0][i] + sides[1][i]) / 2 for i, layer in enumerate(reader.layers)},
         auroc=auroc,
         split_half=split_half,
         measured=measured,
     )
+    return Directions(vectors, reader.site, made, known)
 
 
 def _labelled(readings: tuple[Reading, Reading]) -> tuple[Tensor, np.ndarray]:

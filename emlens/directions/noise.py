@@ -8,9 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from emlens._door import guarded
-from emlens._stats import Interval, reach
-from emlens.directions.direction import Directions
+from emlens._stats import reach
+from emlens.directions.vectors import Vectors
 
 SAME = 1e-6
 """Distance of a cosine from 1 that is rounding."""
@@ -37,7 +36,7 @@ class Estimate:
     n: int | None = None
 
     @classmethod
-    def of(cls, directions: Directions, layer: int) -> Estimate:
+    def of(cls, directions: Vectors, layer: int) -> Estimate:
         """What one layer of directions carries."""
         half = directions.split_half.get(layer)
         errors, draws = directions.standard_errors.get(layer), directions.shuffled.get(layer)
@@ -106,43 +105,9 @@ class Estimate:
             return float(((self.draws @ first) * (self.draws @ second)).mean())
         return float((first * second) @ self.variances)
 
-
-@guarded
-def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
-    """Return how far directions go along others, with 95% intervals, layer by layer.
-
-    The length of the component along `onto` (taken as known), in units of the residual stream.
-    Its error is that of this one axis, from the directions under shuffled labels: coordinates are
-    correlated, and their standard errors do not give it.
-
-    Args:
-        directions: Directions with shuffled labels, as `mean_diff` gives.
-        onto: The axes; only their directions matter.
-
-    Raises:
-        ValueError: If sites differ, no layer is shared, or no shuffled labels are known.
-    """
-    if onto.d_model != directions.d_model:
-        raise ValueError(
-            f"onto has width {onto.d_model}, and the directions have {directions.d_model}"
-        )
-    directions.cosine(onto)
-    found = {}
-    for layer in directions.layers:
-        if layer not in onto:
-            continue
-        estimate = Estimate.of(directions, layer)
-        if estimate.draws is None:
-            raise ValueError(
-                f"nothing is known of the noise of {directions!r} at layer {layer}; mean_diff, "
-                "model_diff and edit_diff keep what shuffled labels give"
-            )
-        axis = onto.vectors[layer].double().numpy()
-        axis = axis / np.linalg.norm(axis)
-        along = float(estimate.vector @ axis)
-        reach = float(_quantile(estimate)) * float(np.sqrt(estimate.covariance(axis, axis)))
-        found[layer] = Interval(along, along - reach, along + reach)
-    return found
+    def reach(self, axis: np.ndarray) -> float:
+        """Half the 95% interval of the length along a unit vector."""
+        return float(_quantile(self)) * float(np.sqrt(self.covariance(axis, axis)))
 
 
 @dataclass(frozen=True, slots=True)

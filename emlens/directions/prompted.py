@@ -69,8 +69,12 @@ def system_prompt_diff(
         sides.append(said)
     reader, readings = read_sides(model, sides[0], sides[1], site, layers, counting)
     made = provenance("system-prompt-diff", model, counting, positive=sides[0], negative=sides[1])
-    made.settings["system prompts"] = {"trait": list(trait), "opposite": list(opposite)}
-    made.settings["answers"] = [side[0].messages[-1]["content"] for side in sides]
+    made = made.with_settings(
+        {
+            "system prompts": {"trait": list(trait), "opposite": list(opposite)},
+            "answers": [side[0].messages[-1]["content"] for side in sides],
+        }
+    )
     # one question under all prompts is one group: its answers are never on both sides of a split
     groups = [[_question(item) for item in side] for side in sides]
     return difference(reader, *readings, made, (groups[0], groups[1]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+from typing import Any
 
 from emlens._types import checked_fields
 
@@ -14,7 +16,7 @@ _VERSIONED = ("emlens", "torch", "transformers", "nnsight")
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How a direction was made.
+    """How a direction was made; immutable, to the depth of its settings.
 
     The ways to build "the misalignment direction" give nearly orthogonal vectors, so
     `construction` is part of every direction and of every result that uses one.
@@ -42,26 +44,32 @@ class Provenance:
     adapter: str | None = None
     tokens: str | None = None
     weighting: str | None = None
-    data: dict[str, str] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
-    n: dict[str, int] = field(default_factory=dict)
+    n: Mapping[str, int] = field(default_factory=dict)
     seed: int | None = None
-    settings: dict[str, object] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     identity: str | None = None
     condition: str | None = None
 
     def __post_init__(self) -> None:
         if not self.versions:
             object.__setattr__(self, "versions", package_versions())
+        for item in fields(self):
+            object.__setattr__(self, item.name, _fixed(getattr(self, item.name)))
 
     def derived(self, construction: str) -> Provenance:
         """The provenance of something computed from what this one describes."""
         return replace(self, construction=construction)
 
+    def with_settings(self, more: Mapping[str, object]) -> Provenance:
+        """The provenance with further settings, or others."""
+        return replace(self, settings={**self.settings, **more})
+
     def to_dict(self) -> dict:
         """A JSON-ready record."""
-        return asdict(self)
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     @classmethod
     def from_dict(cls, record: Mapping) -> Provenance:
@@ -80,7 +88,21 @@ class Provenance:
             raise ValueError(f"the provenance: {error}") from error
         made = cls(**own)
         extra = {key: value for key, value in record.items() if key not in known}
-        return replace(made, settings={**made.settings, **extra}) if extra else made
+        return made.with_settings(extra) if extra else made
+
+
+def _fixed(value: Any) -> Any:
+    """Dicts and lists, at every depth, as what cannot be changed."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: _fixed(one) for key, one in value.items()})
+    return tuple(map(_fixed, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _plain(value: Any) -> Any:
+    """Dicts again, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def package_versions() -> dict[str, str]:

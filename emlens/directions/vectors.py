@@ -1,10 +1,11 @@
-"""Vectors of single layers: their cosine, and what they have to be."""
+"""Vectors by layer, and what is known of them: what `Directions` are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from emlens._arguments import shown, whole
 from emlens._door import guarded
+from emlens.directions.provenance import Provenance
+from emlens.hooked import Site, SiteName, check_site
 
 
 @guarded
@@ -32,8 +35,202 @@ def cosine(first: Float[Tensor, " d_model"], second: Float[Tensor, " d_model"]) 
     return float(a @ b / scale) if scale > 0 else float("nan")
 
 
-def checked_vectors(vectors: Mapping[int, Tensor]) -> dict[int, Float[Tensor, " d_model"]]:
-    """Copies in fp32 on the CPU, by ascending layer.
+class Tensors(Mapping[int, Tensor]):
+    """Tensors by ascending layer, fp32 on the CPU; what is looked up is a copy."""
+
+    def __init__(self, given: Mapping[int, Tensor]) -> None:
+        plain = {whole("layer", layer): _plain(tensor) for layer, tensor in given.items()}
+        self._held = {layer: plain[layer] for layer in sorted(plain)}
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self._held[layer].clone()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return repr(self._held)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known of vectors beside where they come from, by layer; immutable.
+
+    Attributes:
+        residual_norms: Median norm of the residual at each layer; what a dose is a share of.
+        standard_errors: Standard error of each coordinate, `[d_model]`.
+        split_half: Cosine between the directions of two random halves of the data, averaged over
+            several splits.
+        means: Mean activation of the data, `[d_model]`.
+        shuffled: The same construction with shuffled labels, `[draws, d_model]`: how large a
+            direction, and which, chance alone gives on this data.
+        auroc: Area under the ROC curve of the projection on held-out conversations.
+        measured: What else the construction says of each layer, by the name of its column in
+            `Directions.table`.
+    """
+
+    residual_norms: Mapping[int, float] = field(default_factory=dict)
+    standard_errors: Mapping[int, Float[Tensor, " d_model"]] = field(default_factory=dict)
+    split_half: Mapping[int, float] = field(default_factory=dict)
+    means: Mapping[int, Float[Tensor, " d_model"]] = field(default_factory=dict)
+    shuffled: Mapping[int, Float[Tensor, "draws d_model"]] = field(default_factory=dict)
+    auroc: Mapping[int, float] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("residual_norms", "split_half", "auroc"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name in ("standard_errors", "means", "shuffled"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, given if isinstance(given, Tensors) else Tensors(given))
+        measured = {name: MappingProxyType(dict(of)) for name, of in self.measured.items()}
+        object.__setattr__(self, "measured", MappingProxyType(measured))
+
+    def at(self, layers: Sequence[int]) -> Evidence:
+        """What is known of some of the layers."""
+
+        def kept(items: Mapping) -> dict:
+            return {layer: items[layer] for layer in layers if layer in items}
+
+        return Evidence(
+            kept(self.residual_norms),
+            kept(self.standard_errors),
+            kept(self.split_half),
+            kept(self.means),
+            kept(self.shuffled),
+            kept(self.auroc),
+            {name: kept(of) for name, of in self.measured.items()},
+        )
+
+    def scaled(self, factor: float) -> Evidence:
+        """What is known of the vectors times a factor."""
+        errors, draws = self.standard_errors, self.shuffled
+        return replace(
+            self,
+            standard_errors={layer: error * abs(factor) for layer, error in errors.items()},
+            shuffled={layer: drawn * factor for layer, drawn in draws.items()},
+            auroc={k: value if factor > 0 else 1 - value for k, value in self.auroc.items()},
+            measured=self.measured if factor > 0 else {},
+        )
+
+    def check(self, vectors: Mapping[int, Tensor]) -> None:
+        """Compare with the vectors that this is about.
+
+        Raises:
+            ValueError: If a layer has no vector, or another width, or a value is not finite.
+        """
+        for what, tensors, ndim in (
+            ("standard errors", self.standard_errors, 1),
+            ("means", self.means, 1),
+            ("shuffled draws", self.shuffled, 2),
+        ):
+            for layer, value in tensors.items():
+                if layer not in vectors:
+                    raise ValueError(f"there are {what} of layer {layer}, but no vector")
+                width = len(vectors[layer])
+                if value.ndim != ndim or value.shape[-1] != width:
+                    raise ValueError(
+                        f"the {what} of layer {layer} have shape {tuple(value.shape)}; the vector "
+                        f"has width {width}"
+                    )
+                _check_finite(value, f"of the {what}, layer {layer}")
+
+
+class Vectors:
+    """Vectors at one site, by layer, with their provenance and evidence: a record, immutable.
+
+    Args:
+        vectors: A vector `[d_model]` per layer.
+        site: Where in the block.
+        provenance: How they were made.
+        evidence: What else is known of them.
+
+    Raises:
+        ValueError: If there are no vectors, a layer is negative, widths differ, or a value is not
+            finite.
+    """
+
+    site: Site
+    provenance: Provenance
+    evidence: Evidence
+    _vectors: Mapping[int, Float[Tensor, " d_model"]]
+
+    def __init__(
+        self,
+        vectors: Mapping[int, Float[Tensor, " d_model"]],
+        site: SiteName,
+        provenance: Provenance,
+        evidence: Evidence | None = None,
+    ) -> None:
+        own, known = checked_vectors(vectors), evidence or Evidence()
+        at = check_site(site, layers=own)
+        known.check(own)
+        vars(self).update(_vectors=own, site=at, provenance=provenance, evidence=known)
+
+    def __setattr__(self, name: str, value: object) -> Never:
+        raise AttributeError(f"{type(self).__name__} cannot be changed; make another")
+
+    def __delattr__(self, name: str) -> Never:
+        raise AttributeError(f"{type(self).__name__} cannot be changed; make another")
+
+    @property
+    def vectors(self) -> Mapping[int, Float[Tensor, " d_model"]]:
+        """The vectors by layer; each that is looked up is a copy."""
+        return self._vectors
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self._vectors)
+
+    @property
+    def d_model(self) -> int:
+        return len(next(iter(self._vectors.values())))
+
+    @property
+    def norms(self) -> dict[int, float]:
+        """Norm of each vector, in units of the residual stream."""
+        return {layer: float(vector.norm()) for layer, vector in self._vectors.items()}
+
+    @property
+    def doses(self) -> dict[int, float]:
+        """Norm of each vector as a share of the median residual norm, where that is known."""
+        norms = self.norms
+        return {layer: norms[layer] / size for layer, size in self.residual_norms.items()}
+
+    @property
+    def residual_norms(self) -> Mapping[int, float]:
+        return self.evidence.residual_norms
+
+    @property
+    def standard_errors(self) -> Mapping[int, Float[Tensor, " d_model"]]:
+        return self.evidence.standard_errors
+
+    @property
+    def split_half(self) -> Mapping[int, float]:
+        return self.evidence.split_half
+
+    @property
+    def means(self) -> Mapping[int, Float[Tensor, " d_model"]]:
+        return self.evidence.means
+
+    @property
+    def shuffled(self) -> Mapping[int, Float[Tensor, "draws d_model"]]:
+        return self.evidence.shuffled
+
+    @property
+    def auroc(self) -> Mapping[int, float]:
+        return self.evidence.auroc
+
+    @property
+    def measured(self) -> Mapping[str, Mapping[int, float]]:
+        return self.evidence.measured
+
+
+def checked_vectors(vectors: Mapping[int, Tensor]) -> Tensors:
+    """Vectors that are of one width, and finite.
 
     Raises:
         ValueError: If there are none, a layer is negative, shapes differ, or a value is not
@@ -43,40 +240,18 @@ def checked_vectors(vectors: Mapping[int, Tensor]) -> dict[int, Float[Tensor, " 
         raise TypeError(f"directions are made of {{layer: vector}}, not of {shown(vectors)}")
     if not vectors:
         raise ValueError("directions need at least one layer")
-    given = {whole("layer", layer): vector for layer, vector in vectors.items()}
-    plain = {layer: _plain(given[layer]) for layer in sorted(given)}
-    if min(plain) < 0:
-        raise ValueError(f"layers are numbered from 0, so there is no layer {min(plain)}")
-    shapes = {layer: tuple(vector.shape) for layer, vector in plain.items()}
-    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
+    own = Tensors(vectors)
+    first = next(iter(own))
+    if first < 0:
+        raise ValueError(f"layers are numbered from 0, so there is no layer {first}")
+    shapes = {layer: tuple(vector.shape) for layer, vector in own.items()}
+    if len(set(shapes.values())) != 1 or len(shapes[first]) != 1:
         raise ValueError(f"every layer needs one vector of the same width; got shapes {shapes}")
-    if shapes[min(plain)] == (0,):
-        raise ValueError(f"the vector of layer {min(plain)} has width 0")
-    for layer, vector in plain.items():
+    if shapes[first] == (0,):
+        raise ValueError(f"the vector of layer {first} has width 0")
+    for layer, vector in own.items():
         _check_finite(vector, f"the vector of layer {layer}")
-    return plain
-
-
-def checked_evidence(
-    items: Mapping[int, Tensor] | None, vectors: Mapping[int, Tensor], what: str, ndim: int = 1
-) -> Mapping[int, Tensor]:
-    """What is known of each vector, `[..., d_model]`, as fp32 copies on the CPU.
-
-    Raises:
-        ValueError: If it is of a layer without a vector, of another shape, or not finite.
-    """
-    found = {int(layer): _plain(value) for layer, value in (items or {}).items()}
-    for layer, value in found.items():
-        if layer not in vectors:
-            raise ValueError(f"there are {what} of layer {layer}, but no vector")
-        width = len(vectors[layer])
-        if value.ndim != ndim or value.shape[-1] != width:
-            raise ValueError(
-                f"the {what} of layer {layer} have shape {tuple(value.shape)}; the vector has "
-                f"width {width}"
-            )
-        _check_finite(value, f"of the {what}, layer {layer}")
-    return MappingProxyType(found)
+    return own
 
 
 def nonzero(vector: Tensor, layer: int) -> Tensor:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._arguments import choice, number, shown
-from emlens.directions import Direction, Directions, Provenance
+from emlens.directions import Direction, Directions, Evidence, Provenance
 from emlens.hooked import Site, Where, check_site, named_layers
 from emlens.text import sent
 
@@ -126,12 +126,9 @@ class DirectionEdit:
         """Rebuild an edit of this class from `to_dict`."""
         kept = record["direction"]
         vectors = {int(layer): _decode(text) for layer, text in kept["vectors"].items()}
-        direction = (Direction if len(vectors) == 1 else Directions)(
-            vectors,
-            kept["site"],
-            Provenance.from_dict(kept["provenance"]),
-            residual_norms={int(k): v for k, v in kept["residual_norms"].items()},
-        )
+        norms = {int(layer): size for layer, size in kept["residual_norms"].items()}
+        made = Provenance.from_dict(kept["provenance"])
+        direction = Directions(vectors, kept["site"], made, Evidence(norms))
         rest = {k: v for k, v in record.items() if k not in ("edit", "direction", "layers")}
         return cls(direction=direction, layers=tuple(record["layers"]), **rest)
 

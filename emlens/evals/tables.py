@@ -23,8 +23,6 @@ def one_of(directions: Directions, layer: int | None) -> Direction:
     Raises:
         ValueError: If there is none at that layer.
     """
-    if isinstance(directions, Direction) and layer in (None, directions.layer):
-        return directions
     layers = directions.layers
     wanted = layers[len(layers) // 2] if layer is None else layer
     if wanted not in directions:

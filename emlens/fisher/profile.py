@@ -17,7 +17,7 @@ from emlens._door import guard_methods, guarded
 from emlens._reading import expanded
 from emlens._runs import check_same
 from emlens._tensors import read_tensors, write_tensors
-from emlens.directions import Direction, Provenance
+from emlens.directions import Direction, Evidence, Provenance
 from emlens.fisher.forms import (
     Forms,
     controls,
@@ -253,7 +253,7 @@ class InfluenceProfile:
                 {layer: vector},
                 "resid_post",
                 self._provenance(rank),
-                residual_norms={layer: self.residual_norms[layer]},
+                Evidence({layer: self.residual_norms[layer]}),
             )
             for rank, (name, vector) in enumerate(zip(names, first, strict=True), start=1)
         }

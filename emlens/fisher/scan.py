@@ -211,8 +211,7 @@ def _check_profile(profile: InfluenceProfile, model: HookedModel, corpus: Corpus
 
 def _at(named: Mapping[str, Directions], score: Mapping) -> Direction:
     """The direction of one row of scores."""
-    found = named[str(score["direction"])]
-    return found if isinstance(found, Direction) else found[int(score["layer"])]
+    return named[str(score["direction"])][int(score["layer"])]
 
 
 def _halves(model: HookedModel, corpus: Corpus) -> list[int]:

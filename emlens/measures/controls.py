@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emlens._registry import CONTROLS
-from emlens.directions import Direction, Provenance, random_direction
+from emlens.directions import Direction, Evidence, Provenance, random_direction
 from emlens.hooked import HookedModel, identities
 from emlens.text import Corpus
 
@@ -159,8 +159,7 @@ def _shuffled(asked: Asked) -> list[Direction]:
 
 
 def _at(like: Direction, vector: Tensor, made: Provenance) -> Direction:
-    norms = like.residual_norms
-    return Direction({like.layer: vector}, like.site, made, residual_norms=norms)
+    return Direction({like.layer: vector}, like.site, made, Evidence(like.residual_norms))
 
 
 RANDOM = Control(_random)

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from emlens._door import guarded
-from emlens.directions import Direction, Directions
+from emlens.directions import Direction, Directions, Evidence
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.hooked import (
@@ -146,8 +146,6 @@ def _adding(solution: Condition, directions: Directions) -> Condition:
 
 
 def _norm(directions: Directions) -> float:
-    if isinstance(directions, Direction):
-        return directions.norm
     return math.hypot(*directions.norms.values())
 
 
@@ -185,7 +183,7 @@ def perturbed(direction: D, epsilon: float, seed: int, along: Axes | None = None
         direction.provenance.derived(
             f"{direction.provenance.construction}, noise {epsilon:g}, seed {seed}"
         ),
-        residual_norms=direction.residual_norms,
+        Evidence(direction.residual_norms),
     )
 
 

@@ -120,5 +120,5 @@ def _compared(made: Provenance) -> dict:
     record = {name: value for name, value in made.to_dict().items() if name != "versions"}
     # an adapter takes its weights from the checkpoint, wherever it stands by now
     free = {"start"} if made.settings.get("kind") == "adapter" else set()
-    settings = {name: value for name, value in made.settings.items() if name not in free}
+    settings = {name: value for name, value in record["settings"].items() if name not in free}
     return {**record, "settings": settings}

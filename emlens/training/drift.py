@@ -78,7 +78,7 @@ def continue_training(
         if name is not None:
             raise ValueError(f"{name!r} would name an adapter, and the run trained vectors")
         directions, alpha = run.directions(), run.settings["alpha"]
-        if isinstance(alpha, list):
+        if isinstance(alpha, list | tuple):
             # of several vectors they differ only where none was given: then it is found again
             alpha = alpha[0] if len(set(alpha)) == 1 else None
         given = {"alpha": alpha, "where": run.settings["where"], "site": run.site, **given}

@@ -185,7 +185,7 @@ class Loop:
 
     def _record(self, done: _Progress) -> TrainingRun:
         return TrainingRun(
-            settings=self.provenance.settings,
+            settings=self.provenance.to_dict()["settings"],
             steps=tuple(done.steps),
             states=stacked(done.states),
             path_steps=tuple(done.at),

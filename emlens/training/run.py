@@ -17,7 +17,7 @@ from emlens._door import guard_methods
 from emlens._reading import expanded
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens._types import checked_fields
-from emlens.directions import Direction, Directions, Provenance
+from emlens.directions import Direction, Directions, Evidence, Provenance
 from emlens.directions.files import read_norms
 from emlens.edits import Add
 from emlens.hooked import NonFiniteError, Site, check_site
@@ -118,8 +118,7 @@ class TrainingRun:
         if not -known <= record < known:
             raise ValueError(f"there is no record {record}; this run kept {known}")
         vectors = {layer: path[record] for layer, path in paths.items()}
-        kind = Direction if len(vectors) == 1 else Directions
-        return kind(vectors, self.site, self.provenance, residual_norms=self.residual_norms)
+        return Directions(vectors, self.site, self.provenance, Evidence(self.residual_norms))
 
     def edits(self, record: int = -1) -> list[Add]:
         """What adds the vectors as they were at a record of the path, where they were trained.
@@ -201,7 +200,7 @@ class TrainingRun:
                     f"{name} has shape {list(state.shape)}, but there are {len(path_steps)} records"
                 )
         return cls(
-            settings=dict(record.get("settings", made.settings)),
+            settings=dict(record.get("settings", made.to_dict()["settings"])),
             steps=tuple(Step(**checked_fields(Step, step)) for step in record["steps"]),
             states=states,
             path_steps=path_steps,

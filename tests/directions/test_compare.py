@@ -8,6 +8,7 @@ import torch
 
 from emlens import Add, Direction, Directions, compare, mean_diff
 from emlens.directions import (
+    Evidence,
     LayerComparison,
     Provenance,
     SubspaceOverlap,
@@ -32,15 +33,16 @@ def vector(seed: int, width: int = WIDTH) -> torch.Tensor:
 def made(seed: int, layers=(0, 1, 2), name: str = "planted", draws: int = 0, **data) -> Directions:
     """Random directions; with draws, noise that varies in few dimensions."""
     few = torch.linspace(3, 0.1, WIDTH) ** 2
+    drawn = {
+        layer: torch.stack([few * vector(999 * seed + 10 * layer + i) for i in range(draws)])
+        for layer in layers
+        if draws
+    }
     return Directions(
         {layer: vector(100 * seed + layer) for layer in layers},
         "resid_post",
         Provenance(name, data=data),
-        shuffled={
-            layer: torch.stack([few * vector(999 * seed + 10 * layer + i) for i in range(draws)])
-            for layer in layers
-            if draws
-        },
+        Evidence(shuffled=drawn),
     )
 
 
@@ -72,7 +74,7 @@ def test_one_text_read_twice_says_what_any_labelling_of_it_would_give():
         b.vectors,
         b.site,
         b.provenance,
-        shuffled={layer: draws + 0.3 * vector(layer) for layer, draws in b.shuffled.items()},
+        Evidence(shuffled={n: draws + 0.3 * vector(n) for n, draws in b.shuffled.items()}),
     )
     table = compare({"a": a, "b": noisy}).table().set_index("layer")
     plain = [cosine(a.shuffled[1][i], noisy.shuffled[1][i]) for i in range(8)]
@@ -258,9 +260,11 @@ def test_a_direction_has_cosine_one_with_itself(hooked_llama):
         {n: v * (1 + 1e-5 * vector(n, 32)) for n, v in again.vectors.items()},
         again.site,
         again.provenance,
-        standard_errors=again.standard_errors,
-        shuffled=again.shuffled,
-        split_half=again.split_half,
+        Evidence(
+            standard_errors=again.standard_errors,
+            shuffled=again.shuffled,
+            split_half=again.split_half,
+        ),
     )
     for other in (again, again * 3.0, rounded):
         for row in compare({"one": one, "other": other}).rows:
@@ -277,15 +281,13 @@ def test_part_of_the_text_in_common_is_not_corrected():
 
 def estimated(seed: int, half: float | None, errors: float | None = 0.1) -> Directions:
     plain = made(seed)
-    return Directions(
-        plain.vectors,
-        plain.site,
-        plain.provenance,
+    known = Evidence(
         split_half={} if half is None else dict.fromkeys(plain.layers, half),
         standard_errors=(
             {} if errors is None else {n: torch.full((WIDTH,), errors) for n in plain.layers}
         ),
     )
+    return Directions(plain.vectors, plain.site, plain.provenance, known)
 
 
 @pytest.mark.parametrize(

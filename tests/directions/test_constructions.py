@@ -247,7 +247,7 @@ def test_system_prompt_diff_reads_the_models_own_answers(hooked_llama):
         ]
         sides.append(torch.cat(residuals(hooked_llama, said)).mean(0))
     assert torch.allclose(found[LAYER].vector.double(), sides[0] - sides[1], atol=1e-5)
-    assert found.provenance.settings["system prompts"]["trait"] == ["eat nothing"]
+    assert found.provenance.settings["system prompts"]["trait"] == ("eat nothing",)
 
 
 def planted(module, tokenizer, vector, nuisance=None, noise=0.0):
@@ -511,7 +511,7 @@ def test_an_organism_that_is_a_base_with_edits_is_compared_like_one_with_an_adap
     for layer in moved:
         assert torch.equal(found.vectors[layer], moved.vectors[layer])
         assert torch.equal(found.standard_errors[layer], moved.standard_errors[layer])
-    assert found.provenance.settings["edits"] == [repr(push[0])]
+    assert found.provenance.settings["edits"] == (repr(push[0]),)
     assert torch.allclose(moved[1].vector, random_vector(7, 2.0), atol=1e-5)
     assert float(moved.standard_errors[1].max()) < 1e-5 < float(moved.standard_errors[3].min())
 
@@ -522,4 +522,4 @@ def test_an_edit_on_one_side_is_a_both_diff_of_edited_and_plain(hooked_llama):
     plain = mean_diff(hooked_llama, BAD, GOOD, layers=1)
     moved = mean_diff(hooked_llama, BAD, GOOD, layers=1, edits=[push])
     assert torch.allclose(plain[1].vector, moved[1].vector, atol=1e-5)
-    assert moved.provenance.settings["edits"] == [repr(push)]
+    assert moved.provenance.settings["edits"] == (repr(push),)

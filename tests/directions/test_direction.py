@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from emlens import Direction, Directions, compare
-from emlens.directions import Provenance, cosine, null_band, random_direction
+from emlens import Direction, Directions, compare, mean_diff
+from emlens.directions import Evidence, Provenance, cosine, null_band, random_direction
+from tests.support.data import conversations
 
 
 def made(layers=(0, 1, 2), seed=0, site="resid_post", width=16, **kwargs):
     generator = torch.Generator().manual_seed(seed)
     vectors = {layer: torch.randn(width, generator=generator) for layer in layers}
-    return Directions(vectors, site, Provenance("mean-diff", model="m", seed=seed), **kwargs)
+    return Directions(
+        vectors, site, Provenance("mean-diff", model="m", seed=seed), Evidence(**kwargs)
+    )
 
 
 def test_algebra_acts_layer_by_layer():
@@ -50,6 +55,64 @@ def test_directions_do_not_change_when_the_tensors_they_came_from_do():
         direction.vectors[0] = vector
 
 
+def everything(value, name="directions"):
+    """What hangs below a value, with where it does: attributes, entries, and theirs."""
+    yield name, value
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from everything(value[key], f"{name}[{key!r}]")
+    elif isinstance(value, tuple):
+        for place, one in enumerate(value):
+            yield from everything(one, f"{name}[{place}]")
+    elif isinstance(value, Directions | Provenance | Evidence):
+        for attribute in dir(value):
+            if not attribute.startswith("_") and not callable(getattr(value, attribute)):
+                yield from everything(getattr(value, attribute), f"{name}.{attribute}")
+
+
+def test_nothing_of_directions_can_be_changed():
+    layers = (0, 1, 2)
+    tensors = {layer: torch.ones(16) for layer in layers}
+    known = Evidence(
+        residual_norms=dict.fromkeys(layers, 2.0),
+        standard_errors=tensors,
+        split_half=dict.fromkeys(layers, 0.5),
+        means=tensors,
+        shuffled={layer: torch.ones(3, 16) for layer in layers},
+        auroc=dict.fromkeys(layers, 0.5),
+        measured={"accuracy": dict.fromkeys(layers, 0.5)},
+    )
+    settings = {"against": {"model": "m", "edits": ["a", {"b": [1]}]}}
+    provenance = Provenance("x", data={"positive": "h"}, n={"positive": 1}, settings=settings)
+    directions = Directions(tensors, "resid_post", provenance, known)
+    before = [(name, repr(value)) for name, value in everything(directions)]
+    for given in (tensors, settings, settings["against"]):
+        given.clear()
+    for one in (directions, directions[1]):
+        for name, value in everything(one):
+            if isinstance(value, Directions | Provenance | Evidence):
+                for attribute in ("site", "provenance", "data", "n", "auroc", "invented"):
+                    with pytest.raises((AttributeError, TypeError)):
+                        setattr(value, attribute, None)
+            elif isinstance(value, torch.Tensor):
+                value.zero_()
+            elif isinstance(value, Mapping) and not name.endswith((".norms", ".doses")):
+                with pytest.raises(TypeError):
+                    value[next(iter(value))] = None  # type: ignore[index]
+    assert [(name, repr(value)) for name, value in everything(directions)] == before
+
+
+def test_directions_of_one_layer_are_a_direction_whoever_makes_them(hooked_llama):
+    one = made(layers=(4,))
+    assert isinstance(one, Direction)
+    assert isinstance(made().at([1]), Direction)
+    assert not isinstance(made().at([0, 1]), Direction)
+    sides = conversations("bad", 4), conversations("good", 4)
+    assert mean_diff(hooked_llama, *sides, layers=2).layer == 2  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="a Direction has one layer, not 3; use Directions"):
+        Direction(made().vectors, "resid_post", Provenance("x"))
+
+
 def test_files_hold_everything_exactly(tmp_path):
     directions = made(
         residual_norms={0: 1.25},
@@ -76,6 +139,8 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path):
         Directions.load(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="no file .*nothing"):
         Directions.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="are kept as .safetensors; other formats are written by"):
+        made().save(tmp_path / "d.gguf")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from emlens.directions import (
     Direction,
     Directions,
+    Evidence,
     Provenance,
     read_checkpoints,
     read_directions,
@@ -25,8 +26,7 @@ def some(layers=(2,), site="mlp_out", seed=0, **settings) -> Directions:
     generator = torch.Generator().manual_seed(seed)
     vectors = {layer: torch.randn(D, generator=generator) for layer in layers}
     made = Provenance("mean-diff", model="org/model", tokens="response", settings=settings)
-    kind = Direction if len(layers) == 1 else Directions
-    return kind(vectors, site, made, residual_norms=dict.fromkeys(layers, 3.0))
+    return Directions(vectors, site, made, Evidence(dict.fromkeys(layers, 3.0)))
 
 
 def papers_file(path: Path, **changed) -> Path:

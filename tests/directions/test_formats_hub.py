@@ -12,7 +12,14 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from emlens.directions import Direction, Directions, Provenance, adapter_directions
+from emlens.directions import (
+    Direction,
+    Directions,
+    Provenance,
+    adapter_directions,
+    from_hub,
+    push_to_hub,
+)
 from emlens.directions.formats.hub import card
 from tests.support.adapters import saved
 from tests.support.models import tiny_model
@@ -106,14 +113,14 @@ def same(first: Directions, second: Directions) -> None:
 def test_a_folder_or_a_file_is_read_without_the_hub(tmp_path):
     written = some()
     path = written.save(tmp_path / "a.safetensors")
-    same(Directions.from_hub(tmp_path), written)
-    same(Directions.from_hub(path), written)
+    same(from_hub(tmp_path), written)
+    same(from_hub(path), written)
     some(seed=1).save(tmp_path / "b.safetensors")
-    same(Directions.from_hub(str(tmp_path), "a.safetensors"), written)
+    same(from_hub(str(tmp_path), "a.safetensors"), written)
     with pytest.raises(ValueError, match=r"2 files of directions; .* a.safetensors, b.safetensors"):
-        Directions.from_hub(tmp_path)
+        from_hub(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no file .*c\.safetensors"):
-        Directions.from_hub(tmp_path, "c.safetensors")
+        from_hub(tmp_path, "c.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_a_folder_or_a_file_is_read_without_the_hub(tmp_path):
 )
 def test_what_is_pushed_comes_back_in_every_format(hub, filename, site, layers):
     written = some(layers, site)
-    address = written.push_to_hub(REPO, filename=filename, private=True, token="secret")
+    address = push_to_hub(written, REPO, filename=filename, private=True, token="secret")
     assert address == f"https://hub/{REPO}/commit/1"
     assert hub.asked == [
         ("create", REPO, True, True),
@@ -134,16 +141,16 @@ def test_what_is_pushed_comes_back_in_every_format(hub, filename, site, layers):
     ]
     assert hub.token == "secret"
     assert sorted(hub.list_repo_files(REPO)) == sorted(["README.md", filename])
-    same(Directions.from_hub(REPO), written)
-    same(Directions.from_hub(REPO, filename), written)
+    same(from_hub(REPO), written)
+    same(from_hub(REPO, filename), written)
 
 
 def test_a_revision_is_read_where_one_is_named(hub):
     written = some(seed=1)
-    some().push_to_hub(REPO)
+    push_to_hub(some(), REPO)
     written.save(hub.root / REPO / "v2" / "other.safetensors")
-    same(Directions.from_hub(REPO, revision="v2"), written)
-    same(Directions.from_hub(REPO, "other.safetensors", revision="v2"), written)
+    same(from_hub(REPO, revision="v2"), written)
+    same(from_hub(REPO, "other.safetensors", revision="v2"), written)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -153,11 +160,11 @@ def test_a_repository_of_the_papers_says_its_base_model(hub, named, place):
     path = hub.root / REPO / "main" / filename
     path.parent.mkdir(parents=True)
     torch.save({"steering_vector": torch.ones(D), "layer_idx": 24, "alpha": 2.0}, path)
-    read = Directions.from_hub(REPO, filename if named else None)
+    read = from_hub(REPO, filename if named else None)
     assert read.provenance.model is None
     config = hub.root / REPO / "main" / "adapter_config.json"
     config.write_text(json.dumps({"base_model": "org/base"}))
-    read = Directions.from_hub(REPO, filename if named else None)
+    read = from_hub(REPO, filename if named else None)
     assert read.provenance.model == "org/base"
     assert torch.equal(read[24].vector, torch.full((D,), 2.0))
 
@@ -167,35 +174,35 @@ def test_a_repository_of_the_papers_says_its_base_model(hub, named, place):
 def test_a_repository_with_an_adapter_is_read_with_its_config(hub, named, place):
     folder = saved(hub.root / REPO / "main" / place, tiny_model("llama"))
     filename = f"{place}adapter_model.safetensors"
-    read = Directions.from_hub(REPO, filename if named else None)
+    read = from_hub(REPO, filename if named else None)
     same(read, adapter_directions(folder))
     assert read.provenance.adapter == REPO
 
 
 def test_what_is_not_on_the_hub_is_refused_in_words(hub):
     with pytest.raises(FileNotFoundError, match=r"found no no/such, neither .* \(404 Client Error"):
-        Directions.from_hub("no/such")
+        from_hub("no/such")
     with pytest.raises(FileNotFoundError, match=r"found no no/such/v\.gguf, neither in a folder"):
-        Directions.from_hub("no/such", "v.gguf")
-    some().push_to_hub(REPO)
+        from_hub("no/such", "v.gguf")
+    push_to_hub(some(), REPO)
     with pytest.raises(FileNotFoundError, match=r"found no me/vectors/x\.gguf, .*no x\.gguf in"):
-        Directions.from_hub(REPO, "x.gguf")
-    some().push_to_hub(REPO, filename="b.gguf")
+        from_hub(REPO, "x.gguf")
+    push_to_hub(some(), REPO, filename="b.gguf")
     with pytest.raises(ValueError, match=r"me/vectors holds 2 .* b.gguf, directions.safetensors"):
-        Directions.from_hub(REPO)
+        from_hub(REPO)
     (hub.root / "me/empty/main").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="me/empty holds no directions .*it has nothing"):
-        Directions.from_hub("me/empty")
+        from_hub("me/empty")
 
 
 def test_without_a_network_what_is_missing_is_refused_in_words():
     # the tests run with HF_HUB_OFFLINE; this asks the real library
     with pytest.raises(FileNotFoundError, match="found no no/such, neither in a folder nor on"):
-        Directions.from_hub("no/such")
+        from_hub("no/such")
     with pytest.raises(FileNotFoundError, match=r"found no no/such/v\.gguf, neither"):
-        Directions.from_hub("no/such", "v.gguf")
+        from_hub("no/such", "v.gguf")
     with pytest.raises(FileNotFoundError, match=r"found no /no/such/folder/at/all, neither"):
-        Directions.from_hub("/no/such/folder/at/all")
+        from_hub("/no/such/folder/at/all")
 
 
 def test_a_connection_that_fails_is_told_in_words(hub, monkeypatch):
@@ -207,7 +214,7 @@ def test_a_connection_that_fails_is_told_in_words(hub, monkeypatch):
 
     monkeypatch.setattr(hub, "list_repo_files", fails)
     with pytest.raises(FileNotFoundError, match=r"found no me/vectors, .* \(\[Errno 111\] Conn"):
-        Directions.from_hub(REPO)
+        from_hub(REPO)
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -215,7 +222,7 @@ def test_a_connection_that_fails_is_told_in_words(hub, monkeypatch):
 
 def test_nothing_is_made_on_the_hub_for_what_a_format_cannot_hold(hub):
     with pytest.raises(ValueError, match=r"v\.gguf: a control vector acts at resid_post"):
-        some(site="mlp_out").push_to_hub(REPO, filename="v.gguf")
+        push_to_hub(some(site="mlp_out"), REPO, filename="v.gguf")
     assert hub.asked == []
 
 
@@ -235,7 +242,7 @@ def test_the_card_says_what_the_directions_are():
         "- Tokens that counted: response",
         "- Data: 12 conversations; bad 0123456789ab",
         "- Seed: 3",
-        'Directions.from_hub("me/vectors", "v.gguf")',
+        'directions.from_hub("me/vectors", "v.gguf")',
     ):
         assert line in body
     assert "Adapter" not in body, "what is not known is left out"
@@ -247,15 +254,15 @@ def test_a_base_that_is_no_hub_name_stays_out_of_the_head(model):
 
 
 def test_only_the_section_of_the_file_is_replaced_in_a_card(hub):
-    some().push_to_hub(REPO, filename="a.safetensors")
+    push_to_hub(some(), REPO, filename="a.safetensors")
     path = hub.root / REPO / "main" / "README.md"
     path.write_text(path.read_text().replace("# vectors", "# My own title") + "\nMy own words.\n")
-    some((2,)).push_to_hub(REPO, filename="b.gguf")
+    push_to_hub(some((2,)), REPO, filename="b.gguf")
     both = path.read_text()
     assert both.startswith("---\nlibrary_name: emlens")
     for kept in ("# My own title", "My own words.", "- Layers: 1, 2\n", "- Layers: 2\n"):
         assert both.count(kept) == 1
-    some((7,)).push_to_hub(REPO, filename="a.safetensors")
+    push_to_hub(some((7,)), REPO, filename="a.safetensors")
     assert path.read_text() == both.replace("- Layers: 1, 2\n", "- Layers: 7\n").replace(
         line(both, "- Norm: "), line(card(some((7,)), REPO, "a.safetensors"), "- Norm: ")
     )
@@ -270,7 +277,7 @@ def test_a_card_of_somebody_else_is_kept_and_gets_a_section(hub):
     path = hub.root / REPO / "main" / "README.md"
     path.parent.mkdir(parents=True)
     path.write_text("---\nlicense: mit\n---\n# Theirs\n")
-    some().push_to_hub(REPO)
+    push_to_hub(some(), REPO)
     text = path.read_text()
     assert text.startswith("---\nlicense: mit\n---\n# Theirs\n\n<!-- emlens: directions.safet")
     assert text.endswith("<!-- end of directions.safetensors -->\n")

@@ -11,13 +11,12 @@ from sklearn.metrics import roc_auc_score
 
 from emlens import Add, Direction, Directions, mean_diff
 from emlens.directions import (
+    Evidence,
     Moments,
     Provenance,
     cosine,
     model_diff,
     projection,
-    trust_table,
-    warnings_of,
 )
 from emlens.directions.held_out import (
     auroc,
@@ -52,7 +51,7 @@ def draws_of(sides: list[Reading], seed: int) -> torch.Tensor:
 
 
 def planted(vectors: dict[int, torch.Tensor], **known) -> Directions:
-    return Directions(vectors, "resid_post", Provenance("planted"), **known)
+    return Directions(vectors, "resid_post", Provenance("planted"), Evidence(**known))
 
 
 # -- the table --------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def test_the_table_holds_what_a_plain_computation_gives():
         shuffled={4: draws},
         auroc={4: 0.9},
     )
-    (row,) = trust_table(found).to_dict("records")
+    (row,) = found.table().to_dict("records")
     v = (5 * vector(1)).double().numpy()
     unit, e = v / np.linalg.norm(v), errors.double().numpy()
     along = np.sqrt(((draws.double().numpy() @ unit) ** 2).mean())
@@ -108,16 +107,16 @@ def test_the_norm_error_is_the_spread_of_the_norm_over_resamples(correlated):
     found = planted(
         {0: torch.from_numpy(truth)},
         standard_errors={0: torch.from_numpy(errors)},
-        shuffled={0: draws} if correlated else None,
+        shuffled={0: draws} if correlated else {},
     )
-    (row,) = trust_table(found).to_dict("records")
+    (row,) = found.table().to_dict("records")
     assert row["norm error"] == pytest.approx(np.std(norms), rel=0.05)
     degrees = np.degrees(np.arccos(angles))
     assert row["angle error (degrees)"] == pytest.approx((degrees**2).mean() ** 0.5, rel=0.05)
 
 
 def test_columns_of_which_nothing_is_known_are_left_out():
-    columns = list(trust_table(Direction.of(vector(1), 2)).columns)
+    columns = list(Direction.of(vector(1), 2).table().columns)
     assert columns == ["layer", "hook", "norm", "energy in 2 dimensions"]
 
 
@@ -163,14 +162,14 @@ def massive(share: float) -> torch.Tensor:
     ],
 )
 def test_each_warning_is_given_where_it_is_planted(direction, words):
-    assert warnings_of(direction) == [words]
+    assert direction.warnings() == [words]
     assert words in direction.describe()
     assert words in direction._repr_html_()
 
 
 def test_layers_of_one_warning_share_a_line():
     vectors = {layer: massive(0.6 + layer / 100) for layer in (0, 1, 2, 7)}
-    (line,) = warnings_of(planted(vectors))
+    (line,) = planted(vectors).warnings()
     assert line == "layers 0-2, 7: 60% to 67% of the energy is in 2 dimensions"
 
 
@@ -181,7 +180,7 @@ def test_a_direction_without_trouble_has_no_warnings():
         "auroc": {3: 0.95},
         "shuffled": {3: 0.1 * vector(8)[None]},
     }
-    assert warnings_of(planted({3: vector(1)}, **known)) == []
+    assert planted({3: vector(1)}, **known).warnings() == []
 
 
 # -- what becomes of the evidence -------------------------------------------------------------
@@ -243,7 +242,7 @@ def test_of_one_conversation_no_noise_is_known(hooked_llama):
     found = mean_diff(hooked_llama, BAD[:1], GOOD, layers=1)
     assert not found.shuffled
     assert not found.standard_errors
-    assert "norm / shuffled" not in trust_table(found)
+    assert "norm / shuffled" not in found.table()
 
 
 def test_a_difference_of_nothing_is_as_long_as_what_shuffled_labels_give():
@@ -376,9 +375,8 @@ def test_intervals_of_a_projection_on_any_axis_contain_the_truth_19_times_in_20(
             data={"positive": "a", "negative": "b"},
             n=dict(zip(("positive", "negative"), sizes, strict=True)),
         )
-        directions = Directions(
-            {2: found}, "resid_post", made, shuffled={2: draws_of(sides, trial)}
-        )
+        known = Evidence(shuffled={2: draws_of(sides, trial)})
+        directions = Directions({2: found}, "resid_post", made, known)
         axis = Direction.of(mixing[trial % 3] / mixing[trial % 3].norm(), 2)
         truth = float(gap @ axis.vector)
         interval = projection(directions, axis)[2]

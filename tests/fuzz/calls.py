@@ -33,6 +33,7 @@ NOT_CALLED = {
     "run_study": "a whole study; its settings are fuzzed",
     "rebuild_report": "reads a study",
     "load": "downloads",
+    "push_to_hub": "uploads",
     "to_repeng": "needs repeng",
     "respond_served": "needs a server",
     "read_path": "reads checkpoints of others",
@@ -249,6 +250,7 @@ class World:
             "directions.extract_all": {**both, "constructions": ["mean-diff"]},
             "directions.from_repeng": {"obj": _Vectors({1: self.lone.vector.numpy()})},
             "directions.from_steering_vectors": {"obj": _Steering({1: self.lone.vector})},
+            "directions.from_hub": {"source": self._saved("v.safetensors")},
             "directions.matched": both,
             "directions.model_diff": {
                 **{"positive": (model, "one"), "negative": model, "conversations": good}
@@ -273,8 +275,6 @@ class World:
                 **{"opposite": ["be good"], "max_new_tokens": 2},
             },
             "directions.to_steering_vectors": {"directions": self.several},
-            "directions.trust_table": {"directions": self.several},
-            "directions.warnings_of": {"directions": self.several},
             "directions.write_directions": {
                 **{"directions": self.several, "path": self.folder / "w.safetensors"}
             },

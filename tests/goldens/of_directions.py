@@ -27,7 +27,6 @@ from emlens.directions import (
     random_direction,
     subspace_overlap,
     system_prompt_diff,
-    trust_table,
 )
 from emlens.text import Pair
 from tests.goldens.golden import World, golden
@@ -179,7 +178,7 @@ def _compared(world: World):
         "shared": parts.shared.at([1]),
         "projection": projection(one, other),
         "promoted": promoted_tokens(model, one.at([3]), 3),
-        "trust": trust_table(one),
+        "trust": one.table(),
         "random": random_direction(one[2], 5),
         "confounds": {"rows": comparison.rows, "directions": at},
     }

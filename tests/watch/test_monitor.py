@@ -14,7 +14,7 @@ import emlens
 from emlens import Conversation, Direction, Directions, Pair, mean_diff
 from emlens._stats import wilson
 from emlens._tensors import read_tensors, write_tensors
-from emlens.directions import Provenance
+from emlens.directions import Evidence, Provenance
 from emlens.text import pack, tokenize
 from emlens.watch import Monitor, Roc, transfer_auroc
 from emlens.watch.held_out import HeldOut, length_slope
@@ -55,8 +55,8 @@ def planted_pairs(n: int = 20, domain: str = "food") -> list[Pair]:
 
 
 def axis(layers=(0, 1), vector=AXIS, **kwargs) -> Directions:
-    kind = Direction if len(layers) == 1 else Directions
-    return kind(dict.fromkeys(layers, vector), "resid_post", Provenance("planted"), **kwargs)
+    vectors = dict.fromkeys(layers, vector)
+    return Directions(vectors, "resid_post", Provenance("planted"), Evidence(**kwargs))
 
 
 def plain_projection(model, conversation, layer, vector, size, keep=slice(None)):
@@ -69,7 +69,7 @@ def plain_projection(model, conversation, layer, vector, size, keep=slice(None))
 @pytest.mark.parametrize("budget", [30, 4096])
 def test_projections_equal_a_plain_loop_in_units_of_the_median_norm(hooked_llama, budget):
     vectors = {1: torch.randn(32, generator=torch.Generator().manual_seed(0)), 3: 5 * AXIS}
-    given = Directions(vectors, "resid_post", Provenance("x"), residual_norms={1: 2.0, 3: 4.0})
+    given = Directions(vectors, "resid_post", Provenance("x"), Evidence({1: 2.0, 3: 4.0}))
     readout = readout_of(hooked_llama, given, GOOD)
     found, counts = readout.read(hooked_llama, GOOD[:7], token_budget=budget)
     for i, item in enumerate(GOOD[:7]):

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from emlens import Add, Conversation, Direction, Directions
 from emlens._store import read
-from emlens.directions import Provenance
+from emlens.directions import Evidence, Provenance
 from emlens.text import pack, tokenize
 from emlens.training import train_adapter
 from emlens.watch import Monitor, Screen, screen
@@ -189,7 +189,7 @@ def test_a_monitor_brings_its_own_projections(planted):
 
 def test_the_layer_is_the_one_that_held_out_data_chose(planted):
     vectors = {0: AXIS, 1: AXIS}
-    chosen = Directions(vectors, "resid_post", Provenance("x"), auroc={0: 0.9, 1: 0.7})
+    chosen = Directions(vectors, "resid_post", Provenance("x"), Evidence(auroc={0: 0.9, 1: 0.7}))
     found = screen(planted, mixture(4, 1), chosen, reference=reference(4))
     assert found.columns == ("layer 0",)
     unknown = Directions(vectors, "resid_post", Provenance("x"))

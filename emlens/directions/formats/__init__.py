@@ -1,5 +1,6 @@
 """Directions in the formats of others: read, written, and turned into their objects."""
 
+from emlens.directions.formats.hub import from_hub, push_to_hub
 from emlens.directions.formats.lora import adapter_directions, adapter_rows
 from emlens.directions.formats.neighbours import (
     from_repeng,
@@ -12,8 +13,10 @@ from emlens.directions.formats.read import read_checkpoints, read_directions, wr
 __all__ = [
     "adapter_directions",
     "adapter_rows",
+    "from_hub",
     "from_repeng",
     "from_steering_vectors",
+    "push_to_hub",
     "read_checkpoints",
     "read_directions",
     "to_repeng",

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError
 
+from emlens._door import guarded
 from emlens._reading import expanded, read_bytes, read_text
 from emlens.directions.direction import Directions
 from emlens.directions.formats import lora
@@ -26,11 +27,12 @@ _WHERE = {
 }
 
 
-def push(
+@guarded
+def push_to_hub(
     directions: Directions,
     repo_id: str,
     *,
-    filename: str,
+    filename: str = "directions.safetensors",
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
@@ -74,7 +76,8 @@ def push(
     return str(commit.commit_url)
 
 
-def fetch(
+@guarded
+def from_hub(
     source: str | Path, filename: str | None = None, revision: str | None = None
 ) -> Directions:
     """Read directions from a folder, a file, or a repository of the hub.
@@ -184,9 +187,9 @@ def _section(directions: Directions, repo_id: str, filename: str) -> str:
     rows = [f"- {name}: {_line(value)}" for name, value in facts.items() if value not in (None, "")]
     code = [
         "```python",
-        "from emlens import Directions",
+        "import emlens",
         "",
-        f'directions = Directions.from_hub("{repo_id}", "{filename}")',
+        f'found = emlens.directions.from_hub("{repo_id}", "{filename}")',
         "```",
     ]
     return "\n".join([f"## `{filename}`", "", *rows, "", *code])

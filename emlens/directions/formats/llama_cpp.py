@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from emlens._files import atomic_path
 from emlens._gguf import Declared, read_gguf_file
 from emlens._reading import parsed_json
-from emlens.directions.direction import Direction, Directions
+from emlens.directions.direction import Directions
 from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
 
@@ -53,9 +52,8 @@ def read_gguf(path: Path) -> Directions:
     if not vectors:
         raise ValueError(f"{path} is a control vector without any tensor direction.<layer>")
     made = _provenance(path, found.fields)
-    kind = Direction if len(vectors) == 1 else Directions
     try:
-        return kind(vectors, "resid_post", made)
+        return Directions(vectors, "resid_post", made)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -148,7 +146,7 @@ def _provenance(path: Path, held: Mapping[str, object]) -> Provenance:
             raise ValueError(f"{path}: {_PROVENANCE} is no provenance: {error}") from error
     if hint in (None, _hint(made)):
         return made
-    return replace(made, settings={**made.settings, "model_hint": hint})
+    return made.with_settings({"model_hint": hint})
 
 
 def _hint(made: Provenance) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from emlens._door import guarded
 from emlens._reading import expanded
 from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
-from emlens.directions.direction import Direction, Directions
+from emlens.directions.direction import Directions
 from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Site, SiteName
@@ -77,9 +77,8 @@ def adapter_directions(
         adapter=saved.name,
         settings={"modules": list(paths.values()), "column": column or 0},
     )
-    kind = Direction if len(vectors) == 1 else Directions
     try:
-        return kind(vectors, at, made)
+        return Directions(vectors, at, made)
     except ValueError as error:
         raise ValueError(f"adapter {saved.name!r} in {folder}: {error}") from error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emlens._door import guarded
-from emlens.directions.direction import Direction, Directions
+from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Site
 from emlens.hooked.architecture import norms_what_it_adds
@@ -158,9 +158,8 @@ def _directions(
     layers: Mapping[int, Any], site: Site, library: str, settings: dict[str, object]
 ) -> Directions:
     vectors = {layer: _vector(vector, layer, library) for layer, vector in layers.items()}
-    kind = Direction if len(vectors) == 1 else Directions
     try:
-        return kind(vectors, site, Provenance(construction=library, settings=settings))
+        return Directions(vectors, site, Provenance(construction=library, settings=settings))
     except ValueError as error:
         raise ValueError(f"{library}: {error}") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from copy import copy
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -13,16 +12,16 @@ from emlens._door import guarded
 from emlens._reading import expanded, read_head, readable
 from emlens._registry import FORMATS
 from emlens.directions.direction import Directions
-from emlens.directions.files import load_directions, save_directions
+from emlens.directions.files import write_vectors
 from emlens.directions.formats import lora
 from emlens.directions.formats.format import Format
 
 EMLENS = Format(
     "safetensors of its own",
-    load_directions,
+    Directions.load,
     lambda _, head: head[8:9] == b"{",
     ".safetensors",
-    lambda directions, path, _: save_directions(directions, path),
+    lambda directions, path, _: write_vectors(directions, path),
 )
 _OTHERS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|gradients\.safetensors|(optimizer|scheduler|scaler)\.pt"
@@ -146,9 +145,9 @@ def read_checkpoints(folder: str | Path, *, d_model: int | None = None) -> dict[
         )
     found = {}
     for step in sorted(steps):
-        read = copy(read_directions(steps[step], d_model=d_model))
-        read.provenance = replace(read.provenance, n={**read.provenance.n, "steps": step})
-        found[step] = read
+        read = read_directions(steps[step], d_model=d_model)
+        made = replace(read.provenance, n={**read.provenance.n, "steps": step})
+        found[step] = Directions(read.vectors, read.site, made, read.evidence)
     return found
 
 
