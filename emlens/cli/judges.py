@@ -125,7 +125,9 @@ class Wanted:
     def _of_inspect(self, told: Mapping[str, str] | None) -> Judge:
         from emlens.evals import LogProbJudge
 
-        return LogProbJudge(self.name, self._rubrics(told), model_args=_options(self.options))
+        options = _options(self.options)
+        config = options.pop("config", None)
+        return LogProbJudge(self.name, self._rubrics(told), config=config, model_args=options)
 
     def _rubrics(self, told: Mapping[str, str] | None) -> dict[str, str]:
         from emlens.evals import RUBRICS

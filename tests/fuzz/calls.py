@@ -30,6 +30,7 @@ from tests.support.tokenizers import chatml_tokenizer
 ROOMS = tuple(room for room in emlens._ROOMS if room != "figures")
 
 NOT_CALLED = {
+    "interval_level": "a context",
     "run_study": "a whole study; its settings are fuzzed",
     "rebuild_report": "reads a study",
     "load": "downloads",
