@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -152,6 +153,36 @@ def test_an_import_along_the_arrows_is_allowed(tmp_path, name, code):
     path.parent.mkdir(parents=True)
     path.write_text(code)
     assert _wrong_arrows(path, tmp_path / "emlens") == []
+
+
+def _imports(root: Path) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+    """The modules that each module imports, wherever in it: in functions and for types as well."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        found[parts[:-1] if parts[-1] == "__init__" else parts] = path
+    reached: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for module, path in found.items():
+        package = path.relative_to(root.parent).parts[:-1]
+        nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+        targets = [target for node in nodes for target in _targets(node, package)]
+        known = (t if t in found else t[:-1] for t in targets)
+        reached[module] = {one for one in known if one in found and one != module}
+    return reached
+
+
+def test_no_imports_run_in_a_circle():
+    graph = _imports(PACKAGE)
+    graph.pop(("emlens",))  # reaches each room when it is asked for
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_a_circle_of_imports_is_found(tmp_path):
+    (tmp_path / "emlens").mkdir()
+    (tmp_path / "emlens" / "a.py").write_text("def f():\n    from emlens.b import g")
+    (tmp_path / "emlens" / "b.py").write_text("from emlens.a import f")
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(_imports(tmp_path / "emlens")).static_order())
 
 
 def _code_lines(text: str) -> int:

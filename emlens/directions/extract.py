@@ -14,7 +14,6 @@ from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides, reader_of
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.held_out import prompts_of
-from emlens.directions.matching import Match, matched
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import (
     Counting,
@@ -25,6 +24,7 @@ from emlens.directions.reader import (
     median,
     side_of,
 )
+from emlens.directions.sides import Match, matched
 from emlens.directions.vectors import Evidence
 from emlens.hooked import (
     ConditionLike,
@@ -33,6 +33,7 @@ from emlens.hooked import (
     Layers,
     SiteName,
     check_layers,
+    pools,
 )
 from emlens.text import (
     Conversation,
@@ -247,11 +248,7 @@ def residual_norm(
         norms = []
         for batch in batches:
             mask = batch.mask(tokens).to(model.device)
-
-            def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
-                return residual[mask.to(residual.device)].float().norm(dim=-1)
-
-            of_layers = model.residuals(batch, wanted, at, pool)
+            of_layers = model.residuals(batch, wanted, at, pools.counted_norms(mask))
             norms.append(torch.stack([of_layers[layer].cpu() for layer in wanted]))
         return norms
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emlens.directions import Direction, Evidence, Provenance, random_direction
-from emlens.hooked import HookedModel, identities
+from emlens.hooked import HookedModel, identities, pools
 from emlens.text import Corpus
 
 ControlKind = Literal["random", "activation differences", "shuffled labels"]
@@ -95,12 +95,8 @@ def _differences(
     """Residuals of random tokens, one minus another, at the place of a direction."""
     tokens: list[Tensor] = []
     for batch in model.batches(corpus, token_budget=budget, max_tokens=max_tokens):
-        mask = batch.mask("all").to(model.device)
-
-        def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
-            return residual[mask.to(residual.device)].float().cpu()
-
-        tokens.append(model.residuals(batch, like.layer, like.site, pool)[like.layer])
+        pool = pools.counted(batch.mask("all").to(model.device))
+        tokens.append(model.residuals(batch, like.layer, like.site, pool)[like.layer].cpu())
         if sum(map(len, tokens)) >= 64 * (2 * n):
             break
     pool_of = torch.cat(tokens)

@@ -16,7 +16,7 @@ from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
-from emlens.hooked import ConditionLike, HookedModel
+from emlens.hooked import ConditionLike, HookedModel, pools
 from emlens.measures.doses import named
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.text import Conversation, Corpus, TokenMask
@@ -363,10 +363,7 @@ def token_projections(
     n, shown = len(conversations), TokenValues()
     found: dict[str, list] = {key: [()] * n for key in ("counted", "values")}
     for batch in batches:
-
-        def pool(residual: torch.Tensor) -> torch.Tensor:
-            return residual.float() @ unit.to(residual.device)
-
+        pool = pools.along(unit)
         read = model.residuals(batch, direction.layer, direction.site, pool)[direction.layer]
         real, mask = batch.attention_mask.bool().cpu(), batch.mask(tokens).cpu()
         for row, place in enumerate(batch.index):

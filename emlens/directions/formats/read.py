@@ -12,8 +12,10 @@ from emlens._door import guarded
 from emlens._reading import expanded, read_head, readable
 from emlens.directions.direction import Directions
 from emlens.directions.files import write_vectors
-from emlens.directions.formats import lora, papers
+from emlens.directions.formats import papers
 from emlens.directions.formats.llama_cpp import read_gguf, write_gguf
+from emlens.directions.formats.lora import adapter_directions
+from emlens.hooked.adapter_files import CONFIG, WEIGHTS
 
 Format = Literal["emlens", "papers", "gguf", "peft"]
 """`emlens` safetensors, the papers' `steering_vector.pt`, llama.cpp's control vectors, and LoRA
@@ -66,7 +68,7 @@ def read_directions(
     if kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}; the formats are {', '.join(FORMATS)}")
     if kind == "peft":
-        found = lora.adapter_directions(path if path.is_dir() else path.parent)
+        found = adapter_directions(path if path.is_dir() else path.parent)
     else:
         readers = {"emlens": Directions.load, "papers": papers.read_papers, "gguf": read_gguf}
         found = readers[kind](path)
@@ -174,7 +176,7 @@ def pick(names: Iterable[str], where: str) -> str:
     if not choices:
         have = ", ".join(names[:4]) or "nothing"
         raise FileNotFoundError(
-            f"{where} holds no directions (.safetensors, .gguf, {papers.FILE} or {lora.FILE}); "
+            f"{where} holds no directions (.safetensors, .gguf, {papers.FILE} or {WEIGHTS}); "
             f"it has {have}"
         )
     if len(choices) > 1:
@@ -200,7 +202,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _sniffed(path: Path) -> Format:
-    if path.is_dir() or path.name in (lora.FILE, lora.CONFIG):
+    if path.is_dir() or path.name in (WEIGHTS, CONFIG):
         return "peft"
     path = expanded(path)
     head = read_head(path, 9)
