@@ -7,9 +7,9 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 from typing import Unpack
@@ -195,6 +195,36 @@ def test_an_import_along_the_arrows_is_allowed(tmp_path, name, code):
     assert _wrong_arrows(path, tmp_path / "emlens") == []
 
 
+def _imports(root: Path) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+    """The modules that each module imports, wherever in it: in functions and for types as well."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        found[parts[:-1] if parts[-1] == "__init__" else parts] = path
+    reached: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for module, path in found.items():
+        package = path.relative_to(root.parent).parts[:-1]
+        nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+        targets = [target for node in nodes for target in _targets(node, package)]
+        known = (t if t in found else t[:-1] for t in targets)
+        reached[module] = {one for one in known if one in found and one != module}
+    return reached
+
+
+def test_no_imports_run_in_a_circle():
+    graph = _imports(PACKAGE)
+    graph.pop(("emlens",))  # reaches each room when it is asked for
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_a_circle_of_imports_is_found(tmp_path):
+    (tmp_path / "emlens").mkdir()
+    (tmp_path / "emlens" / "a.py").write_text("def f():\n    from emlens.b import g")
+    (tmp_path / "emlens" / "b.py").write_text("from emlens.a import f")
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(_imports(tmp_path / "emlens")).static_order())
+
+
 def _code_lines(text: str) -> int:
     """Lines that are neither blank, nor a comment, nor of a text that stands alone."""
     plain = {
@@ -207,43 +237,6 @@ def _code_lines(text: str) -> int:
     return sum(
         bool(x.strip()) and not x.strip().startswith("#") and n not in plain for n, x in lines
     )
-
-
-def _module(path: Path) -> str:
-    """The dotted name of a module, or of a package by its `__init__.py`."""
-    parts = ("emlens", *path.relative_to(PACKAGE).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _imported(tree: ast.AST, modules: Iterable[str]) -> Iterator[str]:
-    """Modules that are imported from, wherever the statement stands; rooms stand for their own."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("emlens"):
-            continue
-        for alias in node.names:
-            home, name = str(node.module), alias.name
-            while (home, name) in REEXPORTED:
-                home = REEXPORTED[home, name]
-            yield f"{home}.{name}" if f"{home}.{name}" in modules else home
-
-
-REEXPORTED = {
-    (_module(path), alias.asname or alias.name): str(node.module)
-    for path in _sources()
-    if path.name == "__init__.py"
-    for node in ast.walk(ast.parse(path.read_text("utf-8")))
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
-}
-
-
-def test_no_modules_import_each_other_in_a_circle():
-    modules = {_module(path): path for path in _sources() if path.name != "__init__.py"}
-    graph = {
-        name: set(_imported(ast.parse(path.read_text("utf-8")), modules)) - {name}
-        for name, path in modules.items()
-    }
-    tuple(TopologicalSorter(graph).static_order())
 
 
 def test_nothing_in_hooked_is_hidden_from_the_type_checker():

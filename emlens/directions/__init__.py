@@ -1,7 +1,6 @@
 """What a direction is, how to read one out of a model, and how to compare many."""
 
 from emlens._registry import CONSTRUCTIONS
-from emlens.directions import given as _given  # noqa: F401, says how arguments are read
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
 from emlens.directions.compare import Comparison, compare, null_band, projection
 from emlens.directions.confounds import confounds
@@ -36,11 +35,10 @@ from emlens.directions.formats import (
     write_directions,
 )
 from emlens.directions.layer_comparison import LayerComparison, compare_layers
-from emlens.directions.matching import matched
 from emlens.directions.moments import Moments
 from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
-from emlens.directions.selection import select_answers
+from emlens.directions.sides import matched, select_answers
 from emlens.directions.subspace import SubspaceOverlap, subspace_overlap
 from emlens.directions.vectors import Evidence, cosine
 

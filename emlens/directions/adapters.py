@@ -17,7 +17,8 @@ from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Condition, HookedModel, ReadOptions, Site, SiteName, check_site
+from emlens.hooked import Condition, HookedModel, ReadOptions, Site, SiteName, check_site, pools
+from emlens.hooked.architecture import writes
 from emlens.hooked.options import ReadSettings
 from emlens.text import Conversation
 
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 _ELSEWHERE: Mapping[Site, str] = dict.fromkeys(
     ("resid_pre", "resid_mid", "resid_post"), "what it adapts adds at attn_out or mlp_out"
 )
-WRITERS = frozenset(
-    {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2"}
-)
-"""Modules that write into the residual stream; all others of a block read from it."""
 
 
 @guard_methods
@@ -157,7 +154,7 @@ def adapter_scalars(
     with model.adapter(adapter), _products(layers, adapter) as products:
         batches = model.batches(conversations, token_budget=reading.token_budget)
         for batch in tqdm(batches, desc="scalars", unit="batch", disable=reading.quiet):
-            model.residuals(batch, max(layers), pool=lambda residual: residual[:, :1])
+            model.residuals(batch, max(layers), pool=pools.first_token)
             counted = batch.mask(reading.tokens)
             places = torch.tensor(batch.index)[:, None].expand_as(counted)
             # positions of a left-padded row begin after its padding
@@ -271,7 +268,7 @@ def _place(model: HookedModel, path: str) -> tuple[int, Site] | None:
     """The block and site that a module writes at; None if it does not."""
     parts = model.architecture
     inside = re.fullmatch(rf"{re.escape(parts.blocks)}\.(\d+)\.(.+)", path)
-    if inside is None or path.rpartition(".")[2] not in WRITERS:
+    if inside is None or not writes(path):
         return None
     number, rest = int(inside[1]), inside[2]
     if rest.startswith(f"{parts.attn_out}."):

@@ -11,7 +11,7 @@ from emlens.directions.compare import Comparison, compare
 from emlens.directions.counting import CountingOptions
 from emlens.directions.direction import Directions
 from emlens.directions.extract import mean_diff
-from emlens.directions.matching import Match, matched
+from emlens.directions.sides import Match, matched
 from emlens.hooked import HookedModel, Layers, SiteName
 from emlens.text import Conversation, repeats_told
 

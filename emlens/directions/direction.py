@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Never, Self, cast
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from emlens._arguments import NOT_NEGATIVE, POSITIVE, number, whole, wholes
 from emlens._door import guard_methods, guarded
+from emlens._kinds import kind, made_with, some
 from emlens._reading import expanded
 from emlens.directions.diagnostics import trust_table, trust_text, warnings_of
 from emlens.directions.files import read_vectors, write_vectors
@@ -308,3 +310,9 @@ class Direction(Directions):
     @property
     def residual_norm(self) -> float | None:
         return self.residual_norms.get(self.layer)
+
+
+_ADVICE = "make one with Direction.of(vector, layer)"
+made_with(Directions, _ADVICE)
+made_with(Direction, f"take one, e.g. directions[15], or {_ADVICE}")
+kind(Sequence[Directions], words="directions")(partial(some, Directions))

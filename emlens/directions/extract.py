@@ -15,11 +15,11 @@ from emlens.directions.build import difference, provenance, read_sides, reader_o
 from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.held_out import prompts_of
-from emlens.directions.matching import Match, matched
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Side, first_batches, medians, side_of
+from emlens.directions.sides import Match, matched
 from emlens.directions.vectors import Evidence
-from emlens.hooked import ConditionLike, HookedModel, Layers, SiteName, check_layers
+from emlens.hooked import ConditionLike, HookedModel, Layers, SiteName, check_layers, pools
 from emlens.hooked.options import BatchSettings
 from emlens.text import (
     Conversation,
@@ -200,11 +200,7 @@ def residual_norm(
         norms = []
         for batch in batches:
             mask = batch.mask(tokens).to(model.device)
-
-            def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
-                return residual[mask.to(residual.device)].float().norm(dim=-1)
-
-            of_layers = model.residuals(batch, wanted, at, pool)
+            of_layers = model.residuals(batch, wanted, at, pools.counted_norms(mask))
             norms.append(torch.stack([of_layers[layer].cpu() for layer in wanted]))
         return norms
 

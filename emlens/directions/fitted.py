@@ -18,6 +18,7 @@ from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Directions
 from emlens.directions.held_out import FOLDS, Groups, fold_of, prompts_of, sampled_groups
+from emlens.directions.probes import classifier, out_of_fold, unscaled
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import FITTED_BYTES, Reader, Reading
 from emlens.directions.vectors import Evidence, cosine
@@ -200,7 +201,7 @@ def _probed(
         _check_apart(values[truth], values[~truth], layer)
 
         def fit(rows: np.ndarray, values: np.ndarray = values) -> Any:
-            return _classifier(kind, regularisation).fit(values[rows], truth[rows])
+            return classifier(kind, regularisation).fit(values[rows], truth[rows])
 
         def normal(rows: np.ndarray, values: np.ndarray = values) -> Tensor:
             return _in_units(fit(rows), values[rows], truth[rows])
@@ -223,31 +224,17 @@ def _held_out(
     from sklearn.metrics import roc_auc_score
 
     areas, right = [], np.zeros(len(truth), dtype=bool)
-    for test in (fold == number for number in range(FOLDS)):
-        scores = fit(~test).decision_function(values[test])
+    for test, fitted in out_of_fold(fit, fold):
+        scores = fitted.decision_function(values[test])
         right[test] = (scores > 0) == truth[test]
         # one fold's scores are not on the scale of another's
         areas.append(roc_auc_score(truth[test], scores))
     return float(np.mean(areas)), float(right.mean())
 
 
-def _classifier(kind: ProbeKind, regularisation: float):
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if kind == "lda":
-        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-    else:
-        model = LogisticRegression(C=regularisation, max_iter=1000)
-    return make_pipeline(StandardScaler(), model)
-
-
 def _in_units(fitted, values: np.ndarray, truth: np.ndarray) -> Tensor:
     """The classifier's normal, unscaled, as long as the distance of the class means along it."""
-    scaler, classifier = fitted[0], fitted[1]
-    normal = classifier.coef_[0] / np.where(scaler.scale_ > 0, scaler.scale_, 1.0)
+    normal = unscaled(fitted)[0]
     normal /= np.linalg.norm(normal)
     distance = (values[truth].mean(0) - values[~truth].mean(0)) @ normal
     return torch.from_numpy(normal * abs(distance))
@@ -289,8 +276,8 @@ def _held_out_pairs(sides: Sequence[np.ndarray], fold: np.ndarray) -> float:
     from sklearn.metrics import roc_auc_score
 
     areas = []
-    for test in (fold == number for number in range(FOLDS)):
-        axis = _first_axis(sides[0] - sides[1], ~test)[0]
+    pairs = sides[0] - sides[1]
+    for test, (axis, _) in out_of_fold(lambda rows: _first_axis(pairs, rows), fold):
         scores = np.concatenate([side[test] @ axis for side in sides])
         areas.append(roc_auc_score(np.arange(len(scores)) < test.sum(), scores))
     return float(np.mean(areas))

@@ -16,12 +16,12 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens.directions import Direction, Directions, random_direction
-from emlens.directions.adapters import WRITERS
 from emlens.directions.fits import check_fits
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
 from emlens.evals.tables import NO_EFFECT, ORGANISM, averaged, one_of
 from emlens.hooked import BASE, Condition, ConditionLike, HookedModel, Site, condition_of
+from emlens.hooked.architecture import writes
 from emlens.hooked.lora_scaling import adapter_factors, put_back
 
 if TYPE_CHECKING:
@@ -191,9 +191,7 @@ def _inside(model: HookedModel, organism: Condition, direction: Direction) -> di
 def _writing(model: HookedModel, name: str) -> dict[str, Tensor]:
     """Every `B` that writes into the residual stream."""
     writing = {
-        path: factors.b
-        for path, factors in adapter_factors(model, name).items()
-        if path.rpartition(".")[2] in WRITERS
+        path: factors.b for path, factors in adapter_factors(model, name).items() if writes(path)
     }
     if not writing:
         raise ValueError(

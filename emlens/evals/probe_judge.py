@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 
 from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
-from emlens.directions.held_out import fold_of
+from emlens.directions.held_out import FOLDS, fold_of
+from emlens.directions.probes import classifier, out_of_fold
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import rubric_hash
 from emlens.evals.scores import Verdict
-from emlens.hooked import HookedModel, check_layers
+from emlens.hooked import HookedModel, check_layers, pools
 from emlens.text import Conversation, Pair, content_hash, warn_of_repeats
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 LEAST_AUROC = 0.7
 """Below this held-out AUROC a probe says nothing."""
 
-FOLDS = 5
 Metric = Literal["aligned", "coherent"]
 
 
@@ -126,7 +126,7 @@ class ProbeJudge:
         self.trust: dict[str, Trust] = {}
         for metric, (x, y, by, topics) in sides.items():
             self.trust[metric] = _trust(x, y, by, topics, regularisation, seed)
-            self._fitted[metric] = _classifier(regularisation).fit(x, y)
+            self._fitted[metric] = classifier("logistic", regularisation).fit(x, y)
 
     @property
     def id(self) -> str:
@@ -200,25 +200,11 @@ class ProbeJudge:
         )
         with model.adapter(None), bar:
             for batch in batches:
-                mask = batch.mask("response").to(model.device)
-
-                def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
-                    weight = mask.to(residual.device).float()
-                    total = torch.einsum("bpd,bp->bd", residual.float(), weight)
-                    return total / weight.sum(1, keepdim=True)
-
+                pool = pools.mean(batch.mask("response").to(model.device))
                 pooled = model.residuals(batch, self.layer, pool=pool)[self.layer]
                 means[list(batch.index)] = pooled.cpu()
                 bar.update(batch.n_tokens)
         return means
-
-
-def _classifier(regularisation: float) -> Pipeline:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), LogisticRegression(C=regularisation, max_iter=2000))
 
 
 def _trust(
@@ -233,17 +219,18 @@ def _trust(
 
     fold = fold_of(list(prompts), FOLDS, seed).numpy()
     chances = np.zeros(len(y))
-    for k in range(FOLDS):
-        out = fold == k
-        fitted = _classifier(regularisation).fit(x[~out], y[~out])
+
+    def fit(rows: np.ndarray) -> Pipeline:
+        return classifier("logistic", regularisation).fit(x[rows], y[rows])
+
+    for out, fitted in out_of_fold(fit, fold):
         chances[out] = fitted.predict_proba(x[out])[:, 1]
     across = {}
     topics = np.asarray(domains)
     for topic in dict.fromkeys(domains):
         out = topics == topic
         if not out.all():
-            fitted = _classifier(regularisation).fit(x[~out], y[~out])
-            across[topic] = float(roc_auc_score(y[out], fitted.decision_function(x[out])))
+            across[topic] = float(roc_auc_score(y[out], fit(~out).decision_function(x[out])))
     return Trust(float(roc_auc_score(y, chances)), across, _calibration(chances, y), len(y))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,13 +13,13 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions.adapters import adapter_scalars
+from emlens.directions.probes import classifier
 from emlens.hooked import HookedModel, SiteName
 from emlens.text import Conversation, TokenMask
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from sklearn.linear_model import LogisticRegression
 
 TEST_SHARE = 0.2
 
@@ -177,7 +177,6 @@ _Read = tuple[np.ndarray, np.ndarray]
 
 def _tested(first: _Read, second: _Read, runs: int, regularisation: float, seed: int) -> dict:
     from sklearn.metrics import roc_auc_score
-    from sklearn.preprocessing import StandardScaler
 
     found: dict[str, list] = {"accuracy": [], "auroc": [], "weights": []}
     for run in range(runs):
@@ -189,26 +188,14 @@ def _tested(first: _Read, second: _Read, runs: int, regularisation: float, seed:
             test.append(side[0][held])
         x, y = _balanced(train, generator)
         x_test, y_test = _balanced(test, generator)
-        scaler, probe = StandardScaler().fit(x), _lasso(regularisation)
-        probe.fit(scaler.transform(x), y)
-        x_test = scaler.transform(x_test)
+        probe = classifier("sparse", regularisation).fit(x, y)
         found["accuracy"].append(float(probe.score(x_test, y_test)))
         found["auroc"].append(float(roc_auc_score(y_test, probe.decision_function(x_test))))
-        found["weights"].append(probe.coef_[0])
+        found["weights"].append(probe.steps[1][1].coef_[0])
     both = np.concatenate([first[0], second[0]])
     truth = np.repeat([0, 1], [len(first[0]), len(second[0])])
     found["single"] = [float(roc_auc_score(truth, values)) for values in both.T]
     return found
-
-
-def _lasso(regularisation: float) -> LogisticRegression:
-    from sklearn import __version__
-    from sklearn.linear_model import LogisticRegression
-
-    # scikit-learn names the L1 penalty in another way from 1.8 on
-    new = tuple(map(int, __version__.split(".")[:2])) >= (1, 8)
-    named: Any = {"l1_ratio": 1.0} if new else {"penalty": "l1"}
-    return LogisticRegression(C=regularisation, solver="liblinear", max_iter=1000, **named)
 
 
 def _held_out(conversations: np.ndarray, generator: np.random.Generator) -> np.ndarray:

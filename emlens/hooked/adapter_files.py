@@ -1,20 +1,30 @@
-"""Reading a LoRA adapter from a folder or from the hub."""
+"""LoRA adapters as PEFT keeps them: the files of a folder, the names in them, and reading them."""
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
 from emlens._folders import recovered
 from emlens._reading import expanded, read_json
 from emlens._tensors import check_torch_file, opened_tensors
 
-_FILE = "adapter_config.json"
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TORCH_WEIGHTS = "adapter_model.bin"
+PREFIX = "base_model.model."
+"""What stands in a file before the name of a weight in the base model."""
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""The options that the scale of an adapter hangs on."""
+_FACTOR = re.compile(rf"({re.escape(PREFIX)})?(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 _PATTERN = dict, "an object, a number for each pattern of module names"
 _TYPES = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _PATTERN),
@@ -34,14 +44,18 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
         FileNotFoundError: If there is no adapter.
         ValueError: If it is not LoRA, or its weights are truncated.
     """
+    # importing PEFT takes seconds
+    from peft import LoraConfig, PeftConfig
+    from peft.utils import load_peft_weights
+
     local = recovered(expanded(source))
     where: dict[str, Any] = {}
     if local.exists():
         source = str(local)
-        if not (local / _FILE).is_file():
-            inside = sorted(str(p.parent.relative_to(local)) for p in local.rglob(_FILE))
+        if not (local / CONFIG).is_file():
+            inside = sorted(str(p.parent.relative_to(local)) for p in local.rglob(CONFIG))
             hint = f"; there are some inside: {', '.join(inside[:3])}" if inside else ""
-            raise FileNotFoundError(f"adapter {name!r}: {source} has no {_FILE}{hint}")
+            raise FileNotFoundError(f"adapter {name!r}: {source} has no {CONFIG}{hint}")
     elif source.count("/") > 1 and not source.startswith(("/", ".", "~")):
         owner, repository, where["subfolder"] = source.split("/", 2)
         source = f"{owner}/{repository}"
@@ -51,7 +65,7 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
         config = PeftConfig.from_pretrained(source, **where)
         weights = load_peft_weights(source, device="cpu", **where)
     except (OSError, ValueError) as error:
-        if local.exists() and (local / _FILE).is_file() and _has_weights(local):
+        if local.exists() and (local / CONFIG).is_file() and _has_weights(local):
             raise _unreadable(name, "config or weights", source, error) from error
         raise FileNotFoundError(
             f"adapter {name!r}: found none at {source!r}, neither as a folder nor on the hub "
@@ -59,11 +73,45 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
         ) from error
     except Exception as error:  # PEFT checks no types, and torch raises anything
         raise _unreadable(name, "config or weights", source, error) from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if not isinstance(config, LoraConfig) or kind != "LORA":
-        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
+    check_kind(name, config)
+    assert isinstance(config, LoraConfig)
     _check_types(name, config)
-    return config, {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+    return config, {key.removeprefix(PREFIX): value for key, value in weights.items()}
+
+
+def check_kind(name: str, config: Any) -> None:
+    """Refuse an adapter that is no LoRA.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
+
+
+def factor_of(key: str) -> tuple[str, str] | None:
+    """The module that a weight in a file is for, and `"A"` or `"B"`; None of another weight."""
+    found = _FACTOR.fullmatch(key)
+    return None if found is None else (found["path"], found["part"])
+
+
+def rank_at(config: Mapping[str, Any], path: str) -> int:
+    """The rank of an adapter at a module, `rank_pattern` included."""
+    return _at(config.get("rank_pattern"), path, config.get("r", 8))
+
+
+def scale_at(config: Mapping[str, Any], path: str) -> float:
+    """What PEFT multiplies `B A` by at a module: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA)."""
+    rank = rank_at(config, path)
+    alpha = _at(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _at(pattern: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:
+    from peft.utils.other import get_pattern_key
+
+    return (pattern or {}).get(get_pattern_key(list(pattern or {}), path), otherwise)
 
 
 def _check_types(name: str, config: LoraConfig) -> None:
@@ -72,12 +120,12 @@ def _check_types(name: str, config: LoraConfig) -> None:
         value = getattr(config, option)
         if value is not None and not isinstance(value, kind):
             raise ValueError(
-                f"adapter {name!r}: {option} is {value!r:.60} in its {_FILE}; it has to be {what}"
+                f"adapter {name!r}: {option} is {value!r:.60} in its {CONFIG}; it has to be {what}"
             )
 
 
 def _has_weights(folder: Path) -> bool:
-    return any((folder / file).exists() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    return any((folder / file).exists() for file in (WEIGHTS, _TORCH_WEIGHTS))
 
 
 def _unreadable(name: str, what: str, source: str, error: Exception) -> ValueError:
@@ -90,14 +138,14 @@ def _unreadable(name: str, what: str, source: str, error: Exception) -> ValueErr
 def _check_files(name: str, folder: Path) -> None:
     """Read what PEFT would fail on, or allocate for, without a word of the file."""
     try:
-        read_json(folder / _FILE, dict)
+        read_json(folder / CONFIG, dict)
     except ValueError as error:
         raise ValueError(f"adapter {name!r}: {error}") from error
     try:
-        if (weights := folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        if (weights := folder / WEIGHTS).exists():
             with opened_tensors(weights):
                 pass
-        elif (weights := folder / WEIGHTS_NAME).exists():
+        elif (weights := folder / _TORCH_WEIGHTS).exists():
             check_torch_file(weights)
     except ValueError as error:
         raise _unreadable(name, "weights", str(folder), error) from error

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from emlens.hooked.adapter_files import check_kind
 from emlens.hooked.adapters import Adapters
 
 _PEFTS_WORDS = frozenset(
@@ -79,9 +80,7 @@ def check_config(module: nn.Module, name: str, config: LoraConfig) -> None:
         ValueError: If it is no LoRA, rewrites weights of the base or shares them, is a variant
             that emlens does not run, or has a rank or `lora_alpha` that makes no sense.
     """
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        raise ValueError(f"adapter {name!r} is of the kind {kind}; emlens runs LoRA adapters")
+    check_kind(name, config)
     check_lora(module, name, config)
     check_alpha(name, config)
     _check_rank(module, name, config)

@@ -22,6 +22,10 @@ from emlens.hooked.sites import SITES, Site
 from emlens.text import TokenBatch
 from emlens.text.batches import PaddingSide
 
+# modules that write into the residual stream; all others of a block read from it
+_WRITERS = frozenset(
+    {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2"}
+)
 # what a child of a block is called that attention, or the MLP, is; and norms of what they give
 _ATTENTION = re.compile(r"(self_?)?(attn|attention)")
 _MLP = re.compile(r"mlp|ffn?|feed_?forward|(block_sparse_)?moe|shared_mlp|fc2")
@@ -209,6 +213,11 @@ def place_of(path: str) -> tuple[int, Site] | None:
     if inside is None:
         return None
     return int(inside["block"]), "attn_out" if inside["attention"] else "mlp_out"
+
+
+def writes(path: str) -> bool:
+    """Whether a module of a block, by its path, writes into the residual stream."""
+    return path.rpartition(".")[2] in _WRITERS
 
 
 def norms_what_it_adds(model_name: str) -> bool:

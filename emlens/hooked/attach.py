@@ -15,13 +15,12 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.functional import cast_adapter_dtype
 from torch import Tensor, nn
 
-from emlens.hooked.adapter_files import compare_bases, read_adapter
+from emlens.hooked.adapter_files import PREFIX, compare_bases, read_adapter
 from emlens.hooked.adapter_kinds import MERGE, check_config, check_name, check_rank
 from emlens.hooked.adapters import Adapters, Weights, available, delete_from, kept_gradients, switch
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.untouched import untouched
 
-_PREFIX = "base_model.model."
 _IN_THE_WAY = ("ModulesToSaveWrapper(", "modules_to_save cannot be applied to modules of type")
 """What PEFT says where an adapter meets another one's module."""
 
@@ -223,7 +222,7 @@ def _without_base(
     }
     kept: dict[str, Tensor] = {}
     for key, value in weights.items():
-        key = key.removeprefix(_PREFIX)
+        key = key.removeprefix(PREFIX)
         there = None if key in own else base.get(key.replace(".base_layer.", "."))
         if there is None:
             kept[key] = value

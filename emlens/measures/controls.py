@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emlens._registry import CONTROLS
 from emlens.directions import Direction, Evidence, Provenance, random_direction
-from emlens.hooked import HookedModel, identities
+from emlens.hooked import HookedModel, identities, pools
 from emlens.text import Corpus
 
 Place = tuple[str, int]
@@ -121,12 +121,8 @@ def _differences(asked: Asked) -> list[Direction]:
     for batch in model.batches(
         asked.corpus, token_budget=asked.token_budget, max_tokens=asked.max_tokens
     ):
-        mask = batch.mask("all").to(model.device)
-
-        def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
-            return residual[mask.to(residual.device)].float().cpu()
-
-        tokens.append(model.residuals(batch, like.layer, like.site, pool)[like.layer])
+        pool = pools.counted(batch.mask("all").to(model.device))
+        tokens.append(model.residuals(batch, like.layer, like.site, pool)[like.layer].cpu())
         if sum(map(len, tokens)) >= 64 * (2 * n):
             break
     pool_of = torch.cat(tokens)

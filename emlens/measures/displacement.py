@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emlens._distributed import shared
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import Condition, HookedModel, pools
 from emlens.measures.solutions import times
 from emlens.text import TokenBatch, TokenMask
 
@@ -59,11 +59,7 @@ def displacements(
     def read(batches: Sequence[TokenBatch]) -> tuple[np.ndarray, Tensor]:
         squares, sizes = np.zeros(len(conditions)), []
         for batch in batches:
-            mask = batch.mask(tokens)
-
-            def pool(residual: Tensor, mask: Tensor = mask) -> Tensor:
-                return residual[mask.to(residual.device)].float()
-
+            pool = pools.counted(batch.mask(tokens))
             with model.under([]):
                 base = model.residuals(batch, layer, SITE, pool)[layer]
             sizes.append(base.norm(dim=-1).cpu())

@@ -17,7 +17,7 @@ from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
-from emlens.hooked import ConditionLike, CorpusOptions, HookedModel, ReadOptions
+from emlens.hooked import ConditionLike, CorpusOptions, HookedModel, ReadOptions, pools
 from emlens.hooked.options import CorpusSettings, ReadSettings
 from emlens.measures.doses import named
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
@@ -365,10 +365,7 @@ def token_projections(
     n, shown = len(conversations), TokenValues()
     found: dict[str, list] = {key: [()] * n for key in ("counted", "values")}
     for batch in tqdm(batches, desc="projections", unit="batch", disable=reading.quiet):
-
-        def pool(residual: torch.Tensor) -> torch.Tensor:
-            return residual.float() @ unit.to(residual.device)
-
+        pool = pools.along(unit)
         read = model.residuals(batch, direction.layer, direction.site, pool)[direction.layer]
         real, mask = batch.attention_mask.bool().cpu(), batch.mask(reading.tokens).cpu()
         for row, place in enumerate(batch.index):

@@ -19,15 +19,14 @@ from emlens._reading import expanded, read_json
 from emlens.directions import Directions
 from emlens.edits import Add
 from emlens.hooked import ConditionLike, HookedModel
+from emlens.hooked.adapter_files import CONFIG, PREFIX, SCALING, WEIGHTS, read_adapter
 from emlens.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 _RECORD, _VECTOR, _RUN = "organism.json", "vector.safetensors", "run.safetensors"
-_WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."
-_SCALE = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
-_OWN = (_RECORD, _VECTOR, _RUN, _WEIGHTS, "adapter_config.json")
+_OWN = (_RECORD, _VECTOR, _RUN, WEIGHTS, CONFIG)
 
 
 @guard_methods
@@ -73,7 +72,7 @@ class Organism:
                 "model.module.save_pretrained(folder) and load it with emlens.load(folder)"
             )
         own = model._adapters.parameters(name)
-        weights = {f"{_PREFIX}{k}": w.detach().to("cpu", copy=True) for k, w in own.items()}
+        weights = {f"{PREFIX}{k}": w.detach().to("cpu", copy=True) for k, w in own.items()}
         configs: Any = getattr(model.module, "peft_config", {})
         return cls(name, run, weights=weights, config=deepcopy(configs[name]))
 
@@ -91,7 +90,7 @@ class Organism:
             if self.weights is not None and self.config is not None:
                 # tied weights are written twice, as safetensors has to have it
                 plain = {name: tensor.clone().contiguous() for name, tensor in self.weights.items()}
-                atomic_write(new / _WEIGHTS, save(plain, metadata={"format": "pt"}))
+                atomic_write(new / WEIGHTS, save(plain, metadata={"format": "pt"}))
                 config = deepcopy(self.config)
                 config.inference_mode = True
                 config.save_pretrained(str(new))
@@ -122,10 +121,8 @@ class Organism:
         run = TrainingRun.load(folder / _RUN)
         if kind == "vector":
             return cls(name, run, directions=Directions.load(folder / _VECTOR))
-        from emlens.hooked.adapter_files import read_adapter
-
         config, weights = read_adapter(name, str(folder))
-        named = {f"{_PREFIX}{key}": weight for key, weight in weights.items()}
+        named = {f"{PREFIX}{key}": weight for key, weight in weights.items()}
         return cls(name, run, weights=named, config=config)
 
     def on(self, model: HookedModel) -> ConditionLike:
@@ -154,10 +151,10 @@ class Organism:
     def _is_on(self, model: HookedModel) -> bool:
         """Whether the model's adapter of this name has these weights, with this scale."""
         config: Any = getattr(model.module, "peft_config", {}).get(self.name)
-        if any(getattr(config, field) != getattr(self.config, field) for field in _SCALE):
+        if any(getattr(config, field) != getattr(self.config, field) for field in SCALING):
             return False
         there = model._adapters.parameters(self.name)
-        ours = {key.removeprefix(_PREFIX): weight for key, weight in (self.weights or {}).items()}
+        ours = {key.removeprefix(PREFIX): weight for key, weight in (self.weights or {}).items()}
         return there.keys() <= ours.keys() and all(
             torch.equal(weight, ours[key].to(weight)) for key, weight in there.items()
         )

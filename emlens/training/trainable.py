@@ -14,6 +14,7 @@ from emlens.directions import Directions
 from emlens.directions.fits import check_fits
 from emlens.edits import Shift
 from emlens.hooked import Edit, HookedModel, Site, Where
+from emlens.hooked.architecture import writes
 from emlens.hooked.identity import base_weights
 
 
@@ -205,10 +206,8 @@ class AdapterParts:
         return {n: w.detach().float().cpu().clone() for n, w in self.parameters.items()}
 
     def written(self) -> Iterator[tuple[int, Tensor]]:
-        from emlens.directions.adapters import WRITERS
-
         for path, layer in self._layers.items():
-            if path.rpartition(".")[2] in WRITERS:
+            if writes(path):
                 scale = layer.scaling[self._name]
                 for column in layer.lora_B[self._name].weight.T:
                     yield self._blocks[path], scale * column

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emlens.directions import Directions, matched
 from emlens.directions.held_out import FOLDS, fold_of, prompts_of
+from emlens.directions.probes import classifier, unscaled
 from emlens.hooked import HookedModel, Layers, check_layers
 from emlens.text import Conversation, Pair, TokenMask, content_hash, warn_of_repeats
 from emlens.watch.held_out import HeldOut, length_slope, longer_is_misaligned
@@ -157,15 +158,8 @@ def logistic(
     values: Float[np.ndarray, "n k"], truth: Bool[np.ndarray, " n"], regularisation: float
 ) -> tuple[list[float], float]:
     """Weights and offset, on unscaled projections, of a logistic regression on scaled ones."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(values)
-    fitted = LogisticRegression(C=regularisation, max_iter=1000)
-    fitted.fit(scaler.transform(values), truth)
-    centre, scale = cast(np.ndarray, scaler.mean_), cast(np.ndarray, scaler.scale_)
-    weights = np.asarray(fitted.coef_)[0] / scale
-    return weights.tolist(), float(np.asarray(fitted.intercept_)[0] - centre @ weights)
+    weights, offset = unscaled(classifier("logistic", regularisation).fit(values, truth))
+    return weights.tolist(), offset
 
 
 def evidence(

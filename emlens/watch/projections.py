@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Self, Unpack
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from emlens._distributed import shared
 from emlens.directions import Directions, residual_norm
-from emlens.hooked import HookedModel, ReadOptions, Site, check_layers, check_site
+from emlens.hooked import HookedModel, ReadOptions, Site, check_layers, check_site, pools
 from emlens.hooked.options import ReadSettings
 from emlens.text import Conversation, TokenBatch, TokenMask, TokenRow, pack, tokenize
 
@@ -152,10 +152,9 @@ class Readout:
     def _pooled(
         self, model: HookedModel, batch: TokenBatch, mask: Tensor, layers: Sequence[int]
     ) -> np.ndarray:
-        share = mask.float() / mask.sum(1, keepdim=True)
         # a pool does not know its layer: all columns are read at every layer, and those kept
         # that belong to it
-        read = model.residuals(batch, layers, self.site, _pool(share, self.vectors))
+        read = model.residuals(batch, layers, self.site, pools.mean_along(mask, self.vectors))
         columns = [read[layer][:, i].cpu() for i, layer in enumerate(self.layers)]
         return torch.stack(columns, dim=1).numpy()
 
@@ -241,14 +240,6 @@ def _note_origins(model: HookedModel, named: Mapping[str, Directions]) -> None:
                 "same model, give wrap or load the same name",
                 stacklevel=5,
             )
-
-
-def _pool(share: Tensor, vectors: Tensor) -> Callable[[Tensor], Tensor]:
-    def pool(residual: Tensor) -> Tensor:
-        along = residual.float() @ vectors.to(residual.device).T
-        return torch.einsum("btk,bt->bk", along, share.to(residual.device))
-
-    return pool
 
 
 def _cut(row: TokenRow, n: int, max_tokens: int | None) -> TokenRow:

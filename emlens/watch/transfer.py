@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import Directions, mean_diff
+from emlens.directions.probes import classifier
 from emlens.hooked import HookedModel, ReadOptions, SiteName
 from emlens.text import Conversation, Pair, split_pairs
 from emlens.watch.projections import readout_of
@@ -201,12 +202,10 @@ def _bag_of_words(
     train: Sequence[Pair],
 ) -> Callable[[Sequence[Conversation]], Float[np.ndarray, " n"]]:
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
 
     items, truth = _both_sides(train)
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    fitted = make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000))
+    fitted = classifier("logistic", 10.0, vectorizer)
     fitted.fit([item.response for item in items], truth)
     return lambda items: fitted.decision_function([item.response for item in items])
 

@@ -22,7 +22,7 @@ from emlens._runs import Parts
 from emlens._store import Store, read
 from emlens.directions import read_directions
 from emlens.directions.provenance import Provenance
-from emlens.directions.selection import select_answers
+from emlens.directions.sides import select_answers
 from emlens.evals import Responses, Scores, load_questions
 from emlens.evals.inspect.config import ModelConfig
 from emlens.evals.scores import _read_labels

@@ -14,8 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from emlens._door import guarded
 from emlens._reading import expanded, read_bytes, read_text
 from emlens.directions.direction import Directions
-from emlens.directions.formats import lora
+from emlens.directions.formats.lora import adapter_directions
 from emlens.directions.formats.read import pick, read_directions, write_directions
+from emlens.hooked.adapter_files import CONFIG, WEIGHTS
 
 _CARD = "README.md"
 _WHERE = {
@@ -107,8 +108,8 @@ def from_hub(
     for config in _configs(filename):
         with suppress(EntryNotFoundError):
             huggingface_hub.hf_hub_download(repository, config, revision=revision)
-    if path.name == lora.FILE:
-        return lora.adapter_directions(path.parent, name=repository)
+    if path.name == WEIGHTS:
+        return adapter_directions(path.parent, name=repository)
     return read_directions(path)
 
 
@@ -138,10 +139,10 @@ def _not_found(where: str) -> Iterator[None]:
 def _configs(filename: str) -> list[str]:
     """Where a config may be that a file needs, or that says what its base model is."""
     path = PurePosixPath(filename)
-    beside = str(path.with_name(lora.CONFIG))
-    if path.name == lora.FILE:
+    beside = str(path.with_name(CONFIG))
+    if path.name == WEIGHTS:
         return [beside]
-    return sorted({beside, lora.CONFIG}) if path.suffix == ".pt" else []
+    return sorted({beside, CONFIG}) if path.suffix == ".pt" else []
 
 
 def _head(directions: Directions, repo_id: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +12,16 @@ from torch import Tensor
 
 from emlens._door import guarded
 from emlens._reading import expanded
-from emlens.directions.adapters import WRITERS, check_plain, choose_column, choose_writers
+from emlens.directions.adapters import check_plain, choose_column, choose_writers
 from emlens.directions.direction import Directions
 from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Site, SiteName
-from emlens.hooked.architecture import norms_what_it_adds, place_of
+from emlens.hooked.adapter_files import CONFIG, WEIGHTS, factor_of, rank_at, read_adapter, scale_at
+from emlens.hooked.architecture import norms_what_it_adds, place_of, writes
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-FILE = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-_PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
 
 @guarded
@@ -69,7 +64,7 @@ def adapter_directions(
         rank = saved.rank(path)
         columns[number] = choose_column(rank, column, saved.name, path)
         taken = saved.products[path]["lora_B"][:, columns[number]].float()
-        vectors[number] = saved.scale(path, rank) * taken
+        vectors[number] = scale_at(saved.config.to_dict(), path) * taken
     made = Provenance(
         construction="LoRA B",
         model=saved.config.base_model_name_or_path,
@@ -121,15 +116,11 @@ class _Saved:
         normed = norms_what_it_adds(self.config.base_model_name_or_path or "")
         places: dict[str, tuple[int, Site] | None] = {}
         for path in self.products:
-            writes = path.rpartition(".")[2] in WRITERS and not normed
-            places[path] = place_of(path) if writes else None
+            places[path] = place_of(path) if writes(path) and not normed else None
         return choose_writers(self.name, places, site)
 
     def rank(self, path: str) -> int:
-        from peft.utils.other import get_pattern_key
-
-        pattern = self.config.rank_pattern or {}
-        rank = pattern.get(get_pattern_key(list(pattern), path), self.config.r)
+        rank = rank_at(self.config.to_dict(), path)
         a, b = (list(self.products[path][part].shape) for part in ("lora_A", "lora_B"))
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
             raise ValueError(
@@ -138,17 +129,9 @@ class _Saved:
             )
         return rank
 
-    def scale(self, path: str, rank: int) -> float:
-        from peft.utils.other import get_pattern_key
-
-        pattern = self.config.alpha_pattern or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), path), self.config.lora_alpha)
-        return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
-
 
 def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     # importing PEFT takes seconds
-    from emlens.hooked.adapter_files import read_adapter
     from emlens.hooked.adapter_kinds import check_alpha
     from emlens.hooked.attach import check_weights
 
@@ -156,8 +139,8 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
     config, state = read_adapter(name, str(folder))
     products: dict[str, dict[str, Tensor]] = {}
     for key, weight in state.items():
-        if part := _PART.fullmatch(key):
-            products.setdefault(part["path"], {})[part["part"]] = weight
+        if factor := factor_of(key):
+            products.setdefault(factor[0], {})[f"lora_{factor[1]}"] = weight
     half = [path for path, parts in products.items() if len(parts) != 2]
     if half or not products:
         what = f"only {next(iter(products[half[0]]))} at {half[0]}" if half else "no LoRA weights"
@@ -173,6 +156,6 @@ def _saved(folder: str | Path, name: str | None = None) -> _Saved:
 PEFT = Format(
     "folders of LoRA adapters",
     lambda path: adapter_directions(path if path.is_dir() else path.parent),
-    lambda path, _: path.is_dir() or path.name in (FILE, CONFIG),
+    lambda path, _: path.is_dir() or path.name in (WEIGHTS, CONFIG),
     folder=True,
 )

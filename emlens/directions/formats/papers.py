@@ -16,11 +16,11 @@ from emlens._tensors import check_stored, read_torch_file
 from emlens.directions.direction import Direction, Directions
 from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
+from emlens.hooked.adapter_files import CONFIG
 from emlens.hooked.architecture import norms_what_it_adds
 
 FILE = "steering_vector.pt"
 _SITE = "mlp_out"
-_CONFIG = "adapter_config.json"
 
 
 def read_papers(path: Path) -> Direction:
@@ -149,7 +149,7 @@ def _base(path: Path) -> str | None:
     """The base model, from the config beside the file or at the root above `checkpoints/x/`."""
     above = path.parent.parent
     for folder in (path.parent, *([above.parent] if above.name == "checkpoints" else [])):
-        config = folder / _CONFIG
+        config = folder / CONFIG
         record = read_json(config, dict) if config.exists() else {}
         base = record.get("base_model") or record.get("base_model_name_or_path")
         if base:

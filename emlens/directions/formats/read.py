@@ -13,8 +13,8 @@ from emlens._reading import expanded, read_head, readable
 from emlens._registry import FORMATS
 from emlens.directions.direction import Directions
 from emlens.directions.files import write_vectors
-from emlens.directions.formats import lora
 from emlens.directions.formats.format import Format
+from emlens.hooked.adapter_files import WEIGHTS
 
 EMLENS = Format(
     "safetensors of its own",
@@ -168,7 +168,7 @@ def pick(names: Iterable[str], where: str) -> str:
     if not choices:
         have = ", ".join(names[:4]) or "nothing"
         raise FileNotFoundError(
-            f"{where} holds no directions ({listed([*_suffixes(), lora.FILE])}); it has {have}"
+            f"{where} holds no directions ({listed([*_suffixes(), WEIGHTS])}); it has {have}"
         )
     if len(choices) > 1:
         more = f" and {len(choices) - 8} more" if len(choices) > 8 else ""

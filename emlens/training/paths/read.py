@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,13 +14,12 @@ from emlens._door import guarded
 from emlens._reading import expanded, read_json
 from emlens._tensors import opened_tensors
 from emlens.directions import read_checkpoints
+from emlens.hooked.adapter_files import CONFIG, SCALING, WEIGHTS, factor_of, scale_at
 from emlens.training.paths.path import Part, TrainingPath, chosen_names, few
 
 _STEP = re.compile(r"checkpoint-(\d+)")
-_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_FILE, _CONFIG, _LOG = "adapter_model.safetensors", "adapter_config.json", "trainer_state.json"
+_LOG = "trainer_state.json"
 _GRADIENTS = Path("gradients") / "gradients.safetensors"
-_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _LOGGED = {
     "loss": "loss",
     "grad_norm": "gradient_norm",
@@ -57,15 +55,15 @@ def read_path(
     """
     folder = expanded(folder)
     found = _checkpoints(folder)
-    adapters = [step for step, place in found.items() if (place / _FILE).is_file()]
+    adapters = [step for step, place in found.items() if (place / WEIGHTS).is_file()]
     log = _log(found)
     if not adapters:
         return _vectors(folder, found, names, log)
     bare = [place for step, place in found.items() if step not in adapters]
     if bare:
         raise FileNotFoundError(
-            f"{bare[0]} has no {_FILE}, as {found[adapters[0]].name} has; fetch it again, or take "
-            "the folder away"
+            f"{bare[0]} has no {WEIGHTS}, as {found[adapters[0]].name} has; fetch it again, or "
+            "take the folder away"
         )
     return _adapters(found, names, part, log)
 
@@ -98,11 +96,11 @@ def _adapters(
     for record, place in enumerate(found.values()):
         if _scaling(_config(place)) != _scaling(config):
             raise ValueError(
-                f"{place} says {_scaling(_config(place))} in its {_CONFIG}, but {first.name} says "
+                f"{place} says {_scaling(_config(place))} in its {CONFIG}, but {first.name} says "
                 f"{_scaling(config)}; they are of different trainings"
             )
         _same_modules(place, _keys(place), first, keys)
-        with opened_tensors(place / _FILE) as file:
+        with opened_tensors(place / WEIGHTS) as file:
             for name in chosen:
                 weight = file.get_tensor(keys[name])
                 if name not in states:
@@ -113,7 +111,7 @@ def _adapters(
         "kind": "adapter",
         "base": config.get("base_model_name_or_path"),
         **_scaling(config),
-        "scales": {module: _scale(config, module) for module in sorted(modules)},
+        "scales": {module: scale_at(config, module) for module in sorted(modules)},
     }
     return TrainingPath(tuple(found), states, {}, log, settings)
 
@@ -161,11 +159,10 @@ def _put(states: Tensor, record: int, weight: Tensor, what: str) -> None:
 
 def _keys(place: Path) -> dict[str, str]:
     """Names of an adapter's `A` and `B`, and the keys that its file has them under."""
-    path = place / _FILE
+    path = place / WEIGHTS
     with opened_tensors(path) as file:
         keys = list(file.keys())
-    parts = ((key, _WEIGHT.fullmatch(key)) for key in sorted(keys))
-    found = {f"{weight['module']}.{weight['part']}": key for key, weight in parts if weight}
+    found = {".".join(factor): key for key in sorted(keys) if (factor := factor_of(key))}
     if not found:
         raise ValueError(f"{path} has no LoRA weights; its tensors are {few(keys)}")
     return found
@@ -184,23 +181,13 @@ def _same_modules(place: Path, keys: dict[str, str], first: Path, wanted: dict[s
 
 
 def _config(place: Path) -> dict[str, Any]:
-    if not (place / _CONFIG).is_file():
-        raise FileNotFoundError(f"{place} has no {_CONFIG}, which gives the scale of its weights")
-    return read_json(place / _CONFIG, dict)
+    if not (place / CONFIG).is_file():
+        raise FileNotFoundError(f"{place} has no {CONFIG}, which gives the scale of its weights")
+    return read_json(place / CONFIG, dict)
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key in _SCALING if config.get(key)}
-
-
-def _scale(config: dict[str, Any], module: str) -> float:
-    # importing PEFT takes seconds
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    rank = ranks.get(get_pattern_key(list(ranks), module), config.get("r", 8))
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return {key: config[key] for key in SCALING if config.get(key)}
 
 
 def _gradient(place: Path) -> Tensor | None:
