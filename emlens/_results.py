@@ -1,42 +1,106 @@
-"""What every result can do: show itself as a table, be kept, and be read back."""
+"""What every result can do: show itself, draw itself, be kept, and be read back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform, get_type_hints
 
 import numpy as np
 
 from emlens._door import guard_methods
 from emlens._files import write_json
 from emlens._reading import expanded, read_json
-from emlens._types import check_axes, checked_fields
+from emlens._stats import LEVEL, level_in_force
+from emlens._types import array_of, check_axes, checked_fields
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
+LINE = 160
+"""Characters of a result in one line."""
 
 _KINDS: dict[str, type[Result]] = {}
 """All kinds of results by name: one may hold another."""
 
 
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
 @guard_methods
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
-    """Base of the frozen results that measures, comparisons and training return.
+    """Base of the results that measures, comparisons and training return: frozen dataclasses.
 
-    `AXES` says which lengths belong together: `{"values": "conditions ids"}` has a list for each
-    of the field `conditions`, with a value for each of `ids`.
+    A subclass is made a dataclass without being decorated. Fields that are annotated as arrays,
+    `Float[np.ndarray, "conditions ids"]`, take anything that NumPy does and hold read-only arrays.
+    Their dimensions are the names of other fields, or stand for one length each; `AXES` says the
+    same of fields of other types. Two results are equal if all their values are, NaN to NaN.
+
+    Attributes:
+        level: Level of its intervals; by default the one in force where it is made.
     """
 
     AXES: ClassVar[Mapping[str, str]] = {}
+    HOLDS_ENDS: ClassVar[bool] = False
+    """Whether it holds the ends of intervals, and not what they are worked out from."""
+
+    level: float = field(default_factory=level_in_force, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, eq=False, repr=False)(cls)
+        _KINDS[cls.__name__] = guard_methods(cls)
+
+    def __post_init__(self) -> None:
+        for name, (dtype, axes) in _arrays(type(self)).items():
+            array = np.array(getattr(self, name), dtype=dtype)
+            array = (
+                array
+                if array.size
+                else array.reshape(array.shape + (0,) * (len(axes) - array.ndim))
+            )
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, x.name), getattr(other, x.name)) for x in fields(self))
+
+    def __str__(self) -> str:
+        return one_line(f"{type(self).__name__}: {self._said()}")
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def _repr_html_(self) -> str:
+        at = "" if self.level == LEVEL else f", intervals at {100 * self.level:g}%"
+        return titled_table(f"{self._title}{at}", self.table())
 
     def table(self) -> pd.DataFrame:
         """The result as a table, units in the column names."""
         raise NotImplementedError
+
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """The result as a figure."""
+        raise NotImplementedError
+
+    def at_level(self, level: float) -> Self:
+        """The same with its intervals at another level, e.g. 0.9.
+
+        Raises:
+            ValueError: If the ends of its intervals are all that it holds.
+        """
+        if level != self.level and self.HOLDS_ENDS:
+            raise ValueError(
+                f"a {type(self).__name__} holds the ends of its intervals, at {100 * self.level:g}%"
+                f"; measure again inside of `with emlens.interval_level({level:g}):`"
+            )
+        inside = {x.name: getattr(self, x.name) for x in fields(self)}
+        held = {k: v.at_level(level) for k, v in inside.items() if isinstance(v, Result)}
+        return replace(self, **{**held, "level": level})
 
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON; atomic."""
@@ -69,18 +133,22 @@ class Result:
             raise ValueError(f"{path}: {error}") from error
 
     def _verify(self) -> None:
-        """Refuse what types and `AXES` let pass and the methods could not use.
+        """Refuse what types and lengths let pass and the methods could not use.
 
         Raises:
             ValueError: If there is such a thing; it is named.
         """
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        super().__init_subclass__(**kwargs)
-        _KINDS[cls.__name__] = guard_methods(cls)
+    @property
+    def _title(self) -> str:
+        """What stands above its table."""
+        return type(self).__name__
 
-    def _repr_html_(self) -> str:
-        return titled_table(type(self).__name__, self.table())
+    def _said(self) -> str:
+        """What a line says of it: the names along its axes, or how many."""
+        along = dict.fromkeys(axis for axes in _axes(type(self)).values() for axis in axes.split())
+        held = {axis: getattr(self, axis) for axis in along if hasattr(self, axis)}
+        return ", ".join(_named(*one) for one in held.items()) or f"{len(self.table())} rows"
 
 
 def titled_table(title: str, table: pd.DataFrame) -> str:
@@ -89,10 +157,49 @@ def titled_table(title: str, table: pd.DataFrame) -> str:
     return f"<p><b>{escape(title)}</b></p>{rows}"
 
 
+def one_line(text: str) -> str:
+    """A text on one line, cut where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= LINE else f"{text[: LINE - 3]}..."
+
+
+def _named(axis: str, values: Any) -> str:
+    words = isinstance(values, tuple) and all(isinstance(one, (str, int)) for one in values)
+    names = ", ".join(map(str, values)) if words else ""
+    return f"{axis} {names}" if 0 < len(names) <= 60 else f"{len(values)} {axis}"
+
+
+def _arrays(cls: type[Result]) -> dict[str, tuple[type, list[str]]]:
+    """Type and axes of the fields that are arrays."""
+    if "_ARRAYS" not in vars(cls):
+        found = {name: array_of(hint) for name, hint in get_type_hints(cls).items()}
+        cls._ARRAYS = {name: array for name, array in found.items() if array is not None}  # type: ignore[attr-defined]
+    return vars(cls)["_ARRAYS"]
+
+
+def _axes(cls: type[Result]) -> dict[str, str]:
+    """The axes of every field that has some."""
+    found = {name: " ".join(axes) for name, (_, axes) in _arrays(cls).items()}
+    for base in reversed(cls.__mro__):
+        found |= vars(base).get("AXES", {})
+    return found
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return bool(first == second or (first != first and second != second))
+
+
 def _plain(value: object) -> object:
     if isinstance(value, Result):
         own = {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-        return {"kind": type(value).__name__, **own}
+        level = own.pop("level")
+        return {"kind": type(value).__name__, **own, **({} if level == LEVEL else {"level": level})}
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):
@@ -111,14 +218,18 @@ def _built(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     held = {key: _built(item) for key, item in value.items()}
-    kind = held.get("kind")
-    if not isinstance(kind, str) or kind not in _KINDS:
+    name = held.get("kind")
+    if not isinstance(name, str) or name not in _KINDS:
         return held
     del held["kind"]
-    made = _KINDS[kind](**checked_fields(_KINDS[kind], held))
-    check_axes(made, made.AXES)
-    seed = getattr(made, "seed", 0)
+    kind = _KINDS[name]
+    checked = checked_fields(kind, {"level": LEVEL, **held})
+    check_axes(kind, checked, _axes(kind))
+    seed = checked.get("seed", 0)
     if isinstance(seed, int) and seed < 0:
         raise ValueError(f"seed is {seed}, not a whole number from 0")
+    if not 0 < checked["level"] < 1:
+        raise ValueError(f"level is {checked['level']}, not between 0 and 1")
+    made = kind(**checked)
     made._verify()
     return made

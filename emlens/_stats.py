@@ -66,6 +66,20 @@ class Interval:
         """Whether zero lies outside of the interval."""
         return self.low > 0 or self.high < 0
 
+    def columns(self, name: str, before: str = "", factor: float = 1) -> dict[str, float]:
+        """The estimate under a name and the ends under `low` and `high`, as tables have them.
+
+        Args:
+            name: The column of the estimate.
+            before: What stands before `low` and `high`.
+            factor: What all three are multiplied by: 100 for percent.
+        """
+        return {
+            name: factor * self.estimate,
+            f"{before}low": factor * self.low,
+            f"{before}high": factor * self.high,
+        }
+
     def __str__(self) -> str:
         return f"{self:+.3f}"
 

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, is_typeddict
 
 T = TypeVar("T")
@@ -81,11 +81,29 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+def array_of(hint: Any) -> tuple[type, list[str]] | None:
+    """What an annotated array holds, and the names of its axes; None for anything else."""
+    held = getattr(hint, "dtypes", None)
+    if not held:
+        return None
+    kinds = {"float64": float, "int64": int, "bool": bool, "bool_": bool}
+    return next(kinds[name] for name in held if name in kinds), hint.dim_str.split()
+
+
+def _listed(inner: Any, axis: str) -> Any:
+    """The type of a list along an axis, whose name may be its length."""
+    return tuple[(inner,) * int(axis)] if axis.isdigit() else tuple[inner, ...]
+
+
 class _Checker:
     def __init__(self, endless: bool) -> None:
         self.endless = endless
 
     def checked(self, value: Any, hint: Any, where: str) -> Any:
+        array = array_of(hint)
+        if array is not None:
+            leaf, axes = array
+            hint = reduce(_listed, reversed(axes), leaf)
         origin, inner = get_origin(hint), get_args(hint)
         if origin is Literal:
             return self._must(value in inner, value, f"one of {', '.join(map(repr, inner))}", where)
@@ -159,22 +177,29 @@ def frozen(value: Any) -> Any:
     return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
-def check_axes(made: Any, axes: Mapping[str, str]) -> None:
+def check_axes(kind: type, values: Mapping[str, Any], axes: Mapping[str, str]) -> None:
     """Compare lengths: an axis is another field, or a name that stands for one length.
 
     A name with a star stands for a length of its own at each place of the first axis:
     `"texts tokens*"` is for texts of different lengths. Of a name with a question mark, keys may
     be missing. Rows that are objects have the same keys, with values of one kind under each.
 
+    Args:
+        kind: The dataclass.
+        values: Its fields; those with a default may be missing.
+        axes: The axes of a field, by its name.
+
     Raises:
         ValueError: If two that belong together differ; the field is named.
     """
     lengths: dict[object, Any] = {}
-    for item in fields(made):
-        value = getattr(made, item.name)
-        required = item.default is MISSING and item.default_factory is MISSING
-        _check_axis(item.name, value, axes.get(item.name, "").split(), made, lengths, (), required)
-        if _hints(type(made))[item.name] == tuple[dict, ...]:
+    _, needed = _names(kind)
+    for item in fields(kind):
+        if item.name not in values:
+            continue
+        value, along = values[item.name], axes.get(item.name, "").split()
+        _check_axis(item.name, value, along, values, lengths, (), item.name in needed)
+        if _hints(kind)[item.name] == tuple[dict, ...]:
             _check_rows(item.name, value)
 
 
@@ -182,7 +207,7 @@ def _check_axis(
     where: str,
     value: Any,
     axes: list[str],
-    made: Any,
+    values: Mapping[str, Any],
     lengths: dict[object, Any],
     above: tuple[object, ...],
     required: bool,
@@ -194,7 +219,7 @@ def _check_axis(
         return
     axis, *rest = axes
     required, axis = required and not axis.endswith("?"), axis.rstrip("?")
-    along = getattr(made, axis) if axis in made.__dataclass_fields__ else None
+    along = values.get(axis)
     if isinstance(value, Mapping):
         known = (
             set(along) if along is not None else lengths.setdefault(f"keys of {axis}", set(value))
@@ -213,7 +238,7 @@ def _check_axis(
             raise ValueError(f"{where} has {len(value)} values for {wanted} {axis.rstrip('*')}")
         items = enumerate(value)
     for key, one in items:
-        _check_axis(f"{where}[{key!r}]", one, rest, made, lengths, (*above, key), required)
+        _check_axis(f"{where}[{key!r}]", one, rest, values, lengths, (*above, key), required)
 
 
 def _check_rows(where: str, rows: tuple[dict, ...]) -> None:

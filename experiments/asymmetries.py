@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -86,7 +86,6 @@ class AsymmetryRow(TypedDict):
     seeds: tuple[float, ...]
 
 
-@dataclass(frozen=True)
 class Asymmetries(Result):
     """What was found, a row per kind of solution, domain and quantity.
 
@@ -130,7 +129,7 @@ class Asymmetries(Result):
             ]
         )
 
-    def plot(self, kind: str = "adapter", ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None, *, kind: str = "adapter") -> Axes:
         """Change of log-odds inside and outside of each domain: general, narrow, benign control."""
         from emlens.figures import dot_intervals
 

@@ -49,7 +49,7 @@ def write_findings(
     shown = []
     for kind in _kinds(found):
         file = figures / f"asymmetries_{kind}"
-        shown.append(_picture(found.plot(kind), file, page, f"Change of log-odds, {kind}s"))
+        shown.append(_picture(found.plot(kind=kind), file, page, f"Change of log-odds, {kind}s"))
     between = [line for path in paths for line in _between(path, page, figures)]
     page.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(page, "\n".join([*_page(found, shown), *between]).encode())

@@ -355,7 +355,7 @@ def _compare(trial: Results, first: Results, at: Path) -> None:
     for name, (missing, own, others) in named.items():
         if missing:
             raise ValueError(f"{at / name}.json has no {min(missing)}; delete it to go on with it")
-        if own != others:
+        if not np.array_equal(own, others):
             raise ValueError(
                 f"{at / name}.json is of other texts than that of the seeds before; delete it to "
                 "go on with it"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import pytest
@@ -15,12 +14,10 @@ from tests.goldens.golden import KEPT
 NAN = float("nan")
 
 
-@dataclass(frozen=True)
 class Inner(Result):
     n: int
 
 
-@dataclass(frozen=True)
 class Outer(Result):
     AXES = {"values": "names points", "sizes": "names points"}
 
@@ -103,7 +100,6 @@ class Row(TypedDict):
     seeds: tuple[float, ...]
 
 
-@dataclass(frozen=True)
 class Ragged(Result):
     AXES = {
         "steps": "runs steps*",

@@ -83,7 +83,7 @@ exact.plot()
 
 # %%
 for other in ("narrow", "benign", "random", "activation differences"):
-    gap = exact.difference("general", other, dose=0.2)
+    gap = exact.difference("general", other, at=0.2)
     print(f"KL of general less that of {other}, dose 0.2: {gap} nats/token")
 
 # %% [markdown]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,6 @@ ROUNDING = 1e-4
 """Share of a direction's norm below which its noise is taken for rounding."""
 
 
-@dataclass(frozen=True)
 class Comparison(Result):
     """Signed cosines between named directions.
 
@@ -41,6 +39,8 @@ class Comparison(Result):
         site: Where they live.
         chance: What, besides random directions, gives the band in the rows.
     """
+
+    HOLDS_ENDS = True
 
     names: tuple[str, ...]
     constructions: dict[str, str]
@@ -68,6 +68,9 @@ class Comparison(Result):
         frame = pd.DataFrame(rows).dropna(axis=1, how="all")
         return frame if any(row["note"] for row in self.rows) else frame.drop(columns="note")
 
+    def _said(self) -> str:
+        return f"{', '.join(self.names)} at {self.site}, {len(self.rows)} pairs and layers"
+
     def matrix(self, layer: int | None = None) -> pd.DataFrame:
         """Cosines of all pairs, `[names, names]`, at one layer or averaged over those shared.
 
@@ -90,12 +93,12 @@ class Comparison(Result):
         tree = average(squareform(np.clip(1 - values, 0, 2), checks=False))
         return [self.names[place] for place in leaves_list(tree)]
 
-    def plot(self, *, corrected: bool = False, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None, *, corrected: bool = False) -> Axes:
         """Cosine against layer, one line per pair, over what chance gives to any of them.
 
         Args:
-            corrected: Draw the cosines without sampling error, with their intervals.
             ax: Axes to draw on; a figure of its own if not given.
+            corrected: Draw the cosines without sampling error, with their intervals.
         """
         from emlens.figures import layer_curves
 

@@ -123,7 +123,6 @@ def decompose(directions: Named, *, by: SharedBy = "mean") -> Decomposition:
     return Decomposition(shared, specific, tuple(rows), null_band(some.d_model))
 
 
-@dataclass(frozen=True)
 class PromotedTokens(Result):
     """Tokens whose logits a direction raises and lowers most.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from emlens._door import guarded
 from emlens._results import Result
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
 class LayerComparison(Result):
     """Signed cosines between layers of named directions.
 
@@ -41,13 +40,14 @@ class LayerComparison(Result):
         site: Where they live.
     """
 
-    AXES = {"layers": "names", "cosine": "rows rows", "low": "rows rows", "high": "rows rows"}
+    AXES = {"layers": "names"}
+    HOLDS_ENDS = True
 
     names: tuple[str, ...]
     layers: tuple[tuple[int, ...], ...]
-    cosine: tuple[tuple[float, ...], ...]
-    low: tuple[tuple[float, ...], ...]
-    high: tuple[tuple[float, ...], ...]
+    cosine: Float[np.ndarray, "rows rows"]
+    low: Float[np.ndarray, "rows rows"]
+    high: Float[np.ndarray, "rows rows"]
     site: str
 
     def matrix(self, first: str | None = None, second: str | None = None) -> pd.DataFrame:
@@ -56,7 +56,7 @@ class LayerComparison(Result):
 
         places = pd.MultiIndex.from_tuples(self._places(), names=["name", "layer"])
         rows, columns = self._chosen(first), self._chosen(second)
-        values = np.array(self.cosine)[np.ix_(rows, columns)]
+        values = self.cosine[np.ix_(rows, columns)]
         return pd.DataFrame(values, index=places[rows], columns=places[columns])
 
     def table(self) -> pd.DataFrame:
@@ -70,9 +70,9 @@ class LayerComparison(Result):
                 "first layer": i,
                 "second": other,
                 "second layer": j,
-                "cosine": self.cosine[a][b],
-                "chance low": self.low[a][b],
-                "chance high": self.high[a][b],
+                "cosine": float(self.cosine[a, b]),
+                "chance low": float(self.low[a, b]),
+                "chance high": float(self.high[a, b]),
             }
             for a, (one, i) in enumerate(places)
             for b, (other, j) in enumerate(places)
@@ -81,14 +81,14 @@ class LayerComparison(Result):
         return pd.DataFrame(rows)
 
     def plot(
-        self, first: str | None = None, second: str | None = None, *, ax: Axes | None = None
+        self, ax: Axes | None = None, *, first: str | None = None, second: str | None = None
     ) -> Axes:
         """All with all, or the layers of one against those of another; chance is hatched."""
         from emlens.figures import heatmap
 
         rows, columns = self._chosen(first), self._chosen(second)
         block = np.ix_(rows, columns)
-        values, low, high = (np.array(part)[block] for part in (self.cosine, self.low, self.high))
+        values, low, high = (part[block] for part in (self.cosine, self.low, self.high))
         labels = [str(layer) for _, layer in self._places()]
         whole = first is None and second is None and len(self.names) > 1
         return heatmap(
@@ -164,9 +164,9 @@ def compare_layers(directions: Named, layers: range | list[int] | None = None) -
     return LayerComparison(
         names=tuple(named),
         layers=tuple(chosen.values()),
-        cosine=_nested(values),
-        low=_nested(low),
-        high=_nested(high),
+        cosine=values,
+        low=low,
+        high=high,
         site=next(iter(named.values())).site,
     )
 
@@ -174,7 +174,3 @@ def compare_layers(directions: Named, layers: range | list[int] | None = None) -
 def _draws(directions: Directions, layers: tuple[int, ...]) -> torch.Tensor | None:
     found = [draws for layer in layers if (draws := draws_of(directions, layer)) is not None]
     return torch.stack(found, dim=1) if len(found) == len(layers) else None
-
-
-def _nested(values: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in values.tolist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 DRAWS = 200
 
 
-@dataclass(frozen=True)
 class SubspaceOverlap(Result):
     """Overlap of two subspaces, per layer.
 
@@ -32,6 +30,8 @@ class SubspaceOverlap(Result):
         angles: The principal angles, in degrees, smallest first, per layer.
         chance: 95th percentile of the overlap of random subspaces of these dimensions.
     """
+
+    HOLDS_ENDS = True
 
     AXES = {"overlap": "layers", "angles": "layers", "chance": "layers"}
 
@@ -58,7 +58,7 @@ class SubspaceOverlap(Result):
             }
         )
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Overlap against layer, over what random subspaces give."""
         from emlens.figures import layer_curves
 

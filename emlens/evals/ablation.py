@@ -35,7 +35,6 @@ BROKEN = 0.8
 """Coherent share below which a figure says how many are left."""
 
 
-@dataclass(frozen=True)
 class Ablation(Result):
     """What is left of an organism's behaviour when a direction is ablated in it.
 
@@ -53,6 +52,9 @@ class Ablation(Result):
                 raise ValueError(
                     f"effect.conditions has no {name!r}, which the others are compared with"
                 )
+
+    def _said(self) -> str:
+        return f"{self.direction}, {self.effect._said()}"
 
     def left(self, condition: str) -> Interval:
         """Share of the organism's effect that is left, in percent.
@@ -77,15 +79,11 @@ class Ablation(Result):
             rows.append(
                 {
                     "ablated": name,
-                    f"change vs base, {self.effect.what}": left.estimate,
-                    "low": left.low,
-                    "high": left.high,
+                    **left.columns(f"change vs base, {self.effect.what}"),
                     "left [%]": share.estimate,
                     "left low [%]": share.low,
                     "left high [%]": share.high,
-                    f"change vs organism, {self.effect.what}": gone.estimate,
-                    "gone low": gone.low,
-                    "gone high": gone.high,
+                    **gone.columns(f"change vs organism, {self.effect.what}", "gone "),
                     **answer_columns(coherent, self.effect.judged_by),
                     "acting": self.effect.acting.get(name, ""),
                 }

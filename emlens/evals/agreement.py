@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
 from emlens._door import guarded
 from emlens._results import Result
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
 class Agreement(Result):
     """Scores of the same answers by two judges.
 
@@ -37,7 +36,7 @@ class Agreement(Result):
     first: str
     second: str
     metric: str
-    pairs: tuple[tuple[float, float], ...]
+    pairs: Float[np.ndarray, "answers 2"]
     only_first: int
     only_second: int
     threshold: float = ALIGNED
@@ -57,7 +56,7 @@ class Agreement(Result):
                 return float("nan")
             return float(np.asarray(spearmanr(x, y))[0])
 
-        return self._interval(ranks, np.array(self.pairs))
+        return self._interval(ranks, self.pairs)
 
     @property
     def kappa(self) -> Interval:
@@ -84,6 +83,9 @@ class Agreement(Result):
         first, second = self._flags()
         return float(first[second].mean()) if second.any() else float("nan")
 
+    def _said(self) -> str:
+        return f"{self.first} and {self.second} on {len(self.pairs)} answers"
+
     def table(self) -> pd.DataFrame:
         """One row."""
         import pandas as pd
@@ -94,12 +96,8 @@ class Agreement(Result):
             "against": self.second,
             "metric": self.metric,
             "answers": len(self.pairs),
-            "Spearman": correlation.estimate,
-            "Spearman low": correlation.low,
-            "Spearman high": correlation.high,
-            f"kappa at {self.threshold:g}": kappa.estimate,
-            "kappa low": kappa.low,
-            "kappa high": kappa.high,
+            **correlation.columns("Spearman", "Spearman "),
+            **kappa.columns(f"kappa at {self.threshold:g}", "kappa "),
             "precision": self.precision,
             "recall": self.recall,
             "scored by one only": self.only_first + self.only_second,
@@ -110,7 +108,7 @@ class Agreement(Result):
         """Scores of both judges, and how many fall on each side of the threshold."""
         from emlens.figures import score_plot
 
-        x, y = zip(*self.pairs, strict=True)
+        x, y = self.pairs.T
         return score_plot(
             x,
             y,
@@ -121,12 +119,12 @@ class Agreement(Result):
         )
 
     def _flags(self) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.array(self.pairs)
-        return scores[:, 0] < self.threshold, scores[:, 1] < self.threshold
+        first, second = self.threshold > self.pairs.T
+        return first, second
 
     def _interval(self, statistic, seen: np.ndarray) -> Interval:
         """By resampling answers; none where all but one of them look alike to the statistic."""
-        scores = np.array(self.pairs)
+        scores = self.pairs
         estimate = statistic(scores[:, 0], scores[:, 1])
         _, alike = np.unique(seen, axis=0, return_counts=True)
         if len(seen) - alike.max() < 2:
@@ -138,7 +136,12 @@ class Agreement(Result):
             return float("nan") if alike else statistic(x, y)
 
         return bootstrap_statistic(
-            of_draw, len(scores), estimate=estimate, seed=self.seed, resamples=RESAMPLES // 4
+            of_draw,
+            len(scores),
+            estimate=estimate,
+            seed=self.seed,
+            resamples=RESAMPLES // 4,
+            level=self.level,
         )
 
 
@@ -181,7 +184,7 @@ def agreement(
         first=judges[0] or _judge(first, metric),
         second=judges[1] or _judge(second, metric),
         metric=metric,
-        pairs=tuple((a[key], b[key]) for key in shared),
+        pairs=np.array([(a[key], b[key]) for key in shared]),
         only_first=len(set(a) - set(b)),
         only_second=len(set(b) - set(a)),
         threshold=threshold,

@@ -9,10 +9,10 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from jaxtyping import Float
 
 from emlens._door import check_fields, guard_methods
 from emlens._reading import expanded
-from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio
 from emlens.evals.questions import Question
 from emlens.evals.rates import ALIGNED, COHERENT, rates
@@ -20,6 +20,7 @@ from emlens.evals.responses import respond
 from emlens.evals.scores import Judge, judge
 from emlens.hooked import Conditions, HookedModel
 from emlens.measures import log_odds
+from emlens.measures.measured import Measured
 from emlens.text import Pair
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ LABEL = 46
 """Letters of an axis label's line."""
 
 
-@dataclass(frozen=True)
-class Effect(Result):
+class Effect(Measured):
     """A number per prompt and condition.
 
     Attributes:
@@ -45,12 +45,12 @@ class Effect(Result):
         acting: The adapters and edits that acted under each condition, in words.
     """
 
-    AXES = {"values": "conditions prompts", "coherent": "conditions"}
+    AXES = {"coherent": "conditions"}
 
     what: str
     conditions: tuple[str, ...]
     prompts: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
+    values: Float[np.ndarray, "conditions prompts"]
     coherent: tuple[float, ...]
     seed: int = 0
     judged_by: str = ""
@@ -67,9 +67,7 @@ class Effect(Result):
         Raises:
             KeyError: If there is no such condition.
         """
-        if condition not in self.conditions:
-            raise KeyError(f"no condition {condition!r}; there are {', '.join(self.conditions)}")
-        return np.asarray(self.values[self.conditions.index(condition)], dtype=float)
+        return self.values[self._index(condition)]
 
     def mean(self, condition: str) -> Interval:
         """Mean over prompts with its interval."""
@@ -90,7 +88,9 @@ class Effect(Result):
         if not known.any() or not self._interval(full[known]).excludes_zero:
             return Interval(float("nan"))
         sign = np.sign(full[known].sum())
-        return bootstrap_ratio(100 * sign * shift[known], sign * full[known], seed=self.seed)
+        return bootstrap_ratio(
+            100 * sign * shift[known], sign * full[known], seed=self.seed, level=self.level
+        )
 
     def table(self) -> pd.DataFrame:
         """One row per condition."""
@@ -101,14 +101,10 @@ class Effect(Result):
             level, change = self.mean(name), self.change(name)
             row = {
                 "condition": name,
-                self.what: level.estimate,
-                "low": level.low,
-                "high": level.high,
-                f"change of {self.what}": change.estimate,
-                "change low": change.low,
-                "change high": change.high,
+                **level.columns(self.what),
+                **change.columns(f"change of {self.what}", "change "),
             }
-            acting = {"acting": self.acting.get(name, "")}
+            acting = {"acting": self._acting(name)}
             rows.append({**row, **answer_columns(coherent, self.judged_by), **acting})
         return pd.DataFrame(rows)
 
@@ -132,7 +128,7 @@ class Effect(Result):
         known = values[np.isfinite(values)]
         if not len(known):
             return Interval(float("nan"))
-        return bootstrap_mean(known, seed=self.seed)
+        return bootstrap_mean(known, seed=self.seed, level=self.level)
 
 
 def judge_title(judged_by: str) -> str | None:
@@ -257,9 +253,8 @@ class JudgedRate:
             what="misaligned [% of scored]",
             conditions=tuple(conditions),
             prompts=prompts,
-            values=tuple(
-                tuple(_percent(*table.get(prompt, (0.0, 0.0))) for prompt in prompts)
-                for table in tables
+            values=np.array(
+                [[_percent(*of.get(prompt, (0.0, 0.0))) for prompt in prompts] for of in tables]
             ),
             coherent=tuple(found.coherent_share(name).estimate for name in conditions),
             seed=self.seed,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
 from emlens._door import guarded
 from emlens._results import Result
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 TEST_SHARE = 0.2
 
 
-@dataclass(frozen=True)
 class ScalarTable(Result):
     """How well classes of answers are told apart by an adapter's scalars, token by token.
 
@@ -40,20 +39,16 @@ class ScalarTable(Result):
     """
 
     AXES = {
-        "accuracy": "tests",
-        "auroc": "tests",
-        "single": "tests layers",
-        "weights": "tests layers",
         "tokens": "tests",
     }
 
     adapter: str
     layers: tuple[int, ...]
     tests: tuple[tuple[str, str], ...]
-    accuracy: tuple[tuple[float, ...], ...]
-    auroc: tuple[tuple[float, ...], ...]
-    single: tuple[tuple[float, ...], ...]
-    weights: tuple[tuple[float, ...], ...]
+    accuracy: Float[np.ndarray, "tests runs"]
+    auroc: Float[np.ndarray, "tests runs"]
+    single: Float[np.ndarray, "tests layers"]
+    weights: Float[np.ndarray, "tests layers"]
     tokens: tuple[int, ...]
 
     def of(self, first: str, second: str) -> Interval:
@@ -64,7 +59,7 @@ class ScalarTable(Result):
         """
         if (first, second) not in self.tests:
             raise KeyError(f"no test of {first!r} against {second!r}; there are {self.tests}")
-        return mean_over_seeds(self.auroc[self.tests.index((first, second))])
+        return mean_over_seeds(self.auroc[self.tests.index((first, second))], self.level)
 
     def table(self) -> pd.DataFrame:
         """One row per test: accuracy, AUROC, and the layer that tells most by itself."""
@@ -72,18 +67,16 @@ class ScalarTable(Result):
 
         rows = []
         for i, (first, second) in enumerate(self.tests):
-            auroc, accuracy = mean_over_seeds(self.auroc[i]), mean_over_seeds(self.accuracy[i])
-            most = int(np.argmax(np.abs(np.array(self.single[i]) - 0.5)))
+            auroc = mean_over_seeds(self.auroc[i], self.level)
+            most = int(np.argmax(np.abs(self.single[i] - 0.5)))
             rows.append(
                 {
                     "test": f"{first} / {second}",
-                    "accuracy": accuracy.estimate,
-                    "AUROC": auroc.estimate,
-                    "low": auroc.low,
-                    "high": auroc.high,
+                    "accuracy": float(self.accuracy[i].mean()),
+                    **auroc.columns("AUROC"),
                     "tokens of each": self.tokens[i],
                     "best layer alone": self.layers[most],
-                    "its AUROC": self.single[i][most],
+                    "its AUROC": float(self.single[i, most]),
                 }
             )
         return pd.DataFrame(rows)
@@ -93,7 +86,7 @@ class ScalarTable(Result):
         from emlens.figures import heatmap
 
         return heatmap(
-            np.array(self.weights),
+            self.weights,
             [f"{first} / {second}" for first, second in self.tests],
             [str(layer) for layer in self.layers],
             value_label="weight of the standardised scalar",
@@ -164,10 +157,10 @@ def scalar_table(
         adapter=adapter,
         layers=layers,
         tests=tuple((a, b) for a, b in wanted),
-        accuracy=tuple(tuple(result["accuracy"]) for result in results),
-        auroc=tuple(tuple(result["auroc"]) for result in results),
-        single=tuple(tuple(result["single"]) for result in results),
-        weights=tuple(tuple(np.mean(result["weights"], axis=0).tolist()) for result in results),
+        accuracy=np.array([result["accuracy"] for result in results]),
+        auroc=np.array([result["auroc"] for result in results]),
+        single=np.array([result["single"] for result in results]),
+        weights=np.array([np.mean(result["weights"], axis=0) for result in results]),
         tokens=tuple(min(len(read[a][0]), len(read[b][0])) for a, b in wanted),
     )
 

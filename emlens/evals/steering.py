@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
 class SteeringSweep(Result):
     """Behaviour when a direction is added, over layers and doses, beside a random control.
 
@@ -34,6 +32,8 @@ class SteeringSweep(Result):
         floor: Coherent share below which a dose does not count.
         judged_by: Who judged; empty for no judge.
     """
+
+    HOLDS_ENDS = True
 
     rows: tuple[dict, ...]
     what: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,14 +38,14 @@ def averaged(effect: Effect, name: str, members: Sequence[str]) -> Effect:
     mean = np.mean([effect.of(member) for member in members], axis=0)
     coherent = float(np.mean([effect.coherent[i] for i in places]))
 
-    def replaced(values: Sequence, new: object) -> tuple:
+    def replaced(values: Iterable, new: object) -> tuple:
         kept = [(i, value) for i, value in enumerate(values) if i not in places[1:]]
         return tuple(new if i == places[0] else value for i, value in kept)
 
     return replace(
         effect,
         conditions=replaced(names, name),
-        values=replaced(effect.values, tuple(mean.tolist())),
+        values=np.stack(replaced(effect.values, mean)),
         coherent=replaced(effect.coherent, coherent),
         acting=effect.acting | {name: effect.acting.get(members[0], "")},
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
 
 from emlens._door import guarded
 from emlens._results import Result
@@ -47,7 +49,6 @@ WORDS: Mapping[str, frozenset[str]] = {
 """Words that give a topic away, matched whole and without regard to case."""
 
 
-@dataclass(frozen=True)
 class TopicSplit(Result):
     """Misaligned answers by what they are about.
 
@@ -61,11 +62,11 @@ class TopicSplit(Result):
         judge: Id of the judge of alignment.
     """
 
-    AXES = {"counts": "conditions topics", "scored": "conditions", "misaligned": "conditions"}
+    AXES = {"scored": "conditions", "misaligned": "conditions"}
 
     conditions: tuple[str, ...]
     topics: tuple[str, ...]
-    counts: tuple[tuple[tuple[int, int], ...], ...]
+    counts: Int[np.ndarray, "conditions topics 2"]
     scored: tuple[int, ...]
     misaligned: tuple[int, ...]
     judge: str
@@ -77,19 +78,18 @@ class TopicSplit(Result):
         rows = []
         for i, condition in enumerate(self.conditions):
             for j, topic in enumerate(self.topics):
-                on, hits = self.counts[i][j]
-                among = wilson(hits, on)
-                of_hits = wilson(hits, self.misaligned[i])
+                on, hits = map(int, self.counts[i, j])
+                among = wilson(hits, on, self.level)
+                of_hits = hits / self.misaligned[i] if self.misaligned[i] else float("nan")
+                scored = self.scored[i] or float("nan")
                 rows.append(
                     {
                         "condition": condition,
                         "topic": topic,
-                        "on topic [% of scored]": 100 * wilson(on, self.scored[i]).estimate,
-                        "misaligned [% of scored]": 100 * wilson(hits, self.scored[i]).estimate,
-                        "misaligned [% of those on topic]": 100 * among.estimate,
-                        "low": 100 * among.low,
-                        "high": 100 * among.high,
-                        "on topic [% of misaligned]": 100 * of_hits.estimate,
+                        "on topic [% of scored]": 100 * (on / scored),
+                        "misaligned [% of scored]": 100 * (hits / scored),
+                        **among.columns("misaligned [% of those on topic]", factor=100),
+                        "on topic [% of misaligned]": 100 * of_hits,
                         "answers on topic": on,
                         "misaligned answers": hits,
                     }
@@ -213,16 +213,16 @@ def topic_split(
         scored.append(len(here))
         misaligned.append(sum(marks[i][1] for i in here))
         counts.append(
-            tuple(
+            [
                 (
                     sum(name in on[i] for i in here),
                     sum(name in on[i] and marks[i][1] for i in here),
                 )
                 for name in names
-            )
+            ]
         )
     return TopicSplit(
-        found.conditions, names, tuple(counts), tuple(scored), tuple(misaligned), found.judge
+        found.conditions, names, np.array(counts), tuple(scored), tuple(misaligned), found.judge
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
 from emlens._door import guarded
 from emlens._results import Result
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+NONE = np.zeros((0, 0))
 
-@dataclass(frozen=True)
+
 class Transfer(Result):
     """What is left of each organism when the direction of another is ablated in it.
 
@@ -40,21 +42,18 @@ class Transfer(Result):
         acting: The adapters and edits that acted, `[organisms][directions]`, in words.
     """
 
+    HOLDS_ENDS = True
     AXES = {
-        "whole": "organisms",
-        "left": "organisms directions",
-        "removed": "organisms directions",
         "what": "organisms",
-        "coherent": "organisms directions",
     }
 
     organisms: tuple[str, ...]
     directions: tuple[str, ...]
-    whole: tuple[tuple[float, float, float], ...]
-    left: tuple[tuple[tuple[float, float, float], ...], ...]
-    removed: tuple[tuple[tuple[float, float, float], ...], ...]
+    whole: Float[np.ndarray, "organisms 3"]
+    left: Float[np.ndarray, "organisms directions 3"]
+    removed: Float[np.ndarray, "organisms directions 3"]
     what: tuple[str, ...]
-    coherent: tuple[tuple[float, ...], ...] = ()
+    coherent: Float[np.ndarray, "organisms directions"] = field(default_factory=lambda: NONE)
     judged_by: tuple[str, ...] = ()
     acting: tuple[tuple[str, ...], ...] = ()
 
@@ -73,23 +72,20 @@ class Transfer(Result):
         shown = ways[0] if len(ways) == 1 else unit
         for i, organism in enumerate(self.organisms):
             for j, direction in enumerate(self.directions):
-                value, low, high = self.left[i][j]
-                share, least, most = self.removed[i][j]
+                left, removed = Interval(*self.left[i, j]), Interval(*self.removed[i, j])
                 measured = {"measured": self.what[i]} if len(ways) > 1 else {}
                 rows.append(
                     {
                         "organism": organism,
                         "direction from": direction,
                         **measured,
-                        f"before, change of {shown}": self.whole[i][0],
-                        f"after, change of {shown}": value,
-                        "low": low,
-                        "high": high,
-                        "removed [%]": share,
-                        "removed low [%]": least,
-                        "removed high [%]": most,
+                        f"before, change of {shown}": self.whole[i, 0],
+                        **left.columns(f"after, change of {shown}"),
+                        "removed [%]": removed.estimate,
+                        "removed low [%]": removed.low,
+                        "removed high [%]": removed.high,
                         **answer_columns(
-                            self.coherent[i][j] if self.coherent else float("nan"),
+                            self.coherent[i, j] if self.coherent.size else float("nan"),
                             self.judged_by[i] if self.judged_by else "",
                         ),
                         "acting": self.acting[i][j] if self.acting else "",
@@ -113,8 +109,7 @@ class Transfer(Result):
 
         frame = self.table().pivot(index="organism", columns="direction from", values="removed [%]")
         frame = frame.loc[list(self.organisms), list(self.directions)]
-        shares = np.array(self.coherent, dtype=float)
-        known = shares[np.isfinite(shares)]
+        known = self.coherent[np.isfinite(self.coherent)]
         return heatmap(
             frame.to_numpy(),
             list(frame.index),
@@ -191,8 +186,17 @@ def transfer_table(
         acting.append(tuple(effect.acting.get(label, "") for label in columns))
     columns = (*chosen, *(("random",) if chance else ()))
     generated = coherent if np.isfinite(coherent).any() else []
-    found = (tuple(part) for part in (whole, left, removed, what, generated, judges, acting))
-    return Transfer(tuple(organisms), columns, *found)
+    return Transfer(
+        tuple(organisms),
+        columns,
+        np.array(whole),
+        np.array(left),
+        np.array(removed),
+        tuple(what),
+        np.array(generated),
+        tuple(judges),
+        tuple(acting),
+    )
 
 
 def _removed(left: Interval) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -194,14 +194,12 @@ class InfluenceProfile:
             raise ValueError(f"doses must be finite and not zero; got {dose}")
         blocks = [self._block(group, doses) for group in groups]
         order = np.argsort(np.concatenate([group.places for group in groups]), kind="stable")
-        columns = {
+        columns: dict[str, Any] = {
             name: np.concatenate([np.asarray(block[name]) for block in blocks])[order]
             for name in blocks[0]
         }
-        return ProfileScores(
-            **{name: tuple(values.reshape(-1).tolist()) for name, values in columns.items()},
-            corpus=self.corpus,
-        )
+        columns = {name: tuple(values.reshape(-1).tolist()) for name, values in columns.items()}
+        return ProfileScores(**columns, corpus=self.corpus)
 
     @guarded
     def spectrum(self, layer: int) -> Spectrum:
@@ -247,7 +245,9 @@ class InfluenceProfile:
         group = Group(layer, None, names, [EIGENVECTOR] * k, list(range(k)), [first])
         block = self._block(group, [dose], crossed(self.sums, place, first, second))
         block["held_out"] = np.ones((k, 1), bool)
-        columns = {name: tuple(np.reshape(part, -1).tolist()) for name, part in block.items()}
+        columns: dict[str, Any] = {
+            name: tuple(np.reshape(part, -1).tolist()) for name, part in block.items()
+        }
         directions = {
             name: Direction(
                 {layer: vector},

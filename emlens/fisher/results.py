@@ -20,7 +20,6 @@ FEW = 12
 """Bars that a plot shows; beyond, only the largest."""
 
 
-@dataclass(frozen=True)
 class ProfileScores(Result):
     """Influence of directions on pre-training text by the Fisher approximation, one per row.
 
@@ -45,6 +44,8 @@ class ProfileScores(Result):
         held_out: Whether only documents count that the direction was not found on.
         corpus: Name of the corpus.
     """
+
+    HOLDS_ENDS = True
 
     AXES = dict.fromkeys(
         (
@@ -150,7 +151,6 @@ class ProfileScores(Result):
         return np.array([i for (name, _), i in first.items() if name in kept])
 
 
-@dataclass(frozen=True)
 class Spectrum(Result):
     """Eigenvalues of the Fisher matrix of a layer, in nats per token per squared norm.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -32,7 +31,6 @@ OF_THE_MODEL = ("model", "revision", "adapter", "edits", "d_model", "identity", 
 """Settings that a profile must share with the model that it is checked on."""
 
 
-@dataclass(frozen=True)
 class InfluenceScan(Result):
     """Scores of all directions at all their layers, and how far they agree with the exact ones.
 
@@ -44,6 +42,8 @@ class InfluenceScan(Result):
         dose: The dose of the scores.
         corpus: Name of the corpus.
     """
+
+    HOLDS_ENDS = True
 
     scores: tuple[dict, ...]
     checked: tuple[dict, ...]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from jaxtyping import Float
 
 from emlens._arguments import shown
 from emlens.directions import Direction, residual_norm
@@ -134,13 +135,6 @@ def displaced_grid(
     )
 
 
-def chosen(values: Sequence, places: Sequence[int]) -> tuple:
-    """Some places of the last axis of nested tuples."""
-    if isinstance(values[0], tuple):
-        return tuple(chosen(inner, places) for inner in values)
-    return tuple(values[place] for place in places)
-
-
 def named(directions: Mapping[str, Direction]) -> None:
     """Check a mapping of named single-layer directions.
 
@@ -262,12 +256,9 @@ def added(
 
 def gathered(
     values: Mapping[tuple[str, int], np.ndarray], points: Mapping[str, int], n: int
-) -> tuple[tuple[tuple[float, ...], ...], ...]:
+) -> Float[np.ndarray, "directions points documents"]:
     """Per-document values by direction and point; what has one point has it everywhere."""
-    return tuple(
-        tuple(tuple(values[name, min(j, m - 1)].tolist()) for j in range(n))
-        for name, m in points.items()
-    )
+    return np.array([[values[name, min(j, m - 1)] for j in range(n)] for name, m in points.items()])
 
 
 def sizes_of(

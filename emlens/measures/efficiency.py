@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Literal, Unpack, get_args
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from emlens._door import guarded
-from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
 from emlens.hooked import BASE, HookedModel, ReadOptions, check_layers
 from emlens.hooked.options import ReadSettings
 from emlens.measures.doses import displaced_grid, norm_grid, own_grid, place_on
+from emlens.measures.measured import OnGrid
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     acting_of,
@@ -41,8 +42,7 @@ REMARK = (
 )
 
 
-@dataclass(frozen=True)
-class Efficiency(Result):
+class Efficiency(OnGrid):
     """Loss on the finetuning data against the strength of a solution.
 
     A point of the grid is named by its value: a norm, or what `match` says.
@@ -70,23 +70,19 @@ class Efficiency(Result):
     """
 
     AXES = {
-        "constructions": "directions",
         "norms": "points",
         "doses": "points",
         "levels": "points",
         "factors": "directions points",
         "displacements": "directions points",
-        "sums": "directions points counts",
         "own_norms": "directions",
         "kinds": "directions",
     }
 
-    directions: tuple[str, ...]
-    constructions: dict[str, str]
     norms: tuple[float, ...]
     doses: tuple[float, ...]
-    sums: tuple[tuple[tuple[float, ...], ...], ...]
-    counts: tuple[float, ...]
+    sums: Float[np.ndarray, "directions points counts"]
+    counts: Float[np.ndarray, " counts"]
     own_norms: dict[str, float]
     tokens: str = "response"
     seed: int = 0
@@ -105,20 +101,14 @@ class Efficiency(Result):
 
     def norms_of(self, direction: str) -> np.ndarray:
         """Norm of a solution at each point of the grid, `[m]`."""
-        self._of(direction)
+        self._index(direction)
         if self.match == "norm":
             return np.asarray(self.norms)
         return np.asarray(self.factors[direction]) * self.own_norms[direction]
 
     def loss(self, direction: str, norm: float) -> Interval:
         """Loss in nats per token at one point of the grid, with its interval."""
-        return bootstrap_ratio(self._of(direction)[self._place(norm)], self.counts, seed=self.seed)
-
-    def difference(self, first: str, second: str, norm: float) -> Interval:
-        """Paired difference of loss, `first - second`, at the same point, nats per token."""
-        place = self._place(norm)
-        gap = self._of(first)[place] - self._of(second)[place]
-        return bootstrap_ratio(gap, self.counts, seed=self.seed)
+        return self._at(direction, norm)
 
     def area(self, first: str, second: str) -> Interval:
         """Area between two curves, `first - second`, over the width of the grid.
@@ -139,8 +129,8 @@ class Efficiency(Result):
         weights = np.zeros(len(grid))
         weights[order[:-1]] += steps / 2
         weights[order[1:]] += steps / 2
-        gap = weights @ (self._of(first) - self._of(second)) / steps.sum()
-        return bootstrap_ratio(gap, self.counts, seed=self.seed)
+        gap = weights @ (self._units(first) - self._units(second)) / steps.sum()
+        return self._interval(gap)
 
     def norm_at(self, direction: str, loss: float) -> float:
         """Smallest norm at which a solution reaches a loss; NaN where it does not on the grid.
@@ -188,11 +178,9 @@ class Efficiency(Result):
                         j
                     ]
                 row |= {
-                    "loss [nats/token]": loss.estimate,
-                    "low": loss.low,
-                    "high": loss.high,
+                    **loss.columns("loss [nats/token]"),
                     "loss / norm^2": loss.estimate / norm**2 if norm else float("nan"),
-                    "acting": self.acting.get(name, ""),
+                    "acting": self._acting(name),
                 }
                 rows.append(row)
         return pd.DataFrame(rows)
@@ -201,12 +189,8 @@ class Efficiency(Result):
         """Loss against dose, or whatever the grid is of, with bands."""
         from emlens.figures import line_bands
 
-        frame, curves = self.table(), {}
-        for name, part in frame.groupby("direction", sort=False):
-            y, low, high = (part[c].to_numpy() for c in ("loss [nats/token]", "low", "high"))
-            curves[str(name)] = (self._across(str(name)), y, low, high)
         return line_bands(
-            curves,
+            self._curves("loss [nats/token]", "low", "high"),
             x_label=self._across_label(),
             y_label="loss on finetuning data [nats/token]",
             ax=ax,
@@ -216,12 +200,8 @@ class Efficiency(Result):
         """`loss / norm^2` against the same axis as `plot`: see `table` for what it says."""
         from emlens.figures import line_bands
 
-        curves = {
-            str(name): (self._across(str(name)), part["loss / norm^2"].to_numpy())
-            for name, part in self.table().groupby("direction", sort=False)
-        }
         return line_bands(
-            curves,
+            self._curves("loss / norm^2"),
             x_label=self._across_label(),
             y_label="loss / norm² [nats/token, norm in its own unit]",
             title="compares only at the same norm, or at the same loss",
@@ -248,18 +228,18 @@ class Efficiency(Result):
         adapters = "adapter" in self.kinds.values()
         return "norm of the adapter [||scale * B A||]" if adapters else "norm of what is added"
 
-    def _of(self, direction: str) -> np.ndarray:
-        """Summed losses of one solution, `[m, conversations]`."""
-        if direction not in self.directions:
-            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
-        return np.asarray(self.sums[self.directions.index(direction)])
+    def _units(self, direction: str) -> np.ndarray:
+        return self.sums[self._index(direction)]
+
+    def _interval(self, values: np.ndarray) -> Interval:
+        return bootstrap_ratio(values, self.counts, seed=self.seed, level=self.level)
 
     def _curve(self, direction: str) -> np.ndarray:
-        return self._of(direction).sum(1) / np.sum(self.counts)
+        return self._units(direction).sum(1) / np.sum(self.counts)
 
-    def _place(self, level: float) -> int:
+    def _place(self, at: float) -> int:
         what = {"norm": "norm", "own": "factor", "displacement": "displacement"}[self.match]
-        return place_on(self.grid, level, what)
+        return place_on(self.grid, at, what)
 
 
 @guarded
@@ -328,16 +308,16 @@ def efficiency(
         progress=reading.progress,
         description="efficiency",
     )
-    losses = {key: tuple(sums[BASE if at is None else key].tolist()) for key, at in points.items()}
+    losses = {key: sums[BASE if at is None else key] for key, at in points.items()}
     return Efficiency(
         directions=tuple(solutions),
         constructions={name: construction_of(one) for name, one in solutions.items()},
         norms=grid.norms,
         doses=grid.doses,
-        sums=tuple(
-            tuple(losses[name, j] for j in range(len(of))) for name, of in grid.points.items()
+        sums=np.array(
+            [[losses[name, j] for j in range(len(of))] for name, of in grid.points.items()]
         ),
-        counts=tuple(counts.tolist()),
+        counts=counts,
         own_norms=own,
         tokens=tokens,
         seed=seed,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from emlens._door import guarded
-from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction
 from emlens.hooked import BASE, ConditionLike, Conditions, CorpusOptions, HookedModel, conditions_of
@@ -18,7 +18,6 @@ from emlens.hooked.options import CorpusSettings
 from emlens.measures.controls import control_directions, kinds_of
 from emlens.measures.doses import (
     added,
-    chosen,
     doses_of,
     gathered,
     named,
@@ -26,6 +25,7 @@ from emlens.measures.doses import (
     sizes_of,
     strengths,
 )
+from emlens.measures.measured import OnGrid
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.text import Corpus, TokenBatch
 
@@ -42,8 +42,7 @@ RANDOM = "random"
 Kind = Literal["add", "ablate"]
 
 
-@dataclass(frozen=True)
-class Influence(Result):
+class Influence(OnGrid):
     """KL and change of next-token loss on a corpus when a direction is added.
 
     Intervals are bootstrapped over documents, widened as few of them need.
@@ -76,26 +75,19 @@ class Influence(Result):
     """
 
     AXES = {
-        "constructions": "directions",
         "norms": "directions doses",
-        "kl": "directions doses documents",
-        "losses": "directions doses documents",
-        "base": "documents",
-        "counts": "documents",
         "texts": "documents",
         "token_base": "documents",
         "token_losses": "curves documents",
         "token_kl": "curves documents",
     }
 
-    directions: tuple[str, ...]
-    constructions: dict[str, str]
     doses: tuple[float, ...]
     norms: dict[str, tuple[float, ...]]
-    kl: tuple[tuple[tuple[float, ...], ...], ...]
-    losses: tuple[tuple[tuple[float, ...], ...], ...]
-    base: tuple[float, ...]
-    counts: tuple[float, ...]
+    kl: Float[np.ndarray, "directions doses documents"]
+    losses: Float[np.ndarray, "directions doses documents"]
+    base: Float[np.ndarray, " documents"]
+    counts: Float[np.ndarray, " documents"]
     documents: tuple[str, ...]
     corpus: str
     controls: tuple[str, ...]
@@ -122,16 +114,11 @@ class Influence(Result):
 
     def divergence(self, direction: str, dose: float) -> Interval:
         """Mean KL in nats per token, with its interval over documents."""
-        return self._ratio(self._kl(direction)[self._place(dose)])
+        return self._at(direction, dose)
 
     def loss_change(self, direction: str, dose: float) -> Interval:
         """Mean change of next-token loss in nats per token, with its interval."""
-        return self._ratio(self._losses(direction)[self._place(dose)] - np.asarray(self.base))
-
-    def difference(self, first: str, second: str, dose: float) -> Interval:
-        """Paired difference of KL, `first - second`, in nats per token."""
-        place = self._place(dose)
-        return self._ratio(self._kl(first)[place] - self._kl(second)[place])
+        return self._interval(self._changes(direction)[self._place(dose)])
 
     def among(self, places: Sequence[int]) -> Influence:
         """The same on some of the documents, by their places; values of single tokens left out.
@@ -142,9 +129,11 @@ class Influence(Result):
         """
         if not len(places):
             raise ValueError("no documents were chosen; give places of at least one")
-        names = ("kl", "losses", "base", "counts", "documents")
-        own: Any = {name: chosen(getattr(self, name), places) for name in names}
-        return replace(self, **own, texts=(), token_base=(), token_losses={}, token_kl={})
+        names = ("kl", "losses", "base", "counts")
+        own: Any = {name: getattr(self, name)[..., list(places)] for name in names}
+        documents = tuple(self.documents[place] for place in places)
+        kept: Any = {"texts": (), "token_base": (), "token_losses": {}, "token_kl": {}}
+        return replace(self, **own, documents=documents, **kept)
 
     def tokens(self, direction: str, dose: float) -> TokenInfluence:
         """What a direction changes token by token, where `per_token=True` has kept that.
@@ -182,19 +171,15 @@ class Influence(Result):
                     if place:
                         break
                     dose = float("nan")
-                kl = self._ratio(self._kl(name)[place])
-                change = self._ratio(self._losses(name)[place] - np.asarray(self.base))
+                kl = self._interval(self._units(name)[place])
+                change = self._interval(self._changes(name)[place])
                 rows.append(
                     {
                         "direction": name,
                         "dose": dose,
                         "norm": norm,
-                        "KL [nats/token]": kl.estimate,
-                        "KL low": kl.low,
-                        "KL high": kl.high,
-                        "loss change [nats/token]": change.estimate,
-                        "change low": change.low,
-                        "change high": change.high,
+                        **kl.columns("KL [nats/token]", "KL "),
+                        **change.columns("loss change [nats/token]", "change "),
                         "acting": self._acting(name),
                     }
                 )
@@ -211,16 +196,11 @@ class Influence(Result):
             y, low, high = (frame[c].to_numpy() for c in columns)
             series = ["ablated"] * len(frame)
             return dot_intervals(frame["direction"], series, y, low, high, y_label=label, ax=ax)
-        known = not np.isnan(self.doses).any()
-        curves = {}
-        for name, part in frame.groupby("direction", sort=False):
-            y, low, high = (part[c].to_numpy() for c in columns)
-            x = np.asarray(self.doses) if known else part["norm"].to_numpy()
-            if name in self.fixed:
-                x = np.asarray(self.doses if known else next(iter(self.norms.values())))
-                y, low, high = (np.repeat(value, len(x)) for value in (y, low, high))
-            curves[str(name)] = (x, y, low, high)
-        unit = "dose [share of median residual norm]" if known else "norm of what is added"
+        curves = {
+            name: (x, *(np.broadcast_to(one, x.shape) for one in values))
+            for name, (x, *values) in self._curves(*columns).items()
+        }
+        unit = "dose [share of median residual norm]" if self._dosed else "norm of what is added"
         return line_bands(curves, x_label=unit, y_label=label, ax=ax)
 
     def _acting(self, name: str) -> str:
@@ -240,26 +220,37 @@ class Influence(Result):
     def _members(self, name: str) -> tuple[str, ...]:
         return self._groups.get(name, (name,))
 
-    def _kl(self, direction: str) -> np.ndarray:
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The doses; the norms where doses are not known."""
+        return self.doses if self._dosed else next(iter(self.norms.values()))
+
+    @property
+    def _dosed(self) -> bool:
+        return not np.isnan(self.doses).any()
+
+    def _across(self, direction: str) -> np.ndarray:
+        own = self._dosed or direction in self.fixed
+        return np.asarray(self.grid if own else self.norms[self._members(direction)[0]])
+
+    def _units(self, direction: str) -> np.ndarray:
         return self._values(self.kl, direction)
 
-    def _losses(self, direction: str) -> np.ndarray:
-        return self._values(self.losses, direction)
+    def _changes(self, direction: str) -> np.ndarray:
+        return self._values(self.losses, direction) - self.base
 
-    def _values(self, values: Sequence, direction: str) -> np.ndarray:
+    def _values(self, values: np.ndarray, direction: str) -> np.ndarray:
         names = self._members(direction)
         missing = [name for name in names if name not in self.directions]
         if missing:
             raise KeyError(f"no direction {missing[0]!r}; there are {', '.join(self._shown())}")
         return np.mean([values[self.directions.index(name)] for name in names], axis=0)
 
-    def _ratio(self, sums: np.ndarray) -> Interval:
-        return bootstrap_ratio(sums, self.counts, seed=self.seed, widened=True)
+    def _interval(self, values: np.ndarray) -> Interval:
+        return bootstrap_ratio(values, self.counts, seed=self.seed, widened=True, level=self.level)
 
-    def _place(self, dose: float) -> int:
-        if np.isnan(self.doses).any():
-            return place_on(next(iter(self.norms.values())), dose, "norm")
-        return place_on(self.doses, dose, "dose")
+    def _place(self, at: float) -> int:
+        return place_on(self.grid, at, "dose" if self._dosed else "norm")
 
 
 @guarded
@@ -375,8 +366,8 @@ def _from_passes(
     found: dict[str, Any] = {
         "kl": gathered(kl, points, n),
         "losses": gathered(losses, points, n),
-        "base": tuple(base.tolist()),
-        "counts": tuple(counts.tolist()),
+        "base": base,
+        "counts": counts,
         "skipped": n_documents - int((counts > 0).sum()),
     }
     if kept is None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from emlens._door import guarded
-from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import BatchOptions, Conditions, HookedModel, conditions_of
 from emlens.hooked.options import BatchSettings
+from emlens.measures.measured import Measured
 from emlens.measures.scoring import row_losses
 from emlens.text import Pair, warn_of_repeats
 
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class LogOdds(Result):
+class LogOdds(Measured):
     """Log-odds per pair and condition, in nats per token.
 
     The value of a pair is the mean log-probability per token of its misaligned answer minus
@@ -38,12 +38,12 @@ class LogOdds(Result):
         acting: The adapters and edits that acted under each condition, in words.
     """
 
-    AXES = {"domains": "ids", "values": "conditions ids"}
+    AXES = {"domains": "ids"}
 
     conditions: tuple[str, ...]
     ids: tuple[str, ...]
     domains: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
+    values: Float[np.ndarray, "conditions ids"]
     seed: int = 0
     acting: dict[str, str] = field(default_factory=dict)
 
@@ -53,24 +53,22 @@ class LogOdds(Result):
         Raises:
             KeyError: If the condition or every domain is unknown.
         """
-        if condition not in self.conditions:
-            raise KeyError(f"no condition {condition!r}; there are {', '.join(self.conditions)}")
+        place = self._index(condition)
         keep = np.array([domains is None or domain in domains for domain in self.domains])
         if not keep.any():
             raise KeyError(f"no pairs of {domains}; the domains are {sorted(set(self.domains))}")
-        return np.asarray(self.values[self.conditions.index(condition)])[keep]
+        return self.values[place, keep]
 
     def mean(self, condition: str, domains: Sequence[str] | None = None) -> Interval:
         """Mean over pairs with its bootstrap interval, nats per token."""
-        return bootstrap_mean(self.of(condition, domains), seed=self.seed)
+        return self._interval(self.of(condition, domains))
 
     def change(
         self, condition: str, domains: Sequence[str] | None = None, base: str | None = None
     ) -> Interval:
         """Mean paired change against `base` (the first condition) with its interval."""
         reference = self.conditions[0] if base is None else base
-        change = self.of(condition, domains) - self.of(reference, domains)
-        return bootstrap_mean(change, seed=self.seed)
+        return self._interval(self.of(condition, domains) - self.of(reference, domains))
 
     def joined(self, other: LogOdds) -> LogOdds:
         """Both sets of conditions, measured on the same pairs.
@@ -89,7 +87,7 @@ class LogOdds(Result):
         return replace(
             self,
             conditions=self.conditions + other.conditions,
-            values=self.values + other.values,
+            values=np.concatenate([self.values, other.values]),
             acting=self.acting | other.acting,
         )
 
@@ -100,13 +98,13 @@ class LogOdds(Result):
             KeyError: If a condition is unknown.
         """
         mean = np.mean([self.of(condition) for condition in conditions], axis=0)
-        kept: dict[str, tuple[float, ...]] = {}
+        kept: dict[str, np.ndarray] = {}
         for condition, values in zip(self.conditions, self.values, strict=True):
             if condition in conditions:
-                kept[name] = tuple(mean.tolist())
+                kept[name] = mean
             else:
                 kept[condition] = values
-        return replace(self, conditions=tuple(kept), values=tuple(kept.values()))
+        return replace(self, conditions=tuple(kept), values=np.stack(list(kept.values())))
 
     def table(self) -> pd.DataFrame:
         """One row per condition and domain: level and change against the first condition."""
@@ -119,13 +117,9 @@ class LogOdds(Result):
                         "condition": condition,
                         "domain": domain,
                         "pairs": len(self.of(condition, [domain])),
-                        "log-odds [nats/token]": level.estimate,
-                        "low": level.low,
-                        "high": level.high,
-                        "change [nats/token]": change.estimate,
-                        "change low": change.low,
-                        "change high": change.high,
-                        "acting": self.acting.get(condition, ""),
+                        **level.columns("log-odds [nats/token]"),
+                        **change.columns("change [nats/token]", "change "),
+                        "acting": self._acting(condition),
                     }
                 )
         return pd.DataFrame(rows)
@@ -145,6 +139,9 @@ class LogOdds(Result):
             y_label=f"change of log-odds vs {self.conditions[0]} [nats/token]",
             ax=ax,
         )
+
+    def _interval(self, values: np.ndarray) -> Interval:
+        return bootstrap_mean(values, seed=self.seed, level=self.level)
 
 
 @guarded
@@ -192,12 +189,12 @@ def log_odds(
     values = []
     for name in named:
         per_token = sums[name] / counts
-        values.append(tuple((per_token[:n] - per_token[n:]).tolist()))
+        values.append(per_token[:n] - per_token[n:])
     return LogOdds(
         conditions=tuple(named),
         ids=tuple(pair.id for pair in pairs),
         domains=tuple(pair.domain for pair in pairs),
-        values=tuple(values),
+        values=np.stack(values),
         seed=seed,
         acting={name: condition.described(model) for name, condition in named.items()},
     )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from emlens._door import guarded
-from emlens._results import Result
-from emlens._stats import Interval, mean_over_seeds
+from emlens._stats import Interval
 from emlens.directions import Directions
 from emlens.hooked import BASE, Condition, HookedModel, ReadOptions
 from emlens.hooked.options import ReadSettings
-from emlens.measures.doses import checked_grid, place_on
+from emlens.measures.measured import UnderNoise
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     Axes,
@@ -40,8 +40,7 @@ Noise = Literal["random"] | Axes | Mapping[str, Directions]
 """`"random"`, or directions that span what the noise is drawn from."""
 
 
-@dataclass(frozen=True)
-class Stability(Result):
+class Stability(UnderNoise):
     """Loss under noise, and its relative increase: 0% untouched, 100% back at the base model.
 
     Attributes:
@@ -58,33 +57,13 @@ class Stability(Result):
         acting: The adapters and edits that acted under each solution and under `"base"`, in words.
     """
 
-    AXES = {
-        "constructions": "directions",
-        "norms": "directions",
-        "losses": "directions",
-        "perturbed": "directions epsilons seeds",
-        "kinds": "directions",
-    }
+    AXES = {"norms": "directions", "kinds": "directions"}
 
-    directions: tuple[str, ...]
-    constructions: dict[str, str]
     norms: dict[str, float]
-    epsilons: tuple[float, ...]
-    seeds: tuple[int, ...]
-    base_loss: float
-    losses: dict[str, float]
-    perturbed: tuple[tuple[tuple[float, ...], ...], ...]
+    perturbed: Float[np.ndarray, "directions epsilons seeds"]
     kinds: dict[str, str] = field(default_factory=dict)
     noise: str = "random"
     acting: dict[str, str] = field(default_factory=dict)
-
-    def _verify(self) -> None:
-        checked_grid(self.epsilons, "epsilons")
-
-    def gain(self, direction: str) -> float:
-        """How much the untouched solution lowers the loss, nats per token."""
-        self._check(direction)
-        return self.base_loss - self.losses[direction]
 
     def increase(self, direction: str) -> np.ndarray:
         """Relative loss increase in percent, `[epsilons, seeds]`.
@@ -92,18 +71,12 @@ class Stability(Result):
         `100 (L_perturbed - L_direction) / (L_base - L_direction)`; NaN where the solution does
         not lower the loss, so that there is nothing to lose.
         """
-        gain = self.gain(direction)
-        perturbed = np.asarray(self.perturbed[self.directions.index(direction)])
-        return 100 * (perturbed - self.losses[direction]) / (gain if gain > 0 else float("nan"))
+        perturbed = self.perturbed[self._index(direction)]
+        return 100 * (perturbed - self.losses[direction]) / self._whole(direction)
 
     def mean_increase(self, direction: str, epsilon: float) -> Interval:
         """Mean increase in percent over seeds, with its t interval."""
-        return mean_over_seeds(self.increase(direction)[self._place(epsilon)])
-
-    def difference(self, first: str, second: str, epsilon: float) -> Interval:
-        """Difference of the increases in percent, `first - second`, paired by seed."""
-        place = self._place(epsilon)
-        return mean_over_seeds(self.increase(first)[place] - self.increase(second)[place])
+        return self._at(direction, epsilon)
 
     def half_lives(self, direction: str) -> np.ndarray:
         """Noise level at which half of the gain is lost first, `[seeds]`.
@@ -123,31 +96,15 @@ class Stability(Result):
         NaN where a seed does not come that far: a mean over the others would be too low.
         `summary` says how many do.
         """
-        return mean_over_seeds(self.half_lives(direction))
+        return self._interval(self.half_lives(direction))
 
     def half_life_difference(self, first: str, second: str) -> Interval:
         """Difference of the half-lives, `first - second`, paired by seed; NaN as `half_life`."""
-        return mean_over_seeds(self.half_lives(first) - self.half_lives(second))
+        return self._interval(self.half_lives(first) - self.half_lives(second))
 
     def table(self) -> pd.DataFrame:
         """One row per solution and noise level."""
-        rows = []
-        for name in self.directions:
-            for epsilon in self.epsilons:
-                mean = self.mean_increase(name, epsilon)
-                rows.append(
-                    {
-                        "direction": name,
-                        "epsilon": epsilon,
-                        "loss increase [%]": mean.estimate,
-                        "low": mean.low,
-                        "high": mean.high,
-                        "seeds": len(self.seeds),
-                        "gain lost at 100% [nats/token]": self.gain(name),
-                        "acting": self.acting.get(name, ""),
-                    }
-                )
-        return pd.DataFrame(rows)
+        return self._table("loss increase [%]")
 
     def summary(self) -> pd.DataFrame:
         """One row per solution: its gain, and the noise level at which half of it is lost."""
@@ -159,9 +116,7 @@ class Stability(Result):
                     "direction": name,
                     "norm": self.norms[name],
                     "gain [nats/token]": self.gain(name),
-                    "half lost at epsilon": half.estimate,
-                    "low": half.low,
-                    "high": half.high,
+                    **half.columns("half lost at epsilon"),
                     "note": self._note(name),
                 }
             )
@@ -171,12 +126,8 @@ class Stability(Result):
         """Relative loss increase against the noise level, with bands over seeds."""
         from emlens.figures import line_bands
 
-        curves = {}
-        for name, part in self.table().groupby("direction", sort=False):
-            y, low, high = (part[c].to_numpy() for c in ("loss increase [%]", "low", "high"))
-            curves[str(name)] = (np.asarray(self.epsilons), y, low, high)
         return line_bands(
-            curves,
+            self._curves("loss increase [%]", "low", "high"),
             x_label="noise level epsilon (norm kept)",
             y_label="loss increase [% of the gain]",
             reference=(50, "half of the gain"),
@@ -197,12 +148,8 @@ class Stability(Result):
         of = "" if beyond == len(self.seeds) else f" for {beyond} of {len(self.seeds)} seeds"
         return f"{highest}{of}"
 
-    def _check(self, direction: str) -> None:
-        if direction not in self.directions:
-            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
-
-    def _place(self, epsilon: float) -> int:
-        return place_on(self.epsilons, epsilon, "epsilon")
+    def _units(self, direction: str) -> np.ndarray:
+        return self.increase(direction)
 
 
 @guarded
@@ -273,9 +220,8 @@ def stability(
         seeds=draws,
         base_loss=loss[BASE],
         losses={name: loss[name] for name in solutions},
-        perturbed=tuple(
-            tuple(tuple(loss[name, e, draw] for draw in draws) for e in epsilons)
-            for name in solutions
+        perturbed=np.array(
+            [[[loss[name, e, draw] for draw in draws] for e in epsilons] for name in solutions]
         ),
         kinds={name: kind_of(one) for name, one in solutions.items()},
         noise=drawn_from,

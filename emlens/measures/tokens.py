@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -35,7 +35,6 @@ CONTEXT = 12
 _COLUMNS = {"KL": "kl", "loss change": "loss_change", "base loss": "base_loss"}
 
 
-@dataclass(frozen=True)
 class TokenInfluence(Result):
     """What an edit changes in the prediction of every token.
 
@@ -190,7 +189,6 @@ class TokenInfluence(Result):
         )
 
 
-@dataclass(frozen=True)
 class TokenProjections(Result):
     """Where every token of some conversations lies along a direction: the monitoring view.
 

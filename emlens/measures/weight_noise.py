@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from emlens._arguments import NOT_NEGATIVE
 from emlens._door import guarded
-from emlens._results import Result
-from emlens._stats import Interval, mean_over_seeds
+from emlens._stats import Interval
 from emlens.directions import Directions
 from emlens.hooked import BASE, HookedModel, ReadOptions
 from emlens.hooked.lora_scaling import noisy_weights
 from emlens.hooked.options import ReadSettings
-from emlens.measures.doses import checked_grid, place_on
+from emlens.measures.doses import checked_grid
+from emlens.measures.measured import UnderNoise
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import acting_of, construction_of, read_solutions
 from emlens.text import Conversation, warn_of_repeats
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
-@dataclass(frozen=True)
-class WeightNoise(Result):
+class WeightNoise(UnderNoise):
     """Losses of the base model and of solutions on it, under the same noise on the weights.
 
     Attributes:
@@ -45,30 +45,9 @@ class WeightNoise(Result):
         acting: The adapters and edits that acted under each solution and under `"base"`, in words.
     """
 
-    AXES = {
-        "base": "epsilons seeds",
-        "constructions": "directions",
-        "losses": "directions",
-        "disturbed": "directions epsilons seeds",
-    }
-
-    directions: tuple[str, ...]
-    constructions: dict[str, str]
-    epsilons: tuple[float, ...]
-    seeds: tuple[int, ...]
-    base_loss: float
-    losses: dict[str, float]
-    base: tuple[tuple[float, ...], ...]
-    disturbed: tuple[tuple[tuple[float, ...], ...], ...]
+    base: Float[np.ndarray, "epsilons seeds"]
+    disturbed: Float[np.ndarray, "directions epsilons seeds"]
     acting: dict[str, str] = field(default_factory=dict)
-
-    def _verify(self) -> None:
-        checked_grid(self.epsilons, "epsilons")
-
-    def gain(self, direction: str) -> float:
-        """How much a solution lowers the loss of the undisturbed model, nats per token."""
-        self._check(direction)
-        return self.base_loss - self.losses[direction]
 
     def lost(self, direction: str) -> np.ndarray:
         """Share of the gain that is lost under the noise, in percent, `[epsilons, seeds]`.
@@ -76,65 +55,35 @@ class WeightNoise(Result):
         The gain under noise is that over the base model with the same noise, so that what the
         noise does to the model by itself is left out. NaN where there is no gain to lose.
         """
-        gain = self.gain(direction)
-        disturbed = np.asarray(self.disturbed[self.directions.index(direction)])
-        left = np.asarray(self.base) - disturbed
-        return 100 * (1 - left / (gain if gain > 0 else float("nan")))
+        left = self.base - self.disturbed[self._index(direction)]
+        return 100 * (1 - left / self._whole(direction))
 
     def mean_lost(self, direction: str, epsilon: float) -> Interval:
         """Mean over seeds of the share of the gain that is lost, percent, with t interval."""
-        return mean_over_seeds(self.lost(direction)[self._place(epsilon)])
-
-    def difference(self, first: str, second: str, epsilon: float) -> Interval:
-        """Difference of the lost shares in percent, `first - second`, paired by seed."""
-        place = self._place(epsilon)
-        return mean_over_seeds(self.lost(first)[place] - self.lost(second)[place])
+        return self._at(direction, epsilon)
 
     def table(self) -> pd.DataFrame:
         """One row per solution and noise level."""
-        rows = []
-        for name in self.directions:
-            for place, epsilon in enumerate(self.epsilons):
-                mean = self.mean_lost(name, epsilon)
-                of_name = self.disturbed[self.directions.index(name)]
-                rows.append(
-                    {
-                        "direction": name,
-                        "epsilon": epsilon,
-                        "gain lost [%]": mean.estimate,
-                        "low": mean.low,
-                        "high": mean.high,
-                        "loss [nats/token]": float(np.mean(of_name[place])),
-                        "base loss [nats/token]": float(np.mean(self.base[place])),
-                        "seeds": len(self.seeds),
-                        "gain lost at 100% [nats/token]": self.gain(name),
-                        "acting": self.acting.get(name, ""),
-                    }
-                )
-        return pd.DataFrame(rows)
+        losses = {
+            "loss [nats/token]": self.disturbed.mean(2),
+            "base loss [nats/token]": np.stack([self.base.mean(1)] * len(self.directions)),
+        }
+        return self._table("gain lost [%]", losses)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Share of the gain that is lost against the noise level, with bands over seeds."""
         from emlens.figures import line_bands
 
-        curves = {}
-        for name, part in self.table().groupby("direction", sort=False):
-            y, low, high = (part[c].to_numpy() for c in ("gain lost [%]", "low", "high"))
-            curves[str(name)] = (np.asarray(self.epsilons), y, low, high)
         return line_bands(
-            curves,
+            self._curves("gain lost [%]", "low", "high"),
             x_label="noise on the weights [share of the norm of each matrix]",
             y_label="gain lost [%]",
             reference=(50, "half of the gain"),
             ax=ax,
         )
 
-    def _check(self, direction: str) -> None:
-        if direction not in self.directions:
-            raise KeyError(f"no direction {direction!r}; there are {', '.join(self.directions)}")
-
-    def _place(self, epsilon: float) -> int:
-        return place_on(self.epsilons, epsilon, "epsilon")
+    def _units(self, direction: str) -> np.ndarray:
+        return self.lost(direction)
 
 
 @guarded(epsilons=NOT_NEGATIVE)
@@ -191,8 +140,8 @@ def weight_noise(
         with noisy_weights(model, level, draw):
             found[level, draw] = losses()
 
-    def of(name: str) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(found[level, draw][name] for draw in draws) for level in levels)
+    def of(name: str) -> list[list[float]]:
+        return [[found[level, draw][name] for draw in draws] for level in levels]
 
     return WeightNoise(
         directions=tuple(solutions),
@@ -201,7 +150,7 @@ def weight_noise(
         seeds=draws,
         base_loss=untouched[BASE],
         losses={name: untouched[name] for name in solutions},
-        base=of(BASE),
-        disturbed=tuple(of(name) for name in solutions),
+        base=np.array(of(BASE)),
+        disturbed=np.array([of(name) for name in solutions]),
         acting=acting_of(model, solutions),
     )

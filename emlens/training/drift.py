@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guarded
 from emlens._results import Result
+from emlens._stats import Interval
 from emlens.directions import cosine
 from emlens.hooked import ConditionLike, HookedModel
 from emlens.hooked.lora_scaling import adapter_factors
@@ -132,7 +133,6 @@ def _copy_adapter(model: HookedModel, own: str, name: str) -> None:
             layer.lora_B[name].weight.copy_(factors[path].b)
 
 
-@dataclass(frozen=True)
 class Drift(Result):
     """A run's way, seen from other solutions and by what it does.
 
@@ -144,13 +144,14 @@ class Drift(Result):
         outside: The same outside.
     """
 
-    AXES = {"steps": "norms", "inside": "norms", "outside": "norms", "cosines": "solutions norms"}
+    HOLDS_ENDS = True
+    AXES = {"steps": "norms", "cosines": "solutions norms"}
 
     steps: tuple[int, ...]
     cosines: dict[str, tuple[float, ...]]
     norms: tuple[float, ...]
-    inside: tuple[tuple[float, float, float], ...]
-    outside: tuple[tuple[float, float, float], ...]
+    inside: Float[np.ndarray, "norms 3"]
+    outside: Float[np.ndarray, "norms 3"]
 
     def table(self) -> pd.DataFrame:
         """One row per record."""
@@ -161,16 +162,15 @@ class Drift(Result):
             row: dict[str, object] = {"updates": step, "norm": self.norms[i]}
             row |= {f"cosine with {name}": values[i] for name, values in self.cosines.items()}
             for name in ("inside", "outside"):
-                value, low, high = getattr(self, name)[i]
-                row |= {f"{name} [nats/token]": value, f"{name} low": low, f"{name} high": high}
+                row |= Interval(*getattr(self, name)[i]).columns(f"{name} [nats/token]", f"{name} ")
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Effect inside and outside against updates, with intervals."""
         from emlens.figures import line_bands
 
-        curves = {name: (self.steps, *np.array(getattr(self, name)).T) for name in _SIDES}
+        curves = {name: (self.steps, *getattr(self, name).T) for name in _SIDES}
         return line_bands(
             curves,
             x_label="update",
@@ -245,8 +245,8 @@ def drift(
         steps=tuple(run.path_steps[place] for place in places),
         cosines={name: tuple(cosine(v, end) for v in flat) for name, end in finals.items()},
         norms=tuple(float(v.norm()) for v in flat),
-        inside=tuple(changes["inside"]),
-        outside=tuple(changes["outside"]),
+        inside=np.array(changes["inside"]),
+        outside=np.array(changes["outside"]),
     )
 
 

@@ -9,6 +9,7 @@ from math import exp, log
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads
@@ -32,7 +33,6 @@ JUMP, CLOSE = 0.5, 2.0
 """A jump: this share of the effect outside is lost between weights of less than this ratio."""
 
 
-@dataclass(frozen=True)
 class KLSweep(Result):
     """What each weight of the KL leaves of the effect, inside the domain and outside.
 
@@ -47,15 +47,13 @@ class KLSweep(Result):
         tolerance: What counts as no effect outside; None for a sweep without one.
     """
 
-    AXES = dict.fromkeys(
-        ("inside", "outside", "beyond", "kl", "norms"),
-        "weights",
-    )
+    HOLDS_ENDS = True
+    AXES = {"kl": "weights", "norms": "weights"}
 
     weights: tuple[float, ...]
-    inside: tuple[tuple[float, float, float], ...]
-    outside: tuple[tuple[float, float, float], ...]
-    beyond: tuple[tuple[float, float, float], ...]
+    inside: Float[np.ndarray, "weights 3"]
+    outside: Float[np.ndarray, "weights 3"]
+    beyond: Float[np.ndarray, "weights 3"]
     kl: tuple[float | None, ...]
     norms: tuple[float, ...]
     tolerance: float | None = None
@@ -75,9 +73,8 @@ class KLSweep(Result):
     @property
     def turn(self) -> tuple[float, float] | None:
         """The neighbouring weights between which most of the effect outside is lost."""
-        estimates = [value[0] for value in self.outside]
-        losses = [abs(a) - abs(b) for a, b in zip(estimates, estimates[1:], strict=False)]
-        if not losses or max(losses) <= 0:
+        losses = -np.diff(np.abs(self.outside[:, 0]))
+        if not len(losses) or max(losses) <= 0:
             return None
         place = int(np.argmax(losses))
         return self.weights[place], self.weights[place + 1]
@@ -91,9 +88,11 @@ class KLSweep(Result):
         if self.turn is None or self.turn[0] == 0:
             return False
         low, high = (self.weights.index(weight) for weight in self.turn)
-        lost = abs(self.outside[low][0]) - abs(self.outside[high][0])
-        most = max(abs(value[0]) for value in self.outside)
-        return lost > JUMP * most and self.turn[1] / self.turn[0] < CLOSE
+        sizes = np.abs(self.outside[:, 0])
+        return (
+            bool(sizes[low] - sizes[high] > JUMP * sizes.max())
+            and self.turn[1] / self.turn[0] < CLOSE
+        )
 
     def table(self) -> pd.DataFrame:
         """One row per weight, in nats per token."""
@@ -103,16 +102,15 @@ class KLSweep(Result):
         for i, weight in enumerate(self.weights):
             row: dict[str, object] = {"KL weight": weight}
             for name in ("inside", "outside", "beyond"):
-                value, low, high = getattr(self, name)[i]
-                row |= {f"{name} [nats/token]": value, f"{name} low": low, f"{name} high": high}
+                row |= Interval(*getattr(self, name)[i]).columns(f"{name} [nats/token]", f"{name} ")
             rows.append({**row, "KL [nats/token]": self.kl[i], "norm": self.norms[i]})
         return pd.DataFrame(rows)
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """The trade-off: effect outside against effect inside, one point per weight."""
         from emlens.figures import line_bands, mark_points
 
-        inside, outside = np.array(self.inside), np.array(self.outside)
+        inside, outside = self.inside, self.outside
         most = int(np.argmax(np.abs(inside[:, 0])))
         straight = (np.array([0, inside[most, 0]]), np.array([0, outside[most, 0]]))
         order = np.argsort(inside[:, 0])
@@ -286,9 +284,9 @@ class _Bench:
         first = trials[0]
         return KLSweep(
             weights=tuple(trial.weight for trial in trials),
-            inside=tuple(_triple(trial.inside) for trial in trials),
-            outside=tuple(_triple(trial.outside) for trial in trials),
-            beyond=tuple(_triple(self._beyond(trial, first)) for trial in trials),
+            inside=np.array([_triple(trial.inside) for trial in trials]),
+            outside=np.array([_triple(trial.outside) for trial in trials]),
+            beyond=np.array([_triple(self._beyond(trial, first)) for trial in trials]),
             kl=tuple(trial.kl for trial in trials),
             norms=tuple(trial.norm for trial in trials),
             tolerance=tolerance,

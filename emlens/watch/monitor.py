@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 
 from emlens._door import guard_methods, guarded
 from emlens._reading import expanded
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 KIND = "monitor"
 
 
-@dataclass(frozen=True)
 class MonitorScores(Result):
     """Scores of conversations, and which are flagged.
 
@@ -55,14 +55,14 @@ class MonitorScores(Result):
         projections: Those projections, in units of the median residual norm, `[n, k]`.
     """
 
-    AXES = {"scores": "names", "tokens": "names", "projections": "names columns"}
+    AXES = {"scores": "names", "tokens": "names"}
 
     names: tuple[str, ...]
     scores: tuple[float, ...]
     threshold: float
     tokens: tuple[int, ...]
     columns: tuple[str, ...]
-    projections: tuple[tuple[float, ...], ...]
+    projections: Float[np.ndarray, "names columns"]
 
     @property
     def flagged(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class MonitorScores(Result):
         frame = pd.DataFrame({"conversation": self.names, "score": self.scores})
         frame["flagged"] = frame["score"] > self.threshold
         frame["tokens"] = self.tokens
-        for name, values in zip(self.columns, zip(*self.projections, strict=True), strict=True):
+        for name, values in zip(self.columns, self.projections.T, strict=True):
             frame[f"projection, {name} [median norms]"] = values
         return frame
 
@@ -251,7 +251,7 @@ class Monitor:
             threshold=self.threshold,
             tokens=tuple(counts.tolist()),
             columns=self.readout.columns,
-            projections=tuple(tuple(row) for row in values.tolist()),
+            projections=values,
         )
 
     def on(self, model: HookedModel) -> Monitor:

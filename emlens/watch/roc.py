@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
 class Roc(Result):
     """The ROC curve of a score on held-out conversations.
 
@@ -33,6 +31,8 @@ class Roc(Result):
         operating: False alarms and hits at the monitor's threshold.
     """
 
+    HOLDS_ENDS = True
+
     AXES = {"hits": "false_alarms", "thresholds": "false_alarms"}
     INFINITE = ("thresholds",)
 
@@ -45,6 +45,10 @@ class Roc(Result):
     n_aligned: int
     n_misaligned: int
     operating: tuple[float, float]
+
+    def _said(self) -> str:
+        n = f"{self.n_misaligned} misaligned and {self.n_aligned} aligned"
+        return f"AUROC {Interval(self.auroc, self.low, self.high):.3f} on {n}"
 
     def table(self) -> pd.DataFrame:
         """One row per threshold."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
@@ -44,7 +44,6 @@ POINTS = 2000
 """The most points of a plotted curve."""
 
 
-@dataclass(frozen=True)
 class Screen(Result):
     """How far a finetuning set would push a projection, and which examples push most.
 
@@ -67,6 +66,8 @@ class Screen(Result):
             examples, a random sample.
         unit: Unit of the scores: median residual norms, or the log-odds of a pooled monitor.
     """
+
+    HOLDS_ENDS = True
 
     model: str
     source: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -22,10 +21,7 @@ from emlens.watch.roc import auroc_interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Matrix = tuple[tuple[float, ...], ...]
 
-
-@dataclass(frozen=True)
 class TransferAuroc(Result):
     """AUROC on held-out pairs of each domain, of a projection and of words, by source domain.
 
@@ -43,26 +39,21 @@ class TransferAuroc(Result):
         n_test: Held-out pairs of each domain, `[d]`.
     """
 
+    HOLDS_ENDS = True
     AXES = {
         "layers": "domains",
-        "projection": "domains domains",
-        "low": "domains domains",
-        "high": "domains domains",
-        "words": "domains domains",
-        "words_low": "domains domains",
-        "words_high": "domains domains",
         "n_train": "domains",
         "n_test": "domains",
     }
 
     domains: tuple[str, ...]
     layers: tuple[int, ...]
-    projection: Matrix
-    low: Matrix
-    high: Matrix
-    words: Matrix
-    words_low: Matrix
-    words_high: Matrix
+    projection: Float[np.ndarray, "domains domains"]
+    low: Float[np.ndarray, "domains domains"]
+    high: Float[np.ndarray, "domains domains"]
+    words: Float[np.ndarray, "domains domains"]
+    words_low: Float[np.ndarray, "domains domains"]
+    words_high: Float[np.ndarray, "domains domains"]
     n_train: tuple[int, ...]
     n_test: tuple[int, ...]
 
@@ -76,12 +67,12 @@ class TransferAuroc(Result):
                         "from": source,
                         "to": target,
                         "layer": self.layers[i],
-                        "AUROC, projection": self.projection[i][j],
-                        "low": self.low[i][j],
-                        "high": self.high[i][j],
-                        "AUROC, bag of words": self.words[i][j],
-                        "words low": self.words_low[i][j],
-                        "words high": self.words_high[i][j],
+                        "AUROC, projection": float(self.projection[i, j]),
+                        "low": float(self.low[i, j]),
+                        "high": float(self.high[i, j]),
+                        "AUROC, bag of words": float(self.words[i, j]),
+                        "words low": float(self.words_low[i, j]),
+                        "words high": float(self.words_high[i, j]),
                         "training pairs": self.n_train[i],
                         "held-out pairs": self.n_test[j],
                     }
@@ -214,7 +205,7 @@ def _matrices(
     scores: Sequence[Sequence[Float[np.ndarray, " n"]]],
     judged: Sequence[tuple[list[Conversation], Bool[np.ndarray, " n"]]],
     seed: int,
-) -> list[Matrix]:
+) -> list[np.ndarray]:
     """AUROC, and the ends of its interval, of every row's scores on every judged set."""
     cells = [
         [
@@ -224,6 +215,6 @@ def _matrices(
         for of_source in scores
     ]
     return [
-        tuple(tuple(getattr(cell, end) for cell in row) for row in cells)
+        np.array([[getattr(cell, end) for cell in row] for row in cells])
         for end in ("estimate", "low", "high")
     ]

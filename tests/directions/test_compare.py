@@ -350,7 +350,7 @@ def test_the_layer_matrix_names_its_blocks():
     axes = found.plot()
     names = {t.get_text() for child in axes.child_axes for t in child.get_xticklabels()}
     assert {"medical", "finance"} <= names
-    one = found.plot("medical", "finance")
+    one = found.plot(first="medical", second="finance")
     assert (one.get_xlabel(), one.get_ylabel()) == ("layer of finance", "layer of medical")
 
 

@@ -78,7 +78,7 @@ def test_a_judge_may_say_what_answers_are_about():
     assert found == {"money": ("finance",), "both": ()}
     split = topic_split(ROWS[:2], scores, found)
     assert split.topics == ("finance", "none")
-    assert split.counts == (((1, 1), (1, 1)),)
+    assert split.counts.tolist() == [[[1, 1], [1, 1]]]
 
 
 def test_bad_input_is_refused():

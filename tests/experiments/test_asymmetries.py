@@ -215,13 +215,13 @@ def test_a_verdict_follows_the_interval_and_the_sign_that_the_papers_found():
 
 
 def test_the_figure_shows_both_solutions_inside_and_outside(done):
-    axes = done[1].plot("adapter")
+    axes = done[1].plot(kind="adapter")
     labels = {
         text.get_text() for text in axes.figure.findobj(match=lambda a: hasattr(a, "get_text"))
     }
     assert {"general inside", "narrow outside"} <= labels
     with pytest.raises(ValueError, match="no trials of kind 'weights'"):
-        done[1].plot("weights")
+        done[1].plot(kind="weights")
 
 
 def test_the_page_of_findings_has_a_table_per_kind_and_its_figures(done, tmp_path):

@@ -104,7 +104,7 @@ def test_stability_is_the_relative_loss_increase_bit_by_bit(hooked_llama):
         own = mean_loss(hooked_llama, [Add(one)])
         noisy = [mean_loss(hooked_llama, [Add(perturbed(one, 0.5, seed))]) for seed in (0, 1)]
         assert found.losses[name] == own
-        assert found.perturbed[found.directions.index(name)][1] == tuple(noisy)
+        assert found.perturbed[found.directions.index(name)][1].tolist() == list(noisy)
         expected = [100 * (value - own) / (base - own) for value in noisy]
         if base > own:
             assert np.allclose(found.increase(name)[1], expected)
@@ -149,9 +149,9 @@ def test_stability_names_the_directions_its_noise_comes_from(hooked_llama):
     assert found.noise == "within first, second"
     along = list(axes.values())
     noisy = [mean_loss(hooked_llama, [Add(perturbed(x, 0.5, seed, along))]) for seed in (0, 1)]
-    assert found.perturbed[0][0] == tuple(noisy)
+    assert found.perturbed[0][0].tolist() == list(noisy)
     listed = stability(hooked_llama, DATA, {"x": x}, noise=along, epsilons=(0.5,), seeds=2)
-    assert listed.perturbed == found.perturbed
+    assert np.array_equal(listed.perturbed, found.perturbed)
     assert listed.noise == "within given, given"
 
 
@@ -206,7 +206,7 @@ def test_stability_of_an_adapter_is_that_of_peft_with_noisy_weights(both):
     assert found.base_loss == mean_loss(both)
     with both.adapter("many"):
         assert found.losses["x"] == mean_loss(both)
-    assert found.perturbed[0][0] == (found.losses["x"],)
+    assert found.perturbed[0][0].tolist() == [found.losses["x"]]
     with both.under(Noisy("many", 0.4, seed=7)):
         noisy = factors(both, "many")
     plain = peft_model(tiny_model("llama"), seed=2, **ADAPTERS["many"])
@@ -229,7 +229,7 @@ def test_stability_of_an_adapter_is_that_of_peft_with_noisy_weights(both):
 def test_vectors_and_adapters_stand_in_one_result(model):
     found = stability(model, DATA, {"v": direction(model), "a": "one"}, epsilons=(0.5,), seeds=1)
     alone = stability(model, DATA, {"v": direction(model)}, epsilons=(0.5,), seeds=1)
-    assert found.perturbed[0] == alone.perturbed[0]
+    assert np.array_equal(found.perturbed[0], alone.perturbed[0])
     assert found.kinds == {"v": "vector", "a": "adapter"}
 
 

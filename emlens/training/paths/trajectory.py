@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,7 +33,6 @@ Unit = Literal["steps", "records"]
 _CHUNK = 2**18
 
 
-@dataclass(frozen=True)
 class Trajectory(Result):
     """What `trajectory` found, per run and record.
 
@@ -111,7 +110,8 @@ class Trajectory(Result):
                 f"{len(none)} of {len(runs)} runs have no transition ({few(none)}); a mean step "
                 "of the others alone would hide that"
             )
-        return mean_over_seeds([step for step in found.values() if step is not None])
+        steps = [step for step in found.values() if step is not None]
+        return mean_over_seeds(steps, self.level)
 
     def table(self) -> pd.DataFrame:
         """One row per run and record; norms in units of the parameters."""
