@@ -16,7 +16,7 @@ from torch import Tensor
 from emlens._door import guard_methods
 from emlens._reading import expanded
 from emlens._tensors import read_tensors, whole_record, write_tensors
-from emlens._types import checked_fields
+from emlens._types import checked_fields, frozen
 from emlens.directions import Direction, Directions, Evidence, Provenance
 from emlens.directions.files import read_norms
 from emlens.edits import Add
@@ -200,7 +200,7 @@ class TrainingRun:
                     f"{name} has shape {list(state.shape)}, but there are {len(path_steps)} records"
                 )
         return cls(
-            settings=dict(record.get("settings", made.to_dict()["settings"])),
+            settings=frozen(record.get("settings", made.to_dict()["settings"])),
             steps=tuple(Step(**checked_fields(Step, step)) for step in record["steps"]),
             states=states,
             path_steps=path_steps,
