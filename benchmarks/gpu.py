@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 
 import emlens
 from emlens import Add, Conversation, Direction, KLPenalty
-from emlens.measures import InfluenceProfile
+from emlens.fisher import InfluenceProfile
 from emlens.text import Corpus, TokenBatch
 from emlens.training import AdapterSettings, VectorSettings
 

@@ -21,9 +21,10 @@ from emlens.hooked import (
     HookedModel,
     Site,
     condition_of,
-    late_checks,
 )
-from emlens.text import Conversation, TokenBatch, sent, warn_of_repeats
+from emlens.hooked.finite import late_checks
+from emlens.text import Conversation, TokenBatch, warn_of_repeats
+from emlens.text.batches import sent
 
 Side = tuple[HookedModel, Condition]
 """A model, and what it runs under while it is read."""

@@ -11,7 +11,7 @@ from emlens.hooked.condition import (
     conditions_of,
 )
 from emlens.hooked.edit import Edit, Formula, Where, deepest_prefix, where_mask
-from emlens.hooked.finite import NonFiniteError, check_finite, late_checks
+from emlens.hooked.finite import NonFiniteError, check_finite
 from emlens.hooked.generation import Answer, Sampling, answer
 from emlens.hooked.head import Head
 from emlens.hooked.hook_plan import Pool
@@ -87,7 +87,6 @@ __all__ = [
     "identities",
     "hook_name",
     "kl_sum",
-    "late_checks",
     "load",
     "loss_sum",
     "noisy_weights",

@@ -22,7 +22,8 @@ from emlens.hooked.edit import Edit
 from emlens.hooked.finite import check_finite
 from emlens.hooked.head import Head
 from emlens.hooked.model import HookedModel
-from emlens.text import TokenBatch, TokenMask, sent
+from emlens.text import TokenBatch, TokenMask
+from emlens.text.batches import sent
 
 CHUNK_BYTES = 64 * 2**20
 """Size that one chunk of fp32 logits may have."""

@@ -22,11 +22,11 @@ from emlens.hooked import (
     check_finite,
     condition_of,
     conditions_of,
-    late_checks,
     sweep,
     token_losses,
     token_scores,
 )
+from emlens.hooked.finite import late_checks
 from emlens.text import Corpus, TokenBatch, TokenMask, tokenize_documents
 
 K = TypeVar("K", bound=Hashable)

@@ -1,6 +1,6 @@
 """Conversations and corpora, turned into token batches with masks."""
 
-from emlens.text.batches import PaddingSide, TokenBatch, pack, restore, sent
+from emlens.text.batches import PaddingSide, TokenBatch, pack, restore
 from emlens.text.conversation import Conversation, Message, Pair, Side, content_hash
 from emlens.text.corpus import Corpus, Document, corpus
 from emlens.text.datasets import EMBEDDED, Split, load_conversations, load_pairs, split_pairs
@@ -40,7 +40,6 @@ __all__ = [
     "repeats",
     "repeats_told",
     "restore",
-    "sent",
     "split_pairs",
     "template_hash",
     "tokenize",

@@ -18,9 +18,9 @@ from emlens.hooked import (
     Targets,
     gradient_checkpointing,
     kl_sum,
-    late_checks,
     loss_sum,
 )
+from emlens.hooked.finite import late_checks
 from emlens.text import Conversation, TokenMask, TokenRow, content_hash, pack, tokenize
 from emlens.training.paths.path import few
 from emlens.training.prefix import BasePredictions, PrefixCache

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.hooked import BaseLogProbs, HookedModel, Targets
-from emlens.text import TokenBatch, TokenMask, TokenRow, pack, sent
+from emlens.text import TokenBatch, TokenMask, TokenRow, pack
+from emlens.text.batches import sent
 
 PREFIX_BUDGET = 1 * 2**30
 """Bytes that cached prefixes may take by default."""

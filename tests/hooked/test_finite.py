@@ -11,7 +11,8 @@ import torch
 import emlens
 from emlens import Add, Conversation, Direction
 from emlens.evals import Question, respond
-from emlens.hooked import NonFiniteError, Targets, late_checks, response_losses
+from emlens.hooked import NonFiniteError, Targets, response_losses
+from emlens.hooked.finite import late_checks
 from emlens.training import TrainingStopped, train_adapter, train_vector
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked, tiny_model
