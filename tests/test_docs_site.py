@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Unpack, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 import pytest
 from matplotlib.axes import Axes
@@ -235,13 +235,15 @@ def _misfit(call: ast.Call, names: dict[str, object]) -> list[str]:
     if not callable(target) or any(isinstance(part, ast.Starred) for part in call.args):
         return []
     some = [part for part in call.args if not isinstance(part, ast.Constant) or part.value != ...]
-    signature = inspect.signature(target, eval_str=True)
+    signature = inspect.signature(target)
     taken = set(signature.parameters)
     for one in signature.parameters.values():
-        if one.kind is one.VAR_KEYWORD and get_origin(one.annotation) is Unpack:
-            taken |= set(get_type_hints(get_args(one.annotation)[0]))
+        if one.kind is one.VAR_KEYWORD and str(one.annotation).startswith("Unpack["):
+            group = str(one.annotation).removeprefix("Unpack[").removesuffix("]")
+            options = getattr(inspect.unwrap(target), "__globals__", {}).get(group)
+            taken |= set(get_type_hints(options)) if options is not None else set()
             wrong = [part.arg for part in call.keywords if part.arg and part.arg not in taken]
-            if wrong:
+            if wrong and options is not None:
                 return [f"{ast.unparse(call)}: got an unexpected keyword argument {wrong[0]!r}"]
     hidden = len(some) < len(call.args) or any(part.arg is None for part in call.keywords)
     bind = signature.bind_partial if hidden or not call.args else signature.bind
