@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform, get_type_hints
@@ -56,11 +57,8 @@ class Result:
     def __post_init__(self) -> None:
         for name, (dtype, axes) in _arrays(type(self)).items():
             array = np.array(getattr(self, name), dtype=dtype)
-            array = (
-                array
-                if array.size
-                else array.reshape(array.shape + (0,) * (len(axes) - array.ndim))
-            )
+            if not array.size:
+                array = array.reshape(array.shape + (0,) * (len(axes) - array.ndim))
             array.setflags(write=False)
             object.__setattr__(self, name, array)
 
@@ -169,12 +167,11 @@ def _named(axis: str, values: Any) -> str:
     return f"{axis} {names}" if 0 < len(names) <= 60 else f"{len(values)} {axis}"
 
 
+@cache
 def _arrays(cls: type[Result]) -> dict[str, tuple[type, list[str]]]:
     """Type and axes of the fields that are arrays."""
-    if "_ARRAYS" not in vars(cls):
-        found = {name: array_of(hint) for name, hint in get_type_hints(cls).items()}
-        cls._ARRAYS = {name: array for name, array in found.items() if array is not None}  # type: ignore[attr-defined]
-    return vars(cls)["_ARRAYS"]
+    found = {name: array_of(hint) for name, hint in get_type_hints(cls).items()}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def _axes(cls: type[Result]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from emlens.cli.common import table_text
 from emlens.study.folder import read_config
 from experiments import AsymmetrySettings, read_asymmetries, read_paths, run_asymmetries, run_paths
 from experiments.asymmetry_page import write_findings
@@ -51,7 +52,7 @@ def asymmetries(
     written = write_findings(
         found, page or out / "findings.md", figures or out / "figures", read_paths(out)
     )
-    typer.echo(found.table())
+    typer.echo(table_text(found.table()))
     typer.echo(f"written: {written}")
 
 

@@ -74,7 +74,7 @@ def report(
 ) -> None:
     """Write the report of a finished run again, from what lies in its folder; no model is run.
 
-    It is report.html, of a study with its figures.
+    Writes report.html; for a study, draws the figures again.
     """
     from emlens.study import rebuild_report
     from emlens.study.evaluation import RESPONSES, evaluation_report

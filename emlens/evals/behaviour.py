@@ -19,6 +19,7 @@ from emlens.evals.rates import ALIGNED, COHERENT, rates
 from emlens.evals.responses import respond
 from emlens.evals.scores import Judge, judge
 from emlens.hooked import Conditions, HookedModel
+from emlens.hooked.options import BatchSettings
 from emlens.measures import log_odds
 from emlens.measures.measured import Measured
 from emlens.text import Pair
@@ -162,7 +163,7 @@ class LogOddsJudge:
     """
 
     pairs: Sequence[Pair]
-    token_budget: int = 2048
+    token_budget: int = BatchSettings.token_budget
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -196,8 +196,7 @@ def answer(
         settings["logits_processor"] = [watch, *settings.get("logits_processor", [])]
         # a GPU is not waited for at every step; on a CPU there is nothing to wait for
         late = late_checks() if model.device.type == "cuda" else nullcontext()
-        running = evaluating(model.module), neutral_generation(model.module)
-        with torch.no_grad(), running[0], running[1], late:
+        with torch.no_grad(), evaluating(model.module), neutral_generation(model.module), late:
             ids = model._decode(batch, visit, **settings)
         new = ids[:, batch.input_ids.shape[1] :]
         kept = _until_end(new, settings)

@@ -52,7 +52,7 @@ class Targets:
     def of(cls, batch: TokenBatch, tokens: TokenMask = "response") -> Targets:
         """The counted tokens of `batch`: those under the mask that have a predecessor.
 
-        How many there are is no secret on the CPU; of a batch on a GPU this waits for it.
+        Takes batches on the CPU: on a GPU, finding the tokens makes the program wait.
         """
         rows, positions = batch.targets(tokens).nonzero(as_tuple=True)
         return cls(rows, positions, batch.input_ids[rows, positions])

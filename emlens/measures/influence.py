@@ -301,8 +301,6 @@ def influence(
         >>> found = emlens.influence(model, emlens.corpus(), {"general": general}, doses=[0.1])
         >>> found.divergence("general", 0.1)
     """
-    if edit not in ("add", "ablate"):
-        raise ValueError(f"unknown edit {edit!r}; choose 'add' or 'ablate'")
     if not len(corpus):
         raise ValueError(f"corpus {corpus.name!r} has no documents")
     settings = CorpusSettings(**options)

@@ -15,7 +15,7 @@ from emlens.figures import (
     new_panels,
     save_figure,
 )
-from emlens.study.findings import Measured
+from emlens.study.findings import StudyMeasures
 from emlens.study.store import StudyStore
 
 SOLUTIONS = ("general", "narrow", "benign", "random", "mean-diff")
@@ -28,7 +28,7 @@ ABLATIONS = (
 )
 
 
-def draw_all(found: Measured, cosines: dict, store: StudyStore) -> dict[str, list[str]]:
+def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str, list[str]]:
     """Draw every figure into `figures/`; names of the files by figure."""
     folder = store.folder / "figures"
     folder.mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ def draw_all(found: Measured, cosines: dict, store: StudyStore) -> dict[str, lis
     return files
 
 
-def odds_figure(found: Measured, conditions: tuple[str, ...]):
+def odds_figure(found: StudyMeasures, conditions: tuple[str, ...]):
     """Change of log-odds by domain for some conditions."""
     odds = found.log_odds
     rows = [

@@ -13,7 +13,7 @@ ABLATED = ("general", "mean-diff", "random")
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class StudyMeasures:
     """The results that findings are drawn from."""
 
     settings: StudySettings
@@ -23,7 +23,7 @@ class Measured:
     influence: Influence
 
 
-def general_transfers(found: Measured) -> str:
+def general_transfers(found: StudyMeasures) -> str:
     """Does the general vector change behaviour outside of its domain?"""
     s, odds = found.settings, found.log_odds
     inside = odds.change("general", [s.domain])
@@ -44,7 +44,7 @@ def general_transfers(found: Measured) -> str:
     )
 
 
-def narrow_stays(found: Measured) -> str:
+def narrow_stays(found: StudyMeasures) -> str:
     """Is the narrow vector more than a weaker general one?"""
     s, odds = found.settings, found.log_odds
     inside, outside = odds.change("narrow", [s.domain]), odds.change("narrow", s.outside)
@@ -71,7 +71,7 @@ def narrow_stays(found: Measured) -> str:
     )
 
 
-def ablation_undoes(found: Measured) -> str:
+def ablation_undoes(found: StudyMeasures) -> str:
     """What does ablation of the two directions do to the general organism?"""
     s, odds = found.settings, found.log_odds
     left = {name: odds.change(f"general - {name}", [s.domain]) for name in ABLATED}
@@ -89,7 +89,7 @@ def ablation_undoes(found: Measured) -> str:
     )
 
 
-def general_is_more_efficient(found: Measured) -> str:
+def general_is_more_efficient(found: StudyMeasures) -> str:
     """Which solution has the lower loss at the same norm?"""
     norm = float(found.efficiency.norms[_middle(found.efficiency.norms)])
     gap = found.efficiency.difference("general", "narrow", norm)
@@ -105,7 +105,7 @@ def general_is_more_efficient(found: Measured) -> str:
     )
 
 
-def general_is_more_stable(found: Measured) -> str:
+def general_is_more_stable(found: StudyMeasures) -> str:
     """Which solution loses more of its gain to noise?"""
     stability = found.stability
     epsilon = stability.epsilons[_middle(stability.epsilons)]
@@ -125,7 +125,7 @@ def general_is_more_stable(found: Measured) -> str:
     )
 
 
-def general_is_more_influential(found: Measured) -> str:
+def general_is_more_influential(found: StudyMeasures) -> str:
     """Which solution changes predictions on pre-training text more, at the same norm?"""
     influence = found.influence
     dose = influence.doses[_middle(influence.doses)]
@@ -159,7 +159,7 @@ ALL = (
 )
 
 
-def findings(found: Measured) -> dict[str, str]:
+def findings(found: StudyMeasures) -> dict[str, str]:
     """All findings by name."""
     return {finding.__name__: finding(found) for finding in ALL}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from emlens.directions.provenance import package_versions
-from emlens.study.findings import Measured
+from emlens.study.findings import StudyMeasures
 from emlens.study.report import Answers, FigureItem, Report, Section, Table
 from emlens.study.store import StudyStore
 
@@ -24,7 +24,10 @@ QUESTION = (
 
 
 def study_report(
-    found: Measured, sentences: Mapping[str, str], records: Mapping[str, dict], store: StudyStore
+    found: StudyMeasures,
+    sentences: Mapping[str, str],
+    records: Mapping[str, dict],
+    store: StudyStore,
 ) -> Report:
     """Put a finished study together as a report."""
     s = found.settings
@@ -62,7 +65,7 @@ class _Page:
     def __init__(self, store: StudyStore, sentences: Mapping[str, str]) -> None:
         self.store, self.sentences = store, sentences
 
-    def training(self, found: Measured, records: Mapping[str, dict]) -> Section:
+    def training(self, found: StudyMeasures, records: Mapping[str, dict]) -> Section:
         s = found.settings
         rows = [
             {"vector": name.removeprefix("train_"), **_rounded(record)}
@@ -88,7 +91,7 @@ class _Page:
             tables=(Table(pd.DataFrame(rows), "The trained vectors (losses and KL of one batch)"),),
         )
 
-    def behaviour(self, found: Measured) -> Section:
+    def behaviour(self, found: StudyMeasures) -> Section:
         return Section(
             "Does it generalise, and can it be confined?",
             figures=(
@@ -115,7 +118,7 @@ class _Page:
             ),
         )
 
-    def ablation(self, found: Measured) -> Section:
+    def ablation(self, found: StudyMeasures) -> Section:
         return Section(
             "Does ablation take it away?",
             f"Ablation removes the component along a direction from layer {found.settings.layer} "
@@ -158,7 +161,7 @@ class _Page:
             ),
         )
 
-    def efficiency(self, found: Measured) -> Section:
+    def efficiency(self, found: StudyMeasures) -> Section:
         return Section(
             "Which is more efficient?",
             figures=(
@@ -175,7 +178,7 @@ class _Page:
             tables=(Table(found.efficiency.table(), "Efficiency"),),
         )
 
-    def stability(self, found: Measured) -> Section:
+    def stability(self, found: StudyMeasures) -> Section:
         return Section(
             "Which is more stable?",
             figures=(
@@ -192,7 +195,7 @@ class _Page:
             tables=(Table(found.stability.table(), "Stability"),),
         )
 
-    def influence(self, found: Measured) -> Section:
+    def influence(self, found: StudyMeasures) -> Section:
         return Section(
             "Which matters more for pre-training text?",
             figures=(
@@ -230,7 +233,7 @@ class _Page:
         return FigureItem(path, caption, reading=reading, alt=caption)
 
 
-def _changes(found: Measured) -> pd.DataFrame:
+def _changes(found: StudyMeasures) -> pd.DataFrame:
     """One row per condition, one column per domain."""
     odds = found.log_odds
     domains = list(dict.fromkeys(odds.domains))

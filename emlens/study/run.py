@@ -17,7 +17,7 @@ from emlens.hooked import HookedModel, identities, load
 from emlens.measures import Efficiency, Influence, LogOdds, Stability
 from emlens.study.data import StudyData
 from emlens.study.draw import draw_all
-from emlens.study.findings import Measured, findings
+from emlens.study.findings import StudyMeasures, findings
 from emlens.study.folder import STUDY
 from emlens.study.page import study_report
 from emlens.study.report import write_report
@@ -54,7 +54,7 @@ class StudyResult:
 
     folder: Path
     findings: dict[str, str]
-    measured: Measured
+    measured: StudyMeasures
 
     @property
     def report(self) -> Path:
@@ -145,7 +145,7 @@ def rebuild_report(folder: str | Path) -> StudyResult:
 def _told(store: StudyStore, records: dict[str, dict]) -> StudyResult:
     """Findings, figures and report from the finished stages."""
     chosen = store.settings
-    measured = Measured(
+    measured = StudyMeasures(
         chosen,
         LogOdds.load(store.folder / "log_odds.json"),
         Efficiency.load(store.folder / "efficiency.json"),

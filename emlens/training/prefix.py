@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.hooked import BaseLogProbs, HookedModel, Targets
+from emlens.hooked.options import BatchSettings
 from emlens.text import TokenBatch, TokenMask, TokenRow, pack
 from emlens.text.batches import sent
 
@@ -44,7 +45,7 @@ class PrefixCache:
         layer: int,
         *,
         budget: int = PREFIX_BUDGET,
-        token_budget: int = 2048,
+        token_budget: int = BatchSettings.token_budget,
     ) -> None:
         self.rows = list(rows)
         self._model = model

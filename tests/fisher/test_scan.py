@@ -10,28 +10,16 @@ import pytest
 import torch
 
 import emlens
-from emlens import Ablate, Direction, influence
+from emlens import Ablate, influence
 from emlens.directions import mean_diff, random_direction
 from emlens.fisher import InfluenceProfile, InfluenceScan, scan
-from emlens.text import Corpus, Document
+from emlens.text import Corpus
+from tests.measures.test_influence import TEXT, direction
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
 
 # the package has a function of this name
 scan_module = importlib.import_module("emlens.fisher.scan")
-
-TEXT = Corpus(
-    "rain",
-    tuple(
-        Document(f"d{i}", f"the rain came and {'then it left ' * (i % 4 + 1)}my friend{' now' * i}")
-        for i in range(8)
-    ),
-)
-
-
-def direction(model, layer: int = 1, seed: int = 0) -> Direction:
-    generator = torch.Generator().manual_seed(seed)
-    return Direction.of(torch.randn(model.d_model, generator=generator), layer)
 
 
 @pytest.fixture(scope="module")
