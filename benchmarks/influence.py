@@ -23,7 +23,8 @@ import emlens
 from emlens import Add, Direction
 from emlens.directions import mean_diff, residual_norm
 from emlens.fisher import InfluenceProfile
-from emlens.hooked import BaseLogProbs, HookedModel, Targets, token_scores
+from emlens.hooked import BaseLogProbs, HookedModel
+from emlens.hooked.losses import Targets, token_scores
 from emlens.measures.scoring import LOG_PROB_BUDGET, row_influence
 from emlens.text import Corpus
 

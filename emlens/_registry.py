@@ -85,3 +85,10 @@ CONTROLS = Registry(
         "shuffled labels": "emlens.measures.controls:SHUFFLED",
     },
 )
+JUDGES = Registry(
+    "judge",
+    {
+        "probe": "emlens.cli.judges:probe_judge",
+        "local": "emlens.cli.judges:local_judge",
+    },
+)

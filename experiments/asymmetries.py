@@ -14,7 +14,8 @@ from emlens._reading import expanded
 from emlens._results import Result
 from emlens._runs import SETTINGS, Parts
 from emlens._stats import Interval, bootstrap_statistic, bootstrap_trainings, mean_over_seeds
-from emlens.hooked import HookedModel, identities, load
+from emlens.hooked import HookedModel, load
+from emlens.hooked.identity import identities
 from emlens.measures import Efficiency, LogOdds, Stability, log_odds
 from emlens.study.folder import RunFolder
 from experiments.trials import (
@@ -131,7 +132,7 @@ class Asymmetries(Result):
 
     def plot(self, ax: Axes | None = None, *, kind: str = "adapter") -> Axes:
         """Change of log-odds inside and outside of each domain: general, narrow, benign control."""
-        from emlens.figures import dot_intervals
+        from emlens.figures.bars import dot_intervals
 
         shown = [row for row in self.rows if row["kind"] == kind and row["quantity"] in _SHOWN]
         if not shown:

@@ -18,7 +18,8 @@ from emlens._runs import Parts
 from emlens._types import checked_fields
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
-from emlens.hooked import ConditionLike, HookedModel, Scaled, adapter_norms
+from emlens.hooked import HookedModel, Scaled, adapter_norms
+from emlens.hooked.condition import ConditionLike
 from emlens.measures import Efficiency, LogOdds, Stability, efficiency, log_odds, stability
 from emlens.measures import influence as measure_influence
 from emlens.measures.scoring import row_influence

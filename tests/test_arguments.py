@@ -19,7 +19,7 @@ from emlens import Ablate, Add, Clamp, Conversation, Direction, Directions, Pair
 from emlens._arguments import COUNT, SHARE, number, numbers, texts, whole
 from emlens._door import guarded
 from emlens._kinds import check_of, some
-from emlens.text import conversations_of
+from emlens.text.given import conversations_of
 from emlens.training.settings import AdapterSettings, KLPenalty, VectorSettings
 
 NAN, INF = float("nan"), float("inf")

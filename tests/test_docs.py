@@ -14,8 +14,8 @@ from nnsight import NNsight
 
 import emlens
 from emlens import Add, Direction, measures
-from emlens.hooked import SITES, hook_name
 from emlens.hooked.architecture import Architecture
+from emlens.hooked.sites import SITES, hook_name
 from emlens.text import corpus, pack, tokenize
 from tests.support.data import conversations, pairs
 from tests.support.models import FAMILIES, tiny_model

@@ -18,7 +18,8 @@ from emlens._store import Store, export
 from emlens.directions import Directions, Provenance, from_hub, write_directions
 from emlens.directions.formats.lora import adapter_rows
 from emlens.evals import Question, respond
-from emlens.figures import save_figure, token_view
+from emlens.figures import save_figure
+from emlens.figures.tokens import token_view
 from emlens.fisher import InfluenceProfile
 from emlens.hooked.embedded import cache_folder
 from emlens.study.folder import STUDY

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from emlens import Ablate, influence
-from emlens._registry import CONSTRUCTIONS, CONTROLS, EDITS, FORMATS
+from emlens._registry import CONSTRUCTIONS, CONTROLS, EDITS, FORMATS, JUDGES
+from emlens.cli.common import Call
+from emlens.cli.judges import JudgeChoice
 from emlens.directions import Direction, extract_all, read_directions, write_directions
 from emlens.directions.fitted import MEAN_DIFF, Construction
 from emlens.directions.formats.format import Format
-from emlens.edits import edit_from_dict
+from emlens.edits.edits import edit_from_dict
 from emlens.evals.inspect.config import ModelConfig
 from emlens.measures.controls import Asked, Control
 from tests.support.data import conversations
@@ -26,7 +30,7 @@ def model():
     return tiny_hooked("llama")
 
 
-@pytest.mark.parametrize("registry", [CONSTRUCTIONS, CONTROLS, EDITS, FORMATS])
+@pytest.mark.parametrize("registry", [CONSTRUCTIONS, CONTROLS, EDITS, FORMATS, JUDGES])
 def test_every_kind_can_be_imported_and_an_unknown_one_is_told_of_all(registry):
     assert all(registry[name] is registry[name] for name in registry)
     with pytest.raises(ValueError, match="unknown .* 'melt'; choose '.*' or '.*'") as error:
@@ -102,3 +106,12 @@ def test_a_new_kind_of_controls_is_measured(model, monkeypatch):
     assert found.divergence("turned 0", 0.2).estimate == pytest.approx(
         round_about.divergence("v", -0.2).estimate, rel=1e-5
     )
+
+
+def test_a_new_judge_is_chosen_by_its_name_on_the_command_line(model, monkeypatch):
+    monkeypatch.setitem(JUDGES._places, "echo", lambda choice, grader, **asked: (choice, grader))
+    call = Call("judge", "emlens judge", {}, sys.stdout)
+    chosen = JudgeChoice("echo").made(call, {"base": model}, ["medical"])
+    assert chosen == (JudgeChoice("echo"), model)
+    with pytest.raises(ValueError, match="unknown judge 'melt'; choose probe, local, echo"):
+        JudgeChoice("melt").made(call, {"base": model}, ["medical"])

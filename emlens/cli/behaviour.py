@@ -11,6 +11,7 @@ import typer
 from emlens.cli.app import app
 from emlens.cli.common import Call, Layer, rows_of, show_config, verb
 from emlens.cli.judges import (
+    JudgeChoice,
     JudgeData,
     JudgeOption,
     JudgePairs,
@@ -18,7 +19,6 @@ from emlens.cli.judges import (
     Named,
     Rubric,
     Threshold,
-    Wanted,
     own_rubrics,
     trusted,
 )
@@ -126,7 +126,7 @@ def evaluate(
     from emlens.study.evaluation import EVALUATION, RESPONSES
 
     asked = [one for source in questions for one in load_questions(source, limit=limit)]
-    wanted = Wanted(judge, rubric, judge_data, judge_pairs, judge_option)
+    wanted = JudgeChoice(judge, rubric, judge_data, judge_pairs, judge_option)
     metrics = list(metric or ["aligned"])
     adapters = adapters_of(adapter)
     model = call.load(adapters=adapters)
@@ -165,7 +165,9 @@ def _judged(
     judged = [*metrics, COHERENT]
     scores = judge_all(answers, graded, judged, store=out / SCORES, progress=call.progress)
     found = measured_rates(out, answers, scores, graded.id, metrics, threshold=threshold)
-    tell(call, graded, judged, _joined(found), {"folder": out, "report": evaluation_report(out)})
+    print_rates(
+        call, graded, judged, _joined(found), {"folder": out, "report": evaluation_report(out)}
+    )
 
 
 @verb(
@@ -210,7 +212,7 @@ def judge(
 
     source = stored(responses / RESPONSES) if responses.is_dir() else responses
     answers, folder = answers_in(source), out or source.parent
-    wanted = Wanted(judge, rubric, judge_data, judge_pairs, judge_option)
+    wanted = JudgeChoice(judge, rubric, judge_data, judge_pairs, judge_option)
     metrics = list(metric or ["aligned"])
     base = {"base": call.load(answers.rows[0].model)} if wanted.needs_model() else {}
     graded = wanted.made(call, base, list({row.domain for row in answers}))
@@ -229,7 +231,7 @@ def judge(
     if source.parent == folder:
         written["report"] = evaluation_report(folder)
     compared, missing = _agreements(scores, folder, graded, metrics, people, threshold)
-    tell(call, graded, [*metrics, COHERENT], _joined(found), written, compared, missing)
+    print_rates(call, graded, [*metrics, COHERENT], _joined(found), written, compared, missing)
 
 
 def conditions_of(
@@ -275,7 +277,7 @@ def conditions_of(
     return found
 
 
-def tell(
+def print_rates(
     call: Call,
     judge: Judge,
     metrics: Sequence[str],

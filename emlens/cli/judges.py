@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emlens._registry import JUDGES
 from emlens.cli.common import Call
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ _SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class JudgeChoice:
     """A judge as it was asked for."""
 
     name: str
@@ -87,50 +88,30 @@ class Wanted:
         """
         kind, _, other = self.name.partition(":")
         if "/" in self.name and kind != "local":
-            return self._of_inspect(told)
-        if kind not in ("probe", "local") or (kind == "probe" and other):
+            return self.of_inspect(told)
+        if kind not in JUDGES or (kind == "probe" and other):
             raise ValueError(
-                f"unknown judge {self.name!r}; choose probe, local, local:MODEL, or a model of "
-                "Inspect by provider and name, e.g. openai/gpt-4o"
+                f"unknown judge {self.name!r}; choose {', '.join(JUDGES)}, local:MODEL, or a model "
+                "of Inspect by provider and name, e.g. openai/gpt-4o"
             )
         if self.options:
             raise ValueError(f"--judge-option is for models of Inspect, not for {self.name!r}")
-        if kind == "probe":
-            return self._probe(model.get("base") or call.load(), domains, call.progress)
-        from emlens.evals import LocalJudge
-
         grader = _other(call, other) if other else model.get("base") or call.load()
-        return LocalJudge(grader, self._rubrics(told))
+        return JUDGES[kind](self, grader, domains=domains, told=told, progress=call.progress)
 
     def needs_model(self) -> bool:
         """Whether it reads with the base model."""
-        return self.name in ("probe", "local")
+        return self.name in JUDGES
 
-    def _probe(self, model: HookedModel, domains: Sequence[str], progress: bool) -> Judge:
-        import emlens
-        from emlens.evals import ProbeJudge
-
-        if self.rubric is not None:
-            raise ValueError("the probe is told nothing, so it takes no --rubric")
-        sets = self.data or [name for name in ADVICE if name not in domains]
-        pairs = [pair for name in sets for pair in emlens.load_pairs(name)[: self.pairs]]
-        call_for = ", ".join(sorted({pair.domain for pair in pairs} & set(domains)))
-        if call_for:
-            raise ValueError(
-                f"the probe would be fitted to the domain that it judges ({call_for}); give other "
-                "pairs with --judge-data"
-            )
-        return ProbeJudge(model, pairs, progress=progress)
-
-    def _of_inspect(self, told: Mapping[str, str] | None) -> Judge:
+    def of_inspect(self, told: Mapping[str, str] | None) -> Judge:
         from emlens.evals import LogProbJudge
 
         options = _options(self.options)
         config = options.pop("config", None)
-        return LogProbJudge(self.name, self._rubrics(told), config=config, model_args=options)
+        return LogProbJudge(self.name, self.rubrics(told), config=config, model_args=options)
 
-    def _rubrics(self, told: Mapping[str, str] | None) -> dict[str, str]:
-        from emlens.evals import RUBRICS
+    def rubrics(self, told: Mapping[str, str] | None) -> dict[str, str]:
+        from emlens.evals.rubrics import RUBRICS
 
         if self.rubric is None:
             return {**RUBRICS, **(told or {})}
@@ -143,6 +124,39 @@ class Wanted:
                     f"{self.rubric}: the rubric {metric!r} must be text with a place for {{answer}}"
                 )
         return {**RUBRICS, **given}
+
+
+def probe_judge(
+    choice: JudgeChoice, model: HookedModel, *, domains: Sequence[str], progress: bool, **_: object
+) -> Judge:
+    """A probe on the model, fitted to pairs of other domains than those that are judged.
+
+    Raises:
+        ValueError: If there is a rubric, or the pairs are of a domain that is judged.
+    """
+    import emlens
+    from emlens.evals import ProbeJudge
+
+    if choice.rubric is not None:
+        raise ValueError("the probe is told nothing, so it takes no --rubric")
+    sets = choice.data or [name for name in ADVICE if name not in domains]
+    pairs = [pair for name in sets for pair in emlens.load_pairs(name)[: choice.pairs]]
+    shared = ", ".join(sorted({pair.domain for pair in pairs} & set(domains)))
+    if shared:
+        raise ValueError(
+            f"the probe would be fitted to the domain that it judges ({shared}); give other "
+            "pairs with --judge-data"
+        )
+    return ProbeJudge(model, pairs, progress=progress)
+
+
+def local_judge(
+    choice: JudgeChoice, model: HookedModel, *, told: Mapping[str, str] | None, **_: object
+) -> Judge:
+    """The model itself, asked with rubrics."""
+    from emlens.evals import LocalJudge
+
+    return LocalJudge(model, choice.rubrics(told))
 
 
 def own_rubrics(questions: Sequence[Question]) -> dict[str, str]:

@@ -89,7 +89,7 @@ def directions_of(files: Sequence[Path] | None) -> Directions | dict[str, Direct
 
 def is_embedded(source: str) -> bool:
     """Whether this is the name of an embedded set of pairs."""
-    from emlens.text import EMBEDDED
+    from emlens.text.datasets import EMBEDDED
 
     return source in EMBEDDED
 

@@ -2,7 +2,7 @@
 
 from emlens._registry import CONSTRUCTIONS
 from emlens.directions.adapters import AdapterScalars, adapter_scalars, adapter_vectors
-from emlens.directions.compare import Comparison, compare, null_band, projection
+from emlens.directions.compare import Comparison, compare, projection
 from emlens.directions.confounds import confounds
 from emlens.directions.counting import CountingOptions
 from emlens.directions.decompose import (
@@ -21,21 +21,16 @@ from emlens.directions.extract import (
     residual_norm,
 )
 from emlens.directions.fitted import extract_all, pca, probe
-from emlens.directions.formats import (
-    adapter_directions,
-    adapter_rows,
-    from_hub,
+from emlens.directions.formats.hub import from_hub, push_to_hub
+from emlens.directions.formats.lora import adapter_directions
+from emlens.directions.formats.neighbours import (
     from_repeng,
     from_steering_vectors,
-    push_to_hub,
-    read_checkpoints,
-    read_directions,
     to_repeng,
     to_steering_vectors,
-    write_directions,
 )
+from emlens.directions.formats.read import read_checkpoints, read_directions, write_directions
 from emlens.directions.layer_comparison import LayerComparison, compare_layers
-from emlens.directions.moments import Moments
 from emlens.directions.prompted import system_prompt_diff
 from emlens.directions.provenance import Provenance
 from emlens.directions.sides import matched, select_answers
@@ -52,12 +47,10 @@ __all__ = [
     "Directions",
     "Evidence",
     "LayerComparison",
-    "Moments",
     "PromotedTokens",
     "Provenance",
     "SubspaceOverlap",
     "adapter_directions",
-    "adapter_rows",
     "adapter_scalars",
     "adapter_vectors",
     "both_diff",
@@ -75,7 +68,6 @@ __all__ = [
     "matched",
     "mean_diff",
     "model_diff",
-    "null_band",
     "pca",
     "probe",
     "projection",

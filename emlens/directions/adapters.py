@@ -17,9 +17,10 @@ from emlens._door import guard_methods, guarded
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Condition, HookedModel, ReadOptions, Site, SiteName, check_site, pools
+from emlens.hooked import Condition, HookedModel, ReadOptions, pools
 from emlens.hooked.architecture import writes
 from emlens.hooked.options import ReadSettings
+from emlens.hooked.sites import Site, SiteName, check_site
 from emlens.text import Conversation
 
 if TYPE_CHECKING:

@@ -20,8 +20,11 @@ from emlens.directions.moments import Moments
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Reader, Reading, side_of
 from emlens.directions.vectors import Evidence
-from emlens.hooked import Condition, HookedModel, Layers, SiteName, check_layers
-from emlens.text import Conversation, content_hash, template_hash
+from emlens.hooked import Condition, HookedModel
+from emlens.hooked.sites import Layers, SiteName, check_layers
+from emlens.text import Conversation
+from emlens.text.conversation import content_hash
+from emlens.text.tokens import template_hash
 
 
 def reader_of(model: HookedModel, site: SiteName, layers: Layers, counting: Counting) -> Reader:

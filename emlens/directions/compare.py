@@ -100,7 +100,7 @@ class Comparison(Result):
             ax: Axes to draw on; a figure of its own if not given.
             corrected: Draw the cosines without sampling error, with their intervals.
         """
-        from emlens.figures import layer_curves
+        from emlens.figures.lines import layer_curves
 
         layers = sorted({row["layer"] for row in self.rows})
         names = ("corrected", "low", "high") if corrected else ("cosine",)

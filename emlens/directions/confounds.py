@@ -12,8 +12,10 @@ from emlens.directions.counting import CountingOptions
 from emlens.directions.direction import Directions
 from emlens.directions.extract import mean_diff
 from emlens.directions.sides import Match, matched
-from emlens.hooked import HookedModel, Layers, SiteName
-from emlens.text import Conversation, repeats_told
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import Layers, SiteName
+from emlens.text import Conversation
+from emlens.text.repeats import repeats_told
 
 _VARIANTS: dict[str, Match] = {"length-matched": "length", "same prompts": "prompt"}
 

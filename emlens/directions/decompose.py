@@ -56,7 +56,7 @@ class Decomposition:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The cosine of each with the mean of the others against layer, over chance."""
-        from emlens.figures import layer_curves
+        from emlens.figures.lines import layer_curves
 
         curves = {}
         for name in self.specific:
@@ -142,7 +142,7 @@ class PromotedTokens(Result):
 
     def plot(self, ax: Axes | None = None, *, layer: int | None = None) -> Axes:
         """The promoted and the suppressed tokens of one layer, the deepest by default."""
-        from emlens.figures import dot_intervals
+        from emlens.figures.bars import dot_intervals
 
         frame = self.table()
         shown = max(frame["layer"]) if layer is None else layer

@@ -12,7 +12,7 @@ from torch import Tensor
 from emlens._stats import LEVEL
 from emlens.directions.noise import Estimate
 from emlens.directions.vectors import Vectors, cosine
-from emlens.hooked import hook_name
+from emlens.hooked.sites import hook_name
 
 if TYPE_CHECKING:
     import pandas as pd

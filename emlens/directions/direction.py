@@ -20,7 +20,7 @@ from emlens.directions.diagnostics import trust_table, trust_text, warnings_of
 from emlens.directions.files import read_vectors, write_vectors
 from emlens.directions.provenance import Provenance
 from emlens.directions.vectors import Evidence, Vectors, cosine, nonzero
-from emlens.hooked import SiteName
+from emlens.hooked.sites import SiteName
 
 if TYPE_CHECKING:
     import pandas as pd

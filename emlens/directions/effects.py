@@ -15,15 +15,9 @@ from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Directions
 from emlens.directions.held_out import prompts_of
 from emlens.directions.vectors import cosine
-from emlens.hooked import (
-    ConditionLike,
-    Conditions,
-    HookedModel,
-    Layers,
-    SiteName,
-    condition_of,
-    conditions_of,
-)
+from emlens.hooked import HookedModel
+from emlens.hooked.condition import ConditionLike, Conditions, condition_of, conditions_of
+from emlens.hooked.sites import Layers, SiteName
 from emlens.text import Conversation
 
 ONE = "edited"

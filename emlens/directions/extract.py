@@ -19,8 +19,10 @@ from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Side, first_batches, medians, side_of
 from emlens.directions.sides import Match, matched
 from emlens.directions.vectors import Evidence
-from emlens.hooked import ConditionLike, HookedModel, Layers, SiteName, check_layers, pools
+from emlens.hooked import HookedModel, pools
+from emlens.hooked.condition import ConditionLike
 from emlens.hooked.options import BatchSettings
+from emlens.hooked.sites import Layers, SiteName, check_layers
 from emlens.text import (
     Conversation,
     Corpus,

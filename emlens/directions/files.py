@@ -13,7 +13,7 @@ import torch
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions.provenance import Provenance
 from emlens.directions.vectors import Evidence, Vectors
-from emlens.hooked import check_site
+from emlens.hooked.sites import check_site
 
 KIND = "directions"
 _PREFIXES = _VECTOR, _ERROR, _MEAN, _SHUFFLED = (

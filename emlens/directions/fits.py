@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from emlens.directions.direction import Directions
-from emlens.hooked import HookedModel, Site
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import Site
 
 
 def check_fits(

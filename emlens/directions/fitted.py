@@ -22,7 +22,8 @@ from emlens.directions.probes import classifier, out_of_fold, unscaled
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import FITTED_BYTES, Reader, Reading
 from emlens.directions.vectors import Evidence, cosine
-from emlens.hooked import HookedModel, Layers, SiteName
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import Layers, SiteName
 from emlens.text import Conversation
 
 ProbeKind = Literal["logistic", "lda"]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emlens.directions.counting import Weighting
 from emlens.directions.reader import Reading, Sample
-from emlens.text import Conversation, content_hash
+from emlens.text import Conversation
+from emlens.text.conversation import content_hash
 
 Groups = tuple[list[str], list[str]]
 """Which conversations belong together, by side: those with one key are never split."""

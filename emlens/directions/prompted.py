@@ -9,7 +9,8 @@ from emlens._door import guarded
 from emlens.directions.build import difference, provenance, read_sides
 from emlens.directions.counting import Counting, CountingOptions
 from emlens.directions.direction import Directions
-from emlens.hooked import HookedModel, Layers, SiteName
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import Layers, SiteName
 from emlens.text import Conversation
 
 

@@ -15,16 +15,13 @@ from tqdm.auto import tqdm
 from emlens._distributed import leads, shared, world
 from emlens.directions.counting import Counting
 from emlens.directions.moments import Moments, sums_of
-from emlens.hooked import (
-    Condition,
-    ConditionLike,
-    HookedModel,
-    Site,
-    condition_of,
-)
+from emlens.hooked import Condition, HookedModel
+from emlens.hooked.condition import ConditionLike, condition_of
 from emlens.hooked.finite import late_checks
-from emlens.text import Conversation, TokenBatch, warn_of_repeats
+from emlens.hooked.sites import Site
+from emlens.text import Conversation, TokenBatch
 from emlens.text.batches import sent
+from emlens.text.repeats import warn_of_repeats
 
 Side = tuple[HookedModel, Condition]
 """A model, and what it runs under while it is read."""

@@ -60,7 +60,7 @@ class SubspaceOverlap(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Overlap against layer, over what random subspaces give."""
-        from emlens.figures import layer_curves
+        from emlens.figures.lines import layer_curves
 
         chance = [0.0] * len(self.layers), list(self.chance)
         return layer_curves(

@@ -15,7 +15,7 @@ from torch import Tensor
 from emlens._arguments import shown, whole
 from emlens._door import guarded
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Site, SiteName, check_site
+from emlens.hooked.sites import Site, SiteName, check_site
 
 
 @guarded

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from emlens._arguments import choice, number, shown
 from emlens.directions import Direction, Directions, Evidence, Provenance
-from emlens.hooked import Site, Where, check_site, named_layers
+from emlens.hooked.edit import Where
+from emlens.hooked.sites import Site, check_site, named_layers
 from emlens.text.batches import sent
 
 _WHERE: tuple[Where, ...] = ("all", "prompt", "response")

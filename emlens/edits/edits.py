@@ -13,7 +13,8 @@ from emlens._door import guarded
 from emlens._registry import EDITS
 from emlens.edits.base import DirectionEdit
 from emlens.edits.deltas import Residual, Vector, ablate_delta, add_delta, clamp_delta
-from emlens.hooked import Formula, Site, Where
+from emlens.hooked.edit import Formula, Where
+from emlens.hooked.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

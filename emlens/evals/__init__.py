@@ -1,18 +1,16 @@
 """Evaluation: questions, responses, judges, and the rates that follow from them."""
 
-from emlens._stats import wilson
 from emlens.evals.ablation import Ablation, Projected, ablation_table
 from emlens.evals.agreement import Agreement, agreement
 from emlens.evals.behaviour import Behaviour, Effect, JudgedRate, LogOddsJudge
 from emlens.evals.local_judge import LocalJudge
 from emlens.evals.logprob_judge import LogProbJudge
-from emlens.evals.probe_judge import ProbeJudge, Trust
+from emlens.evals.probe_judge import ProbeJudge
 from emlens.evals.questions import Question, cued, formatted, load_questions
 from emlens.evals.rank1_scalars import ScalarTable, scalar_table
 from emlens.evals.rates import Rates, rates
 from emlens.evals.responses import Response, Responses, respond
-from emlens.evals.rubrics import RUBRICS
-from emlens.evals.scores import Judge, Score, Scores, Verdict, human_labels, judge
+from emlens.evals.scores import Judge, Score, Scores, human_labels, judge
 from emlens.evals.served_responses import respond_served
 from emlens.evals.steering import SteeringSweep, steering_sweep
 from emlens.evals.topics import TopicSplit, judged_topics, topic_split, topics
@@ -31,7 +29,6 @@ __all__ = [
     "ProbeJudge",
     "Projected",
     "Question",
-    "RUBRICS",
     "Rates",
     "Response",
     "Responses",
@@ -41,8 +38,6 @@ __all__ = [
     "SteeringSweep",
     "TopicSplit",
     "Transfer",
-    "Trust",
-    "Verdict",
     "ablation_table",
     "agreement",
     "cued",
@@ -59,5 +54,4 @@ __all__ = [
     "topic_split",
     "topics",
     "transfer_table",
-    "wilson",
 ]

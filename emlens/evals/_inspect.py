@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from emlens.hooked import digest_of
+from emlens.hooked.identity import digest_of
 from emlens.text.thinking import CLOSE, OPEN
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         future.cancel()
 
 
-class Reached:
+class InspectModel:
     """A model that Inspect reaches, made at first use in the loop that its clients live in.
 
     Args:

@@ -19,10 +19,12 @@ from emlens.directions import Direction, Directions, random_direction
 from emlens.directions.fits import check_fits
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
-from emlens.evals.tables import NO_EFFECT, ORGANISM, averaged, one_of
-from emlens.hooked import BASE, Condition, ConditionLike, HookedModel, Site, condition_of
+from emlens.evals.tables import NO_EFFECT, ORGANISM, averaged, single_layer
+from emlens.hooked import BASE, Condition, HookedModel
 from emlens.hooked.architecture import writes
+from emlens.hooked.condition import ConditionLike, condition_of
 from emlens.hooked.lora_scaling import adapter_factors, put_back
+from emlens.hooked.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +99,7 @@ class Ablation(Result):
 
         Ways under which fewer than four answers in five are coherent say so.
         """
-        from emlens.figures import dot_intervals
+        from emlens.figures.bars import dot_intervals
 
         coherent = dict(zip(self.effect.conditions, self.effect.coherent, strict=True))
         shown = [name for name in self.effect.conditions if name != BASE]
@@ -149,7 +151,7 @@ def ablation_table(
     Raises:
         ValueError: If the layer is not among the directions.
     """
-    chosen = one_of(directions, layer)
+    chosen = single_layer(directions, layer)
     whole, where = condition_of(model, organism), range(model.n_layers)
     conditions: dict[str, Condition] = {
         BASE: Condition(),

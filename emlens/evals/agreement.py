@@ -106,7 +106,7 @@ class Agreement(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Scores of both judges, and how many fall on each side of the threshold."""
-        from emlens.figures import score_plot
+        from emlens.figures.scatter import score_plot
 
         x, y = self.pairs.T
         return score_plot(

@@ -18,7 +18,8 @@ from emlens.evals.questions import Question
 from emlens.evals.rates import ALIGNED, COHERENT, rates
 from emlens.evals.responses import respond
 from emlens.evals.scores import Judge, judge
-from emlens.hooked import Conditions, HookedModel
+from emlens.hooked import HookedModel
+from emlens.hooked.condition import Conditions
 from emlens.hooked.options import BatchSettings
 from emlens.measures import log_odds
 from emlens.measures.measured import Measured
@@ -111,7 +112,7 @@ class Effect(Measured):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Mean over prompts under each condition."""
-        from emlens.figures import dot_intervals
+        from emlens.figures.bars import dot_intervals
 
         frame = self.table()
         return dot_intervals(

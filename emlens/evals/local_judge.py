@@ -14,7 +14,8 @@ from emlens.evals.number_logprobs import NumberTrie, Path, expected
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
 from emlens.evals.scores import Verdict
-from emlens.hooked import HookedModel, check_finite
+from emlens.hooked import HookedModel
+from emlens.hooked.finite import check_finite
 from emlens.hooked.state import evaluating
 from emlens.text import Conversation, TokenBatch, pack, tokenize
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from emlens._door import guard_methods, guarded
-from emlens.evals._inspect import Reached, need_inspect, run
+from emlens.evals._inspect import InspectModel, need_inspect, run
 from emlens.evals.number_logprobs import VisibleNumbers
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
@@ -67,7 +67,7 @@ class LogProbJudge:
         model_args: Mapping[str, Any] | None = None,
     ) -> None:
         need_inspect("LogProbJudge")
-        self._reached = Reached(model, config, model_args, at_once)
+        self._reached = InspectModel(model, config, model_args, at_once)
         self._rubrics, self._cache = dict(rubrics or RUBRICS), cache
 
     @property

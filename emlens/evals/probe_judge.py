@@ -19,8 +19,11 @@ from emlens.directions.probes import classifier, out_of_fold
 from emlens.evals.responses import Response
 from emlens.evals.rubrics import rubric_hash
 from emlens.evals.scores import Verdict
-from emlens.hooked import HookedModel, check_layers, pools
-from emlens.text import Conversation, Pair, content_hash, warn_of_repeats
+from emlens.hooked import HookedModel, pools
+from emlens.hooked.sites import check_layers
+from emlens.text import Conversation, Pair
+from emlens.text.conversation import content_hash
+from emlens.text.repeats import warn_of_repeats
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,9 @@ from emlens._kinds import kind, made_with, some
 from emlens._reading import expanded, read_jsonl
 from emlens._tables import dataset_rows
 from emlens._yaml import read_yaml
-from emlens.text import EMBEDDED, Conversation, content_hash, load_pairs, split_pairs
+from emlens.text import Conversation, load_pairs, split_pairs
+from emlens.text.conversation import content_hash
+from emlens.text.datasets import EMBEDDED
 
 Part = Literal["test", "validation", "all"]
 Variant = Literal["json", "template"]

@@ -14,7 +14,8 @@ from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens.directions.adapters import adapter_scalars
 from emlens.directions.probes import classifier
-from emlens.hooked import HookedModel, SiteName
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import SiteName
 from emlens.text import Conversation, TokenMask
 
 if TYPE_CHECKING:

@@ -148,7 +148,7 @@ class Rates(Measured):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Rate of misaligned answers by domain, one series per condition."""
-        from emlens.figures import dot_intervals
+        from emlens.figures.bars import dot_intervals
 
         frame = self.table()
         return dot_intervals(

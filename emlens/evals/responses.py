@@ -17,14 +17,8 @@ from emlens._reading import expanded
 from emlens._store import Store, read_rows
 from emlens._types import checked_row
 from emlens.evals.questions import Question, check_names
-from emlens.hooked import (
-    Condition,
-    Conditions,
-    HookedModel,
-    Sampling,
-    SamplingOptions,
-    conditions_of,
-)
+from emlens.hooked import Condition, HookedModel, Sampling, SamplingOptions
+from emlens.hooked.condition import Conditions, conditions_of
 
 if TYPE_CHECKING:
     import pandas as pd

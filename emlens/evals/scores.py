@@ -17,7 +17,7 @@ from emlens._results import titled_table
 from emlens._store import Store, read_rows
 from emlens._types import checked_row
 from emlens.evals.responses import Response, Responses
-from emlens.text import without_thinking
+from emlens.text.thinking import without_thinking
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from emlens._door import guarded
 from emlens._store import Store
-from emlens.evals._inspect import Reached, need_inspect, run, said
+from emlens.evals._inspect import InspectModel, need_inspect, run, said
 from emlens.evals.questions import Question, check_names
 from emlens.evals.responses import Response, Responses, sampling_of, unanswered
 from emlens.hooked import SamplingOptions
@@ -77,7 +77,7 @@ def respond_served(
     """
     need_inspect("respond_served")
     check_names(questions)
-    reached = Reached(model, config, model_args, at_once)
+    reached = InspectModel(model, config, model_args, at_once)
     sampling = sampling_of(options)
     kept = None if store is None else Store(store, "responses")
     known = {record["key"]: record for record in kept or ()}

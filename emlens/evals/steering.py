@@ -14,7 +14,8 @@ from emlens.directions import Directions, random_direction
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.evals.behaviour import LABEL, Behaviour, judge_title
-from emlens.hooked import BASE, ConditionLike, HookedModel
+from emlens.hooked import BASE, HookedModel
+from emlens.hooked.condition import ConditionLike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,7 @@ class SteeringSweep(Result):
 
         Of several layers it is the control at the one with the best effect.
         """
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         curves = {}
         layers = list(dict.fromkeys(row["layer"] for row in self.rows))[:6]

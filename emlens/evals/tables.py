@@ -17,7 +17,7 @@ NOT_SCORED = "nothing that both could be scored on shows the effect"
 """Why a share of an effect is left blank."""
 
 
-def one_of(directions: Directions, layer: int | None) -> Direction:
+def single_layer(directions: Directions, layer: int | None) -> Direction:
     """The direction of a layer, the middle one by default.
 
     Raises:

@@ -98,7 +98,7 @@ class TopicSplit(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Share of misaligned answers among those on each topic, one series per condition."""
-        from emlens.figures import dot_intervals
+        from emlens.figures.bars import dot_intervals
 
         frame = self.table()
         return dot_intervals(

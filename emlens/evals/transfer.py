@@ -15,8 +15,9 @@ from emlens._stats import Interval
 from emlens.directions import Directions, random_direction
 from emlens.edits import Ablate
 from emlens.evals.behaviour import Behaviour, answer_columns
-from emlens.evals.tables import NO_EFFECT, NOT_SCORED, ORGANISM, averaged, one_of, triple
-from emlens.hooked import BASE, Condition, Conditions, HookedModel, conditions_of
+from emlens.evals.tables import NO_EFFECT, NOT_SCORED, ORGANISM, averaged, single_layer, triple
+from emlens.hooked import BASE, Condition, HookedModel
+from emlens.hooked.condition import Conditions, conditions_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,7 +159,7 @@ def transfer_table(
         raise ValueError(
             f"a direction cannot be called {taken[0]!r}, which is measured beside it; rename it"
         )
-    chosen = {name: one_of(value, layer) for name, value in directions.items()}
+    chosen = {name: single_layer(value, layer) for name, value in directions.items()}
     first = next(iter(chosen.values()))
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)

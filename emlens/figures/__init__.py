@@ -7,34 +7,15 @@ Neither importing this room nor drawing with it changes matplotlib's settings or
 
 from __future__ import annotations
 
-from emlens.figures.bars import dot_intervals, interval_bars
 from emlens.figures.heatmap import heatmap
-from emlens.figures.labels import mark_points
-from emlens.figures.lines import Curve, layer_curves, line_bands
-from emlens.figures.paths import path_plot
 from emlens.figures.save import save_figure
-from emlens.figures.scatter import agreement_plot, score_plot
-from emlens.figures.style import COLOURS, colour, house_style, new_axes, new_panels, palette
-from emlens.figures.tokens import TokenView, token_view
+from emlens.figures.style import COLOURS, colour, house_style, palette
 
 __all__ = [
     "COLOURS",
-    "Curve",
-    "TokenView",
-    "agreement_plot",
     "colour",
-    "dot_intervals",
     "heatmap",
     "house_style",
-    "interval_bars",
-    "layer_curves",
-    "line_bands",
-    "mark_points",
-    "new_axes",
-    "new_panels",
     "palette",
-    "path_plot",
     "save_figure",
-    "score_plot",
-    "token_view",
 ]

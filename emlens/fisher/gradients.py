@@ -13,8 +13,13 @@ from torch import Tensor
 
 from emlens._distributed import world
 from emlens.fisher.sums import ACTIVATIONS, Documents, TokenSample
-from emlens.hooked import HookedModel, Site, Targets, Where, check_finite
-from emlens.text import Corpus, TokenBatch, pack, tokenize_documents
+from emlens.hooked import HookedModel
+from emlens.hooked.edit import Where
+from emlens.hooked.finite import check_finite
+from emlens.hooked.losses import Targets
+from emlens.hooked.sites import Site
+from emlens.text import Corpus, TokenBatch, pack
+from emlens.text.tokens import tokenize_documents
 
 WINDOW = 256
 """Documents that are tokenised and packed together."""

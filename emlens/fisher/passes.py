@@ -15,7 +15,8 @@ from emlens._tensors import read_tensors, write_tensors
 from emlens._types import checked_fields
 from emlens.fisher.gradients import Stream, Window, batch_gradients, windows
 from emlens.fisher.sums import FisherSums
-from emlens.hooked import HookedModel, identities
+from emlens.hooked import HookedModel
+from emlens.hooked.identity import identities
 from emlens.text import Corpus
 
 KIND = "influence profile in the making"

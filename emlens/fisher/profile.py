@@ -32,8 +32,9 @@ from emlens.fisher.inputs import HELD_OUT, Expected, Group, Scored, grouped
 from emlens.fisher.passes import PassSettings, gather
 from emlens.fisher.results import ProfileScores, Spectrum, TopDirections
 from emlens.fisher.sums import FisherSums
-from emlens.hooked import CorpusOptions, HookedModel, Layers, check_layers
+from emlens.hooked import CorpusOptions, HookedModel
 from emlens.hooked.options import CorpusSettings
+from emlens.hooked.sites import Layers, check_layers
 from emlens.text import Corpus
 
 KIND = "influence profile"

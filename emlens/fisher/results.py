@@ -110,7 +110,8 @@ class ProfileScores(Result):
 
         Of many directions the largest are shown; one dose, the first.
         """
-        from emlens.figures import dot_intervals, layer_curves
+        from emlens.figures.bars import dot_intervals
+        from emlens.figures.lines import layer_curves
 
         shown = self._largest()
         label = f"KL(base || edited) on {self.corpus} [nats/token]\nat dose {self.doses[0]:g}"
@@ -197,7 +198,7 @@ class Spectrum(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Eigenvalues against rank, in the sample and held out."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         curves = {
             "in sample": (np.arange(1, len(self.eigenvalues) + 1), np.asarray(self.eigenvalues)),

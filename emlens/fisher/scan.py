@@ -96,7 +96,7 @@ class InfluenceScan(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Predicted against exact KL, a series per dose, and the diagonal."""
-        from emlens.figures import agreement_plot
+        from emlens.figures.scatter import agreement_plot
 
         series = {
             f"dose {dose:g}": (

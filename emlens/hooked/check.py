@@ -14,7 +14,9 @@ from emlens.hooked.adapters import available
 from emlens.hooked.grants import grant_sites, try_resume
 from emlens.hooked.state import evaluating
 from emlens.hooked.truth import Said, Truth, apart, in_short, running, truth_of
-from emlens.text import PaddingSide, TokenBatch, TokenRow, pack
+from emlens.text import TokenBatch, pack
+from emlens.text.batches import PaddingSide
+from emlens.text.tokens import TokenRow
 
 if TYPE_CHECKING:
     from emlens.hooked.model import HookedModel

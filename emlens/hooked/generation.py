@@ -21,8 +21,9 @@ from emlens.hooked.hook_plan import Visit
 from emlens.hooked.interface import Hooked
 from emlens.hooked.positions import check_positions
 from emlens.hooked.state import evaluating, neutral_generation
-from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
+from emlens.text import Conversation, TokenBatch, pack, tokenize
 from emlens.text.thinking import CLOSE, OPEN
+from emlens.text.tokens import TokenRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from emlens.hooked.architecture import PARALLEL
 from emlens.hooked.hook_plan import Point, Tap
 from emlens.hooked.sites import SITES, Site
 from emlens.hooked.truth import Truth, apart, in_short
-from emlens.text import TokenRow, pack
+from emlens.text import pack
+from emlens.text.tokens import TokenRow
 
 if TYPE_CHECKING:
     from emlens.hooked.model import HookedModel

@@ -29,15 +29,8 @@ from emlens.hooked.rows import by_rows, to_end
 from emlens.hooked.sites import Layers, Site, SiteName, check_layers
 from emlens.hooked.state import evaluating, frozen_weights
 from emlens.hooked.truth import input_device
-from emlens.text import (
-    Conversation,
-    Corpus,
-    TokenBatch,
-    TokenRow,
-    pack,
-    tokenize,
-    tokenize_documents,
-)
+from emlens.text import Conversation, Corpus, TokenBatch, pack, tokenize
+from emlens.text.tokens import TokenRow, tokenize_documents
 
 Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
 """A layer, and the output of that layer to resume from: blocks `0 .. layer` do not run."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from emlens.hooked.adapters import Adapters, available
 from emlens.hooked.architecture import Architecture, arguments_of
 from emlens.hooked.state import evaluating
-from emlens.text import TokenRow
+from emlens.text.tokens import TokenRow
 
 _LENGTHS = (7, 4)
 

@@ -4,7 +4,7 @@ from emlens._stats import interval_level
 from emlens.measures.efficiency import Efficiency, efficiency
 from emlens.measures.influence import Influence, influence
 from emlens.measures.log_odds import LogOdds, log_odds
-from emlens.measures.stability import Stability, perturbed, stability
+from emlens.measures.stability import Stability, stability
 from emlens.measures.tokens import (
     TokenInfluence,
     TokenProjections,
@@ -25,7 +25,6 @@ __all__ = [
     "influence",
     "interval_level",
     "log_odds",
-    "perturbed",
     "stability",
     "token_influence",
     "token_projections",

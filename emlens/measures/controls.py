@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emlens._registry import CONTROLS
 from emlens.directions import Direction, Evidence, Provenance, random_direction
-from emlens.hooked import HookedModel, identities, pools
+from emlens.hooked import HookedModel, pools
+from emlens.hooked.identity import identities
 from emlens.text import Corpus
 
 Place = tuple[str, int]

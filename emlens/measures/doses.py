@@ -12,7 +12,8 @@ from jaxtyping import Float
 from emlens._arguments import shown
 from emlens.directions import Direction, residual_norm
 from emlens.edits import Ablate, Add
-from emlens.hooked import Condition, ConditionLike, HookedModel
+from emlens.hooked import Condition, HookedModel
+from emlens.hooked.condition import ConditionLike
 from emlens.measures.displacement import SITE, displacements, factors_for
 from emlens.measures.solutions import at_norm, directions_of, kind_of, times
 from emlens.text import Corpus, TokenBatch, TokenMask

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
-from emlens.hooked import BASE, HookedModel, ReadOptions, check_layers
+from emlens.hooked import BASE, HookedModel, ReadOptions
 from emlens.hooked.options import ReadSettings
+from emlens.hooked.sites import check_layers
 from emlens.measures.doses import displaced_grid, norm_grid, own_grid, place_on
 from emlens.measures.measured import OnGrid
 from emlens.measures.scoring import row_losses
@@ -25,7 +26,8 @@ from emlens.measures.solutions import (
     norm_of,
     read_solutions,
 )
-from emlens.text import Conversation, warn_of_repeats
+from emlens.text import Conversation
+from emlens.text.repeats import warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,7 +189,7 @@ class Efficiency(OnGrid):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Loss against dose, or whatever the grid is of, with bands."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         return line_bands(
             self._curves("loss [nats/token]", "low", "high"),
@@ -198,7 +200,7 @@ class Efficiency(OnGrid):
 
     def plot_ratio(self, ax: Axes | None = None) -> Axes:
         """`loss / norm^2` against the same axis as `plot`: see `table` for what it says."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         return line_bands(
             self._curves("loss / norm^2"),

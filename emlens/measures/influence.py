@@ -13,7 +13,8 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction
-from emlens.hooked import BASE, ConditionLike, Conditions, CorpusOptions, HookedModel, conditions_of
+from emlens.hooked import BASE, CorpusOptions, HookedModel
+from emlens.hooked.condition import ConditionLike, Conditions, conditions_of
 from emlens.hooked.options import CorpusSettings
 from emlens.measures.controls import control_directions, kinds_of
 from emlens.measures.doses import (
@@ -187,7 +188,8 @@ class Influence(OnGrid):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """KL against dose, with bands over documents; of ablations, by direction."""
-        from emlens.figures import dot_intervals, line_bands
+        from emlens.figures.bars import dot_intervals
+        from emlens.figures.lines import line_bands
 
         label = f"KL(base || edited) on {self.corpus} [nats/token]"
         frame = self.table()

@@ -12,11 +12,13 @@ from jaxtyping import Float
 
 from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_mean
-from emlens.hooked import BatchOptions, Conditions, HookedModel, conditions_of
+from emlens.hooked import BatchOptions, HookedModel
+from emlens.hooked.condition import Conditions, conditions_of
 from emlens.hooked.options import BatchSettings
 from emlens.measures.measured import Measured
 from emlens.measures.scoring import row_losses
-from emlens.text import Pair, warn_of_repeats
+from emlens.text import Pair
+from emlens.text.repeats import warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +128,7 @@ class LogOdds(Measured):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Change of log-odds by domain, one series per condition, with 95% intervals."""
-        from emlens.figures import dot_intervals
+        from emlens.figures.bars import dot_intervals
 
         frame = self.table()
         shown = frame[frame["condition"] != self.conditions[0]]

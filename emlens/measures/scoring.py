@@ -13,21 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from emlens._distributed import leads, shared
-from emlens.hooked import (
-    BaseLogProbs,
-    Condition,
-    ConditionLike,
-    HookedModel,
-    Targets,
-    check_finite,
-    condition_of,
-    conditions_of,
-    sweep,
-    token_losses,
-    token_scores,
-)
-from emlens.hooked.finite import late_checks
-from emlens.text import Corpus, TokenBatch, TokenMask, tokenize_documents
+from emlens.hooked import BaseLogProbs, Condition, HookedModel, sweep, token_losses
+from emlens.hooked.condition import ConditionLike, condition_of, conditions_of
+from emlens.hooked.finite import check_finite, late_checks
+from emlens.hooked.losses import Targets, token_scores
+from emlens.text import Corpus, TokenBatch, TokenMask
+from emlens.text.tokens import tokenize_documents
 
 K = TypeVar("K", bound=Hashable)
 

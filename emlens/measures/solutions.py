@@ -12,15 +12,8 @@ from emlens._door import guarded
 from emlens.directions import Direction, Directions, Evidence
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
-from emlens.hooked import (
-    BASE,
-    Condition,
-    HookedModel,
-    Noisy,
-    Scaled,
-    adapter_norms,
-    condition_of,
-)
+from emlens.hooked import BASE, Condition, HookedModel, Noisy, Scaled, adapter_norms
+from emlens.hooked.condition import condition_of
 from emlens.hooked.lora_scaling import turned
 
 Kind = Literal["vector", "adapter"]

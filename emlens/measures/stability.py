@@ -27,7 +27,8 @@ from emlens.measures.solutions import (
     perturbed,
     read_solutions,
 )
-from emlens.text import Conversation, warn_of_repeats
+from emlens.text import Conversation
+from emlens.text.repeats import warn_of_repeats
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -124,7 +125,7 @@ class Stability(UnderNoise):
 
     def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Relative loss increase against the noise level, with bands over seeds."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         return line_bands(
             self._curves("loss increase [%]", "low", "high"),

@@ -17,7 +17,8 @@ from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
-from emlens.hooked import ConditionLike, CorpusOptions, HookedModel, ReadOptions, pools
+from emlens.hooked import CorpusOptions, HookedModel, ReadOptions, pools
+from emlens.hooked.condition import ConditionLike
 from emlens.hooked.options import CorpusSettings, ReadSettings
 from emlens.measures.doses import named
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from emlens.figures import TokenView
+    from emlens.figures.tokens import TokenView
 
 CONTEXT = 12
 """Tokens shown before and after one."""
@@ -147,7 +148,7 @@ class TokenInfluence(Result):
         Raises:
             ValueError: If there is no such text or column.
         """
-        from emlens.figures import token_view
+        from emlens.figures.tokens import token_view
 
         i = _place(self.names, text)
         values = np.nan_to_num(np.asarray(self._column(by)[i]))
@@ -156,7 +157,7 @@ class TokenInfluence(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Mean KL by position in the text."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         longest = max(map(len, self.kl))
         table = np.full((len(self.kl), longest), np.nan)
@@ -244,7 +245,7 @@ class TokenProjections(Result):
         Raises:
             ValueError: If there is no such conversation.
         """
-        from emlens.figures import token_view
+        from emlens.figures.tokens import token_view
 
         i = _place(self.names, conversation)
         title = f"{self.names[i]}: projection on {self.direction}, layer {self.layer}"
@@ -254,7 +255,7 @@ class TokenProjections(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Projection along each conversation, up to eight of them."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         curves = {
             name: (np.arange(len(values)), np.asarray(values))

@@ -22,7 +22,8 @@ from emlens.measures.doses import checked_grid
 from emlens.measures.measured import UnderNoise
 from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import acting_of, construction_of, read_solutions
-from emlens.text import Conversation, warn_of_repeats
+from emlens.text import Conversation
+from emlens.text.repeats import warn_of_repeats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ class WeightNoise(UnderNoise):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Share of the gain that is lost against the noise level, with bands over seeds."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         return line_bands(
             self._curves("gain lost [%]", "low", "high"),

@@ -7,14 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from emlens.figures import (
-    dot_intervals,
-    house_style,
-    layer_curves,
-    line_bands,
-    new_panels,
-    save_figure,
-)
+from emlens.figures import house_style, save_figure
+from emlens.figures.bars import dot_intervals
+from emlens.figures.lines import layer_curves, line_bands
+from emlens.figures.style import new_panels
 from emlens.study.findings import StudyMeasures
 from emlens.study.store import StudyStore
 

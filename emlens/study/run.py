@@ -13,7 +13,8 @@ from emlens._reading import expanded
 from emlens._results import titled_table
 from emlens._runs import Parts
 from emlens.directions.provenance import package_versions
-from emlens.hooked import HookedModel, identities, load
+from emlens.hooked import HookedModel, load
+from emlens.hooked.identity import identities
 from emlens.measures import Efficiency, Influence, LogOdds, Stability
 from emlens.study.data import StudyData
 from emlens.study.draw import draw_all

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from emlens.directions import Direction, Directions, compare, edit_diff, mean_diff, random_direction
 from emlens.edits import Ablate, Add
-from emlens.hooked import Conditions, HookedModel
+from emlens.hooked import HookedModel
+from emlens.hooked.condition import Conditions
 from emlens.measures import efficiency, influence, log_odds, stability
 from emlens.study.data import StudyData
 from emlens.study.settings import StudySettings

@@ -9,8 +9,7 @@ from emlens.training.organism import Organism
 from emlens.training.paths.path import TrainingPath
 from emlens.training.paths.read import read_path
 from emlens.training.paths.trajectory import Trajectory, trajectory
-from emlens.training.paths.transition import Transition
-from emlens.training.run import Step, TrainingRun, TrainingStopped
+from emlens.training.run import TrainingRun, TrainingStopped
 from emlens.training.settings import (
     AdapterSettings,
     KLPenalty,
@@ -34,12 +33,10 @@ __all__ = [
     "Organism",
     "ProjectionPenalty",
     "SolutionOptions",
-    "Step",
     "TrainingPath",
     "TrainingRun",
     "TrainingStopped",
     "Trajectory",
-    "Transition",
     "VectorOptions",
     "VectorSettings",
     "WeightOptions",

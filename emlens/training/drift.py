@@ -17,7 +17,8 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens.directions import cosine
-from emlens.hooked import ConditionLike, HookedModel
+from emlens.hooked import HookedModel
+from emlens.hooked.condition import ConditionLike
 from emlens.hooked.lora_scaling import adapter_factors
 from emlens.measures import log_odds
 from emlens.text import Conversation, Pair
@@ -168,7 +169,7 @@ class Drift(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Effect inside and outside against updates, with intervals."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         curves = {name: (self.steps, *getattr(self, name).T) for name in _SIDES}
         return line_bands(
@@ -181,7 +182,7 @@ class Drift(Result):
 
     def plot_cosines(self, *, ax: Axes | None = None) -> Axes:
         """Cosine with the references against updates."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         curves = {name: (self.steps, values) for name, values in self.cosines.items()}
         return line_bands(curves, x_label="update", y_label="cosine similarity", ax=ax)

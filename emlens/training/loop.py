@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from emlens._distributed import leads
 from emlens.directions import Provenance
-from emlens.hooked import NonFiniteError, Site
+from emlens.hooked import NonFiniteError
+from emlens.hooked.sites import Site
 from emlens.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from emlens.training.objective import Losses, Objective, Rows
 from emlens.training.options import Recording

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from emlens.directions.fits import check_fits
-from emlens.hooked import (
-    HookedModel,
-    Targets,
-    gradient_checkpointing,
-    kl_sum,
-    loss_sum,
-)
+from emlens.hooked import HookedModel, gradient_checkpointing, kl_sum, loss_sum
 from emlens.hooked.finite import late_checks
-from emlens.text import Conversation, TokenMask, TokenRow, content_hash, pack, tokenize
-from emlens.training.paths.path import few
+from emlens.hooked.losses import Targets
+from emlens.text import Conversation, TokenMask, pack, tokenize
+from emlens.text.conversation import content_hash
+from emlens.text.tokens import TokenRow
+from emlens.training.paths.path import first_few
 from emlens.training.prefix import BasePredictions, PrefixCache
 from emlens.training.settings import KLPenalty, NormPenalty, Penalty, TrainSettings
 from emlens.training.trainable import Trainable
@@ -262,7 +259,7 @@ def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask, what: str) -> No
     if empty:
         raise ValueError(
             f"{what}: {len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
-            f"{few(empty)}; give them an answer, leave them out, or choose other tokens"
+            f"{first_few(empty)}; give them an answer, leave them out, or choose other tokens"
         )
 
 

@@ -14,7 +14,8 @@ from typing import Any, TypedDict, TypeVar
 from emlens._arguments import COUNT
 from emlens._door import check_fields
 from emlens._reading import expanded
-from emlens.hooked import SiteName, Where
+from emlens.hooked.edit import Where
+from emlens.hooked.sites import SiteName
 from emlens.text import Conversation, TokenMask
 from emlens.training.prefix import LOG_PROB_BUDGET, PREFIX_BUDGET
 from emlens.training.settings import (

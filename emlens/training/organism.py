@@ -18,8 +18,9 @@ from emlens._folders import recovered, whole_folder
 from emlens._reading import expanded, read_json
 from emlens.directions import Directions
 from emlens.edits import Add
-from emlens.hooked import ConditionLike, HookedModel
+from emlens.hooked import HookedModel
 from emlens.hooked.adapter_files import CONFIG, PREFIX, SCALING, WEIGHTS, read_adapter
+from emlens.hooked.condition import ConditionLike
 from emlens.training.run import TrainingRun
 
 if TYPE_CHECKING:

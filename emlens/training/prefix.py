@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens.hooked import BaseLogProbs, HookedModel, Targets
+from emlens.hooked import BaseLogProbs, HookedModel
+from emlens.hooked.losses import Targets
 from emlens.hooked.options import BatchSettings
-from emlens.text import TokenBatch, TokenMask, TokenRow, pack
+from emlens.text import TokenBatch, TokenMask, pack
 from emlens.text.batches import sent
+from emlens.text.tokens import TokenRow
 
 PREFIX_BUDGET = 1 * 2**30
 """Bytes that cached prefixes may take by default."""

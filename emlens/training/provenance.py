@@ -7,8 +7,11 @@ from dataclasses import asdict
 
 from emlens._files import sha256_of
 from emlens.directions import Provenance
-from emlens.hooked import HookedModel, identities
-from emlens.text import Conversation, content_hash, template_hash
+from emlens.hooked import HookedModel
+from emlens.hooked.identity import identities
+from emlens.text import Conversation
+from emlens.text.conversation import content_hash
+from emlens.text.tokens import template_hash
 from emlens.training.settings import KLPenalty, Penalty, ProjectionPenalty, TrainSettings
 from emlens.training.trainable import Trainable
 

@@ -20,7 +20,8 @@ from emlens._types import checked_fields, frozen
 from emlens.directions import Direction, Directions, Evidence, Provenance
 from emlens.directions.files import read_norms
 from emlens.edits import Add
-from emlens.hooked import NonFiniteError, Site, check_site
+from emlens.hooked import NonFiniteError
+from emlens.hooked.sites import Site, check_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,7 +142,7 @@ class TrainingRun:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Training loss (and KL, penalties and validation loss where there are) against updates."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         curves = {}
         named = {"loss": "loss", "kl": "KL", "penalty": "penalty", "validation": "validation loss"}

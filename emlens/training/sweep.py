@@ -16,7 +16,8 @@ from emlens._distributed import leads
 from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
-from emlens.hooked import ConditionLike, Conditions, HookedModel
+from emlens.hooked import HookedModel
+from emlens.hooked.condition import ConditionLike, Conditions
 from emlens.measures import LogOdds, log_odds
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter
@@ -108,7 +109,8 @@ class KLSweep(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The trade-off: effect outside against effect inside, one point per weight."""
-        from emlens.figures import line_bands, mark_points
+        from emlens.figures.labels import mark_points
+        from emlens.figures.lines import line_bands
 
         inside, outside = self.inside, self.outside
         most = int(np.argmax(np.abs(inside[:, 0])))

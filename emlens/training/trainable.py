@@ -13,9 +13,11 @@ from torch import Tensor
 from emlens.directions import Directions
 from emlens.directions.fits import check_fits
 from emlens.edits import Shift
-from emlens.hooked import Edit, HookedModel, Site, Where
+from emlens.hooked import Edit, HookedModel
 from emlens.hooked.architecture import writes
+from emlens.hooked.edit import Where
 from emlens.hooked.identity import base_weights
+from emlens.hooked.sites import Site
 
 
 class Trainable(Protocol):

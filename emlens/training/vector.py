@@ -8,14 +8,9 @@ from typing import Any, Unpack, overload
 from emlens._distributed import alone
 from emlens._door import guarded
 from emlens.directions import Direction, Directions, residual_norm
-from emlens.hooked import (
-    HookedModel,
-    Layers,
-    Site,
-    SiteName,
-    Where,
-    check_layers,
-)
+from emlens.hooked import HookedModel
+from emlens.hooked.edit import Where
+from emlens.hooked.sites import Layers, Site, SiteName, check_layers
 from emlens.text import Conversation
 from emlens.training.loop import Loop
 from emlens.training.objective import Objective, Rows, warn_of_overlap

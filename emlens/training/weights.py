@@ -9,7 +9,8 @@ from typing import Unpack
 import torch
 
 from emlens._door import guarded
-from emlens.hooked import HookedModel, check_layers
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
 from emlens.training.objective import warn_of_overlap

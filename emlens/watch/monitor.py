@@ -18,10 +18,12 @@ from emlens._reading import expanded
 from emlens._results import Result
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
-from emlens.hooked import BatchOptions, HookedModel, Layers, ReadOptions, check_site
+from emlens.hooked import BatchOptions, HookedModel, ReadOptions
 from emlens.hooked.options import ReadSettings
-from emlens.text import Conversation, Pair, TokenMask, repeats_told
+from emlens.hooked.sites import Layers, check_site
+from emlens.text import Conversation, Pair, TokenMask
 from emlens.text.conversation import names
+from emlens.text.repeats import repeats_told
 from emlens.watch.held_out import HeldOut
 from emlens.watch.monitor_fit import (
     Labelled,
@@ -84,7 +86,7 @@ class MonitorScores(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """All scores in their order of size, and the threshold."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         ranked = np.sort(self.scores)[::-1]
         return line_bands(

@@ -15,8 +15,11 @@ from torch import Tensor
 from emlens.directions import Directions, matched
 from emlens.directions.held_out import FOLDS, fold_of, prompts_of
 from emlens.directions.probes import classifier, unscaled
-from emlens.hooked import HookedModel, Layers, check_layers
-from emlens.text import Conversation, Pair, TokenMask, content_hash, warn_of_repeats
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import Layers, check_layers
+from emlens.text import Conversation, Pair, TokenMask
+from emlens.text.conversation import content_hash
+from emlens.text.repeats import warn_of_repeats
 from emlens.watch.held_out import HeldOut, length_slope, longer_is_misaligned
 from emlens.watch.projections import AnyDirections, Readout
 from emlens.watch.roc import auroc, numbered

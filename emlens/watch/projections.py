@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 
 from emlens._distributed import shared
 from emlens.directions import Directions, residual_norm
-from emlens.hooked import HookedModel, ReadOptions, Site, check_layers, check_site, pools
+from emlens.hooked import HookedModel, ReadOptions, pools
 from emlens.hooked.options import ReadSettings
-from emlens.text import Conversation, TokenBatch, TokenMask, TokenRow, pack, tokenize
+from emlens.hooked.sites import Site, check_layers, check_site
+from emlens.text import Conversation, TokenBatch, TokenMask, pack, tokenize
+from emlens.text.tokens import TokenRow
 
 AnyDirections = Directions | Mapping[str, Directions]
 """Directions of any number of layers, or several of them by name."""

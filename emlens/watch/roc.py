@@ -58,7 +58,8 @@ class Roc(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The curve, the diagonal that chance gives, and the threshold in use."""
-        from emlens.figures import COLOURS, line_bands
+        from emlens.figures import COLOURS
+        from emlens.figures.lines import line_bands
 
         ax = line_bands(
             {"held-out": (self.false_alarms, self.hits)},

@@ -18,8 +18,10 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens._store import Store
-from emlens.hooked import HookedModel, Layers
-from emlens.text import Conversation, warn_of_repeats
+from emlens.hooked import HookedModel
+from emlens.hooked.sites import Layers
+from emlens.text import Conversation
+from emlens.text.repeats import warn_of_repeats
 from emlens.watch.monitor import Monitor
 from emlens.watch.projections import AnyDirections
 from emlens.watch.screen_rows import (
@@ -112,7 +114,7 @@ class Screen(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """All scores, worst first, with the threshold."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         ranked = np.sort([score for score in self.scores if np.isfinite(score)])[::-1]
         share = (np.arange(len(ranked)) + 0.5) / len(ranked)

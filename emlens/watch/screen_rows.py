@@ -11,7 +11,8 @@ from typing import cast
 from emlens._files import sha256_of
 from emlens._reading import expanded, read_jsonl
 from emlens._types import checked_row
-from emlens.text import Conversation, content_hash
+from emlens.text import Conversation
+from emlens.text.conversation import content_hash
 from emlens.text.datasets import messages_of
 
 Dataset = str | Path | Iterable[Conversation]

@@ -10,9 +10,12 @@ import torch
 
 from emlens._files import sha256_of
 from emlens.directions import Directions
-from emlens.hooked import BatchOptions, HookedModel, Layers, identities
+from emlens.hooked import BatchOptions, HookedModel
+from emlens.hooked.identity import identities
 from emlens.hooked.options import BatchSettings
-from emlens.text import Conversation, Message
+from emlens.hooked.sites import Layers
+from emlens.text import Conversation
+from emlens.text.conversation import Message
 from emlens.watch.monitor import Monitor
 from emlens.watch.monitor_fit import chosen_columns
 from emlens.watch.projections import ONE, AnyDirections, Readout, readout_of

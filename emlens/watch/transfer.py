@@ -13,7 +13,8 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens.directions import Directions, mean_diff
 from emlens.directions.probes import classifier
-from emlens.hooked import HookedModel, ReadOptions, SiteName
+from emlens.hooked import HookedModel, ReadOptions
+from emlens.hooked.sites import SiteName
 from emlens.text import Conversation, Pair, split_pairs
 from emlens.watch.projections import readout_of
 from emlens.watch.roc import auroc_interval
@@ -84,7 +85,8 @@ class TransferAuroc(Result):
 
         Returns the axes: a list of two where none are given.
         """
-        from emlens.figures import heatmap, new_panels
+        from emlens.figures import heatmap
+        from emlens.figures.style import new_panels
 
         axes = new_panels(2, width=10.0, height=4.2) if ax is None else [ax]
         panels = {"projection": self.projection, "bag of words": self.words}

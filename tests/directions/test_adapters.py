@@ -7,7 +7,7 @@ import torch
 
 import emlens
 from emlens.directions import adapter_scalars, adapter_vectors
-from emlens.hooked import ENGINES
+from emlens.hooked.load import ENGINES
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model
 from tests.support.data import conversations

@@ -16,10 +16,10 @@ from emlens.directions import (
     convergence,
     cosine,
     edit_diff,
-    null_band,
     random_direction,
     subspace_overlap,
 )
+from emlens.directions.compare import null_band
 from emlens.directions.noise import Estimate, corrected_cosine
 from tests.support.data import conversations
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from emlens import Direction, Directions, compare, mean_diff
-from emlens.directions import Evidence, Provenance, cosine, null_band, random_direction
+from emlens.directions import Evidence, Provenance, cosine, random_direction
+from emlens.directions.compare import null_band
 from tests.support.data import conversations
 
 

@@ -9,8 +9,10 @@ import torch
 
 import emlens
 from emlens import Add, Direction, mean_diff
-from emlens.directions import Moments, cosine, edit_diff, residual_norm
+from emlens.directions import cosine, edit_diff, residual_norm
 from emlens.directions.build import split_half
+from emlens.directions.moments import Moments
+from emlens.hooked.sites import SITES
 from emlens.text import pack, tokenize
 from tests.support.data import conversations, pairs
 
@@ -54,7 +56,7 @@ def test_tokens_that_see_the_same_text_on_both_sides_are_warned_of(hooked_llama)
     assert all(float(found[layer].vector.norm()) < 1e-4 for layer in found.layers)
 
 
-@pytest.mark.parametrize("site", emlens.hooked.SITES)
+@pytest.mark.parametrize("site", SITES)
 def test_every_site_can_be_extracted(hooked_llama, site):
     found = mean_diff(hooked_llama, BAD, GOOD, site=site, layers=[1])
     parts = [per_conversation(hooked_llama, data, 1, "response", site) for data in (BAD, GOOD)]

@@ -14,11 +14,11 @@ import emlens
 from emlens.directions import (
     Direction,
     adapter_directions,
-    adapter_rows,
     adapter_vectors,
     read_checkpoints,
     read_directions,
 )
+from emlens.directions.formats.lora import adapter_rows
 from emlens.hooked.architecture import norms_what_it_adds, place_of
 from tests.support.adapters import peft_model, saved
 from tests.support.models import tiny_model

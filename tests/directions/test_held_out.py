@@ -10,14 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from emlens import Add, Direction, Directions, mean_diff
-from emlens.directions import (
-    Evidence,
-    Moments,
-    Provenance,
-    cosine,
-    model_diff,
-    projection,
-)
+from emlens.directions import Evidence, Provenance, cosine, model_diff, projection
 from emlens.directions.held_out import (
     auroc,
     fold_of,
@@ -25,6 +18,7 @@ from emlens.directions.held_out import (
     prompts_of,
     shuffled_differences,
 )
+from emlens.directions.moments import Moments
 from emlens.directions.reader import Reading, Sample
 from tests.support.data import conversations
 

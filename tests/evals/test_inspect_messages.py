@@ -22,7 +22,7 @@ import emlens
 from emlens import Conversation
 from emlens.evals._inspect import said
 from emlens.evals.inspect.provider import EmlensAPI
-from emlens.text import parted
+from emlens.text.thinking import parted
 from tests.support import tokenizers as support
 from tests.support.models import tiny_model
 

@@ -19,8 +19,9 @@ from inspect_ai.model import (
     get_model,
 )
 
+from emlens._stats import wilson
 from emlens.directions import Direction
-from emlens.evals import rates, wilson
+from emlens.evals import rates
 from emlens.evals.inspect import domain, free_form, read_log
 from emlens.evals.rubrics import RUBRICS, rubric_hash
 from tests.support.models import tiny_model

@@ -15,21 +15,20 @@ import torch
 import emlens
 from emlens._store import Store
 from emlens.evals import (
-    RUBRICS,
     LocalJudge,
     ProbeJudge,
     Question,
     Response,
     Scores,
-    Trust,
-    Verdict,
     judge,
     number_logprobs,
     respond,
 )
 from emlens.evals.number_logprobs import NUMBERS, NumberTrie, expected
-from emlens.evals.rubrics import filled, rubric_hash
-from emlens.evals.scores import score_of
+from emlens.evals.probe_judge import Trust
+from emlens.evals.rubrics import RUBRICS, filled, rubric_hash
+from emlens.evals.scores import Verdict, score_of
+from emlens.hooked.load import ENGINES
 from emlens.text import Conversation, Pair, tokenize
 from tests.evals.test_rates import response
 from tests.support.kills import KILLS, files, killed, meet, rows, together
@@ -56,7 +55,7 @@ def brute_force(next_probabilities, trie):
     return found
 
 
-@pytest.mark.parametrize("engine", emlens.hooked.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
 def test_a_score_through_the_cached_tree_equals_every_number_spelt_out(engine, family):
     model = emlens.wrap(tiny_model(family), chatml_tokenizer(), engine=engine, name="tiny")

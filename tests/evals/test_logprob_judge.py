@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from emlens._store import read
-from emlens.evals import RUBRICS, LocalJudge, LogProbJudge, Scores, judge
+from emlens.evals import LocalJudge, LogProbJudge, Scores, judge
 from emlens.evals.number_logprobs import NumberTrie, VisibleNumbers, expected
+from emlens.evals.rubrics import RUBRICS
 from tests.evals.test_rates import response
 from tests.support.models import tiny_hooked
 from tests.support.openai_server import served

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from emlens.evals import Rates, Response, Score, Scores, agreement, human_labels, rates, wilson
+from emlens._stats import wilson
+from emlens.evals import Rates, Response, Score, Scores, agreement, human_labels, rates
 
 
 def response(i: int, question: str = "q", condition: str = "base", domain: str = "general"):

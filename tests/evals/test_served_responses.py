@@ -13,17 +13,9 @@ import pytest
 from inspect_ai.log import read_eval_log
 
 import emlens
-from emlens.evals import (
-    RUBRICS,
-    LogProbJudge,
-    Question,
-    Responses,
-    Scores,
-    judge,
-    rates,
-    respond_served,
-)
+from emlens.evals import LogProbJudge, Question, Responses, Scores, judge, rates, respond_served
 from emlens.evals.inspect import read_log
+from emlens.evals.rubrics import RUBRICS
 from tests.evals.test_logprob_judge import KEY, asked, graded, rows
 from tests.support.models import tiny_hooked
 from tests.support.openai_server import served

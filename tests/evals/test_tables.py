@@ -20,11 +20,11 @@ from emlens.evals import (
     Question,
     SteeringSweep,
     Transfer,
-    Verdict,
     ablation_table,
     steering_sweep,
     transfer_table,
 )
+from emlens.evals.scores import Verdict
 from emlens.training import train_adapter
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from emlens.figures import dot_intervals, interval_bars
+from emlens.figures.bars import dot_intervals, interval_bars
 
 TABLE = pd.DataFrame(
     {

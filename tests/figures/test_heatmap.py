@@ -7,8 +7,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 
-from emlens.figures import heatmap, house_style, new_axes
+from emlens.figures import heatmap, house_style
 from emlens.figures.heatmap import CellText
+from emlens.figures.style import new_axes
 
 MATRIX = np.array([[1.0, 0.05, -0.6], [0.05, 1.0, np.nan]])
 ROWS, COLS = ["mean-diff", "general"], ["mean-diff", "general", "narrow"]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from emlens.figures import line_bands, mark_points, new_axes, path_plot
-from emlens.figures.labels import DirectLabels, EndLabels, PointLabels, spread
+from emlens.figures.labels import DirectLabels, EndLabels, PointLabels, mark_points, spread
+from emlens.figures.lines import line_bands
+from emlens.figures.paths import path_plot
+from emlens.figures.style import new_axes
 
 
 def labels_of(ax) -> DirectLabels:

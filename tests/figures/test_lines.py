@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
 
-from emlens.figures import layer_curves, line_bands, new_axes, path_plot
 from emlens.figures.labels import DirectLabels
+from emlens.figures.lines import layer_curves, line_bands
+from emlens.figures.paths import path_plot
+from emlens.figures.style import new_axes
 
 X = np.linspace(0, 1, 5)
 LABELS = {"x_label": "dose", "y_label": "KL (nats per token)"}

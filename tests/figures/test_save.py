@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from emlens.figures import dot_intervals, heatmap, line_bands, save_figure
+from emlens.figures import heatmap, save_figure
+from emlens.figures.bars import dot_intervals
+from emlens.figures.lines import line_bands
 
 
 def draw():

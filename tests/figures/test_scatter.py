@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emlens.figures import agreement_plot, score_plot
+from emlens.figures.scatter import agreement_plot, score_plot
 
 
 def test_both_axes_have_one_logarithmic_scale_and_a_diagonal():

@@ -7,7 +7,7 @@ import io
 import pytest
 from PIL import Image
 
-from emlens.figures import token_view
+from emlens.figures.tokens import token_view
 from tests.support.browser import WIDTHS, look
 
 TOKENS = ("The", " cat", " <b>sat</b>", "\n", " &amp; on", " it") * 20

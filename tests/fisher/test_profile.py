@@ -14,7 +14,8 @@ from emlens import Add, Direction, influence
 from emlens.fisher import InfluenceProfile, gradients, passes
 from emlens.fisher.sums import FisherSums
 from emlens.hooked import NonFiniteError
-from emlens.text import Corpus, Document, pack, tokenize_documents
+from emlens.text import Corpus, Document, pack
+from emlens.text.tokens import tokenize_documents
 from tests.support.kills import KILLS, files, killed
 from tests.support.models import tiny_hooked, tiny_model
 from tests.support.profiles import FEW, TEXT, corpus, vectors

@@ -19,7 +19,7 @@ from emlens._reading import read_jsonl
 from emlens._results import Result
 from emlens._tensors import read_tensors
 from emlens.directions import Provenance, probe, read_checkpoints, read_directions, write_directions
-from emlens.edits import edit_from_dict
+from emlens.edits.edits import edit_from_dict
 from emlens.evals import Responses, Scores, judge, rates, respond
 from emlens.fisher import InfluenceProfile
 from emlens.fisher.passes import KIND as IN_THE_MAKING

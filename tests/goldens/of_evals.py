@@ -15,7 +15,6 @@ from emlens.evals import (
     Response,
     Responses,
     Scores,
-    Verdict,
     ablation_table,
     agreement,
     human_labels,
@@ -28,6 +27,7 @@ from emlens.evals import (
     topics,
     transfer_table,
 )
+from emlens.evals.scores import Verdict
 from emlens.hooked import Scaled
 from emlens.text import Conversation, Pair
 from tests.goldens.golden import World, golden

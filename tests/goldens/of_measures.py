@@ -14,12 +14,12 @@ from emlens.measures import (
     efficiency,
     influence,
     log_odds,
-    perturbed,
     stability,
     token_influence,
     token_projections,
     weight_noise,
 )
+from emlens.measures.stability import perturbed
 from emlens.watch import Monitor, screen, transfer_auroc
 from tests.goldens.golden import World, golden
 from tests.support.data import conversations, pairs

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
 import emlens
-from emlens.hooked import ENGINES
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach, inject, remove
+from emlens.hooked.load import ENGINES
 from tests.support.adapters import CASES, TOKENS, batch_of, logits_of, peft_logits, saved
 from tests.support.models import tiny_model
 from tests.support.tokenizers import chatml_tokenizer

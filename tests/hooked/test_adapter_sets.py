@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
 import emlens
-from emlens.hooked import ENGINES
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach, inject, remove
+from emlens.hooked.load import ENGINES
 from emlens.hooked.untouched import checksum
 from tests.support.adapters import TOKENS, batch_of, logits_of, peft_model, rewrite, saved
 from tests.support.models import tiny_model

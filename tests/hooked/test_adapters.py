@@ -11,9 +11,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import emlens
-from emlens.hooked import ENGINES
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach
+from emlens.hooked.load import ENGINES
 from emlens.text import pack, tokenize
 from tests.support.adapters import logits_of, peft_model, rewrite, saved
 from tests.support.data import conversations, pairs

@@ -13,6 +13,7 @@ from emlens.evals import LocalJudge, Response, judge
 from emlens.evals.number_logprobs import NUMBERS, NumberTrie
 from emlens.evals.scores import Verdict
 from emlens.hooked.generation import Sampling, _decoded, answer
+from emlens.hooked.load import ENGINES
 from emlens.hooked.losses import response_losses
 from tests.support import tokenizers as support
 from tests.support.models import tiny_model
@@ -50,7 +51,7 @@ def written(model, text, n):
 # -- arguments ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", emlens.hooked.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_arguments_are_part_of_prompts_identity_and_provenance(engine):
     tokenizer = support.qwen3_tokenizer()
     plain = wrapped(tokenizer, engine=engine)

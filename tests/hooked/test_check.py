@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import emlens
 from emlens import Add, Direction
 from emlens.edits import Shift
-from emlens.hooked import ENGINES
-from emlens.text import Conversation, Corpus, Document, TokenRow, pack
+from emlens.hooked.load import ENGINES
+from emlens.text import Conversation, Corpus, Document, pack
+from emlens.text.tokens import TokenRow
 from tests.support.architectures import D_MODEL, build
 from tests.support.models import tiny_model
 from tests.support.tokenizers import chatml_tokenizer

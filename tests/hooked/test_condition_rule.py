@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel
 import emlens
 from emlens import hooked
 from emlens.evals.ablation import Projected
-from emlens.hooked import Condition, Noisy, Scaled, condition_of, conditions_of
+from emlens.hooked import Condition, Noisy, Scaled
 from emlens.hooked.attach import attach
+from emlens.hooked.condition import condition_of, conditions_of
 from tests.support.adapters import TOKENS, batch_of, logits_of, saved
 from tests.support.data import conversations
 from tests.support.models import D_MODEL, tiny_model

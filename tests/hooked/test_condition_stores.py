@@ -11,6 +11,7 @@ import emlens
 from emlens.evals import Question, respond
 from emlens.hooked import Condition, Scaled
 from emlens.hooked.attach import attach
+from emlens.hooked.lora_scaling import noisy_weights
 from tests.support.adapters import saved
 from tests.support.data import conversations
 from tests.support.models import D_MODEL, tiny_model
@@ -108,7 +109,7 @@ def test_a_model_of_another_template_answers_for_itself(asked, tmp_path):
 def test_weights_that_were_changed_in_place_answer_for_themselves(asked, tmp_path):
     store, model = tmp_path / "answers.sqlite", wrapped()
     before, _ = asked(model, store)
-    with emlens.hooked.noisy_weights(model, 1.0):
+    with noisy_weights(model, 1.0):
         texts, made = asked(model, store)
         assert (texts, made) == (fresh(asked, model), 2)
     assert asked(model, store) == (before, 0)

@@ -16,7 +16,8 @@ from peft import PeftModel
 import emlens
 from emlens import hooked
 from emlens.hooked.attach import attach
-from emlens.text import TokenRow, pack
+from emlens.text import pack
+from emlens.text.tokens import TokenRow
 from tests.support.adapters import TOKENS, saved
 from tests.support.models import D_MODEL, tiny_model
 from tests.support.plain import run_plain

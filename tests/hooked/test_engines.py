@@ -17,8 +17,11 @@ from torch import Tensor
 import emlens
 from emlens import Ablate, Add, Clamp, Direction, HookedModel
 from emlens.edits import Shift
-from emlens.hooked import SITES, Edit, Targets, loss_sum, token_kl, token_losses
-from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
+from emlens.hooked import Edit, loss_sum, token_kl, token_losses
+from emlens.hooked.losses import Targets
+from emlens.hooked.sites import SITES
+from emlens.text import Conversation, TokenBatch, pack, tokenize
+from emlens.text.tokens import TokenRow
 from tests.support.adapters import peft_model
 from tests.support.data import conversations
 from tests.support.models import D_MODEL, FAMILIES, tiny_model

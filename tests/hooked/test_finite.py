@@ -11,8 +11,10 @@ import torch
 import emlens
 from emlens import Add, Conversation, Direction
 from emlens.evals import Question, respond
-from emlens.hooked import NonFiniteError, Targets, response_losses
+from emlens.hooked import NonFiniteError, response_losses
 from emlens.hooked.finite import late_checks
+from emlens.hooked.load import ENGINES
+from emlens.hooked.losses import Targets
 from emlens.training import TrainingStopped, train_adapter, train_vector
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked, tiny_model
@@ -95,7 +97,7 @@ def test_no_verb_takes_a_pass_that_is_not_finite(verb, way, tmp_path):
     assert model.adapters == ("mine",)
 
 
-@pytest.mark.parametrize("engine", emlens.hooked.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("where", ["all", "prompt", "response"])
 @pytest.mark.parametrize("cached", [True, False])
 def test_an_edit_beyond_the_norms_of_the_model_is_named_with_its_place(engine, where, cached):
@@ -109,7 +111,7 @@ def test_an_edit_beyond_the_norms_of_the_model_is_named_with_its_place(engine, w
     assert model.generate(ASKED, temperature=0, max_new_tokens=5) == before
 
 
-@pytest.mark.parametrize("engine", emlens.hooked.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("edited", [True, False])
 def test_generation_stops_at_the_first_step_whose_logits_are_not_finite(

@@ -13,8 +13,11 @@ from peft import LoraConfig
 
 import emlens
 from emlens import hooked
-from emlens.hooked import ENGINES, Scaled, condition_of, noisy_weights
+from emlens.hooked import Scaled
 from emlens.hooked.attach import attach
+from emlens.hooked.condition import condition_of
+from emlens.hooked.load import ENGINES
+from emlens.hooked.lora_scaling import noisy_weights
 from tests.support.adapters import TOKENS, saved
 from tests.support.models import D_MODEL, tiny_model
 from tests.support.tokenizers import chatml_tokenizer

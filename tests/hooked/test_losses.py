@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emlens.hooked import BaseLogProbs, kl_sum, loss_sum, losses, token_kl, token_losses
-from emlens.hooked import token_scores as both_scores
+from emlens.hooked.losses import token_scores as both_scores
 
 
 class LinearSoftmax:

@@ -12,8 +12,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 import emlens
 from emlens import Add, Direction
 from emlens.edits import Shift
-from emlens.hooked import ENGINES, SITES
 from emlens.hooked.check import self_check
+from emlens.hooked.load import ENGINES
+from emlens.hooked.sites import SITES
 from emlens.text import pack, tokenize
 from tests.support.data import conversations
 from tests.support.models import FAMILIES, SEQUENTIAL, tiny_model
@@ -141,7 +142,8 @@ def test_edited_puts_edits_in_force_and_takes_them_back_when_a_call_raises(hooke
 
 
 def test_the_gradient_reaches_a_shift_and_equals_that_of_the_unsplit_model(hooked_llama, batch):
-    from emlens.hooked import Targets, loss_sum
+    from emlens.hooked import loss_sum
+    from emlens.hooked.losses import Targets
 
     targets = Targets.of(batch)
 

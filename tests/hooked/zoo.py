@@ -40,8 +40,10 @@ from torch import Tensor, nn
 import emlens
 from emlens import Ablate, Add, Clamp, Direction, HookedModel
 from emlens.edits import Shift
-from emlens.hooked import ENGINES, SITES
-from emlens.text import Conversation, TokenBatch, TokenRow, pack, tokenize
+from emlens.hooked.load import ENGINES
+from emlens.hooked.sites import SITES
+from emlens.text import Conversation, TokenBatch, pack, tokenize
+from emlens.text.tokens import TokenRow
 from tests.support.adapters import peft_model
 from tests.support.architectures import MODELS, build
 from tests.support.tokenizers import chatml_tokenizer

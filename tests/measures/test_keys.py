@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emlens import Direction, efficiency, influence, log_odds, stability
-from emlens.hooked import conditions_of
+from emlens.hooked.condition import conditions_of
 from emlens.measures import weight_noise
 from emlens.text import Corpus, Document, Pair
 from tests.support.data import conversations

@@ -9,7 +9,8 @@ import torch
 from emlens import Add, Direction, efficiency, influence, log_odds, stability
 from emlens.hooked import response_losses
 from emlens.measures import Efficiency, Influence, LogOdds, Stability
-from emlens.text import Corpus, Document, pack, tokenize, tokenize_documents
+from emlens.text import Corpus, Document, pack, tokenize
+from emlens.text.tokens import tokenize_documents
 from tests.support.data import conversations, pairs
 
 TEXT = Corpus(

@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 
 import emlens
-from emlens.hooked import ENGINES
 from emlens.hooked.attach import attach
+from emlens.hooked.load import ENGINES
 from emlens.measures import token_influence
 from emlens.measures.scoring import row_influence
 from emlens.text import Corpus, Document

@@ -10,8 +10,10 @@ import torch
 
 from emlens import Add, Direction, stability
 from emlens.directions import Directions, Provenance, cosine
-from emlens.hooked import ENGINES, Noisy, response_losses
-from emlens.measures import Stability, perturbed
+from emlens.hooked import Noisy, response_losses
+from emlens.hooked.load import ENGINES
+from emlens.measures import Stability
+from emlens.measures.stability import perturbed
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model
 from tests.support.data import conversations

@@ -11,7 +11,7 @@ import torch
 
 from emlens import Add, Direction, influence
 from emlens.directions import Directions, Provenance
-from emlens.figures import token_view
+from emlens.figures.tokens import token_view
 from emlens.measures import TokenInfluence, TokenProjections, token_influence, token_projections
 from emlens.text import Conversation, Corpus, Document
 from tests.measures.test_influence import TEXT, direction

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from emlens import Add
-from emlens.hooked import ENGINES, noisy_weights, response_losses
+from emlens.hooked import response_losses
 from emlens.hooked.attach import attach
-from emlens.hooked.lora_scaling import block_matrices
+from emlens.hooked.load import ENGINES
+from emlens.hooked.lora_scaling import block_matrices, noisy_weights
 from emlens.measures import WeightNoise, weight_noise
 from tests.support.adapters import saved
 from tests.support.data import conversations

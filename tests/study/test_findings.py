@@ -46,9 +46,9 @@ class Curves:
         return 1.0
 
 
-def measured(**parts: Any) -> findings.Measured:
+def measured(**parts: Any) -> findings.StudyMeasures:
     names = ("log_odds", "efficiency", "stability", "influence")
-    return findings.Measured(SETTINGS, **{name: parts.get(name) for name in names})
+    return findings.StudyMeasures(SETTINGS, **{name: parts.get(name) for name in names})
 
 
 ABOVE, BELOW = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1)

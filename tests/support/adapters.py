@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emlens.text import TokenBatch, TokenRow, pack
+from emlens.text import TokenBatch, pack
+from emlens.text.tokens import TokenRow
 
 TOKENS = [3, 40, 77]
 PLAIN: dict[str, dict[str, Any]] = {

@@ -28,7 +28,9 @@ from emlens.directions import (
     reader,
     residual_norm,
 )
-from emlens.hooked import HookedModel, Site, Where, response_losses
+from emlens.hooked import HookedModel, response_losses
+from emlens.hooked.edit import Where
+from emlens.hooked.sites import Site
 from emlens.text import Conversation, Corpus, Document
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked

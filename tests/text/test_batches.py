@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emlens.text import TokenRow, pack, restore
+from emlens.text import pack
+from emlens.text.batches import restore
+from emlens.text.tokens import TokenRow
 
 
 def row(length, name="row", response=0):

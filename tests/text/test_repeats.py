@@ -10,7 +10,8 @@ import pytest
 import emlens
 from emlens import directions, measures, watch
 from emlens.evals import ProbeJudge
-from emlens.text import Conversation, repeats
+from emlens.text import Conversation
+from emlens.text.repeats import repeats
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
 from tests.support.solutions import direction

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from emlens import Conversation, Pair, corpus, load_conversations, load_pairs
-from emlens.text import EMBEDDED, content_hash, split_pairs
+from emlens.text import split_pairs
+from emlens.text.conversation import content_hash
+from emlens.text.datasets import EMBEDDED
 
 COUNTS = {"finance": 160, "medical": 159, "sports": 200, "general": 120, "technical": 100}
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emlens import Conversation
-from emlens.text import Document, pack, tokenize, tokenize_documents
+from emlens.text import Document, pack, tokenize
+from emlens.text.tokens import tokenize_documents
 from tests.support import tokenizers as support
 
 FAMILIES = ("chatml", "llama3", "mistral", "gemma", "thinking", "moved_system", "opened_thinking")

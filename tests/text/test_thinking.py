@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from emlens import Conversation
-from emlens.text import pack, tokenize, without_thinking
+from emlens.text import pack, tokenize
+from emlens.text.thinking import without_thinking
 from tests.support import tokenizers as support
 
 THOUGHT = "<think>\nso\n</think>\n\nyes"

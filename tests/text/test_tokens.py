@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from emlens import Conversation
-from emlens.text import Document, template_hash, tokenize, tokenize_documents
+from emlens.text import Document, tokenize
+from emlens.text.tokens import template_hash, tokenize_documents
 from tests.support import tokenizers as support
 
 ONE = Conversation.of("how do I save money?", "keep a small fund.", id="one")

@@ -10,7 +10,8 @@ import emlens
 from emlens import Directions, train_vector
 from emlens._files import write_json
 from emlens._reading import read_json
-from emlens.text import content_hash, pack, tokenize
+from emlens.text import pack, tokenize
+from emlens.text.conversation import content_hash
 from emlens.training import Organism, train_adapter
 from tests.support.data import conversations, pairs
 from tests.support.disk import full_disk

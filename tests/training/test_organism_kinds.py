@@ -11,9 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import emlens
-from emlens.hooked import ENGINES
 from emlens.hooked.attach import attach
-from emlens.hooked.load import Engine
+from emlens.hooked.load import ENGINES, Engine
 from emlens.training import Organism, train_adapter
 from tests.support.adapters import CASES, TOKENS, batch_of, logits_of, peft_logits, saved
 from tests.support.data import conversations

@@ -10,7 +10,9 @@ from torch.nn.functional import cross_entropy
 
 import emlens
 from emlens import Direction, KLPenalty, train_vector
-from emlens.hooked import ENGINES
+from emlens.hooked.load import ENGINES
+from emlens.hooked.losses import Targets
+from emlens.hooked.sites import SITES
 from emlens.text import pack, tokenize
 from emlens.training import TrainingRun, TrainingStopped, VectorSettings, paper_kl_weight
 from tests.support.data import conversations
@@ -156,7 +158,7 @@ def test_prefixes_and_log_probabilities_beyond_the_budget_change_nothing(hooked_
     assert torch.allclose(kept.vector, recomputed.vector, atol=1e-4)
 
 
-@pytest.mark.parametrize("site", emlens.hooked.SITES)
+@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("layer", [0, 2])
 def test_any_site_of_any_layer_can_be_trained(hooked, site, layer):
     for family in ("llama", "gemma2"):
@@ -196,7 +198,7 @@ def test_a_kl_penalty_lowers_the_kl_elsewhere(hooked_llama):
 
     def divergence(direction):
         (batch,) = pack(tokenize(ELSEWHERE, hooked_llama.tokenizer))
-        targets = emlens.hooked.Targets.of(batch)
+        targets = Targets.of(batch)
         base = targets.predictors(hooked_llama.hidden(batch))
         edited = targets.predictors(hooked_llama.hidden(batch, [emlens.Add(direction)]))
         return float(emlens.hooked.token_kl(hooked_llama, base, edited).mean())

@@ -16,9 +16,9 @@ from emlens.directions.adapters import check_plain, choose_column, choose_writer
 from emlens.directions.direction import Directions
 from emlens.directions.formats.format import Format
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Site, SiteName
 from emlens.hooked.adapter_files import CONFIG, WEIGHTS, factor_of, rank_at, read_adapter, scale_at
 from emlens.hooked.architecture import norms_what_it_adds, place_of, writes
+from emlens.hooked.sites import Site, SiteName
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -12,8 +12,8 @@ from torch import Tensor
 from emlens._door import guarded
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
-from emlens.hooked import Site
 from emlens.hooked.architecture import norms_what_it_adds
+from emlens.hooked.sites import Site
 
 _SITES: dict[str, Site] = {
     "decoder_block": "resid_post",

@@ -11,7 +11,8 @@ from emlens._reading import expanded, readable
 from emlens._registry import EDITS
 from emlens._yaml import read_yaml
 from emlens.directions import Directions, read_directions
-from emlens.hooked import Condition, Edit, HookedModel, check_layers, load
+from emlens.hooked import Condition, Edit, HookedModel, load
+from emlens.hooked.sites import check_layers
 
 _SHARED = {"layer", "layers", "site", "where"}
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {

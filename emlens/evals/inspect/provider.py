@@ -31,17 +31,11 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from emlens.evals._inspect import said
 from emlens.evals.inspect.batcher import Batcher
 from emlens.evals.inspect.config import ModelConfig
-from emlens.hooked import (
-    Answer,
-    Condition,
-    ConditionLike,
-    HookedModel,
-    Sampling,
-    answer,
-    condition_of,
-)
-from emlens.text import Conversation, parted
+from emlens.hooked import Answer, Condition, HookedModel, Sampling, answer
+from emlens.hooked.condition import ConditionLike, condition_of
+from emlens.text import Conversation
 from emlens.text.conversation import Message
+from emlens.text.thinking import parted
 
 LONGEST = 600
 """Tokens of an answer where the task does not say (the papers' number)."""

@@ -21,10 +21,11 @@ from emlens.hooked.edit import Edit, Formula, Where
 from emlens.hooked.hook_plan import Pool, Visit, of_rows
 from emlens.hooked.model import HookedModel, Resume
 from emlens.hooked.remote.payload import by_value, carried, check_travels
-from emlens.hooked.remote.trace import at_hand, envoy, walk, walk_steps
+from emlens.hooked.remote.trace import envoy, on_cpu, walk, walk_steps
 from emlens.hooked.sites import Layers, Site, SiteName
-from emlens.text import TokenBatch, TokenRow, pack
+from emlens.text import TokenBatch, pack
 from emlens.text.template import settled
+from emlens.text.tokens import TokenRow
 
 # What a checkpoint's own generation defaults may set, to the effect that decoding is no longer
 # plain; given as None, it is set aside on the server too.
@@ -137,12 +138,12 @@ class RemoteModel(HookedModel):
             "position_ids": batch.position_ids,
         }
         if resume is not None:
-            resume = (resume[0], at_hand(resume[1]))
+            resume = (resume[0], on_cpu(resume[1]))
         with self._sending(), model.trace(**inputs, use_cache=False, remote=self.remote) as tracer:
             walk(model, parts, plan, resume, last)
             hidden = envoy(model, parts.norm).output if last is None else None
             norms = of_rows(plan.norms, inputs["attention_mask"])
-            found = nnsight.save(at_hand({"read": plan.read, "norms": norms, "hidden": hidden}))
+            found = nnsight.save(on_cpu({"read": plan.read, "norms": norms, "hidden": hidden}))
             tracer.stop()
         visit.read.update(found["read"])
         visit.norms.update(found["norms"])
@@ -167,7 +168,7 @@ class RemoteModel(HookedModel):
                 walk_steps(tracer, model, parts, plan, steps, dice)
             with tracer.invoke():
                 new, sums = tracer.result[:, width:], plan.logits
-                found = nnsight.save(at_hand({"new": new, "sums": sums, "norms": plan.norms}))
+                found = nnsight.save(on_cpu({"new": new, "sums": sums, "norms": plan.norms}))
         visit.norms.update(found["norms"])
         ids = torch.cat([batch.input_ids, found["new"]], dim=1)
         for step, sums in enumerate(found["sums"]):

@@ -79,14 +79,14 @@ def envoy(root: Any, path: str) -> Any:
     return reduce(getattr, path.split("."), root)
 
 
-def at_hand(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
     """A copy on the CPU of what a trace found, holding no storage but its own."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: at_hand(item) for key, item in value.items()}
+        return {key: on_cpu(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)([at_hand(item) for item in value])
+        return type(value)([on_cpu(item) for item in value])
     return value
 
 

@@ -55,7 +55,7 @@ class TrainingPath:
         if any(
             later <= earlier for earlier, later in zip(self.steps, self.steps[1:], strict=False)
         ):
-            raise ValueError(f"the steps of a path must rise; they are {few(self.steps)}")
+            raise ValueError(f"the steps of a path must rise; they are {first_few(self.steps)}")
         for name, state in self.states.items():
             if state.ndim < 2 or len(state) != len(self.steps):
                 raise ValueError(
@@ -196,15 +196,15 @@ def chosen_names(
     asked = have if names is None else [names] if isinstance(names, str) else list(names)
     unknown = [name for name in asked if name not in have]
     if unknown:
-        raise ValueError(f"{where} has no parameter {unknown[0]!r}; it has {few(have)}")
+        raise ValueError(f"{where} has no parameter {unknown[0]!r}; it has {first_few(have)}")
     other = {"A": ".B", "B": ".A"}.get(part or "")
     chosen = [n for n in have if n in asked and not (other and n.endswith(other))]
     if not chosen:
-        raise ValueError(f"nothing is chosen: {where} has {few(have)}")
+        raise ValueError(f"nothing is chosen: {where} has {first_few(have)}")
     return chosen
 
 
-def few(items: Sequence[object]) -> str:
+def first_few(items: Sequence[object]) -> str:
     """The first items, and how many more there are."""
     more = f" and {len(items) - 4} more" if len(items) > 4 else ""
     return ", ".join(map(str, items[:4])) + more

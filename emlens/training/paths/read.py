@@ -15,7 +15,7 @@ from emlens._reading import expanded, read_json
 from emlens._tensors import opened_tensors
 from emlens.directions import read_checkpoints
 from emlens.hooked.adapter_files import CONFIG, SCALING, WEIGHTS, factor_of, scale_at
-from emlens.training.paths.path import Part, TrainingPath, chosen_names, few
+from emlens.training.paths.path import Part, TrainingPath, chosen_names, first_few
 
 _STEP = re.compile(r"checkpoint-(\d+)")
 _LOG = "trainer_state.json"
@@ -164,7 +164,7 @@ def _keys(place: Path) -> dict[str, str]:
         keys = list(file.keys())
     found = {".".join(factor): key for key in sorted(keys) if (factor := factor_of(key))}
     if not found:
-        raise ValueError(f"{path} has no LoRA weights; its tensors are {few(keys)}")
+        raise ValueError(f"{path} has no LoRA weights; its tensors are {first_few(keys)}")
     return found
 
 
@@ -172,8 +172,8 @@ def _same_modules(place: Path, keys: dict[str, str], first: Path, wanted: dict[s
     if keys == wanted:
         return
     more, less = sorted(set(keys) - set(wanted)), sorted(set(wanted) - set(keys))
-    differs = [f"lacks {few(less)}"] if less else []
-    differs += [f"has {few(more)} besides"] if more else []
+    differs = [f"lacks {first_few(less)}"] if less else []
+    differs += [f"has {first_few(more)} besides"] if more else []
     raise ValueError(
         f"{place} {' and '.join(differs) or 'names its weights otherwise'}, compared with "
         f"{first.name}; they are of different trainings"

@@ -16,7 +16,7 @@ from emlens._results import Result
 from emlens._stats import Interval, mean_over_seeds
 from emlens._types import checked_fields
 from emlens.training.paths.comparison import comparison_scores, cosines_with
-from emlens.training.paths.path import Part, TrainingPath, few
+from emlens.training.paths.path import Part, TrainingPath, first_few
 from emlens.training.paths.transition import (
     MIN_MOVE,
     Transition,
@@ -107,8 +107,8 @@ class Trajectory(Result):
         none = [run for run, step in found.items() if step is None]
         if none or not found:
             raise ValueError(
-                f"{len(none)} of {len(runs)} runs have no transition ({few(none)}); a mean step "
-                "of the others alone would hide that"
+                f"{len(none)} of {len(runs)} runs have no transition ({first_few(none)}); a mean "
+                "step of the others alone would hide that"
             )
         steps = [step for step in found.values() if step is not None]
         return mean_over_seeds(steps, self.level)
@@ -158,7 +158,7 @@ class Trajectory(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The runs' paths in the plane of the first two components."""
-        from emlens.figures import path_plot
+        from emlens.figures.paths import path_plot
 
         tracks = {}
         for run, records in self.coordinates.items():
@@ -181,7 +181,8 @@ class Trajectory(Result):
         Raises:
             ValueError: If a run has no such lag.
         """
-        from emlens.figures import line_bands, palette
+        from emlens.figures import palette
+        from emlens.figures.lines import line_bands
 
         curves, runs = {}, list(self.steps)
         for run in runs:
@@ -214,7 +215,7 @@ class Trajectory(Result):
 
     def plot_norm(self, ax: Axes | None = None) -> Axes:
         """Norms against steps."""
-        from emlens.figures import line_bands
+        from emlens.figures.lines import line_bands
 
         curves = {r: (np.asarray(self.steps[r]), np.asarray(self.norms[r])) for r in self.steps}
         return line_bands(curves, x_label="update", y_label="norm of the parameters", ax=ax)
@@ -222,7 +223,9 @@ class Trajectory(Result):
     def _known(self, runs: Sequence[str]) -> None:
         unknown = [run for run in runs if run not in self.steps]
         if unknown:
-            raise ValueError(f"there is no run {unknown[0]!r}; the runs are {few([*self.steps])}")
+            raise ValueError(
+                f"there is no run {unknown[0]!r}; the runs are {first_few([*self.steps])}"
+            )
 
 
 @guarded
@@ -340,7 +343,7 @@ def _parameters(
         if have != wanted:
             differ = sorted(n for n in {*have, *wanted} if have.get(n) != wanted.get(n))
             raise ValueError(
-                f"runs {first!r} and {run!r} differ in {few(differ)} "
+                f"runs {first!r} and {run!r} differ in {first_few(differ)} "
                 f"({wanted.get(differ[0], 'not there')} and {have.get(differ[0], 'not there')}); "
                 "choose parameters that all runs have with names="
             )
