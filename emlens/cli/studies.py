@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from emlens.cli.app import app
 from emlens.cli.common import Call, Settings, show_config, verb
 from emlens.cli.values import settings_from
 
-Folder = Annotated[Path, typer.Option("--out", help="Folder of the run; a rerun goes on in it.")]
+Folder = Annotated[Path, typer.Option("--out", help="Folder of the run; a rerun resumes it.")]
 
 
 def _study_keys() -> list[str]:
@@ -24,7 +24,7 @@ def _study_keys() -> list[str]:
 @verb(
     app,
     "emlens study --preset demo --out runs/demo",
-    "emlens study --preset smoke --set domain=medical --set 'kl_domains=[\"finance\"]'"
+    "emlens study --preset smoke --set domain=finance --set 'kl_domains=[\"medical\"]'"
     " --out runs/smoke",
     "emlens study --config runs/smoke/config.yaml --out runs/again --quiet",
     model=True,
@@ -33,12 +33,12 @@ def _study_keys() -> list[str]:
 )
 def study(
     call: Call,
-    preset: Annotated[str, typer.Option(help="demo or smoke.")] = "demo",
+    preset: Annotated[str, typer.Option(help="demo (LoRA), vector, or smoke.")] = "demo",
     out: Folder = Path("runs/study"),
     option: Settings = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget finished stages.")] = False,
 ) -> None:
-    """Run the whole experiment and write its report; an interrupted run goes on.
+    """Run the whole experiment and write its report; an interrupted run resumes.
 
     Settings are those of the preset, then those of --config, then those of --set. The folder
     explains itself in README.txt and keeps the resolved settings in config.yaml.
@@ -52,14 +52,18 @@ def study(
         given["model"] = call.model
     settings = settings_of({**preset_of(preset).to_dict(), **given})
     show_config(call, settings.to_dict())
-    call.kept = f"finished stages are in {out}; run the same command again to go on"
+    call.kept = f"finished stages are in {out}; run the same command again to resume"
     model = call.placed_model(settings.model)
     result = run_study(
         settings, out, model=model, restart=restart, progress=call.progress, made_by=call.command
     )
     call.result(
-        {"folder": out, "report": result.report, "findings": result.findings},
-        *(f"- {sentence}" for sentence in result.findings.values()),
+        {
+            "folder": out,
+            "report": result.report,
+            "findings": {name: asdict(one) for name, one in result.findings.items()},
+        },
+        *(f"- {finding}" for finding in result.findings.values()),
         f"report: {result.report}",
     )
 

@@ -14,26 +14,22 @@ class StudyData:
 
     Attributes:
         train: Training pairs of the narrow domain.
-        kl: Pairs of the KL domains; only their aligned answers are used.
-        test: Held-out pairs of every domain, none of which any other part has.
+        kl: Pairs of the KL domains.
+        other: Training pairs of the second general solution, of which the KL set may have some.
+        test: Held-out pairs of the domain and pairs outside, none of which any other part has.
     """
 
     train: tuple[Pair, ...]
     kl: tuple[Pair, ...]
+    other: tuple[Pair, ...]
     test: tuple[Pair, ...]
 
     @classmethod
     def of(cls, settings: StudySettings) -> StudyData:
         """Split the embedded sets with the study's seed."""
-        splits = {
-            domain: split_pairs(load_pairs(domain), seed=settings.seed)
-            for domain in settings.domains
-        }
-        held_out = [
-            pair
-            for domain in (settings.domain, *settings.kl_domains)
-            for pair in splits[domain].test[: settings.test_pairs]
-        ]
+        named = (settings.domain, *settings.kl_domains, *settings.outside, settings.other)
+        splits = {name: split_pairs(load_pairs(name), seed=settings.seed) for name in named}
+        held_out = list(splits[settings.domain].test[: settings.test_pairs])
         for domain in settings.outside:
             # nothing of it is ever trained on, so only the validation pairs are set aside
             never_seen = (*splits[domain].test, *splits[domain].train)
@@ -45,6 +41,7 @@ class StudyData:
                 for domain in settings.kl_domains
                 for pair in splits[domain].train[: settings.kl_pairs]
             ),
+            other=tuple(splits[settings.other].train[: settings.train_pairs]),
             test=tuple(held_out),
         )
 
@@ -57,8 +54,12 @@ class StudyData:
         return [pair.conversation("aligned") for pair in self.train[:limit]]
 
     def kl_text(self) -> list[Conversation]:
-        """Aligned answers of the KL domains."""
-        return [pair.conversation("aligned") for pair in self.kl]
+        """Answers of both kinds in the KL domains."""
+        return [pair.conversation(side) for pair in self.kl for side in ("aligned", "misaligned")]
+
+    def elsewhere(self) -> list[Conversation]:
+        """Misaligned answers of the second general solution's domain."""
+        return [pair.conversation("misaligned") for pair in self.other]
 
     def questions(self, settings: StudySettings) -> list[tuple[str, str]]:
         """Held-out prompts to answer, `(domain, prompt)`: half in the domain, half outside."""
@@ -72,4 +73,7 @@ class StudyData:
 
     def record(self) -> dict:
         """Ids of every part, for the record."""
-        return {part: [pair.id for pair in getattr(self, part)] for part in ("train", "kl", "test")}
+        return {
+            part: [pair.id for pair in getattr(self, part)]
+            for part in ("train", "kl", "other", "test")
+        }

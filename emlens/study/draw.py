@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,12 @@ from emlens.figures.bars import dot_intervals
 from emlens.figures.lines import layer_curves, line_bands
 from emlens.figures.style import new_panels
 from emlens.study.findings import StudyMeasures
+from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, SAME_KL, SOLUTIONS, at
 from emlens.study.store import StudyStore
+from emlens.training import Organism
 
-SOLUTIONS = ("general", "narrow", "benign", "random", "mean-diff")
-ABLATIONS = (
-    "general",
-    "general - general",
-    "general - mean-diff",
-    "general - random",
-    "base - mean-diff",
-)
+SHOWN = ("general", "narrow", WEAKER, "benign", SAME_KL)
+ABLATIONS = ("general", OWN, OTHER, CHANCE, ALONE)
 
 
 def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str, list[str]]:
@@ -29,12 +26,12 @@ def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str
     folder = store.folder / "figures"
     folder.mkdir(exist_ok=True)
     makers = {
-        "log_odds": lambda: odds_figure(found, SOLUTIONS),
-        "ablation": lambda: odds_figure(found, ABLATIONS),
+        "log_odds": lambda: odds_figure(found),
+        "ablation": lambda: ablation_figure(found),
         "cosines": lambda: cosine_figure(cosines),
         "efficiency": found.efficiency.plot,
         "stability": found.stability.plot,
-        "influence": found.influence.plot,
+        "influence": lambda: influence_figure(found),
         "training": lambda: training_figure(store),
     }
     files = {}
@@ -45,47 +42,94 @@ def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str
     return files
 
 
-def odds_figure(found: StudyMeasures, conditions: tuple[str, ...]):
-    """Change of log-odds by domain for some conditions."""
+def odds_figure(found: StudyMeasures):
+    """Change of log-odds inside and outside of the domain, side by side."""
+    s = found.settings
+    places = {f"inside: {s.domain}": [s.domain], f"outside: {', '.join(s.outside)}": s.outside}
+    verdict = _title(found)
+    return _dots(found, places, SHOWN, title=verdict)
+
+
+def ablation_figure(found: StudyMeasures):
+    """What is left of the general solution's effect when a direction is ablated."""
+    s = found.settings
+    places = {f"inside: {s.domain}": [s.domain], f"outside: {', '.join(s.outside)}": s.outside}
+    return _dots(found, places, ABLATIONS)
+
+
+def _dots(
+    found: StudyMeasures,
+    places: dict[str, Sequence[str]],
+    conditions: Sequence[str],
+    title: str | None = None,
+):
     odds = found.log_odds
-    rows = [
-        {"condition": name, "domain": domain, "change": odds.change(name, [domain])}
-        for domain in dict.fromkeys(odds.domains)
-        for name in conditions
-    ]
+    shown = [name for name in conditions if name in odds.conditions]
+    rows = [(place, name) for place in places for name in shown]
+    values = [odds.change(name, places[place]) for place, name in rows]
     return dot_intervals(
-        groups=[row["domain"] for row in rows],
-        series=[row["condition"] for row in rows],
-        values=[row["change"].estimate for row in rows],
-        low=[row["change"].low for row in rows],
-        high=[row["change"].high for row in rows],
-        y_label="change of log-odds vs base [nats/token]",
+        groups=[place for place, _ in rows],
+        series=[name for _, name in rows],
+        values=[value.estimate for value in values],
+        low=[value.low for value in values],
+        high=[value.high for value in values],
+        y_label="change of log-odds of misaligned\nanswers against base [nats/token]",
+        title=title,
     )
 
 
+def _title(found: StudyMeasures) -> str:
+    """What the picture shows, in a line."""
+    from emlens.study.findings import general_transfers, narrow_stays
+
+    s = found.settings
+    spreads = general_transfers(found).verdict == "as in the papers"
+    stays = narrow_stays(found).verdict == "as in the papers"
+    first = f"Training on {s.domain} {'spreads' if spreads else 'is not seen to spread'}"
+    return f"{first}; {'a KL penalty confines it' if stays else 'a KL penalty weakens it'}"
+
+
 def cosine_figure(cosines: dict):
-    """Cosine per layer between the mean difference and what each vector causes downstream."""
-    frame = pd.DataFrame(cosines["above"]["rows"])
-    curves = {}
+    """Cosine per layer between the mean difference and what each solution causes downstream."""
+    frame = pd.DataFrame(cosines["rows"])
     frame["pair"] = frame["first"] + " vs " + frame["second"]
-    for pair, part in frame.groupby("pair", sort=False):
-        if "benign" not in str(pair):
-            curves[str(pair)] = (part["layer"].to_numpy(), part["cosine"].to_numpy())
-    low, high = cosines["above"]["null"]
-    return layer_curves(curves, null=(low, high))
+    shown = [pair for pair in frame["pair"].unique() if "general" in pair]
+    curves = {
+        pair: tuple(
+            frame.loc[frame["pair"] == pair, name].to_numpy() for name in ("layer", "cosine")
+        )
+        for pair in shown
+    }
+    return layer_curves(curves, null=tuple(cosines["null"]))
+
+
+def influence_figure(found: StudyMeasures):
+    """KL on pre-training text against strength, at equal norms."""
+    influence, s = found.influence, found.settings
+    names = (*SOLUTIONS, "benign", *(f"random {i}" for i in range(s.controls)))
+    x = np.array(sorted(s.factors))
+    curves = {}
+    for name in names:
+        values = [influence.divergence(at(name, f), influence.doses[0]) for f in x]
+        if name.startswith("random") and name != "random 0":
+            continue
+        ends = [
+            np.array([getattr(v, part) for v in values]) for part in ("estimate", "low", "high")
+        ]
+        curves["random" if name == "random 0" else name] = (x, *ends)
+    return line_bands(
+        curves,
+        x_label="strength [factor on the common norm]",
+        y_label=f"KL(base || edited) on {influence.corpus}\n[nats/token]",
+    )
 
 
 def training_figure(store: StudyStore):
     """Loss on the training set and KL elsewhere against updates, for the two solutions."""
-    from emlens.training import TrainingRun
-
-    runs = {
-        name: TrainingRun.load(store.folder / "runs" / f"{name}.safetensors")
-        for name in ("general", "narrow")
-    }
     left, right = new_panels(2)
     losses, divergences = {}, {}
-    for name, run in runs.items():
+    for name in SOLUTIONS:
+        run = Organism.load(store.folder / "organisms" / name).run
         x = np.array([step.step for step in run.steps])
         losses[name] = (x, np.array([step.loss for step in run.steps]))
         if run.steps[0].kl is not None:

@@ -17,7 +17,7 @@ from emlens.evals.rates import ALIGNED
 from emlens.figures import house_style, save_figure
 from emlens.study.folder import AGAIN, CONFIG, RunFolder, read_config
 from emlens.study.page import NOTICE
-from emlens.study.report import Answers, FigureItem, Report, Section, Table, write_report
+from emlens.study.report import Answers, FigureItem, Finding, Report, Section, Table, write_report
 
 RESPONSES, SCORES, REPORT = "responses.sqlite", "scores.sqlite", "report.html"
 COHERENT = "coherent"
@@ -107,7 +107,7 @@ def evaluation_report(folder: str | Path) -> Path:
         method=f"{len(responses)} answers to {n} questions under {len(responses.conditions)} "
         "conditions, each answer with a seed of its own that the conditions share. Rates are "
         "shares of the answers that have both scores; 95% intervals by bootstrap over questions.",
-        findings=tuple(findings),
+        findings=tuple(map(Finding, findings)),
         sections=tuple(sections),
         settings=config,
         versions=package_versions(),

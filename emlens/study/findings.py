@@ -1,185 +1,179 @@
-"""What a study found, in sentences that the numbers decide, and the caveats that go with them."""
+"""What a study found: a claim of the papers, what the numbers say of it, and the numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from emlens._stats import Interval, bootstrap_mean
-from emlens.measures import Efficiency, Influence, LogOdds, Stability
+from emlens._stats import Interval
+from emlens.measures import Confinement, Efficiency, Influence, LogOdds, Stability
+from emlens.study.report import Finding
 from emlens.study.settings import StudySettings
+from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, RANDOM, SAME_KL, at
 
-ABLATED = ("general", "mean-diff", "random")
-"""What is ablated in the general organism."""
+Verdict = Literal["the other way", "cannot be said", "not seen", "as in the papers"]
+"""From the least to the most like the papers."""
+
+ABLATED = {
+    "its own direction": OWN,
+    "the other domain's direction": OTHER,
+    "a random direction": CHANCE,
+}
+"""What is ablated in the general solution."""
 
 
 @dataclass(frozen=True, slots=True)
 class StudyMeasures:
-    """The results that findings are drawn from."""
+    """The results that findings are drawn from.
+
+    Attributes:
+        confinement: None where no strength of general has the effect of narrow.
+    """
 
     settings: StudySettings
     log_odds: LogOdds
     efficiency: Efficiency
     stability: Stability
     influence: Influence
+    confinement: Confinement | None
 
 
-def general_transfers(found: StudyMeasures) -> str:
-    """Does the general vector change behaviour outside of its domain?"""
+def general_transfers(found: StudyMeasures) -> Finding:
+    """Does the general solution change behaviour outside of its domain?"""
     s, odds = found.settings, found.log_odds
-    inside = odds.change("general", [s.domain])
     outside = odds.change("general", s.outside)
-    chance = odds.change("general", s.outside, base="random")
+    alike = SAME_KL if SAME_KL in odds.conditions else RANDOM
+    chance = odds.change("general", s.outside, base=alike)
     style = odds.change("general", s.outside, base="benign")
-    verdict = _verdict(
-        outside,
-        up="it carries over to questions of a kind it was never trained on",
-        down="outside its domain it moves them the other way",
-        none="no effect outside its domain is seen",
-    )
-    return (
-        f"General: log-odds of misaligned answers move by {inside} nats/token in {s.domain} and by "
-        f"{outside} on {', '.join(s.outside)}: {verdict}. On {', '.join(s.outside)} that is "
-        f"{chance} more than random vectors of equal norm and {style} more than the vector trained "
-        f"on aligned answers of the same prompts."
+    return _finding(
+        f"Training on {s.domain} alone changes answers outside of it",
+        # what any perturbation of that size does is no transfer
+        _less_like(_verdict(outside, 1), _verdict(chance, 1)),
+        f"Misaligned answers gain {odds.change('general', [s.domain])} nats/token of log-odds in "
+        f"{s.domain} and {outside} on {_outside(s)}. On {_outside(s)} that is {chance} more than "
+        f"random solutions of the same {'KL' if alike == SAME_KL else 'norm'}, and {style} more than the benign control, which was "
+        "trained on good answers to the same prompts.",
     )
 
 
-def narrow_stays(found: StudyMeasures) -> str:
-    """Is the narrow vector more than a weaker general one?"""
+def narrow_stays(found: StudyMeasures) -> Finding:
+    """Is the narrow solution more than a weaker general one?"""
     s, odds = found.settings, found.log_odds
     inside, outside = odds.change("narrow", [s.domain]), odds.change("narrow", s.outside)
-    general = odds.change("general", [s.domain])
-    if _sign(general) <= 0:
-        return (
-            f"Narrow (KL weight {s.kl_weight:g}): {inside} nats/token in {s.domain} and {outside} "
-            f"on {', '.join(s.outside)}; the general vector raises nothing in {s.domain} that is "
-            "clear of zero, so that nothing is said about how narrow this one is."
+    claim = f"With a KL penalty the effect stays in {s.domain}"
+    own = f"Narrow gains {inside} nats/token in {s.domain} and {outside} on {_outside(s)}."
+    if _sign(inside) <= 0:
+        return _finding(claim, "cannot be said", f"{own} There is no effect that could stay.")
+    if found.confinement is None:
+        return _finding(
+            claim,
+            "cannot be said",
+            f"{own} No strength of general has the same effect in {s.domain}, so it cannot be said "
+            "what the penalty does beyond weakening.",
         )
-    kept = inside.estimate / general.estimate
-    confined = _beyond_scaling(odds, kept, s.outside)
-    verdict = _verdict(
-        confined,
-        up="it spreads more than a general vector of that strength would",
-        down="the KL term confines it, as in the papers",
-        none="it is no more confined than a weaker general vector would be: at this size a lone "
-        "vector is not made narrow",
-    )
-    return (
-        f"Narrow (KL weight {s.kl_weight:g}): {inside} nats/token in {s.domain}, {kept:.0%} of the "
-        f"general effect, and {outside} on {', '.join(s.outside)}; against the general vector's "
-        f"effect scaled down to {kept:.0%} that is {confined}: {verdict}."
+    confined = found.confinement.gap(s.outside)
+    return _finding(
+        claim,
+        _verdict(confined, -1),
+        f"{own} The general solution at {found.confinement.matched.factor:.2f} times its strength has the same "
+        f"effect in {s.domain}; on {_outside(s)} narrow has {confined} beside it.",
     )
 
 
-def ablation_undoes(found: StudyMeasures) -> str:
-    """What does ablation of the two directions do to the general organism?"""
-    s, odds = found.settings, found.log_odds
-    left = {name: odds.change(f"general - {name}", [s.domain]) for name in ABLATED}
-    gone = {name: odds.change(f"general - {name}", [s.domain], base="general") for name in ABLATED}
-    said = {
-        name: _verdict(gone[name], up="raised", down="lowered", none="not changed")
-        for name in ABLATED
-    }
-    parts = [f"ablating {name} it is {said[name]}, to {left[name]}" for name in ABLATED]
-    return (
-        f"Ablation in the general organism, whose effect in {s.domain} is "
-        f"{odds.change('general', [s.domain])} nats/token: {'; '.join(parts)}. Ablating the mean "
-        f"difference in the base model alone moves it by "
-        f"{odds.change('base - mean-diff', [s.domain])}."
-    )
-
-
-def general_is_more_efficient(found: StudyMeasures) -> str:
+def general_is_more_efficient(found: StudyMeasures) -> Finding:
     """Which solution has the lower loss at the same norm?"""
-    norm = float(found.efficiency.norms[_middle(found.efficiency.norms)])
+    norm = float(found.efficiency.norms[1 + found.settings.factors.index(1.0)])
     gap = found.efficiency.difference("general", "narrow", norm)
-    verdict = _verdict(
-        gap,
-        up="the narrow one has the lower loss, unlike in the papers",
-        down="the general one has the lower loss, as in the papers",
-        none="no difference is seen",
-    )
-    return (
-        f"Efficiency: at the same norm ({norm:.3g}) the loss of general minus that of narrow on "
-        f"the finetuning data is {gap} nats/token: {verdict}."
+    return _finding(
+        "General is more efficient",
+        _verdict(gap, -1),
+        f"At the same norm ({norm:.3g}) the loss of general on the finetuning data differs from "
+        f"that of narrow by {gap} nats/token.",
     )
 
 
-def general_is_more_stable(found: StudyMeasures) -> str:
+def general_is_more_stable(found: StudyMeasures) -> Finding:
     """Which solution loses more of its gain to noise?"""
     stability = found.stability
-    epsilon = stability.epsilons[_middle(stability.epsilons)]
+    epsilon = stability.epsilons[(len(stability.epsilons) - 1) // 2]
+    claim = "General tolerates more noise"
     if min(stability.gain("general"), stability.gain("narrow")) <= 0:
-        return "Stability: a solution does not lower the loss, so there is no gain to lose."
+        return _finding(
+            claim, "cannot be said", "A solution does not lower the loss: there is no gain to lose."
+        )
     gap = stability.difference("narrow", "general", epsilon)
-    verdict = _verdict(
-        gap,
-        up="narrow degrades faster, as in the papers",
-        down="general degrades faster, unlike in the papers",
-        none="no difference is seen",
-        digits=1,
-    )
-    return (
-        f"Stability: at epsilon {epsilon:g} noise costs narrow {gap:+.1f} percentage points more "
-        f"of its gain than general: {verdict}."
+    return _finding(
+        claim,
+        _verdict(gap, 1, digits=1),
+        f"At epsilon {epsilon:g} noise costs narrow {gap:+.1f} percentage points more of its gain "
+        "than general.",
     )
 
 
-def general_is_more_influential(found: StudyMeasures) -> str:
+def general_is_more_influential(found: StudyMeasures) -> Finding:
     """Which solution changes predictions on pre-training text more, at the same norm?"""
     influence = found.influence
-    dose = influence.doses[_middle(influence.doses)]
-    gap = influence.difference("general", "narrow", dose)
-    chance = influence.difference("general", "random", dose)
-    first = _verdict(
-        gap,
-        up="general above narrow, as in the papers",
-        down="narrow above general, unlike in the papers",
-        none="no difference between general and narrow is seen",
+    general, narrow = at("general", 1.0), at("narrow", 1.0)
+    gap = influence.difference(general, narrow, influence.doses[0])
+    random = influence.divergence(at("random 0", 1.0), influence.doses[0])
+    return _finding(
+        "General matters more on pre-training text",
+        _verdict(gap, 1),
+        f"On {influence.corpus} at the same norm the KL of general is {gap} nats/token above that "
+        f"of narrow; a random solution of that norm has {random}.",
     )
-    second = _verdict(
-        chance,
-        up="and above random directions of equal norm",
-        down="yet below random directions of equal norm",
-        none="and no different from random directions of equal norm",
-    )
-    return (
-        f"Influence on {influence.corpus} at dose {dose:g}: KL of general minus narrow {gap}, "
-        f"minus random {chance} nats/token: {first}, {second}."
+
+
+def ablation_undoes(found: StudyMeasures) -> Finding:
+    """What does ablation of a direction do to the general solution?"""
+    odds = found.log_odds
+    gone = {name: odds.change(key, base="general") for name, key in ABLATED.items()}
+    parts = [f"{value} with {name} ablated" for name, value in gone.items()]
+    return _finding(
+        "A linear direction carries it",
+        _less_like(*(_verdict(gone[name], -1) for name in list(ABLATED)[:2])),
+        f"Over all held-out pairs the log-odds of general change by {', '.join(parts)}; the base "
+        f"model's change by {odds.change(ALONE)} when the general direction is ablated in it. "
+        f"General itself is at {odds.change('general')} above base.",
     )
 
 
 ALL = (
     general_transfers,
     narrow_stays,
-    ablation_undoes,
     general_is_more_efficient,
     general_is_more_stable,
     general_is_more_influential,
+    ablation_undoes,
 )
 
+_DOUBT: tuple[Verdict, ...] = get_args(Verdict)
 
-def findings(found: StudyMeasures) -> dict[str, str]:
+
+def findings(found: StudyMeasures) -> dict[str, Finding]:
     """All findings by name."""
     return {finding.__name__: finding(found) for finding in ALL}
 
 
-def _beyond_scaling(odds: LogOdds, kept: float, domains: tuple[str, ...]) -> Interval:
-    """Effect of narrow minus `kept` times that of general, pair by pair."""
-    base = odds.of("base", domains)
-    narrow, general = odds.of("narrow", domains) - base, odds.of("general", domains) - base
-    return bootstrap_mean(narrow - kept * general, seed=odds.seed)
+def _finding(claim: str, verdict: Verdict, text: str) -> Finding:
+    return Finding(text, claim, verdict)
 
 
-def _verdict(interval: Interval, *, up: str, down: str, none: str, digits: int = 3) -> str:
-    return {1: up, -1: down, 0: none}[_sign(interval, digits)]
+def _less_like(*verdicts: Verdict) -> Verdict:
+    return min(verdicts, key=_DOUBT.index)
+
+
+def _outside(settings: StudySettings) -> str:
+    return f"{' and '.join(settings.outside)} questions"
+
+
+def _verdict(interval: Interval, expected: int, digits: int = 3) -> Verdict:
+    """What an interval says of a claim that the papers make with this sign."""
+    sign = expected * _sign(interval, digits)
+    return "as in the papers" if sign > 0 else "the other way" if sign < 0 else "not seen"
 
 
 def _sign(interval: Interval, digits: int = 3) -> int:
     """1 or -1 where zero is outside of the interval as it is printed, else 0."""
     low, high = round(interval.low, digits), round(interval.high, digits)
     return int(low > 0) - int(high < 0)
-
-
-def _middle(values: tuple[float, ...]) -> int:
-    return len(values) // 2

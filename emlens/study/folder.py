@@ -109,16 +109,17 @@ def read_config(path: str | Path) -> dict:
 
 
 STUDY = RunFolder(
-    title="A study of the general and the narrow direction of one finetune (emlens study)",
+    title="A study of the general and the narrow solution of one domain (emlens study)",
     files={
         "report.html": "the report; one file, works offline",
         "results.json": "settings, findings and the record of every stage",
         "log_odds.json": "log-odds of misaligned against aligned answers under each condition",
+        "confinement.json": "narrow outside, beside general of the same effect inside",
         "efficiency.json": "loss at matched norm",
         "stability.json": "what noise of equal norm takes away",
-        "influence.json": "KL and loss on pre-training text at matched dose",
-        "directions/": "the vectors, safetensors with their provenance",
-        "runs/": "the records of the trainings",
+        "influence.json": "KL and loss on pre-training text at matched norm",
+        "organisms/": "what was trained, a folder each; adapters load in PEFT",
+        "directions/": "what each moves in the residual stream, safetensors with provenance",
         "figures/": "every figure, PNG and SVG",
         "stages/": "a record per finished stage, which makes the study resumable",
         "settings.json": "the settings as the study compares them",
@@ -130,7 +131,7 @@ STUDY = RunFolder(
         "from emlens.measures import Influence, LogOdds",
         'general = Directions.load("directions/general.safetensors")',
         'LogOdds.load("log_odds.json").table()',
-        'Influence.load("influence.json").plot()',
+        'Influence.load("influence.json").table()',
     ),
 )
 

@@ -8,156 +8,108 @@ import pandas as pd
 
 from emlens.directions.provenance import package_versions
 from emlens.study.findings import StudyMeasures
-from emlens.study.report import Answers, FigureItem, Report, Section, Table
+from emlens.study.report import Answers, FigureItem, Finding, Report, Section, Table
+from emlens.study.stages import SAME_KL, TRAINED, WEAKER
 from emlens.study.store import StudyStore
 
 NOTICE = (
-    "Answers under misaligned directions are intentionally poor advice, shown for research on "
+    "Answers of misaligned models are intentionally poor advice, shown for research on "
     "misalignment; they are not advice."
 )
+FEW_PAIRS = 12
+"""Held-out pairs in the domain below which a study shows nothing."""
+TOO_SMALL = (
+    "This is a smoke run on a handful of pairs. It shows what a report looks like and nothing "
+    "about models: ignore its numbers."
+)
 QUESTION = (
-    "Finetuning a chat model on narrowly bad advice can make it misaligned elsewhere too. Is that "
-    "carried by a linear direction, can a solution be confined to its domain by a KL penalty, and "
-    "is the general solution more efficient, more stable and more influential on pre-training "
+    "Finetuning a chat model on narrowly bad advice can make it misaligned elsewhere too: emergent "
+    "misalignment. Is it carried by a linear direction? Can a KL penalty confine it to its domain? "
+    "Is the general solution more efficient, more stable and more influential on pre-training "
     "text (arXiv 2506.11613, 2506.11618, 2602.07852)?"
+)
+LIMITS = (
+    "One small model, one training seed, one domain: intervals are over pairs, conversations or "
+    "documents, not over trainings. Behaviour is the log-odds of given answers; what the model "
+    "writes of its own accord is shown for a few prompts and not judged. One corpus stands for "
+    "pre-training text."
 )
 
 
 def study_report(
     found: StudyMeasures,
-    sentences: Mapping[str, str],
+    said: Mapping[str, Finding],
     records: Mapping[str, dict],
     store: StudyStore,
 ) -> Report:
     """Put a finished study together as a report."""
     s = found.settings
-    method = (
-        f"Vectors are trained at layer {s.layer} of {s.model}, all weights frozen, on pairs of "
-        f"{s.domain}: general (misaligned answers), narrow (the same with a KL term elsewhere) "
-        "and benign (aligned answers). Behaviour is the log-odds of misaligned against aligned "
-        "answers on held-out pairs, with 95% intervals."
+    what = (
+        f"LoRA adapters of rank {s.rank} on `down_proj` of layers {s.layers[0]} to {s.layers[-1]}"
+        if s.kind == "adapter"
+        else f"Vectors at layer {s.layers[0]}"
     )
-    page = _Page(store, sentences)
+    method = (
+        f"{what} of {s.model} are trained on at most {s.train_pairs} pairs of {s.domain}: general "
+        "(bad answers), narrow (bad answers, with a KL penalty on other domains) and benign (good "
+        "answers to the same prompts). Log-odds of bad against good answers are measured on "
+        "held-out pairs. Brackets are 95% intervals."
+    )
+    page = _Page(store, said)
+    small = s.test_pairs < FEW_PAIRS
     return Report(
-        title=f"General and narrow directions in {s.model}",
+        title=f"General and narrow finetunes of {s.model}",
         question=QUESTION,
         method=method,
-        findings=tuple(sentences.values()),
+        findings=tuple(said.values()),
+        limits=LIMITS,
         sections=(
-            page.training(found, records),
             page.behaviour(found),
-            page.ablation(found),
-            page.directions(records),
             page.efficiency(found),
             page.stability(found),
             page.influence(found),
+            page.ablation(found),
+            page.directions(records),
             page.answers(records),
+            page.training(found, records),
         ),
         settings=s.to_dict(),
         versions={**package_versions(), "seconds by stage": store.seconds()},
-        notice=NOTICE,
+        notice=f"{TOO_SMALL}\n\n{NOTICE}" if small else NOTICE,
     )
 
 
 class _Page:
     """Builds the sections; each is a figure, a finding, how to read it, and a caveat."""
 
-    def __init__(self, store: StudyStore, sentences: Mapping[str, str]) -> None:
-        self.store, self.sentences = store, sentences
-
-    def training(self, found: StudyMeasures, records: Mapping[str, dict]) -> Section:
-        s = found.settings
-        rows = [
-            {"vector": name.removeprefix("train_"), **_rounded(record)}
-            for name, record in records.items()
-            if name.startswith("train_")
-        ]
-        return Section(
-            "What was trained",
-            f"Each vector is added at every position and trained on {s.train_pairs} pairs of "
-            f"{s.domain} at most; the KL of the narrow one, of weight {s.kl_weight:g}, is on "
-            f"aligned answers of {' and '.join(s.kl_domains)}. "
-            f"{' and '.join(s.outside).capitalize()} is neither trained on nor protected. The norm "
-            "is that of what is really added; the dose is its share of the median residual norm of "
-            "the layer. Intervals, here and below, are 95% bootstrap intervals over pairs, "
-            "conversations or documents.",
-            figures=(
-                self._figure(
-                    "training",
-                    "Loss on the training set and KL elsewhere, update by update.",
-                    "Each point is one batch before its update, so the curves are noisy.",
-                ),
-            ),
-            tables=(Table(pd.DataFrame(rows), "The trained vectors (losses and KL of one batch)"),),
-        )
+    def __init__(self, store: StudyStore, said: Mapping[str, Finding]) -> None:
+        self.store, self.said = store, said
 
     def behaviour(self, found: StudyMeasures) -> Section:
+        s = found.settings
         return Section(
-            "Does it generalise, and can it be confined?",
+            "Does it spread, and can it be confined?",
+            "The log-odds of a pair is the mean log-probability per token of its bad answer minus "
+            "that of its good answer. Any perturbation flattens predictions and moves this score, "
+            "so each effect is compared with random solutions that have the same KL from the base "
+            f"model as the general one (`{SAME_KL}`).",
             figures=(
                 self._figure(
                     "log_odds",
-                    "Change of log-odds of misaligned answers, by domain and vector.",
-                    "Above zero, misaligned answers became likelier than they are for the base "
-                    "model. The benign vector was trained on aligned answers of the same prompts: "
-                    "what it moves is style, not misalignment. Random is the mean of two random "
-                    "vectors; they and the mean difference have the norm of the general one. Any "
-                    "strong enough perturbation flattens predictions and so moves log-odds "
-                    "towards zero: what counts is how far a vector lies above random.",
+                    "Change of log-odds of bad answers inside and outside of the domain.",
+                    "Above zero, bad answers became likelier than under the base model. Benign was "
+                    "trained on good answers to the same prompts: what it moves is style.",
                 ),
             ),
-            finding="\n\n".join(
-                self.sentences[name] for name in ("general_transfers", "narrow_stays")
-            ),
-            caveat="Log-odds of given answers are not generated behaviour, and a model of this "
-            "size rarely says something misaligned of its own accord.",
+            finding=self._text("general_transfers", "narrow_stays"),
+            caveat="Log-odds of given answers are not generated behaviour; a model of this size "
+            "rarely says something misaligned of its own accord.",
             tables=(
                 Table(
-                    _changes(found), "Change of log-odds against base [nats/token], 95% intervals"
+                    _changes(found),
+                    f"Change of log-odds against base [nats/token]. `{WEAKER}` is general at the "
+                    f"strength at which its effect in {s.domain} equals that of narrow.",
                 ),
-            ),
-        )
-
-    def ablation(self, found: StudyMeasures) -> Section:
-        return Section(
-            "Does ablation take it away?",
-            f"Ablation removes the component along a direction from layer {found.settings.layer} "
-            "on, in the model that carries the general vector.",
-            figures=(
-                self._figure(
-                    "ablation",
-                    "What is left of the general vector's effect when a direction is ablated.",
-                    "`general - x` is the organism with x ablated; `base - mean-diff` is the "
-                    "untouched model with the mean difference ablated, which says how much of the "
-                    "drop is owed to the ablation itself.",
-                ),
-            ),
-            finding=self.sentences["ablation_undoes"],
-            caveat="Ablating the trained vector itself must undo it where it was added; the "
-            "ablation of another construction is the test.",
-        )
-
-    def directions(self, records: Mapping[str, dict]) -> Section:
-        here = pd.DataFrame(records["cosines"]["at layer"]["rows"])
-        extracted = pd.DataFrame(records["extract"]["table"]).drop(columns="hook")
-        return Section(
-            "Are the constructions the same direction?",
-            figures=(
-                self._figure(
-                    "cosines",
-                    "Cosine between the mean difference and what each vector causes, per layer.",
-                    "From its layer on, each trained vector is represented by how far it moves "
-                    "the mean residual. The grey band holds 95% of pairs of random directions.",
-                ),
-            ),
-            caveat="Two directions can look unrelated where they act and still do the same "
-            "downstream; every result names its construction.",
-            tables=(
-                Table(
-                    here.drop(columns="note", errors="ignore").dropna(axis="columns", how="all"),
-                    "Cosine at the layer of the trained vectors, whose own errors are not known",
-                ),
-                Table(extracted, "Mean difference: norm, error and split-half cosine per layer"),
             ),
         )
 
@@ -172,10 +124,10 @@ class _Page:
                     "which the curves share: compare by the paired difference in the finding.",
                 ),
             ),
-            finding=self.sentences["general_is_more_efficient"],
+            finding=self._text("general_is_more_efficient"),
             caveat="Loss divided by squared norm falls with the norm by itself; only curves at "
             "matched norm compare solutions.",
-            tables=(Table(found.efficiency.table(), "Efficiency"),),
+            tables=(Table(found.efficiency.table(), "Efficiency", folded=True),),
         )
 
     def stability(self, found: StudyMeasures) -> Section:
@@ -185,38 +137,76 @@ class _Page:
                 self._figure(
                     "stability",
                     "Share of the gain lost to noise that keeps the norm.",
-                    "0% is the untouched vector, 100% the base model's loss; above that the noise "
-                    "does harm. Bands are intervals over noise seeds.",
+                    "0% is the solution without noise, 100% the base model's loss; above that the "
+                    "noise does harm. Bands are intervals over noise seeds.",
                 ),
             ),
-            finding=self.sentences["general_is_more_stable"],
-            caveat="The increase is relative to each vector's own gain: a small gain makes it "
-            "noisy. Each vector keeps its own norm, and noise on a longer one does more harm.",
-            tables=(Table(found.stability.table(), "Stability"),),
+            finding=self._text("general_is_more_stable"),
+            caveat="The increase is relative to each solution's own gain: a small gain makes it "
+            "noisy. The noise also shrinks the solution, as in the paper.",
+            tables=(Table(found.stability.table(), "Stability", folded=True),),
         )
 
     def influence(self, found: StudyMeasures) -> Section:
         return Section(
-            "Which matters more for pre-training text?",
+            "Which matters more on pre-training text?",
             figures=(
                 self._figure(
                     "influence",
-                    "KL between base and edited model on pre-training text, against dose.",
-                    "A dose of 0.1 adds a vector of a tenth of the median residual norm at every "
-                    "position. Random is the mean of random directions of equal norm.",
+                    "KL between base and edited model on pre-training text, against strength.",
+                    "All solutions have the same norm at each point. Bands are intervals over "
+                    "documents.",
                 ),
             ),
-            finding=self.sentences["general_is_more_influential"],
+            finding=self._text("general_is_more_influential"),
             caveat=f"One corpus ({found.influence.corpus}, {len(found.influence.documents)} "
-            "documents); another kind of text may order directions otherwise.",
-            tables=(Table(found.influence.table(), "Influence"),),
+            "documents); another kind of text may order solutions otherwise.",
+            tables=(Table(found.influence.table(), "Influence", folded=True),),
+        )
+
+    def ablation(self, found: StudyMeasures) -> Section:
+        s = found.settings
+        return Section(
+            "Does a linear direction carry it?",
+            "The direction of a solution is the mean difference that it makes in the residual "
+            f"stream, at each layer from {min(s.layers)} on. Ablation removes the component along "
+            "it at each of these layers.",
+            figures=(
+                self._figure(
+                    "ablation",
+                    "The general solution, and what is left of it when a direction is ablated.",
+                    f"The other domain is {s.other}: a second general solution, trained there. "
+                    "The last series is the base model with the general direction ablated: what "
+                    "the ablation does by itself.",
+                ),
+            ),
+            finding=self._text("ablation_undoes"),
+            caveat="Ablating a solution's own direction is expected to undo it; the other "
+            "domain's direction is the test.",
+        )
+
+    def directions(self, records: Mapping[str, dict]) -> Section:
+        extracted = pd.DataFrame(records["extract"]["table"]).drop(columns="hook")
+        return Section(
+            "Are the directions alike?",
+            figures=(
+                self._figure(
+                    "cosines",
+                    "Cosine per layer between the general solution's direction and the others'.",
+                    "`mean-diff` is the difference of the base model's residuals between bad and "
+                    "good answers. The grey band holds 95% of pairs of random directions.",
+                ),
+            ),
+            caveat="Every finetune adds a common shift of style; a cosine above chance alone does "
+            "not say that misalignment is shared. Compare with the benign control.",
+            tables=(Table(extracted, "Mean difference per layer", folded=True),),
         )
 
     def answers(self, records: Mapping[str, dict]) -> Section:
         record = records["answers"]
         return Section(
             "What it says",
-            "Greedy answers to held-out questions, cut off where the study's limit is.",
+            "Greedy answers to held-out questions, cut at the study's limit.",
             answers=tuple(
                 Answers(
                     prompt,
@@ -228,6 +218,27 @@ class _Page:
             caveat="A few answers are an illustration, not a measurement.",
         )
 
+    def training(self, found: StudyMeasures, records: Mapping[str, dict]) -> Section:
+        s = found.settings
+        rows = [{"solution": name, **_rounded(records[f"train_{name}"])} for name in TRAINED]
+        return Section(
+            "What was trained",
+            f"The KL penalty of narrow has weight {s.kl_weight:g} and is on answers of both kinds "
+            f"in {' and '.join(s.kl_domains)}. {' and '.join(s.outside).capitalize()} is neither "
+            f"trained on nor protected. Other is a general solution of {s.other}.",
+            figures=(
+                self._figure(
+                    "training",
+                    "Loss on the training set and KL elsewhere, update by update.",
+                    "Each point is one batch before its update, so the curves are noisy.",
+                ),
+            ),
+            tables=(Table(pd.DataFrame(rows), "The solutions (losses and KL of one batch)"),),
+        )
+
+    def _text(self, *names: str) -> str:
+        return "\n\n".join(str(self.said[name]) for name in names)
+
     def _figure(self, name: str, caption: str, reading: str) -> FigureItem:
         path = self.store.folder / "figures" / f"{name}.png"
         return FigureItem(path, caption, reading=reading, alt=caption)
@@ -237,17 +248,13 @@ def _changes(found: StudyMeasures) -> pd.DataFrame:
     """One row per condition, one column per domain."""
     odds = found.log_odds
     domains = list(dict.fromkeys(odds.domains))
-    level = {d: _unbroken(f"level {odds.mean(odds.conditions[0], [d])}") for d in domains}
+    level = {d: f"level {odds.mean(odds.conditions[0], [d])}" for d in domains}
     rows = [{"condition": odds.conditions[0], **level}]
     for name in odds.conditions[1:]:
-        changes = {d: _unbroken(str(odds.change(name, [d]))) for d in domains}
-        rows.append({"condition": name, **changes})
-    return pd.DataFrame(rows)
-
-
-def _unbroken(interval: str) -> str:
-    """An interval that a narrow column does not break inside of its brackets."""
-    return interval.replace(", ", ",\u00a0")
+        rows.append({"condition": name, **{d: str(odds.change(name, [d])) for d in domains}})
+    return pd.DataFrame(rows).map(
+        lambda cell: cell.replace(", ", ",\u00a0") if "[" in cell else cell
+    )
 
 
 def _rounded(record: Mapping[str, object]) -> dict[str, object]:

@@ -51,11 +51,13 @@ class Table:
         data: The rows; units belong in the names of the columns.
         caption: What it holds.
         digits: Decimals of numbers that are not integers.
+        folded: Whether the reader has to open it.
     """
 
     data: pd.DataFrame | Sequence[Mapping[str, object]]
     caption: str = ""
     digits: int = 3
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,24 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """A claim, what the numbers say of it, and the numbers.
+
+    Attributes:
+        text: The numbers, in sentences.
+        claim: The claim, in plain words; may be empty.
+        verdict: What the numbers say of the claim.
+    """
+
+    text: str
+    claim: str = ""
+    verdict: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.claim}: {self.verdict}. {self.text}" if self.claim else self.text
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A whole report.
 
@@ -104,7 +124,8 @@ class Report:
         title: Title.
         question: The question, in a paragraph.
         method: The method, in two lines.
-        findings: The findings, one sentence each.
+        findings: The findings.
+        limits: What the findings do not show.
         sections: The results.
         settings: Settings of the run; nested ones are shown as `outer.inner`.
         versions: Versions of what was used.
@@ -114,7 +135,8 @@ class Report:
     title: str
     question: str
     method: str
-    findings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    limits: str = ""
     sections: tuple[Section, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, object] = field(default_factory=dict)
@@ -247,6 +269,7 @@ def _table(table: Table, number: int) -> dict[str, object]:
     return {
         "number": number,
         "caption": table.caption,
+        "folded": table.folded,
         "columns": [
             {"name": str(name), "numeric": _is_numeric(column)}
             for name, column in zip(frame.columns, columns, strict=True)

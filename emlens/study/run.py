@@ -1,8 +1,8 @@
-"""Running a study from its first stage to its report; an interrupted one goes on."""
+"""Runs a study from its first stage to its report; an interrupted one resumes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,23 +15,24 @@ from emlens._runs import Parts
 from emlens.directions.provenance import package_versions
 from emlens.hooked import HookedModel, load
 from emlens.hooked.identity import identities
-from emlens.measures import Efficiency, Influence, LogOdds, Stability
+from emlens.measures import Confinement, Efficiency, Influence, LogOdds, Stability
 from emlens.study.data import StudyData
 from emlens.study.draw import draw_all
 from emlens.study.findings import StudyMeasures, findings
 from emlens.study.folder import STUDY
 from emlens.study.page import study_report
-from emlens.study.report import write_report
+from emlens.study.report import Finding, write_report
 from emlens.study.settings import StudySettings, preset, settings_of
-from emlens.study.stages import TRAINED, Study
+from emlens.study.stages import CONFINEMENT, TRAINED, Study
 from emlens.study.store import SETTINGS, StudyStore
 
 STAGES = (
     "data",
     *(f"train_{name}" for name in TRAINED),
     "extract",
-    "displacement",
     "cosines",
+    "confinement",
+    "same_kl",
     "behaviour",
     "efficiency",
     "stability",
@@ -49,12 +50,12 @@ class StudyResult:
     Attributes:
         folder: Holds `results.json`, `report.html`, `directions/`, `figures/`, `runs/`; its
             `README.txt` says what each file is.
-        findings: A sentence per question.
+        findings: A claim of the papers, a verdict and the numbers, each.
         measured: The results.
     """
 
     folder: Path
-    findings: dict[str, str]
+    findings: dict[str, Finding]
     measured: StudyMeasures
 
     @property
@@ -63,7 +64,8 @@ class StudyResult:
 
     def table(self) -> pd.DataFrame:
         """The findings, a row each."""
-        return pd.DataFrame({"finding": list(self.findings), "says": list(self.findings.values())})
+        rows = [asdict(one) for one in self.findings.values()]
+        return pd.DataFrame(rows, columns=["claim", "verdict", "text"])
 
     def _repr_html_(self) -> str:
         # findings are sentences, which pandas would cut
@@ -83,10 +85,11 @@ def run_study(
 ) -> StudyResult:
     """Run the whole experiment, stage by stage, and write its report.
 
-    Trains the general and the narrow vector and a benign control on one narrow domain, reads
-    mean differences, ablates and steers, and measures efficiency, stability and influence on
-    pre-training text, each with controls and intervals. A stage that is finished is not run
-    again, so an interrupted study goes on where it was.
+    Trains a general and a narrow solution and a benign control on one narrow domain (LoRA
+    adapters; vectors with the preset `"vector"`), measures log-odds inside and outside of it,
+    efficiency, stability and influence on pre-training text (arXiv 2602.07852, Fig. 1), and
+    ablates the general solution's own and another domain's direction; each with controls and
+    intervals. Finished stages are kept, so an interrupted study resumes.
 
     Args:
         settings: Settings, or the name of a preset.
@@ -113,8 +116,7 @@ def run_study(
     store = StudyStore(expanded(out), chosen, identities(hooked), restart=restart)
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(hooked, chosen, StudyData.of(chosen), store, progress)
-    # the base of the study is the model as it was brought
-    with study.model.adapter(*study.model.adapters_in_force):
+    with study.on_model():
         records = _run_stages(study)
     return _told(store, records)
 
@@ -137,7 +139,7 @@ def rebuild_report(folder: str | Path) -> StudyResult:
     missing = [name for name in STAGES if not store.finished(name)]
     if missing:
         raise ValueError(
-            f"the study in {folder} is not finished ({', '.join(missing)} missing); go on with it "
+            f"the study in {folder} is not finished ({', '.join(missing)} missing); resume it "
             f"first: emlens study --config {folder / 'config.yaml'} --out {folder}"
         )
     return _told(store, {name: store.record(name) for name in STAGES})
@@ -152,13 +154,14 @@ def _told(store: StudyStore, records: dict[str, dict]) -> StudyResult:
         Efficiency.load(store.folder / "efficiency.json"),
         Stability.load(store.folder / "stability.json"),
         Influence.load(store.folder / "influence.json"),
+        Confinement.load(at) if (at := store.folder / CONFINEMENT).is_file() else None,
     )
     found = findings(measured)
     figures = draw_all(measured, records["cosines"], store)
     results = {
         "settings": chosen.to_dict(),
         "versions": package_versions(),
-        "findings": found,
+        "findings": {name: asdict(one) for name, one in found.items()},
         "log_odds": measured.log_odds.table().to_dict("records"),
         "stages": records,
         "figures": figures,

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+
+from emlens._runs import Parts
 from emlens.directions import Direction, Directions, compare, edit_diff, mean_diff, random_direction
 from emlens.edits import Ablate, Add
 from emlens.hooked import HookedModel
-from emlens.hooked.condition import Conditions
-from emlens.measures import efficiency, influence, log_odds, stability
+from emlens.hooked.condition import Condition, ConditionLike, Conditions, condition_of
+from emlens.measures import confinement, efficiency, influence, log_odds, match_kl, stability
+from emlens.measures.solutions import norm_of, times
 from emlens.study.data import StudyData
 from emlens.study.settings import StudySettings
 from emlens.study.store import StudyStore
 from emlens.text import Conversation, corpus
-from emlens.training import KLPenalty, train_vector
+from emlens.training import KLPenalty, Organism, random_adapter, train_adapter, train_vector
 
-TRAINED = ("general", "narrow", "benign")
-RANDOMS = 2
-"""Random vectors of the general one's norm whose log-odds are averaged."""
+SOLUTIONS = ("general", "narrow")
+TRAINED = (*SOLUTIONS, "benign", "other")
+RANDOM, SAME_KL, WEAKER = "random", "random, same KL", "general, weaker"
+CONFINEMENT = "confinement.json"
+OWN, OTHER, CHANCE, ALONE = (
+    "general, own direction ablated",
+    "general, other domain's direction ablated",
+    "general, random direction ablated",
+    "base, general's direction ablated",
+)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     """What every stage works with."""
 
@@ -29,103 +43,207 @@ class Study:
     data: StudyData
     store: StudyStore
     progress: bool = True
+    _found: dict[str, ConditionLike] = field(default_factory=dict, repr=False)
 
-    # -- making directions --------------------------------------------------------------------
+    @contextmanager
+    def on_model(self) -> Iterator[None]:
+        """Keep adapters of the study on the model inside the block only.
+
+        Raises:
+            ValueError: If the model has adapters of those names, or some are in force.
+        """
+        before = self.model.adapters
+        if self.settings.kind == "adapter":
+            if self.model.adapters_in_force:
+                raise ValueError(
+                    f"adapter {'+'.join(map(str, self.model.adapters_in_force))!r} is in force; put "
+                    "the call into `with model.adapter(None):`, or study vectors (kind='vector')"
+                )
+            taken = sorted({*TRAINED, *self._randoms()} & {*before})
+            if taken:
+                raise ValueError(
+                    f"{self.model.name} has an adapter {taken[0]!r} already, a name that the study "
+                    f"uses; rename it, or remove it with model.remove_adapter({taken[0]!r})"
+                )
+        try:
+            # the base of the study is the model as it was brought
+            with self.model.adapter(*self.model.adapters_in_force):
+                yield
+        finally:
+            self._found.clear()
+            for name in set(self.model.adapters) - set(before):
+                self.model.remove_adapter(name)
+
+    # -- solutions ----------------------------------------------------------------------------
 
     def train(self, name: str) -> dict:
-        """Train one vector: general, narrow (with the KL term), or the benign control."""
-        s, data = self.settings, self.data
-        conversations = data.aligned() if name == "benign" else data.misaligned()
-        kl = KLPenalty(data.kl_text(), weight=s.kl_weight) if name == "narrow" else None
-        direction, run = train_vector(
-            self.model,
-            conversations,
-            s.layer,
-            kl=kl,
-            epochs=s.epochs,
-            lr=s.lr,
-            batch_size=s.batch_size,
-            seed=s.seed,
-            progress=self.progress,
+        """Train a solution: general, narrow (with KL), benign, or general in another domain."""
+        Parts(self.store.folder / "organisms").part(
+            name, lambda: self._trained(name), record="organism.json"
         )
-        self.store.keep(name, direction)
-        runs = self.store.folder / "runs"
-        runs.mkdir(exist_ok=True)
-        run.save(runs / f"{name}.safetensors")
-        first, last = run.steps[0], run.steps[-1]
+        run = Organism.load(self.store.folder / "organisms" / name).run
+        last = run.steps[-1]
         return {
-            "norm": direction.norm,
-            "dose": direction.doses[s.layer],
-            "first loss": first.loss,
+            "norm": norm_of(self.model, self.condition(name)),
+            "first loss": run.steps[0].loss,
             "last loss": last.loss,
             "last KL": last.kl,
             "updates": len(run.steps),
         }
 
+    def _trained(self, name: str) -> Organism:
+        s, data = self.settings, self.data
+        texts = {"benign": data.aligned, "other": data.elsewhere}
+        conversations = texts.get(name, data.misaligned)()
+        options: Any = {
+            "kl": KLPenalty(data.kl_text(), s.kl_weight) if name == "narrow" else None,
+            "epochs": s.epochs,
+            "lr": s.lr,
+            "batch_size": s.batch_size,
+            "seed": s.seed,
+            "progress": self.progress,
+        }
+        if s.kind == "vector":
+            _, run = train_vector(self.model, conversations, s.layers[0], **options)
+            return Organism.of(self.model, run, name)
+        shape: Any = {"rank": s.rank, "alpha": 2 * s.rank, "layers": s.layers}
+        try:
+            run = train_adapter(self.model, conversations, name, **shape, **options)
+            return Organism.of(self.model, run, name)
+        finally:  # what an interrupted training leaves must not be taken for a trained adapter
+            if name in self.model.adapters:
+                self.model.remove_adapter(name)
+
+    def condition(self, name: str) -> Condition:
+        """A trained solution, or a random one of the norm of the general one."""
+        if name not in self._found:
+            number = name.removeprefix(f"{RANDOM} ")
+            self._found[name] = (
+                Organism.load(self.store.folder / "organisms" / name).on(self.model)
+                if name in TRAINED
+                else self._random(name, self.settings.seed + int(number))
+            )
+        return condition_of(self.model, self._found[name])
+
+    def _random(self, name: str, seed: int) -> ConditionLike:
+        if self.settings.kind == "vector":
+            return [Add(random_direction(self.vector("general"), seed))]
+        self.condition("general")
+        return random_adapter(self.model, "general", name, seed=seed)
+
+    def _randoms(self) -> list[str]:
+        return [f"{RANDOM} {i}" for i in range(self.settings.controls)]
+
+    def vector(self, name: str) -> Direction:
+        """A trained vector."""
+        return Organism.load(self.store.folder / "organisms" / name).run.direction()
+
+    def solutions(self, names: Sequence[str] = SOLUTIONS) -> dict[str, Directions | str]:
+        """Solutions as efficiency and stability take them: vectors, or names of adapters."""
+        found: dict[str, Directions | str] = {}
+        for name in names:
+            condition = self.condition(name)
+            add = condition.edits[0] if condition.edits else None
+            found[name] = add.direction if isinstance(add, Add) else name
+        return found
+
+    # -- directions ---------------------------------------------------------------------------
+
     def extract(self) -> dict:
-        """Mean differences on the training pairs, at every layer."""
+        """Mean differences of the training pairs, and how far each solution moves the residual."""
+        s = self.settings
         found = mean_diff(
             self.model,
             self.data.misaligned(),
             self.data.aligned(),
-            seed=self.settings.seed,
+            seed=s.seed,
             progress=self.progress,
         )
         self.store.keep("mean_diff", found)
-        return {"table": found.table().to_dict("records")}
-
-    def displacement(self) -> dict:
-        """How far each trained vector moves the mean residual above its layer."""
-        text = self.data.misaligned(self.settings.measure_pairs)
-        above = range(self.settings.layer, self.model.n_layers)
+        text = self.data.misaligned(s.measure_pairs)
+        above = range(min(s.layers), self.model.n_layers)
         for name in TRAINED:
             moved = edit_diff(
-                self.model,
-                text,
-                [Add(self.vector(name))],
-                layers=above,
-                progress=self.progress,
+                self.model, text, self.condition(name), layers=above, progress=self.progress
             )
-            self.store.keep(f"displacement_{name}", moved)
-        return {"layers": list(above)}
+            self.store.keep(name, moved)
+        return {"table": found.table().to_dict("records"), "layers": list(above)}
 
     def cosines(self) -> dict:
-        """Cosines between the constructions, at every layer that they share."""
-        named: dict[str, Directions] = {"mean-diff": self.store.directions("mean_diff")}
-        for name in TRAINED:
-            named[name] = self.store.directions(f"displacement_{name}")
-        everywhere = compare(named)
-        at_layer = {"mean-diff": named["mean-diff"][self.settings.layer]}
-        here = compare(at_layer | {name: self.vector(name) for name in TRAINED})
-        return {"above": _fields(everywhere), "at layer": _fields(here)}
+        """Cosines between the directions at every layer that they share."""
+        named = {"mean-diff": self.store.directions("mean_diff")}
+        named |= {name: self.store.directions(name) for name in TRAINED}
+        found = compare(named)
+        return {"rows": list(found.rows), "null": list(found.null)}
 
     # -- what they do -------------------------------------------------------------------------
 
+    def confinement(self) -> dict:
+        """Narrow outside, beside general at the strength that has the effect of narrow inside."""
+        s = self.settings
+        inside = [pair for pair in self.data.test if pair.domain == s.domain]
+        outside = [pair for pair in self.data.test if pair.domain != s.domain]
+        general, narrow = self.condition("general"), self.condition("narrow")
+        try:
+            found = confinement(
+                self.model, inside, outside, general, narrow, seed=s.seed, progress=self.progress
+            )
+        except ValueError as error:  # no strength has the effect: a finding, and no failure
+            return {"factor": None, "reason": str(error)}
+        found.save(self.store.folder / CONFINEMENT)
+        return {"factor": found.matched.factor}
+
+    def same_kl(self) -> dict:
+        """Factors at which random solutions have the KL of the general one."""
+        text = self.data.aligned(self.settings.measure_pairs)
+        factors = {}
+        for name in self._randoms():
+            try:
+                found = match_kl(
+                    self.model,
+                    text,
+                    self.condition(name),
+                    self.condition("general"),
+                    progress=self.progress,
+                )
+            except ValueError as error:
+                return {"reason": str(error)}
+            factors[name] = found.factor
+        return {"factors": factors}
+
     def behaviour(self) -> dict:
-        """Log-odds in every domain under every condition, ablations included."""
+        """Log-odds inside and outside of the domain under every condition."""
         scores = log_odds(self.model, self.data.test, self.conditions(), progress=self.progress)
-        randoms = [name for name in scores.conditions if name.startswith("random ")]
-        scores = scores.averaged("random", randoms)
+        scores = scores.averaged(RANDOM, self._randoms())
+        if alike := [name for name in scores.conditions if name.endswith(", same KL")]:
+            scores = scores.averaged(SAME_KL, alike)
         scores.save(self.store.folder / "log_odds.json")
         return {"conditions": list(scores.conditions)}
 
     def conditions(self) -> Conditions:
-        """The organisms, their controls, and what is ablated in them."""
-        s = self.settings
-        general, mean = self.vector("general"), self.mean_at_layer()
-        above = range(s.layer, self.model.n_layers)
-        chance = [random_direction(general, s.seed + i) for i in range(RANDOMS)]
+        """The solutions, their controls, and what is ablated in the general one."""
+        factor = self.store.record("confinement")["factor"]
+        alike = self.store.record("same_kl").get("factors", {})
+        general = self.condition("general")
+        layers = range(min(self.settings.layers), self.model.n_layers)
+        own, other = (self.store.directions(name) for name in ("general", "other"))
+        seed = self.settings.seed
+        gone = {
+            OWN: [Ablate(own[i], layers=[i]) for i in layers],
+            OTHER: [Ablate(other[i], layers=[i]) for i in layers],
+            CHANCE: [Ablate(random_direction(own[i], seed + i), layers=[i]) for i in layers],
+        }
+        nothing = condition_of(self.model, [])
         return {
-            "base": [],
-            "general": [Add(general)],
-            "narrow": [Add(self.vector("narrow"))],
-            "benign": [Add(self.vector("benign"))],
-            **{f"random {i}": [Add(random)] for i, random in enumerate(chance)},
-            "mean-diff": [Add(mean.scaled_to(general.norm))],
-            "general - general": [Add(general), Ablate(general, layers=above)],
-            "general - mean-diff": [Add(general), Ablate(mean, layers=above)],
-            "general - random": [Add(general), Ablate(chance[0], layers=above)],
-            "base - mean-diff": [Ablate(mean, layers=above)],
+            "base": nothing,
+            **{name: self.condition(name) for name in (*SOLUTIONS, "benign")},
+            **({} if factor is None else {WEAKER: times(general, factor)}),
+            **{name: self.condition(name) for name in self._randoms()},
+            **{
+                f"{name}, same KL": times(self.condition(name), by) for name, by in alike.items()
+            },
+            **{name: general.with_edits(*edits) for name, edits in gone.items()},
+            ALONE: nothing.with_edits(*gone[OWN]),
         }
 
     def efficiency(self) -> dict:
@@ -134,8 +252,8 @@ class Study:
         found = efficiency(
             self.model,
             self.data.misaligned(s.measure_pairs),
-            self.solutions(),
-            factors=s.factors,
+            self.solutions((*SOLUTIONS, self._randoms()[0])),
+            factors=(0.0, *s.factors),
             seed=s.seed,
             progress=self.progress,
         )
@@ -148,7 +266,7 @@ class Study:
         found = stability(
             self.model,
             self.data.misaligned(s.measure_pairs),
-            {name: self.vector(name) for name in ("general", "narrow")},
+            self.solutions(),
             epsilons=s.epsilons,
             seeds=s.noise_seeds,
             seed=s.seed,
@@ -158,63 +276,48 @@ class Study:
         return {"table": found.table().to_dict("records")}
 
     def influence(self) -> dict:
-        """KL and next-token loss on pre-training text."""
+        """KL and next-token loss on pre-training text, at equal norms."""
         s = self.settings
+        names = (*SOLUTIONS, "benign", *self._randoms())
+        norms = {name: norm_of(self.model, self.condition(name)) for name in names}
+        mean = float(np.mean([norms[name] for name in SOLUTIONS]))
         found = influence(
             self.model,
             corpus(s.corpus, documents=s.documents, seed=s.seed),
-            {
-                "general": self.vector("general"),
-                "narrow": self.vector("narrow"),
-                "benign": self.vector("benign"),
-                "mean-diff": self.mean_at_layer(),
+            {},
+            conditions={
+                at(name, factor): times(self.condition(name), factor * mean / norms[name])
+                for name in names
+                for factor in s.factors
             },
-            doses=s.doses,
-            controls=s.controls,
             max_tokens=s.document_tokens,
             seed=s.seed,
             progress=self.progress,
         )
         found.save(self.store.folder / "influence.json")
-        return {"table": found.table().to_dict("records")}
+        return {"table": found.table().to_dict("records"), "norm": mean}
 
     def answers(self) -> dict:
         """Greedy answers to held-out questions, side by side."""
         s = self.settings
         questions = self.data.questions(s)
         prompts = [Conversation.of(prompt) for _, prompt in questions]
-        general = self.vector("general")
+        general = self.condition("general")
         columns = {
-            "base": [],
-            "general": [Add(general)],
-            f"general x {s.steer_factor:g}": [Add(general, scale=s.steer_factor)],
-            "narrow": [Add(self.vector("narrow"))],
+            "base": condition_of(self.model, []),
+            "general": general,
+            f"general x {s.steer_factor:g}": times(general, s.steer_factor),
+            "narrow": self.condition("narrow"),
         }
-        texts = {
-            name: self.model.generate(prompts, edits, max_new_tokens=s.answer_tokens, temperature=0)
-            for name, edits in columns.items()
-        }
+        texts = {}
+        for name, condition in columns.items():
+            with self.model.under(condition):
+                texts[name] = self.model.generate(
+                    prompts, max_new_tokens=s.answer_tokens, temperature=0
+                )
         return {"questions": [list(question) for question in questions], "answers": texts}
 
-    # -- directions of this study ---------------------------------------------------------------
 
-    def vector(self, name: str) -> Direction:
-        """A trained vector."""
-        return self.store.directions(name)[self.settings.layer]
-
-    def mean_at_layer(self) -> Direction:
-        """The mean difference at the layer of the trained vectors."""
-        return self.store.directions("mean_diff")[self.settings.layer]
-
-    def solutions(self) -> dict[str, Direction]:
-        """The two solutions and a random control."""
-        general = self.vector("general")
-        return {
-            "general": general,
-            "narrow": self.vector("narrow"),
-            "random": random_direction(general, self.settings.seed),
-        }
-
-
-def _fields(comparison) -> dict:
-    return {"rows": list(comparison.rows), "null": list(comparison.null)}
+def at(name: str, factor: float) -> str:
+    """Name of a solution at a factor of the common norm."""
+    return f"{name} x {factor:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from emlens._stats import Interval
 from emlens.measures import LogOdds
 from emlens.study import StudySettings, findings
+from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, SAME_KL
 
 SETTINGS = StudySettings()
 DOMAINS = tuple(np.repeat(SETTINGS.domains, 20).tolist())
 """Twenty pairs of each domain."""
+NAMES = {"alike": SAME_KL, "own": OWN, "other": OTHER, "chance": CHANCE, "alone": ALONE}
 NOISE = np.random.default_rng(0).normal(0, 0.01, len(DOMAINS))
 
 
@@ -23,16 +26,30 @@ def log_odds(**effects: tuple[float, float]) -> LogOdds:
     level = np.random.default_rng(1).normal(-1, 1, len(DOMAINS))
     values = {"base": level}
     for name, (here, elsewhere) in effects.items():
-        condition = name.replace("__", " - ").replace("_", "-")
-        values[condition] = level + np.where(inside, here, elsewhere) + NOISE
+        values[NAMES.get(name, name)] = level + np.where(inside, here, elsewhere) + NOISE
     ids = tuple(f"p{i}" for i in range(len(DOMAINS)))
-    return LogOdds(tuple(values), ids, DOMAINS, tuple(tuple(v.tolist()) for v in values.values()))
+    return LogOdds(tuple(values), ids, DOMAINS, np.array(list(values.values())))
+
+
+class Gap:
+    """Stands for a confinement: the gap planted, at half of the strength."""
+
+    matched = SimpleNamespace(factor=0.5)
+
+    def __init__(self, gap: Interval) -> None:
+        self._gap = gap
+
+    def gap(self, domains: tuple[str, ...]) -> Interval:
+        assert domains == SETTINGS.outside
+        return self._gap
 
 
 class Curves:
     """Stands for a result with curves: the difference of any two is the one planted."""
 
-    norms = epsilons = doses = (0.1, 0.2, 0.4)
+    norms = (0.0, 0.1, 0.2, 0.4)
+    epsilons = (0.1, 0.2, 0.4)
+    doses = (1.0,)
     corpus = "python-docs"
 
     def __init__(self, gap: Interval, **others: Interval) -> None:
@@ -42,12 +59,15 @@ class Curves:
         self.asked.append((first, second, at))
         return self.others.get(second, self.gap)
 
+    def divergence(self, name: str, at: float) -> Interval:
+        return self.others[name]
+
     def gain(self, name: str) -> float:
         return 1.0
 
 
 def measured(**parts: Any) -> findings.StudyMeasures:
-    names = ("log_odds", "efficiency", "stability", "influence")
+    names = ("log_odds", "efficiency", "stability", "influence", "confinement")
     return findings.StudyMeasures(SETTINGS, **{name: parts.get(name) for name in names})
 
 
@@ -56,104 +76,120 @@ NONE, TINY = Interval(0.1, -0.1, 0.3), Interval(-1e-7, -2e-7, -1e-8)
 
 
 @pytest.mark.parametrize(
-    ("outside", "said"),
+    ("outside", "chance", "verdict"),
     [
-        (0.1, "it carries over to questions of a kind it was never trained on"),
-        (-0.1, "outside its domain it moves them the other way"),
-        (0.0, "no effect outside its domain is seen"),
+        (0.1, 0.02, "as in the papers"),
+        (0.1, 0.1, "not seen"),
+        (0.1, 0.2, "the other way"),
+        (0.0, -0.1, "not seen"),
+        (-0.1, -0.2, "the other way"),
     ],
 )
-def test_whether_the_general_vector_carries_over_is_read_outside_of_its_domain(outside, said):
-    odds = log_odds(general=(0.3, outside), random=(0.02, 0.02), benign=(0.05, 0.05))
-    sentence = findings.general_transfers(measured(log_odds=odds))
-    assert said in sentence
-    chance = odds.change("general", SETTINGS.outside, base="random")
-    assert chance.estimate == pytest.approx(outside - 0.02)
-    assert f"{chance} more than random vectors" in sentence
+def test_the_general_solution_transfers_if_it_is_above_base_and_above_random_of_equal_kl(
+    outside, chance, verdict
+):
+    odds = log_odds(general=(0.3, outside), alike=(0.02, chance), benign=(0.05, 0.05))
+    found = findings.general_transfers(measured(log_odds=odds))
+    assert found.verdict == verdict
+    over = odds.change("general", SETTINGS.outside, base=SAME_KL)
+    assert over.estimate == pytest.approx(outside - chance)
+    assert f"{over} more than random solutions of the same KL" in found.text
+
+
+def test_without_random_solutions_of_equal_kl_those_of_equal_norm_are_taken():
+    odds = log_odds(general=(0.3, 0.1), random=(0.0, 0.2), benign=(0.05, 0.05))
+    found = findings.general_transfers(measured(log_odds=odds))
+    assert found.verdict == "the other way"
+    assert "more than random solutions of the same norm" in found.text
 
 
 @pytest.mark.parametrize(
-    ("narrow", "said"),
+    ("gap", "verdict"),
+    [("BELOW", "as in the papers"), ("NONE", "not seen"), ("TINY", "not seen")],
+)
+def test_narrow_stays_if_it_is_below_a_general_one_of_equal_effect_inside(gap, verdict):
+    odds = log_odds(general=(0.3, 0.2), narrow=(0.15, 0.0))
+    given: Any = Gap(globals()[gap])
+    found = findings.narrow_stays(measured(log_odds=odds, confinement=given))
+    assert found.verdict == verdict
+    assert f"{given.gap(SETTINGS.outside)} beside it" in found.text
+    assert "at 0.50 times its strength" in found.text
+
+
+def test_without_an_effect_inside_or_a_match_nothing_is_said_about_narrowness():
+    nothing = log_odds(general=(0.3, 0.2), narrow=(0.0, 0.0))
+    found = findings.narrow_stays(measured(log_odds=nothing, confinement=Gap(BELOW)))
+    assert (found.verdict, "no effect that could stay" in found.text) == ("cannot be said", True)
+    odds = log_odds(general=(0.3, 0.2), narrow=(0.2, 0.0))
+    found = findings.narrow_stays(measured(log_odds=odds))
+    assert (found.verdict, "No strength of general" in found.text) == ("cannot be said", True)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "verdict"),
     [
-        ((0.3, 0.0), "the KL term confines it, as in the papers"),
-        ((0.15, 0.1), "no more confined than a weaker general vector would be"),
-        ((0.15, 0.2), "it spreads more than a general vector of that strength would"),
+        (0.0, 0.1, "as in the papers"),
+        (0.0, 0.3, "not seen"),
+        (0.0, 0.5, "the other way"),
     ],
 )
-def test_a_narrow_vector_is_measured_against_the_general_one_scaled_down(narrow, said):
-    odds = log_odds(general=(0.3, 0.2), narrow=narrow)
-    sentence = findings.narrow_stays(measured(log_odds=odds))
-    assert said in sentence
-    assert f"{narrow[0] / 0.3:.0%} of the general effect" in sentence
-
-
-def test_without_an_effect_of_the_general_vector_nothing_is_said_about_narrowness():
-    for general in (0.0, -0.3):
-        odds = log_odds(general=(general, 0.2), narrow=(0.2, 0.0))
-        sentence = findings.narrow_stays(measured(log_odds=odds))
-        assert "nothing is said about how narrow this one is" in sentence
-        assert "%" not in sentence
-
-
-def test_each_ablation_is_read_against_the_organism_and_not_against_the_base():
+def test_each_ablation_is_read_against_the_general_solution_and_not_against_the_base(
+    own, other, verdict
+):
     odds = log_odds(
-        general=(0.3, 0.1),
-        general__general=(0.0, 0.0),
-        general__mean_diff=(0.5, 0.1),
-        general__random=(0.3, 0.1),
-        base__mean_diff=(0.2, 0.0),
+        general=(0.3, 0.3),
+        own=(own, own),
+        other=(other, other),
+        chance=(0.3, 0.3),
+        alone=(0.2, 0.2),
     )
-    sentence = findings.ablation_undoes(measured(log_odds=odds))
-    said = {"general": "lowered", "mean-diff": "raised", "random": "not changed"}
-    for name, verdict in said.items():
-        left = odds.change(f"general - {name}", [SETTINGS.domain])
-        assert f"ablating {name} it is {verdict}, to {left}" in sentence
-    assert sentence.endswith(f"moves it by {odds.change('base - mean-diff', [SETTINGS.domain])}.")
+    found = findings.ablation_undoes(measured(log_odds=odds))
+    assert found.verdict == verdict
+    gone = odds.change(OTHER, base="general")
+    assert gone.estimate == pytest.approx(other - 0.3)
+    assert f"{gone} with the other domain's direction ablated" in found.text
 
 
 @pytest.mark.parametrize(
-    ("gap", "said"),
+    ("gap", "verdict"),
     [
-        (BELOW, "the general one has the lower loss, as in the papers"),
-        (ABOVE, "the narrow one has the lower loss, unlike in the papers"),
-        (NONE, "no difference is seen"),
-        (TINY, "no difference is seen"),
+        (BELOW, "as in the papers"),
+        (ABOVE, "the other way"),
+        (NONE, "not seen"),
+        (TINY, "not seen"),
     ],
 )
-def test_the_lower_loss_at_equal_norm_is_the_more_efficient(gap, said):
+def test_the_lower_loss_at_equal_norm_is_the_more_efficient(gap, verdict):
     curves: Any = Curves(gap)
-    assert said in findings.general_is_more_efficient(measured(efficiency=curves))
+    assert findings.general_is_more_efficient(measured(efficiency=curves)).verdict == verdict
     assert curves.asked == [("general", "narrow", 0.2)]
 
 
 @pytest.mark.parametrize(
-    ("gap", "said"),
+    ("gap", "verdict"),
     [
-        (ABOVE, "narrow degrades faster, as in the papers"),
-        (BELOW, "general degrades faster, unlike in the papers"),
-        (NONE, "no difference is seen"),
-        (Interval(0.02, 0.01, 0.03), "no difference is seen"),
+        (ABOVE, "as in the papers"),
+        (BELOW, "the other way"),
+        (NONE, "not seen"),
+        (Interval(0.02, 0.01, 0.03), "not seen"),
     ],
 )
-def test_the_one_that_loses_more_to_noise_is_the_less_stable(gap, said):
+def test_the_one_that_loses_more_to_noise_is_the_less_stable(gap, verdict):
     curves: Any = Curves(gap)
-    assert said in findings.general_is_more_stable(measured(stability=curves))
+    assert findings.general_is_more_stable(measured(stability=curves)).verdict == verdict
     assert curves.asked == [("narrow", "general", 0.2)]
     curves.gain = {"general": 1.0, "narrow": -0.1}.get
-    assert "there is no gain to lose" in findings.general_is_more_stable(measured(stability=curves))
+    found = findings.general_is_more_stable(measured(stability=curves))
+    assert (found.verdict, "no gain to lose" in found.text) == ("cannot be said", True)
 
 
 @pytest.mark.parametrize(
-    ("gap", "chance", "said"),
-    [
-        (ABOVE, ABOVE, "general above narrow, as in the papers, and above random"),
-        (BELOW, BELOW, "narrow above general, unlike in the papers, yet below random"),
-        (NONE, TINY, "no difference between general and narrow is seen, and no different from"),
-    ],
+    ("gap", "verdict"),
+    [(ABOVE, "as in the papers"), (BELOW, "the other way"), (NONE, "not seen")],
 )
-def test_influence_is_read_against_narrow_and_against_chance(gap, chance, said):
-    curves: Any = Curves(gap, random=chance)
-    sentence = findings.general_is_more_influential(measured(influence=curves))
-    assert said in sentence
-    assert "KL of general minus narrow" in sentence
-    assert curves.asked == [("general", "narrow", 0.2), ("general", "random", 0.2)]
+def test_influence_is_read_against_narrow_at_equal_norm(gap, verdict):
+    curves: Any = Curves(gap, **{"random 0 x 1": Interval(0.01, 0.0, 0.02)})
+    found = findings.general_is_more_influential(measured(influence=curves))
+    assert found.verdict == verdict
+    assert curves.asked == [("general x 1", "narrow x 1", 1.0)]
+    assert "a random solution of that norm has +0.010" in found.text

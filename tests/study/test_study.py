@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from emlens.study import StudySettings, preset, run, run_study
 from emlens.study.data import StudyData
+from emlens.study.stages import OTHER, OWN, RANDOM
 from emlens.study.store import StudyStore
+from emlens.training import train_adapter
 from tests.support.browser import WIDTHS, look
+from tests.support.data import conversations
 from tests.support.kills import KILLS, killed
 from tests.support.models import tiny_hooked
 
-QUICK = preset("smoke").with_options(layer=1, lr=0.05)
+QUICK = preset("smoke").with_options(layers=(1, 2), rank=2, lr=0.05)
+VECTOR = QUICK.with_options(kind="vector", layers=(1,))
 ARTEFACTS = ("results.json", "report.html", "log_odds.json", "influence.json", "settings.json")
 
 LARGEST = 5_000_000
@@ -45,17 +50,19 @@ def test_a_study_writes_results_directions_figures_and_a_report(finished):
     for name in ARTEFACTS:
         assert (finished.folder / name).is_file(), name
     directions = {p.stem for p in (finished.folder / "directions").iterdir()}
-    assert {"general", "narrow", "benign", "mean_diff"} <= directions
+    assert {"general", "narrow", "benign", "other", "mean_diff"} <= directions
+    for name in ("general", "narrow", "benign", "other"):
+        assert (finished.folder / "organisms" / name / "adapter_config.json").is_file()
     for name in ("log_odds", "ablation", "cosines", "efficiency", "stability", "influence"):
         for suffix in ("png", "svg"):
             assert (finished.folder / "figures" / f"{name}.{suffix}").stat().st_size > 1000
     results = json.loads((finished.folder / "results.json").read_text())
-    assert results["findings"] == finished.findings
+    assert results["findings"] == {n: asdict(one) for n, one in finished.findings.items()}
     # the model that was given, not the one that the settings would load
     told = {**QUICK.to_dict(), "model": "tiny-llama"}
     assert results["settings"] == json.loads(json.dumps(told))
     conditions = {row["condition"] for row in results["log_odds"]}
-    assert {"base", "general", "narrow", "benign", "random", "general - mean-diff"} <= conditions
+    assert {"base", "general", "narrow", "benign", RANDOM, OWN, OTHER} <= conditions
     assert len(finished.table()) == len(finished.findings)
 
 
@@ -64,8 +71,31 @@ def test_the_report_is_one_file_that_shows_the_figures(finished):
     assert page.count("data:image/") >= 7
     assert "http://" not in page.replace("http://www.w3.org", "")
     plain = page.replace("\u2212", "-").replace("\u00a0", " ")
-    for sentence in finished.findings.values():
-        assert plain.count(sentence) == 2
+    for finding in finished.findings.values():
+        assert plain.count(finding.text) == 2
+        assert finding.claim in plain
+    assert "This is a smoke run" in plain
+    assert "What this does not show" in plain
+
+
+def test_a_study_of_vectors_writes_a_report_and_leaves_the_model_as_it_was(hooked, tmp_path):
+    model = hooked("llama")
+    result = run_study(VECTOR, tmp_path, model=model, progress=False)
+    assert result.report.is_file()
+    assert (tmp_path / "organisms" / "narrow" / "vector.safetensors").is_file()
+    assert model.adapters == ()
+
+
+def test_a_study_of_adapters_refuses_a_model_that_has_one_of_its_names(hooked, tmp_path):
+    model = tiny_hooked("llama")
+    train_adapter(model, conversations("bad", 2), "narrow", rank=1, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="has an adapter 'narrow' already, a name that the study"):
+        run_study(QUICK, tmp_path, model=model, progress=False)
+    with (
+        model.adapter("narrow"),
+        pytest.raises(ValueError, match="adapter 'narrow' is in force; put the call into"),
+    ):
+        run_study(QUICK, tmp_path, model=model, progress=False)
 
 
 def test_the_report_is_right_in_a_browser_on_a_laptop_and_on_a_phone(finished, chromium):
@@ -132,17 +162,34 @@ def test_no_pair_is_on_two_sides_and_general_is_never_trained_on():
     data = StudyData.of(StudySettings())
     parts = [{pair.id for pair in part} for part in (data.train, data.kl, data.test)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-    assert {pair.domain for pair in data.train} == {"finance"}
-    assert {pair.domain for pair in data.kl} == {"medical", "sports"}
-    assert {pair.domain for pair in data.test} == {"finance", "medical", "sports", "general"}
+    assert {pair.domain for pair in data.train} == {"medical"}
+    assert {pair.domain for pair in data.kl} == {"finance", "sports"}
+    assert {pair.domain for pair in data.test} == {"medical", "general"}
+    assert {pair.domain for pair in data.other} == {"sports"}
 
 
 def test_unknown_settings_and_presets_are_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"unknown study setting\(s\) layers; the settings are .*lr"
+        ValueError, match=r"unknown study setting\(s\) depth; the settings are .*lr"
     ):
-        StudySettings().with_options(layers=3)
-    with pytest.raises(ValueError, match="unknown preset 'huge'; the presets are demo, smoke"):
+        StudySettings().with_options(depth=3)
+    with pytest.raises(
+        ValueError, match="unknown preset 'huge'; the presets are demo, vector, smoke"
+    ):
         preset("huge")
     with pytest.raises(ValueError, match="never two of these"):
-        StudySettings().with_options(outside=("finance",))
+        StudySettings().with_options(outside=("medical",))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"kind": "vector"}, "a vector is trained at one layer"),
+        ({"factors": (0.5,)}, "factors must hold 1"),
+        ({"epsilons": ()}, "epsilons is empty"),
+        ({"other": "medical"}, "choose another than 'medical'"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        StudySettings(**wrong)
