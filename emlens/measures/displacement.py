@@ -109,8 +109,8 @@ def factors_for(
         wanted: dict[tuple[str, float], float] = {}
         for name in solutions:
             for target in targets:
-                if not _met(_nearest(points[name], target), target):
-                    wanted[name, _next(points[name], target)] = target
+                if not _met(nearest(points[name], target), target):
+                    wanted[name, next_factor(points[name], target)] = target
         if not wanted:
             break
         for (name, factor), target in wanted.items():
@@ -124,18 +124,19 @@ def factors_for(
         scaled = {at: times(solutions[at[0]], at[1]) for at in sorted(wanted)}
         for (name, factor), displacement in measure(scaled).items():
             points[name] = sorted([*points[name], (factor, displacement)])
-    return {name: [_nearest(points[name], target) for target in targets] for name in solutions}
+    return {name: [nearest(points[name], target) for target in targets] for name in solutions}
 
 
 def _met(point: tuple[float, float], target: float) -> bool:
     return abs(point[1] - target) <= TOLERANCE * target
 
 
-def _nearest(points: Points, target: float) -> tuple[float, float]:
+def nearest(points: Points, target: float) -> tuple[float, float]:
+    """The measured point whose displacement is nearest to a target."""
     return min(points, key=lambda point: (abs(point[1] - target), point[0]))
 
 
-def _next(points: Points, target: float) -> float:
+def next_factor(points: Points, target: float) -> float:
     """The factor to measure next: between the first two points around the target, or beyond."""
     for (low, below), (high, above) in zip(points, points[1:], strict=False):
         if below <= target <= above:

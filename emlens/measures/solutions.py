@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -12,8 +13,9 @@ from emlens._door import guarded
 from emlens.directions import Direction, Directions, Evidence
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
-from emlens.hooked import BASE, Condition, HookedModel, Noisy, Scaled, adapter_norms
-from emlens.hooked.condition import condition_of
+from emlens.edits.edits import edit_from_dict
+from emlens.hooked import BASE, Condition, Edit, HookedModel, Noisy, Scaled, adapter_norms
+from emlens.hooked.condition import Acting, ConditionLike, condition_of
 from emlens.hooked.lora_scaling import turned
 
 Kind = Literal["vector", "adapter"]
@@ -102,10 +104,67 @@ def norm_of(model: HookedModel, solution: Condition) -> float:
 
 
 def times(solution: Condition, factor: float) -> Condition:
-    """A solution at a factor of its strength."""
+    """A solution at a factor of its strength: of its vectors, or its adapters if it has none."""
     if kind_of(solution) == "adapter":
-        return Condition((Scaled(solution.names[0], factor),))
-    return _adding(solution, directions_of(solution) * factor)
+        return Condition(tuple(_scaled(one, factor) for one in solution.adapters or ()))
+    return Condition(solution.adapters, tuple(_stronger(one, factor) for one in solution.edits))
+
+
+def without(solution: Condition) -> Condition:
+    """What is left of a solution at strength zero."""
+    return Condition(solution.adapters if solution.edits else None)
+
+
+def scalable(model: HookedModel, given: ConditionLike) -> Condition:
+    """The condition that was meant, if it has one strength: vectors that are added, or adapters.
+
+    Raises:
+        ValueError: If it is the base, an adapter does not exist, is no plain LoRA or is changed
+            in another way than by one factor, or an edit is not `Add`.
+    """
+    found = condition_of(model, given)
+    others = [one for one in found.edits if not isinstance(one, Add)]
+    if others:
+        raise ValueError(f"{others[0]!r} has no strength; give vectors that are added (Add)")
+    if not found.edits and not found.adapters:
+        raise ValueError("the base has no strength; give an adapter, or vectors that are added")
+    for one in found.adapters or ():
+        if not isinstance(one, str) and not _by_one_factor(one):
+            raise ValueError(f"{one} is changed by more than one factor; give its name alone")
+    for name in () if found.edits else found.names:
+        adapter_norms(model, name)
+    return found
+
+
+def record_of(solution: Condition) -> dict:
+    """A JSON-ready record of a condition that can be scaled; `condition_from` reads it."""
+    adapters = dict.fromkeys(solution.names, 1.0)
+    scaled = [one for one in solution.adapters or () if isinstance(one, Scaled)]
+    adapters |= {one.adapter: cast(float, one.factor) for one in scaled}
+    return {"adapters": adapters, "edits": [cast(Add, one).to_dict() for one in solution.edits]}
+
+
+def condition_from(record: Mapping) -> Condition:
+    """The condition that `record_of` wrote."""
+    adapters = tuple(n if f == 1 else Scaled(n, f) for n, f in record["adapters"].items())
+    return Condition(adapters, tuple(cast(Add, edit_from_dict(one)) for one in record["edits"]))
+
+
+def _by_one_factor(adapter: Acting) -> bool:
+    return isinstance(adapter, Scaled) and not isinstance(adapter.factor, Mapping)
+
+
+def _scaled(adapter: Acting, factor: float) -> Scaled:
+    if isinstance(adapter, Scaled):
+        return Scaled(adapter.adapter, cast(float, adapter.factor) * factor)
+    return Scaled(cast(str, adapter), factor)
+
+
+def _stronger(edit: Edit, factor: float) -> Add:
+    added = cast(Add, edit)
+    if added.dose is not None:
+        return replace(added, dose=added.dose * factor)
+    return replace(added, direction=added.direction * factor)
 
 
 def at_norm(solution: Condition, norm: float, own: float) -> Condition:

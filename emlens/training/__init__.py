@@ -3,6 +3,7 @@
 from emlens.training import presets
 from emlens.training.adapter import train_adapter
 from emlens.training.baselines import inoculated, mixed
+from emlens.training.controls import random_adapter
 from emlens.training.drift import Drift, continue_training, drift
 from emlens.training.options import AdapterOptions, SolutionOptions, VectorOptions, WeightOptions
 from emlens.training.organism import Organism
@@ -48,6 +49,7 @@ __all__ = [
     "mixed",
     "paper_kl_weight",
     "presets",
+    "random_adapter",
     "read_path",
     "sweep_kl",
     "train_adapter",
