@@ -13,7 +13,7 @@ from emlens.figures.bars import dot_intervals
 from emlens.figures.lines import layer_curves, line_bands
 from emlens.figures.style import new_panels
 from emlens.study.findings import StudyMeasures
-from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, SAME_KL, SOLUTIONS, at
+from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, SAME_KL, SOLUTIONS, WEAKER, at
 from emlens.study.store import StudyStore
 from emlens.training import Organism
 

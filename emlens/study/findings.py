@@ -14,9 +14,10 @@ from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, RANDOM, SAME_KL, at
 Verdict = Literal["the other way", "cannot be said", "not seen", "as in the papers"]
 """From the least to the most like the papers."""
 
+OTHERS = "the other domain's direction"
 ABLATED = {
     "its own direction": OWN,
-    "the other domain's direction": OTHER,
+    OTHERS: OTHER,
     "a random direction": CHANCE,
 }
 """What is ablated in the general solution."""
@@ -51,8 +52,8 @@ def general_transfers(found: StudyMeasures) -> Finding:
         _less_like(_verdict(outside, 1), _verdict(chance, 1)),
         f"Misaligned answers gain {odds.change('general', [s.domain])} nats/token of log-odds in "
         f"{s.domain} and {outside} on {_outside(s)}. On {_outside(s)} that is {chance} more than "
-        f"random solutions of the same {'KL' if alike == SAME_KL else 'norm'}, and {style} more than the benign control, which was "
-        "trained on good answers to the same prompts.",
+        f"random solutions of the same {'KL' if alike == SAME_KL else 'norm'}, and {style} more "
+        "than the benign control, which was trained on good answers to the same prompts.",
     )
 
 
@@ -75,8 +76,8 @@ def narrow_stays(found: StudyMeasures) -> Finding:
     return _finding(
         claim,
         _verdict(confined, -1),
-        f"{own} The general solution at {found.confinement.matched.factor:.2f} times its strength has the same "
-        f"effect in {s.domain}; on {_outside(s)} narrow has {confined} beside it.",
+        f"{own} The general solution at {found.confinement.matched.factor:.2f} times its strength "
+        f"has the same effect in {s.domain}; on {_outside(s)} narrow has {confined} beside it.",
     )
 
 
@@ -131,7 +132,7 @@ def ablation_undoes(found: StudyMeasures) -> Finding:
     parts = [f"{value} with {name} ablated" for name, value in gone.items()]
     return _finding(
         "A linear direction carries it",
-        _less_like(*(_verdict(gone[name], -1) for name in list(ABLATED)[:2])),
+        _less_like(_verdict(gone["its own direction"], -1), _verdict(gone[OTHERS], -1)),
         f"Over all held-out pairs the log-odds of general change by {', '.join(parts)}; the base "
         f"model's change by {odds.change(ALONE)} when the general direction is ablated in it. "
         f"General itself is at {odds.change('general')} above base.",

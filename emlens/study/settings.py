@@ -86,9 +86,6 @@ class StudySettings:
             )
         if 1.0 not in self.factors:
             raise ValueError(f"factors must hold 1, the norm itself; they are {self.factors}")
-        for name in ("factors", "epsilons", "layers", "kl_domains", "outside"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one")
         if self.other == self.domain or self.other in self.outside:
             raise ValueError(
                 f"other is neither trained on nor evaluated otherwise; choose another than "

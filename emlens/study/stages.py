@@ -54,10 +54,10 @@ class Study:
         """
         before = self.model.adapters
         if self.settings.kind == "adapter":
-            if self.model.adapters_in_force:
+            if acting := "+".join(map(str, self.model.adapters_in_force)):
                 raise ValueError(
-                    f"adapter {'+'.join(map(str, self.model.adapters_in_force))!r} is in force; put "
-                    "the call into `with model.adapter(None):`, or study vectors (kind='vector')"
+                    f"adapter {acting!r} is in force; put the call into "
+                    "`with model.adapter(None):`, or study vectors (kind='vector')"
                 )
             taken = sorted({*TRAINED, *self._randoms()} & {*before})
             if taken:
@@ -239,9 +239,7 @@ class Study:
             **{name: self.condition(name) for name in (*SOLUTIONS, "benign")},
             **({} if factor is None else {WEAKER: times(general, factor)}),
             **{name: self.condition(name) for name in self._randoms()},
-            **{
-                f"{name}, same KL": times(self.condition(name), by) for name, by in alike.items()
-            },
+            **{f"{name}, same KL": times(self.condition(name), by) for name, by in alike.items()},
             **{name: general.with_edits(*edits) for name, edits in gone.items()},
             ALONE: nothing.with_edits(*gone[OWN]),
         }

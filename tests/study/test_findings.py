@@ -68,7 +68,8 @@ class Curves:
 
 def measured(**parts: Any) -> findings.StudyMeasures:
     names = ("log_odds", "efficiency", "stability", "influence", "confinement")
-    return findings.StudyMeasures(SETTINGS, **{name: parts.get(name) for name in names})
+    given: Any = {name: parts.get(name) for name in names}
+    return findings.StudyMeasures(SETTINGS, **given)
 
 
 ABOVE, BELOW = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1)
