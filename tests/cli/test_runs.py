@@ -10,20 +10,20 @@ import yaml
 
 from emlens.study import StudySettings
 
-SMALL = ("--preset", "smoke", "--set", "layer=1")
+SMALL = ("--preset", "smoke", "--set", "layers=[1, 2]")
 
 
 @pytest.fixture
 def studied(run, tmp_path):
     out = tmp_path / "study"
-    return out, run("study", *SMALL, "--set", "doses=[0.3]", "--out", out, "--quiet", "--json")
+    return out, run("study", *SMALL, "--set", "epsilons=[0.3]", "--out", out, "--quiet", "--json")
 
 
 def test_a_study_explains_its_folder_and_its_config_makes_it_again(studied, call, tmp_path):
     out, said = studied
     assert json.loads(said)["report"] == str(out / "report.html")
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["doses"] == [0.3]
+    assert config["epsilons"] == [0.3]
     assert set(config) == set(StudySettings().to_dict())
     readme = (out / "README.txt").read_text()
     for name in sorted(path.name for path in out.iterdir() if path.name != "README.txt"):
@@ -63,24 +63,24 @@ def test_a_report_is_rebuilt_without_a_model(studied, run, monkeypatch, call):
     (out / "stages" / "answers.json").unlink()
     done = call("report", out)
     assert done.code == 2
-    assert "is not finished (answers missing); go on with it first: emlens study" in done.err
+    assert "is not finished (answers missing); resume it first: emlens study" in done.err
 
 
 def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(call, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("preset: smoke\nlayer: 1\nlr: 0.5\nkl-domains: [medical]\n")
+    path.write_text("preset: smoke\nrank: 1\nlr: 0.5\nkl-domains: [finance]\n")
     done = call(
-        "study", "--config", path, "--set", "lr=0.25", "--set", "layer=99", "--out", tmp_path / "x"
+        "study", "--config", path, "--set", "lr=0.25", "--set", "rank=99", "--out", tmp_path / "x"
     )
     settings = yaml.safe_load(done.err.partition("settings:\n")[2].partition("\n[")[0])
-    wanted = {"lr": 0.25, "layer": 99, "kl_domains": ["medical"], "train_pairs": 6}
+    wanted = {"lr": 0.25, "rank": 99, "kl_domains": ["finance"], "train_pairs": 6}
     assert {name: settings[name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layers: 3\nlr: 1\nspeed: 2", "unknown key(s) layers, speed; known are"),
+        ("layer: 3\nlr: 1\nspeed: 2", "unknown key(s) layer, speed; known are"),
         ("- 1", "must hold names and values"),
         ("lr: [1", "not valid YAML"),
     ],

@@ -153,6 +153,7 @@ def _study(folder: Path) -> dict:
         "efficiency": measured.efficiency,
         "stability": measured.stability,
         "influence": measured.influence,
+        "confinement": measured.confinement,
     }
 
 
@@ -179,7 +180,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "study": _study,
     "study/config.yaml": read_config,
     "study/directions/*": Directions.load,
-    "study/runs/*": lambda path: record(TrainingRun.load(path)),
+    "study/organisms/*": _organism,
     "asymmetries": lambda path: read_asymmetries(path).rows,
     "asymmetries/": _paths,
     "asymmetries/config.yaml": read_config,

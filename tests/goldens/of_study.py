@@ -47,7 +47,8 @@ def without_numbers(sentence: str) -> str:
 def _smoke(world: World):
     results = read_json(study_in(world.folder / "study") / "results.json")
     del results["versions"], results["settings"]
-    results["findings"] = {n: without_numbers(text) for n, text in results["findings"].items()}
+    for finding in results["findings"].values():
+        finding["text"] = without_numbers(finding["text"])
     return results
 
 

@@ -13,6 +13,7 @@ import pytest
 from emlens.study.report import (
     Answers,
     FigureItem,
+    Finding,
     Report,
     Section,
     Table,
@@ -85,7 +86,7 @@ def full(figure: FigureItem) -> Report:
     frame = pd.DataFrame({"domain": [NASTY, "medical"], "log-odds": [-0.25, np.nan], "n": [12, 3]})
     return report(
         title=NASTY,
-        findings=(f"It is. {NASTY}", "Twice."),
+        findings=(Finding(f"It is. {NASTY}", "A claim", "not seen"), Finding("Twice.")),
         notice=NASTY,
         sections=(
             Section(
