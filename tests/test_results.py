@@ -29,8 +29,9 @@ PUBLIC = sorted(
 )
 FIXED = [name for name in PUBLIC if _KINDS[name].HOLDS_ENDS]
 WORKED_OUT = {
-    *("Ablation", "Agreement", "Confinement", "Effect", "Efficiency", "Influence", "LogOdds"),
-    *("MatchedStrength", "Rates", "ScalarTable", "Stability", "TopicSplit", "WeightNoise"),
+    *("Ablation", "Agreement", "Confinement", "Divergence", "Effect", "Efficiency"),
+    *("Influence", "LogOdds", "MatchedStrength", "Rates", "ScalarTable", "Stability"),
+    *("TopicSplit", "WeightNoise"),
 }
 """Results that hold what their intervals are worked out from."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,10 +38,13 @@ class Factors:
 
     @property
     def norm(self) -> float:
-        """`||scale * B A||_F`, from the `[r, r]` Grams: the product itself is never formed."""
-        a, b = self.a.detach().double(), self.b.detach().double()
-        square = float(((b.T @ b) * (a @ a.T)).sum())
-        return abs(self.scale) * max(square, 0.0) ** 0.5
+        """`||scale * B A||_F`."""
+        return max(self.product(self), 0.0) ** 0.5
+
+    def product(self, other: Factors) -> float:
+        """Inner product of two `scale * B A`, from `[r, r]` matrices: neither is ever formed."""
+        (a, b), (c, d) = ((x.a.detach().double(), x.b.detach().double()) for x in (self, other))
+        return self.scale * other.scale * float(((b.T @ d) * (a @ c.T)).sum())
 
 
 @guarded
@@ -137,16 +141,17 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Noisy:
-    """An adapter under noise that keeps the norms of `A` and `B`.
+    """An adapter under noise, which keeps the norms of `A` and `B`.
 
     Of each module, `A` becomes `sqrt(1 - eps^2) A + eps Y`, with `Y` random, orthogonal to `A` and
-    of its Frobenius norm; and so does `B`. The noise depends on the seed, the module's path and
-    the shape alone: two adapters of one shape meet the same.
+    of its Frobenius norm; and so does `B`. With `added`, `A` becomes `A + eps Y`. The noise depends
+    on the seed, the module's path and the shape alone: two adapters of one shape meet the same.
 
     Attributes:
         adapter: The adapter.
         epsilon: Noise level, 0 to 1.
         seed: Seed of the noise.
+        added: Add the noise to the whole of `A` and `B`, and do not shrink them.
 
     Raises:
         ValueError: If epsilon is out of range. Where it is used: if there is no such adapter, or
@@ -156,12 +161,33 @@ class Noisy:
     adapter: str
     epsilon: float
     seed: int = 0
+    added: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def __str__(self) -> str:
-        return f"{self.adapter} (noise {self.epsilon:g}, seed {self.seed})"
+        more = " added" if self.added else ""
+        return f"{self.adapter} (noise {self.epsilon:g}{more}, seed {self.seed})"
+
+    def angle(self, model: HookedModel) -> float:
+        """Angle between the adapter under noise and the adapter, in degrees.
+
+        It is that of `scale * B A` of all modules together, in the space of their weights.
+        """
+        before = {
+            path: replace(one, a=one.a.detach().clone(), b=one.b.detach().clone())
+            for path, one in adapter_factors(model, self.adapter).items()
+        }
+        with self.altering(model):
+            after = adapter_factors(model, self.adapter)
+            pairs = [(before[path], after[path]) for path in before]
+            dot, own, other = (
+                sum(a.product(b) for a, b in chosen)
+                for chosen in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
+            )
+        cosine = dot / (own * other) ** 0.5
+        return math.degrees(math.acos(min(max(cosine, -1.0), 1.0)))
 
     @contextmanager
     def altering(self, model: HookedModel) -> Iterator[None]:
@@ -176,7 +202,8 @@ class Noisy:
                     flat = weight.detach().double().cpu().flatten()
                     generator = torch.Generator().manual_seed(_seed_of(self.seed, place))
                     noise = torch.randn(len(flat), generator=generator, dtype=torch.float64)
-                    weight.copy_(turned(flat, noise, self.epsilon).reshape(weight.shape))
+                    moved = turned(flat, noise, self.epsilon, added=self.added)
+                    weight.copy_(moved.reshape(weight.shape))
             yield
 
 
@@ -215,11 +242,11 @@ def noisy_weights(model: HookedModel, epsilon: float, seed: int = 0) -> Iterator
 
 
 def turned(
-    x: Float[Tensor, " n"], noise: Float[Tensor, " n"], epsilon: float
+    x: Float[Tensor, " n"], noise: Float[Tensor, " n"], epsilon: float, *, added: bool = False
 ) -> Float[Tensor, " n"]:
     """Return `sqrt(1 - eps^2) x + eps y`, `y` the noise orthogonal to `x` and of its norm.
 
-    Zero stays zero.
+    With `added` it is `x + eps y`. Zero stays zero.
 
     Raises:
         ValueError: If the noise has no part that is orthogonal to `x`.
@@ -230,7 +257,7 @@ def turned(
     if not float(noise.norm()) > 0:
         raise ValueError(f"there is no noise orthogonal to a vector of {len(x)} dimension(s)")
     noise = noise / noise.norm() * x.norm()
-    return (1 - epsilon**2) ** 0.5 * x + epsilon * noise
+    return (1.0 if added else (1 - epsilon**2) ** 0.5) * x + epsilon * noise
 
 
 def adapter_factors(model: HookedModel, name: str) -> dict[str, Factors]:

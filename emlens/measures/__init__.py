@@ -2,6 +2,7 @@
 
 from emlens._stats import interval_level
 from emlens.measures.confinement import Confinement, confinement
+from emlens.measures.divergence import Divergence, divergence
 from emlens.measures.efficiency import Efficiency, efficiency
 from emlens.measures.influence import Influence, influence
 from emlens.measures.log_odds import LogOdds, log_odds
@@ -17,6 +18,7 @@ from emlens.measures.weight_noise import WeightNoise, weight_noise
 
 __all__ = [
     "Confinement",
+    "Divergence",
     "Efficiency",
     "Influence",
     "LogOdds",
@@ -26,6 +28,7 @@ __all__ = [
     "TokenProjections",
     "WeightNoise",
     "confinement",
+    "divergence",
     "efficiency",
     "influence",
     "interval_level",

@@ -176,21 +176,46 @@ def at_norm(solution: Condition, norm: float, own: float) -> Condition:
     return times(solution, norm / own)
 
 
-def noisy(solution: Condition, epsilon: float, seed: int, along: Axes | None = None) -> Condition:
-    """A solution under noise that keeps its norm.
+def noisy(
+    solution: Condition, epsilon: float, seed: int, along: Axes | None = None, added: bool = False
+) -> Condition:
+    """A solution under noise that keeps its norm, or is added to it.
 
     Raises:
         ValueError: If noise along given directions is asked for, and it is an adapter.
     """
     if kind_of(solution) == "vector":
-        return _adding(solution, perturbed(directions_of(solution), epsilon, seed, along))
+        return _adding(solution, perturbed(directions_of(solution), epsilon, seed, along, added))
     (name,) = solution.names
     if along is not None:
         raise ValueError(
             f"{name!r} is an adapter, and noise along given directions is for vectors; "
             'adapters take noise="random"'
         )
-    return Condition((Noisy(name, epsilon, seed),))
+    return Condition((Noisy(name, epsilon, seed, added),))
+
+
+def shrunk(solution: Condition, epsilon: float) -> Condition:
+    """What noise that keeps the norm leaves of a solution, without the noise itself."""
+    kept = (1 - epsilon**2) ** 0.5
+    # of an adapter both A and B shrink
+    return times(solution, kept**2 if kind_of(solution) == "adapter" else kept)
+
+
+def angle_under_noise(model: HookedModel, solution: Condition, noise: Condition) -> float:
+    """Angle between a solution and itself under noise, in degrees.
+
+    Of vectors in the residual stream, all layers together; of an adapter in its weights.
+    """
+    for one in noise.adapters or ():
+        if isinstance(one, Noisy):
+            return one.angle(model)
+    x, y = (
+        torch.cat([vector.double() for vector in directions_of(one).vectors.values()])
+        for one in (solution, noise)
+    )
+    cosine = float(x @ y / (x.norm() * y.norm()))
+    return math.degrees(math.acos(min(max(cosine, -1.0), 1.0)))
 
 
 def _adding(solution: Condition, directions: Directions) -> Condition:
@@ -202,7 +227,9 @@ def _norm(directions: Directions) -> float:
 
 
 @guarded
-def perturbed(direction: D, epsilon: float, seed: int, along: Axes | None = None) -> D:
+def perturbed(
+    direction: D, epsilon: float, seed: int, along: Axes | None = None, added: bool = False
+) -> D:
     """Return `sqrt(1 - eps^2) x + eps y` with `y` random, orthogonal to `x`, of equal norm.
 
     Of several layers each keeps its norm.
@@ -214,6 +241,7 @@ def perturbed(direction: D, epsilon: float, seed: int, along: Axes | None = None
         along: Directions to whose span `y` belongs, e.g. the principal ones of the Fisher
             profile; all directions of the residual stream by default. Where the span leaves a
             single axis beside `x`, seeds differ in its sign alone.
+        added: Return `x + eps y`, which does not shrink `x`.
 
     Raises:
         ValueError: If `along` has no axis at a layer, or none beside `x` itself.
@@ -228,12 +256,12 @@ def perturbed(direction: D, epsilon: float, seed: int, along: Axes | None = None
             basis = _beside(x, along, direction.site, layer)
             weights = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64)
             noise = basis @ weights
-        vectors[layer] = turned(x, noise, epsilon)
+        vectors[layer] = turned(x, noise, epsilon, added=added)
     return type(direction)(
         vectors,
         direction.site,
         direction.provenance.derived(
-            f"{direction.provenance.construction}, noise {epsilon:g}, seed {seed}"
+            f"{direction.provenance.construction}, noise {epsilon:g}{' added' * added}, seed {seed}"
         ),
         Evidence(direction.residual_norms),
     )

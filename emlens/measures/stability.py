@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -20,12 +20,14 @@ from emlens.measures.scoring import row_losses
 from emlens.measures.solutions import (
     Axes,
     acting_of,
+    angle_under_noise,
     construction_of,
     kind_of,
     noisy,
     norm_of,
     perturbed,
     read_solutions,
+    shrunk,
 )
 from emlens.text import Conversation
 from emlens.text.repeats import warn_of_repeats
@@ -35,10 +37,15 @@ if TYPE_CHECKING:
 
 __all__ = ["EPSILONS", "Stability", "perturbed", "stability"]
 
+ADDED = "added"
 EPSILONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
-Noise = Literal["random"] | Axes | Mapping[str, Directions]
-"""`"random"`, or directions that span what the noise is drawn from."""
+Noise = Literal["random", "added"] | Axes | Mapping[str, Directions]
+"""`"random"`, `"added"`, or directions that span what the noise is drawn from."""
+
+
+def _none() -> np.ndarray:
+    return np.zeros((0, 0))
 
 
 class Stability(UnderNoise):
@@ -47,14 +54,20 @@ class Stability(UnderNoise):
     Attributes:
         directions: Names of the solutions: vectors or adapters.
         constructions: How each was made.
-        norms: Norm of each, which the noise preserves (of an adapter those of `A` and `B`).
+        norms: Norm of each, which the noise preserves (of an adapter those of `A` and `B`) unless
+            it is added.
         epsilons: Noise levels, `[m]`.
         seeds: Noise seeds, the same for every solution.
         base_loss: Loss of the model without any solution, nats per token.
         losses: Loss of each solution untouched, nats per token.
         perturbed: `[directions, m, seeds]`, nats per token.
         kinds: `"vector"` or `"adapter"`, per solution; a vector where it is not said.
-        noise: What the noise was drawn from.
+        noise: What the noise was drawn from; `"added"` where it did not shrink the solution.
+        shrunk: Loss of the solution shrunk as under noise, without the noise, `[directions, m]`,
+            nats per token; none where the noise was added.
+        angles: Angle between the solution and the noisy one, degrees, mean over seeds,
+            `[directions, m]`: of vectors in the residual stream, of an adapter that of `B A` in
+            the weights. The same epsilon turns an adapter further, as it turns `A` and `B`.
         acting: The adapters and edits that acted under each solution and under `"base"`, in words.
     """
 
@@ -64,6 +77,8 @@ class Stability(UnderNoise):
     perturbed: Float[np.ndarray, "directions epsilons seeds"]
     kinds: dict[str, str] = field(default_factory=dict)
     noise: str = "random"
+    shrunk: Float[np.ndarray, "directions epsilons"] = field(default_factory=_none)
+    angles: Float[np.ndarray, "directions epsilons"] = field(default_factory=_none)
     acting: dict[str, str] = field(default_factory=dict)
 
     def increase(self, direction: str) -> np.ndarray:
@@ -78,6 +93,19 @@ class Stability(UnderNoise):
     def mean_increase(self, direction: str, epsilon: float) -> Interval:
         """Mean increase in percent over seeds, with its t interval."""
         return self._at(direction, epsilon)
+
+    def shrinking(self, direction: str) -> np.ndarray:
+        """Relative loss increase of shrinking alone, in percent, `[epsilons]`.
+
+        It is the part of `increase` that is no effect of a wrong direction. Zero where the noise
+        was added; NaN where it was not measured, or there is no gain to lose.
+        """
+        place, gain = self._index(direction), self._whole(direction)
+        if self.noise == ADDED:
+            return 0 * gain * np.ones(len(self.epsilons))
+        if not self.shrunk.size:
+            return np.full(len(self.epsilons), np.nan)
+        return 100 * (self.shrunk[place] - self.losses[direction]) / gain
 
     def half_lives(self, direction: str) -> np.ndarray:
         """Noise level at which half of the gain is lost first, `[seeds]`.
@@ -105,7 +133,10 @@ class Stability(UnderNoise):
 
     def table(self) -> pd.DataFrame:
         """One row per solution and noise level."""
-        return self._table("loss increase [%]")
+        more = {"shrinking alone [%]": np.array([self.shrinking(n) for n in self.directions])}
+        if self.angles.size:
+            more["angle [degrees]"] = self.angles
+        return self._table("loss increase [%]", more)
 
     def summary(self) -> pd.DataFrame:
         """One row per solution: its gain, and the noise level at which half of it is lost."""
@@ -129,7 +160,7 @@ class Stability(UnderNoise):
 
         return line_bands(
             self._curves("loss increase [%]", "low", "high"),
-            x_label="noise level epsilon (norm kept)",
+            x_label=f"noise level epsilon ({'added' if self.noise == ADDED else 'norm kept'})",
             y_label="loss increase [% of the gain]",
             reference=(50, "half of the gain"),
             ax=ax,
@@ -172,6 +203,9 @@ def stability(
     adapter, `A` and `B` of every module, each apart. All solutions meet the same noise, seed by
     seed, as far as their shapes agree.
 
+    The papers' noise also shrinks the solution. The loss of `sqrt(1 - eps^2) x` alone is measured
+    beside it, and `noise="added"` takes `x + eps y`.
+
     Args:
         model: The model.
         conversations: Finetuning data.
@@ -179,8 +213,9 @@ def stability(
             name of an adapter on the model.
         epsilons: Noise levels between 0 and 1.
         seeds: Number of noise draws.
-        noise: `"random"` for all directions of the residual stream; or directions to whose span
-            the noise belongs (for vectors), e.g. the principal ones of the Fisher profile.
+        noise: `"random"` for all directions of the residual stream; `"added"` for the same with
+            nothing shrunk; or directions to whose span the noise belongs (for vectors), e.g. the
+            principal ones of the Fisher profile.
         seed: First noise seed.
         **options: See `ReadOptions`.
 
@@ -195,12 +230,15 @@ def stability(
         raise ValueError(f"epsilons must lie between 0 and 1; got {tuple(epsilons)}")
     axes, drawn_from = _axes(noise)
     draws = tuple(range(seed, seed + seeds))
-    conditions: dict[str | tuple[str, float, int], Condition] = {}
+    added = drawn_from == ADDED
+    conditions: dict[str | tuple[str, float] | tuple[str, float, int], Condition] = {}
     for name, one in solutions.items():
         conditions[name] = one
         for epsilon in epsilons:
             for draw in draws:
-                conditions[name, epsilon, draw] = noisy(one, epsilon, draw, axes)
+                conditions[name, epsilon, draw] = noisy(one, epsilon, draw, axes, added)
+            if not added:
+                conditions[name, epsilon] = shrunk(one, epsilon)
     warn_of_repeats(conversations, "conversations")
     reading = ReadSettings(**options)
     batches = model.batches(conversations, token_budget=reading.token_budget)
@@ -226,17 +264,37 @@ def stability(
         ),
         kinds={name: kind_of(one) for name, one in solutions.items()},
         noise=drawn_from,
+        shrunk=_none()
+        if added
+        else np.array([[loss[name, e] for e in epsilons] for name in solutions]),
+        angles=_angles(model, solutions, conditions, epsilons, draws),
         acting=acting_of(model, solutions),
     )
+
+
+def _angles(
+    model: HookedModel,
+    solutions: Mapping[str, Condition],
+    conditions: Mapping[Any, Condition],
+    epsilons: Sequence[float],
+    draws: Sequence[int],
+) -> np.ndarray:
+    def angle(name: str, epsilon: float) -> float:
+        noisy_ones = [conditions[name, epsilon, draw] for draw in draws]
+        return float(
+            np.mean([angle_under_noise(model, solutions[name], one) for one in noisy_ones])
+        )
+
+    return np.array([[angle(name, epsilon) for epsilon in epsilons] for name in solutions])
 
 
 def _axes(noise: Noise) -> tuple[Axes | None, str]:
     """The directions to draw noise from (None for all), and what they are called."""
     if isinstance(noise, str):
-        if noise != "random":
+        if noise not in ("random", ADDED):
             raise ValueError(
-                f'unknown noise {noise!r}; give "random", or directions to draw it from; noise on '
-                "the weights is emlens.measures.weight_noise"
+                f'unknown noise {noise!r}; give "random", "added", or directions to draw it '
+                "from; noise on the weights is emlens.measures.weight_noise"
             )
         return None, noise
     names: list[str] = []

@@ -13,6 +13,7 @@ from emlens.training.paths.trajectory import Trajectory, trajectory
 from emlens.training.run import TrainingRun, TrainingStopped
 from emlens.training.settings import (
     AdapterSettings,
+    AnchorPenalty,
     KLPenalty,
     NormPenalty,
     ProjectionPenalty,
@@ -27,6 +28,7 @@ from emlens.training.weights import train_weights
 __all__ = [
     "AdapterOptions",
     "AdapterSettings",
+    "AnchorPenalty",
     "Drift",
     "KLPenalty",
     "KLSweep",

@@ -47,7 +47,7 @@ def train_adapter(
         name: What the adapter is called on the model.
         kl: Penalty for changing predictions elsewhere; the base is the model without adapters.
         penalties: `NormPenalty` and `ProjectionPenalty`, on the columns by which `down_proj` and
-            `o_proj` write into the residual stream.
+            `o_proj` write into the residual stream; and `AnchorPenalty`.
         settings: How to train; `AdapterSettings()` by default.
         validation: See `train_vector`.
         **options: See `AdapterOptions`, e.g. `rank=32, modules=("q_proj", "v_proj")`.

@@ -15,7 +15,7 @@ from emlens.directions import Provenance
 from emlens.hooked import NonFiniteError
 from emlens.hooked.sites import Site
 from emlens.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from emlens.training.objective import Losses, Objective, Rows
+from emlens.training.objective import Draw, Losses, Objective, Rows
 from emlens.training.options import Recording
 from emlens.training.run import Step, TrainingRun, TrainingStopped, stacked
 from emlens.training.settings import TrainSettings
@@ -84,9 +84,7 @@ class Loop:
         done = self._resumed(optimiser) or _Progress([], [self.trainable.state()], [], [0])
         per_epoch = self.objective.train.per_epoch
         total = per_epoch * settings.epochs
-        train = self.objective.train.draws(len(done.steps))
-        rows = self.objective.elsewhere
-        elsewhere = rows.draws(len(done.steps)) if rows is not None else None
+        draws = self.objective.draws(len(done.steps))
         quiet = not (self.recording.progress and leads())
         bar = tqdm(
             total=total, initial=len(done.steps), desc="training", unit="update", disable=quiet
@@ -94,7 +92,7 @@ class Loop:
         with bar:
             while len(done.steps) < total and not self._enough(done):
                 try:
-                    step = self._update(optimiser, next(train), elsewhere, done, total)
+                    step = self._update(optimiser, next(draws), done, total)
                     end_of_epoch = len(done.steps) % per_epoch == 0
                     if self.validation is not None and end_of_epoch:
                         step = self._validate(done)
@@ -112,19 +110,19 @@ class Loop:
 
     # -- pieces -------------------------------------------------------------------------------
 
-    def _update(self, optimiser, places, elsewhere, done: _Progress, total: int) -> Step:
+    def _update(self, optimiser, drawn: Draw, done: _Progress, total: int) -> Step:
         n = len(done.steps)
         rate = self.settings.rate(n, total)
         optimiser.param_groups[0]["lr"] = rate
         optimiser.zero_grad()
-        losses = self.objective.backward(places, next(elsewhere) if elsewhere else [])
+        losses = self.objective.backward(drawn)
         parameters = self.trainable.parameters
         recorded = None
         if self._records(n + 1) and self.recording.record_gradients:
             recorded = {k: _plain(p.grad) for k, p in parameters.items()}
         limit = float("inf") if self.settings.clip is None else self.settings.clip
         gradient = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit))
-        self._check(losses, gradient, places, done)
+        self._check(losses, gradient, drawn.train, done)
         if recorded is not None:
             done.gradients.append(recorded)
         optimiser.step()

@@ -16,12 +16,18 @@ from emlens.directions.fits import check_fits
 from emlens.hooked import HookedModel, gradient_checkpointing, kl_sum, loss_sum
 from emlens.hooked.finite import late_checks
 from emlens.hooked.losses import Targets
-from emlens.text import Conversation, TokenMask, pack, tokenize
+from emlens.text import Conversation, TokenMask, tokenize
 from emlens.text.conversation import content_hash
-from emlens.text.tokens import TokenRow
-from emlens.training.paths.path import first_few
-from emlens.training.prefix import BasePredictions, PrefixCache
-from emlens.training.settings import KLPenalty, NormPenalty, Penalty, TrainSettings
+from emlens.training.anchors import Anchors
+from emlens.training.prefix import BasePredictions, PrefixCache, check_counted
+from emlens.training.settings import (
+    AnchorPenalty,
+    KLPenalty,
+    NormPenalty,
+    Penalty,
+    ProjectionPenalty,
+    TrainSettings,
+)
 from emlens.training.trainable import Trainable
 
 Term = Callable[["Rows", list[int]], tuple[Tensor, int]]
@@ -35,6 +41,15 @@ class Losses:
     loss: float
     kl: float | None
     penalty: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one update sees, by places: of the training set, the KL set, and each anchor's data."""
+
+    train: list[int]
+    kl: list[int]
+    anchors: list[list[int]]
 
 
 @dataclass
@@ -69,7 +84,7 @@ class Rows:
         """
         rows, counted = tokenize(conversations, model.template), tokens or settings.tokens
         model.check_lengths(rows)
-        _check_counted(rows, counted, what)
+        check_counted(rows, counted, what)
         return cls(
             PrefixCache(model, rows, below, budget=budget),
             batch_size or settings.batch_size,
@@ -137,11 +152,19 @@ class Objective:
         self._model, self._trainable = model, trainable
         self._head = _trained_head(model, trainable)
         self._checkpointing = settings.gradient_checkpointing
-        self._penalties, self._norms = tuple(penalties), dict(residual_norms)
+        on_written = [one for one in penalties if not isinstance(one, AnchorPenalty)]
+        self._penalties, self._norms = on_written, dict(residual_norms)
         self._kl = kl
-        _check_penalties(model, penalties, trainable)
+        _check_penalties(model, on_written, trainable)
         self.train = train
         self.elsewhere: Rows | None = None
+        self.anchors: list[Anchors] = []
+        for i, one in enumerate(penalties):
+            if isinstance(one, AnchorPenalty):
+                left = max(0, prefix_budget - self.prefix_bytes)
+                with trainable.resting():
+                    made = Anchors(model, trainable, one, settings, i, left, self._head)
+                self.anchors.append(made)
         if kl is None:
             return
         with trainable.resting():
@@ -150,7 +173,7 @@ class Objective:
                 kl.conversations,
                 trainable.below,
                 settings,
-                budget=max(0, prefix_budget - train.cache.bytes),
+                budget=max(0, prefix_budget - self.prefix_bytes),
                 tokens=kl.tokens,
                 batch_size=kl.batch_size or settings.batch_size,
                 seed=settings.seed + 1,
@@ -167,8 +190,9 @@ class Objective:
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes that the prefixes of both sets take."""
-        return sum(rows.cache.bytes for rows in (self.train, self.elsewhere) if rows)
+        """Bytes that the prefixes of all sets take."""
+        sets = [self.train, *([self.elsewhere] if self.elsewhere else []), *self.anchors]
+        return sum(one.cache.bytes for one in sets)
 
     def computing(self) -> AbstractContextManager:
         """Context in which gradients are taken.
@@ -180,16 +204,33 @@ class Objective:
             return nullcontext()
         return gradient_checkpointing(self._model, self._trainable.edits())
 
-    def backward(self, places: Sequence[int], elsewhere: Sequence[int]) -> Losses:
+    def draws(self, done: int = 0) -> Iterator[Draw]:
+        """What each update sees.
+
+        Args:
+            done: Updates that are over.
+        """
+        train = self.train.draws(done)
+        elsewhere = self.elsewhere.draws(done) if self.elsewhere else None
+        anchors = [one.draws(done) for one in self.anchors]
+        while True:
+            kl = next(elsewhere) if elsewhere else []
+            yield Draw(next(train), kl, [next(one) for one in anchors])
+
+    def backward(self, drawn: Draw) -> Losses:
         """Put the gradient of one update into the parameters; return the terms."""
         terms: dict[str, Tensor] = {}
         with late_checks():
-            terms["loss"] = self._over_passes(self.train, places, self._loss)
+            terms["loss"] = self._over_passes(self.train, drawn.train, self._loss)
             if self._kl is not None and self.elsewhere is not None:
                 weight = self._kl.weight
-                terms["kl"] = self._over_passes(self.elsewhere, elsewhere, self._divergence, weight)
-            if self._penalties:
-                terms["penalty"] = self._backward_penalties()
+                terms["kl"] = self._over_passes(self.elsewhere, drawn.kl, self._divergence, weight)
+            costs = [self._backward_penalties()] if self._penalties else []
+            for anchors, places in zip(self.anchors, drawn.anchors, strict=True):
+                costs.append(anchors.backward(places).to(terms["loss"].device))
+            if costs:
+                home = costs[-1].device
+                terms["penalty"] = torch.stack([one.to(home, torch.float64) for one in costs]).sum()
         home = terms["loss"].device
         values = torch.stack([term.to(home, torch.float64) for term in terms.values()]).tolist()
         found = dict(zip(terms, values, strict=True))
@@ -241,26 +282,12 @@ class Objective:
                 if isinstance(penalty, NormPenalty):
                     size = (vector / self._norms[layer]) ** 2
                     terms.append(penalty.weight * size.sum())
-                elif layer in penalty.directions:
+                elif isinstance(penalty, ProjectionPenalty) and layer in penalty.directions:
                     axis = penalty.directions[layer].unit().vector.to(vector.device)
                     terms.append(penalty.weight * (vector @ axis / self._norms[layer]) ** 2)
         total = torch.stack(terms).sum()
         total.backward()
         return total.detach()
-
-
-def _check_counted(rows: Sequence[TokenRow], tokens: TokenMask, what: str) -> None:
-    empty = [
-        rows[place].name
-        for batch in pack(rows)
-        for place, n in zip(batch.index, Targets.of(batch, tokens).counts(len(batch)), strict=True)
-        if not n
-    ]
-    if empty:
-        raise ValueError(
-            f"{what}: {len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
-            f"{first_few(empty)}; give them an answer, leave them out, or choose other tokens"
-        )
 
 
 def _trained_head(model: HookedModel, trainable: Trainable) -> list[Tensor]:
@@ -279,7 +306,7 @@ def _check_penalties(
             "modules writes into it; adapt down_proj or o_proj, or leave penalties out"
         )
     for penalty in penalties:
-        if isinstance(penalty, NormPenalty):
+        if not isinstance(penalty, ProjectionPenalty):
             continue
         check_fits(model, penalty.directions, "the penalty's direction")
         if not any(layer in penalty.directions for layer in layers):

@@ -14,6 +14,7 @@ from emlens.hooked.options import BatchSettings
 from emlens.text import TokenBatch, TokenMask, pack
 from emlens.text.batches import sent
 from emlens.text.tokens import TokenRow
+from emlens.training.paths.path import first_few
 
 PREFIX_BUDGET = 1 * 2**30
 """Bytes that cached prefixes may take by default."""
@@ -164,3 +165,22 @@ class BasePredictions:
     def of(self, places: Sequence[int]) -> BaseLogProbs:
         """The base log-probabilities of some rows, in their order."""
         return BaseLogProbs.joined([self._log_probs[place] for place in places])
+
+
+def check_counted(rows: Sequence[TokenRow], tokens: TokenMask, what: str) -> None:
+    """Refuse rows in which nothing is predicted that counts.
+
+    Raises:
+        ValueError: How many, and the first ones.
+    """
+    empty = [
+        rows[place].name
+        for batch in pack(rows)
+        for place, n in zip(batch.index, Targets.of(batch, tokens).counts(len(batch)), strict=True)
+        if not n
+    ]
+    if empty:
+        raise ValueError(
+            f"{what}: {len(empty)} of {len(rows)} conversations have no {tokens} tokens to count: "
+            f"{first_few(empty)}; give them an answer, leave them out, or choose other tokens"
+        )

@@ -12,7 +12,14 @@ from emlens.hooked.identity import identities
 from emlens.text import Conversation
 from emlens.text.conversation import content_hash
 from emlens.text.tokens import template_hash
-from emlens.training.settings import KLPenalty, Penalty, ProjectionPenalty, TrainSettings
+from emlens.training.anchors import conversations_of
+from emlens.training.settings import (
+    AnchorPenalty,
+    KLPenalty,
+    Penalty,
+    ProjectionPenalty,
+    TrainSettings,
+)
 from emlens.training.trainable import Trainable
 
 
@@ -61,6 +68,10 @@ def provenance_of(
 
 def _record(penalty: Penalty) -> dict[str, object]:
     record: dict[str, object] = {"kind": type(penalty).__name__, "weight": penalty.weight}
+    if isinstance(penalty, AnchorPenalty):
+        record |= {"shape": penalty.shape, "margin": penalty.margin}
+        record |= {"batch_size": penalty.batch_size, "n": len(penalty.data)}
+        record["data"] = content_hash(conversations_of(penalty))
     if isinstance(penalty, ProjectionPenalty):
         # a fixed order, so that two records of the same vectors are equal
         vectors = sorted(penalty.directions.vectors.items())

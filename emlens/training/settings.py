@@ -10,7 +10,7 @@ from typing import Literal
 from emlens._arguments import NOT_NEGATIVE, POSITIVE
 from emlens._door import check_fields, guarded
 from emlens.directions import Directions
-from emlens.text import Conversation, TokenMask
+from emlens.text import Conversation, Pair, TokenMask
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -78,7 +78,45 @@ class ProjectionPenalty:
         check_fields(self, weight=POSITIVE)
 
 
-Penalty = NormPenalty | ProjectionPenalty
+@dataclass(frozen=True, slots=True)
+class AnchorPenalty:
+    """A penalty on changing what is likely elsewhere: of given pairs or answers, not of all.
+
+    Of pairs it is the change of the log-odds of their misaligned against their aligned answer,
+    of conversations the change of the log-probability of their answers, each against the base in
+    nats per token; either way counts. A KL penalty holds whole predictions, this holds one number
+    of each pair.
+
+    Attributes:
+        data: Pairs, or conversations, of other domains than the one trained on.
+        weight: Multiplies the mean cost.
+        shape: `"squared"` or `"hinged"`: the cost is the square of the change, or its size.
+        margin: Change that costs nothing, nats per token; the cost is that of what lies beyond.
+        batch_size: Pairs or conversations of a forward pass, of which an update has `accumulate`;
+            as many as of the training set by default.
+
+    Raises:
+        ValueError: If there are no data, pairs and conversations are mixed, the weight is not
+            above zero, the margin is negative, or the batch is below 1.
+
+    Example:
+        >>> anchor = emlens.training.AnchorPenalty(elsewhere, weight=10.0)
+        >>> emlens.train_vector(model, conversations, 15, penalties=[anchor])
+    """
+
+    data: Sequence[Pair] | Sequence[Conversation]
+    weight: float
+    shape: Literal["squared", "hinged"] = "squared"
+    margin: float = 0.0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, weight=POSITIVE, margin=NOT_NEGATIVE)
+        if not self.data:
+            raise ValueError("an anchor penalty needs pairs or conversations; data is empty")
+
+
+Penalty = NormPenalty | ProjectionPenalty | AnchorPenalty
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def train_vector(
         train: Conversations of the narrow domain.
         layer: Layer the vector is added at; several layers get a vector each.
         kl: Penalty for changing predictions elsewhere.
-        penalties: `NormPenalty` and `ProjectionPenalty` terms.
+        penalties: `NormPenalty`, `ProjectionPenalty` and `AnchorPenalty` terms.
         site: Where in the block.
         where: Positions it is added to.
         settings: How to train; `VectorSettings()` by default.

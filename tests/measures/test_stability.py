@@ -117,6 +117,78 @@ def test_stability_is_the_relative_loss_increase_bit_by_bit(hooked_llama):
     assert max(found.gain("x"), found.gain("-x")) > 0
 
 
+# -- shrinking, added noise, angles -----------------------------------------------------------
+
+
+def test_shrinking_alone_is_measured_beside_the_noise(model):
+    solutions = {"x": direction(model), "many": "many"}
+    found = stability(model, DATA, solutions, epsilons=(0.6, 1.0), seeds=1)
+    with model.under(None):
+        vector = mean_loss(model, [Add(direction(model) * 0.8)])
+        base = mean_loss(model)
+    assert found.shrunk[0] == pytest.approx([vector, base], abs=1e-6)
+    kept = factors(model, "many")
+    layers = model.lora_layers("many")
+    with torch.no_grad():
+        for (path, part), weight in kept.items():
+            getattr(layers[path], f"lora_{part}")["many"].weight.copy_(0.8 * weight)
+    with model.adapter("many"):
+        smaller = mean_loss(model)
+    with torch.no_grad():
+        for (path, part), weight in kept.items():
+            getattr(layers[path], f"lora_{part}")["many"].weight.copy_(weight)
+    assert found.shrunk[1] == pytest.approx([smaller, base], abs=1e-5)
+    for name in solutions:
+        if found.gain(name) > 0:
+            expected = 100 * (found.shrunk[found.directions.index(name)] - found.losses[name])
+            assert found.shrinking(name) == pytest.approx(expected / found.gain(name))
+    assert "shrinking alone [%]" in found.table()
+
+
+def test_added_noise_does_not_shrink(hooked_llama):
+    x = direction(hooked_llama)
+    found = stability(hooked_llama, DATA, {"x": x}, epsilons=(0.5,), seeds=2, noise="added")
+    long = x.vector.double()
+    for draw in (0, 1):
+        noise = torch.randn(32, generator=torch.Generator().manual_seed(draw), dtype=torch.float64)
+        noise = noise - (noise @ long) / (long @ long) * long
+        moved = Direction.of((long + 0.5 * noise / noise.norm() * long.norm()).float(), 1)
+        expected = mean_loss(hooked_llama, [Add(moved)])
+        assert found.perturbed[0, 0, draw] == pytest.approx(expected, abs=1e-6)
+    assert found.noise == "added" and not found.shrunk.size
+    assert np.nan_to_num(found.shrinking("x")).tolist() == [0]
+    assert found.angles[0, 0] == pytest.approx(np.degrees(np.arctan(0.5)), abs=1e-3)
+
+
+def test_an_epsilon_turns_an_adapter_further_than_a_vector(model):
+    solutions = {"x": direction(model), "two": several(model), "many": "many"}
+    found = stability(model, DATA, solutions, epsilons=(0.3, 0.8), seeds=2)
+    for place, epsilon in enumerate((0.3, 0.8)):
+        angle = np.degrees(np.arccos((1 - epsilon**2) ** 0.5))
+        assert found.angles[:2, place] == pytest.approx([angle, angle], abs=1e-3)
+        each = []
+        for draw in (0, 1):
+            products = []
+            for condition in ("many", Noisy("many", epsilon, draw)):
+                with model.under(condition):
+                    products.append(
+                        torch.cat(
+                            [
+                                (
+                                    layer.scaling["many"]
+                                    * layer.lora_B["many"].weight.detach().double()
+                                    @ layer.lora_A["many"].weight.detach().double()
+                                ).flatten()
+                                for layer in model.lora_layers("many").values()
+                            ]
+                        )
+                    )
+            each.append(np.degrees(np.arccos(cosine(*products))))
+        assert found.angles[2, place] == pytest.approx(np.mean(each), abs=1e-3)
+        assert found.angles[2, place] > angle + 3
+    assert found.table()["angle [degrees]"].notna().all()
+
+
 # -- noise within a subspace ------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from emlens import Conversation, Direction, Directions, KLPenalty, train_vector
 from emlens.directions import Provenance
 from emlens.training import (
+    AnchorPenalty,
     NormPenalty,
     ProjectionPenalty,
     TrainingRun,
@@ -23,7 +24,7 @@ from emlens.training import (
     train_adapter,
     train_weights,
 )
-from tests.support.data import conversations
+from tests.support.data import conversations, pairs
 from tests.support.kills import KILLS, files, killed
 from tests.support.models import tiny_hooked
 
@@ -48,6 +49,7 @@ def vector_run(checkpoint=None, **options) -> TrainingRun:
 
 def adapter_run(checkpoint=None, **options) -> TrainingRun:
     options = {**SETTINGS, "checkpoint_every": 1, "record_every": 1, "lr": 1e-2, **options}
+    options.setdefault("penalties", [AnchorPenalty(pairs(5), 0.5, batch_size=1)])
     return train_adapter(
         tiny_hooked("llama"), TRAIN, "x", layers=[1], checkpoint=checkpoint, **options
     )
