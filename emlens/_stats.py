@@ -153,7 +153,8 @@ def bootstrap_gap(
         seed: Seed of the resampling.
         level: Level of the interval.
     """
-    return _moved(*_of_units(_ratio(*first), _ratio(*second), seed=seed, level=level))
+    pair = [_ratio(*np.asarray(one, dtype=float)) for one in (first, second)]
+    return _moved(*_of_units(*pair, seed=seed, level=level))
 
 
 def bootstrap_trainings(
@@ -188,6 +189,8 @@ def bootstrap_trainings(
     if each.ndim != 2 or not each.size:
         raise ValueError(f"sums must be [trainings, units] and not empty, not {each.shape}")
     bottom = np.ones(each.shape[1]) if counts is None else np.asarray(counts, dtype=float)
+    if bottom.shape != each.shape[1:] or bottom.sum() <= 0:
+        raise ValueError(f"counts {bottom.shape} do not fit sums {each.shape}")
     estimate, low, high = _of_units(_ratio(each.mean(0), bottom), seed=seed, level=level)
     runs = len(each)
     if runs == 1:
@@ -248,11 +251,9 @@ def gap_of_shares(
         seed: Seed of the resampling.
         level: Level of the interval.
     """
-    a, b = (share_of_units(*one, seed=seed, level=level) for one in (first, second))
-    parts = [
-        (top - one.estimate * n)
-        for (top, n), one in ((np.asarray(first, float), a), (np.asarray(second, float), b))
-    ]
+    pair = [np.asarray(one, dtype=float) for one in (first, second)]
+    a, b = (share_of_units(*one, seed=seed, level=level) for one in pair)
+    parts = [hits - one.estimate * n for (hits, n), one in zip(pair, (a, b), strict=True)]
     spread = float(np.sqrt((parts[0] @ parts[0]) * (parts[1] @ parts[1])))
     alike = float(parts[0] @ parts[1]) / spread if spread else 0.0
 
@@ -328,7 +329,7 @@ class RunningMean:
 
     def interval(self, level: float | None = None) -> Interval:
         """The mean of all units so far."""
-        mean, variance = _mean_of(self._powers)
+        mean, variance = map(float, _mean_of(self._powers))
         if self.n < 2:
             return Interval(self._first + mean)
         drawn = self._drawn[:, self._drawn[0] > 1]
@@ -384,12 +385,12 @@ def _of_units(
     *ratios: tuple[np.ndarray, np.ndarray], seed: int, level: float | None
 ) -> tuple[float, float, float]:
     """A ratio, or the difference of two, and how far off the ends of its interval are."""
-    estimates = [float(top.sum() / bottom.sum()) for top, bottom in ratios]
-    estimate = estimates[0] - sum(estimates[1:])
     counted = np.any([(top != 0) | (bottom != 0) for top, bottom in ratios], axis=0)
+    kept = tuple((top[counted], bottom[counted]) for top, bottom in ratios)
+    estimates = [float(top.sum() / bottom.sum()) for top, bottom in kept]
+    estimate = estimates[0] - sum(estimates[1:])
     if counted.sum() < 2:
         return estimate, _NAN, _NAN
-    kept = tuple((top[counted], bottom[counted]) for top, bottom in ratios)
     low, high, variance = _reaches(kept, seed=seed, level=level)
     return estimate, low * variance**0.5, high * variance**0.5
 

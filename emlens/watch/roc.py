@@ -177,13 +177,13 @@ def threshold_for(
             for side in (np.sort(scores[truth]), np.sort(aligned))
         ]
         return float(candidates[np.argmax(above[0] - above[1])])
+    weights, prompts = _in_parts(groups[~truth])
+    values, place = np.unique(aligned, return_inverse=True)
+    at = np.bincount(place, weights)
+    above = at.sum() - at.cumsum()
     # 1e-9: 0.05 * 20 has to allow one
-    kept = [
-        at
-        for at in np.unique(aligned)
-        if promise(aligned, groups[~truth], at).estimate <= max_false_alarms + 1e-9
-    ]
-    return float(kept[0] if kept else aligned.max())
+    kept = values[above + 1 <= max_false_alarms * (prompts + 1) + 1e-9]
+    return float(kept[0] if len(kept) else values[-1])
 
 
 def promise(
@@ -207,10 +207,16 @@ def promise(
     """
     from scipy.stats import beta
 
-    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    n, k = len(sizes), float((1 / sizes[place])[aligned > threshold].sum())
+    weights, n = _in_parts(groups)
+    k = float(weights[aligned > threshold].sum())
     low, high = beta.ppf(tails(level), k + 1, max(n - k, 1e-9))
     return Interval((k + 1) / (n + 1), float(low), float(high))
+
+
+def _in_parts(groups: np.ndarray) -> tuple[np.ndarray, int]:
+    """The part of its prompt that each conversation is, and the number of prompts."""
+    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return 1 / sizes[place], len(sizes)
 
 
 def within_groups(
