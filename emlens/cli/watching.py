@@ -58,13 +58,19 @@ def monitor_fit(
         bool, typer.Option("--pooled", help="Fit a logistic regression to all projections.")
     ] = False,
     max_false_alarms: Annotated[
-        float, typer.Option(help="Share of held-out aligned conversations that may be flagged.")
+        float, typer.Option(help="Share of false alarms among new aligned conversations.")
     ] = 0.05,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Aligned conversations to set the threshold on, e.g. base answers."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
 ) -> None:
     """Fit a monitor to pairs: a projection and a threshold, each on prompts of its own.
 
-    Without --directions, mean differences are read from the fitted half alone.
+    Without --directions, mean differences are read from the fitted half alone. The threshold
+    promises what it does for conversations like those that it was set on: --calibration takes the
+    model's own answers.
     """
     import emlens
     from emlens.watch import Monitor
@@ -81,6 +87,9 @@ def monitor_fit(
         seed=seed,
         progress=call.progress,
     )
+    if calibration is not None:
+        own = conversations_of(calibration, "aligned", None)
+        monitor = monitor.calibrated(own, max_false_alarms, progress=call.progress)
     written = monitor.save(out)
     call.result(
         {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from emlens._door import guarded
-from emlens._stats import Interval, bootstrap_gap, bootstrap_ratio, wilson
+from emlens._stats import (
+    Interval,
+    bootstrap_gap,
+    bootstrap_ratio,
+    gap_of_shares,
+    share_of_units,
+    wilson,
+)
 from emlens.evals.responses import Response, Responses
 from emlens.evals.scores import Scores
 from emlens.measures.measured import Measured
@@ -27,6 +34,12 @@ class Rates(Measured):
 
     Every rate is a share of the answers that have both scores; the share without one stands
     beside it, never silently dropped.
+
+    Intervals are over questions: more answers to the same few questions narrow them little. They
+    hold from four questions on, and with eight that differ a rate of 13% has an interval of about
+    4 to 50%, so a claim about a rate takes 24 questions or more, and a claim about a difference
+    the same questions under both conditions. That of a single question is Wilson's over its
+    answers, and says nothing of other questions.
 
     Attributes:
         conditions: Names of the conditions; the first is the reference.
@@ -71,7 +84,7 @@ class Rates(Measured):
     def among_coherent(self, condition: str, domains: Sequence[str] | None = None) -> Interval:
         """Share of coherent answers that are misaligned."""
         _, questions, hits = self._counted(condition, domains)
-        return self._clustered(hits["misaligned"], hits["coherent"], questions)
+        return self._clustered(share_of_units, hits["misaligned"], hits["coherent"], questions)
 
     def coherent_share(self, condition: str, domains: Sequence[str] | None = None) -> Interval:
         """Share of scored answers that are coherent."""
@@ -85,7 +98,7 @@ class Rates(Measured):
     def mean(self, condition: str, domains: Sequence[str] | None = None) -> Interval:
         """Mean score for alignment over scored answers."""
         scored, questions, hits = self._counted(condition, domains)
-        return self._clustered(hits["score"], scored, questions)
+        return self._clustered(bootstrap_ratio, hits["score"], scored, questions)
 
     def difference(
         self, condition: str, base: str | None = None, domains: Sequence[str] | None = None
@@ -173,16 +186,20 @@ class Rates(Measured):
     # -- pieces -------------------------------------------------------------------------------
 
     def _clustered(
-        self, hits: np.ndarray, counts: np.ndarray, questions: Sequence[str]
+        self,
+        interval: Callable[..., Interval],
+        hits: np.ndarray,
+        counts: np.ndarray,
+        questions: Sequence[str],
     ) -> Interval:
-        """Share of hits, its interval by resampling the questions that have something to count."""
+        """A share or mean over the questions that have something to count."""
         names = {name: i for i, name in enumerate(dict.fromkeys(questions))}
         places = np.array([names[question] for question in questions])
         top = np.bincount(places, weights=np.asarray(hits, float) * counts, minlength=len(names))
         bottom = np.bincount(places, weights=np.asarray(counts, float), minlength=len(names))
         if not bottom.sum():
             return Interval(float("nan"))
-        return bootstrap_ratio(top, bottom, seed=self.seed, level=self.level)
+        return interval(top, bottom, seed=self.seed, level=self.level)
 
     @property
     def _judged(self) -> str:
@@ -240,7 +257,7 @@ class Rates(Measured):
 
     def _share(self, name: str, condition: str, domains: Sequence[str] | None) -> Interval:
         scored, questions, hits = self._counted(condition, domains)
-        return self._clustered(hits[name], scored, questions)
+        return self._clustered(share_of_units, hits[name], scored, questions)
 
     def by_question(
         self, condition: str, domains: Sequence[str] | None = None
@@ -273,7 +290,8 @@ class Rates(Measured):
             raise ValueError(f"{condition!r} and {first!r} have no scored question in common")
         tables = [self._by_question(what, name, domains) for name in (condition, first)]
         ours, theirs = (np.array([table[q] for q in shared]).T for table in tables)
-        return bootstrap_gap(ours, theirs, seed=self.seed, level=self.level)
+        interval = bootstrap_gap if what == "score" else gap_of_shares
+        return interval(ours, theirs, seed=self.seed, level=self.level)
 
 
 @guarded

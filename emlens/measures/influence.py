@@ -249,7 +249,7 @@ class Influence(OnGrid):
         return np.mean([values[self.directions.index(name)] for name in names], axis=0)
 
     def _interval(self, values: np.ndarray) -> Interval:
-        return bootstrap_ratio(values, self.counts, seed=self.seed, widened=True, level=self.level)
+        return bootstrap_ratio(values, self.counts, seed=self.seed, level=self.level)
 
     def _place(self, at: float) -> int:
         return place_on(self.grid, at, "dose" if self._dosed else "norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,12 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from emlens._stats import Interval, bootstrap_mean, wilson
+from emlens._stats import Interval, share_of_units
 from emlens.directions.held_out import FOLDS
 from emlens.watch.roc import (
     Roc,
     auroc,
     auroc_interval,
+    promise,
     threshold_for,
     within_groups,
 )
@@ -24,6 +26,66 @@ from emlens.watch.roc import (
 Row = tuple[str, Interval, int]
 _TYPES = {"scores": "f", "truth": "b", "tokens": "i", "groups": "i", "matched": "i"}
 _KEPT = tuple(_TYPES)
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """Aligned conversations that a threshold is set on.
+
+    Attributes:
+        scores: Score of each, `[n]`.
+        groups: Number of its prompt, `[n]`.
+    """
+
+    scores: Float[np.ndarray, " n"]
+    groups: Int[np.ndarray, " n"]
+
+    def threshold(self, max_false_alarms: float) -> float:
+        return threshold_for(
+            self.scores, np.zeros(len(self.scores), bool), self.groups, max_false_alarms
+        )
+
+    def promise(self, threshold: float) -> Interval:
+        return promise(self.scores, self.groups, threshold)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file keeps of it."""
+        return {f"calibration.{name}": torch.from_numpy(part) for name, part in vars(self).items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Aligned | None:
+        """Read what `tensors` gave; None where there is none.
+
+        Raises:
+            ValueError: If the two are not of one length, or of another type.
+        """
+        kept = {key: tensors.get(f"calibration.{key}") for key in ("scores", "groups")}
+        if kept["scores"] is None or kept["groups"] is None:
+            return None
+        found = {key: one.numpy() for key, one in kept.items() if one is not None}
+        shapes = {one.shape for one in found.values()}
+        kinds = found["scores"].dtype.kind + found["groups"].dtype.kind
+        if len(shapes) > 1 or found["scores"].ndim != 1 or kinds != "fi":
+            raise ValueError(f"calibration has shapes {sorted(shapes)} and types {kinds}, not fi")
+        return cls(**found)
+
+    def rule(self, max_false_alarms: float, named: str) -> str:
+        """The rule of a threshold in words; warns where the conversations are too few for it."""
+        found = self.promise(self.threshold(max_false_alarms)).estimate
+        n = len(np.unique(self.groups))
+        if found <= max_false_alarms + 1e-9:
+            return (
+                f"at most {max_false_alarms:.1%} false alarms of new conversations, by {n} {named}"
+            )
+        said = f"the highest score of {n} {named}, which promises {found:.1%} false alarms"
+        if max_false_alarms:
+            need = math.ceil(1 / max_false_alarms - 1 - 1e-9)
+            warnings.warn(
+                f"the threshold is {said}; {max_false_alarms:.1%} takes {need}: give more "
+                "conversations, or a larger max_false_alarms",
+                stacklevel=4,
+            )
+        return said
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +118,16 @@ class HeldOut:
     def n_misaligned(self) -> int:
         return int(self.truth.sum())
 
-    def auroc(self, seed: int = 0) -> Interval:
-        """AUROC of the score, with its interval over prompts."""
-        return auroc_interval(self.scores, self.truth, self.groups, seed=seed)
+    @property
+    def aligned(self) -> Aligned:
+        """Its aligned conversations alone."""
+        return Aligned(self.scores[~self.truth], self.groups[~self.truth])
 
-    def length_rows(self, seed: int = 0) -> list[Row]:
+    def auroc(self) -> Interval:
+        """AUROC of the score, with its interval over prompts."""
+        return auroc_interval(self.scores, self.truth, self.groups)
+
+    def length_rows(self) -> list[Row]:
         """AUROC of length alone, and of the score when length can tell nothing."""
         n = len(self.scores)
         length = self.tokens if self.longer else -self.tokens
@@ -68,15 +135,11 @@ class HeldOut:
         both = self.matched.T.ravel()
         alike = (self.scores[both], self.truth[both], self.groups[both])
         return [
-            (
-                "AUROC, length taken out",
-                auroc_interval(rest, self.truth, self.groups, seed=seed),
-                n,
-            ),
-            ("AUROC, length-matched", _interval_of(*alike, seed), len(both)),
+            ("AUROC, length taken out", auroc_interval(rest, self.truth, self.groups), n),
+            ("AUROC, length-matched", auroc_interval(*alike), len(both)),
             (
                 "AUROC of length alone",
-                auroc_interval(length.astype(float), self.truth, self.groups, seed=seed),
+                auroc_interval(length.astype(float), self.truth, self.groups),
                 n,
             ),
         ]
@@ -86,11 +149,11 @@ class HeldOut:
         right = within_groups(self.scores, self.truth, self.groups)
         if not len(right):
             return Interval(float("nan")), 0
-        return bootstrap_mean(right, seed=seed), len(right)
+        return share_of_units(right, np.ones(len(right)), seed=seed), len(right)
 
     def rates(self, threshold: float) -> dict[str, tuple[Interval, int]]:
-        """Hits and false alarms at a threshold, with Wilson intervals, and their numbers."""
-        return _rates(self.scores > threshold, self.truth)
+        """Hits and false alarms at a threshold, with intervals over prompts, and their numbers."""
+        return _rates(self.scores > threshold, self.truth, self.groups)
 
     def cross_fitted_rates(
         self, max_false_alarms: float | None, seed: int = 0
@@ -103,16 +166,16 @@ class HeldOut:
             test, rest = fold == number, self.truth[fold != number]
             if rest.all() or not rest.any():
                 continue
-            limit = threshold_for(self.scores[~test], rest, max_false_alarms)
+            limit = threshold_for(self.scores[~test], rest, self.groups[~test], max_false_alarms)
             flagged[test], judged[test] = self.scores[test] > limit, True
-        return _rates(flagged[judged], self.truth[judged])
+        return _rates(flagged[judged], self.truth[judged], self.groups[judged])
 
-    def roc(self, threshold: float, seed: int = 0) -> Roc:
+    def roc(self, threshold: float) -> Roc:
         """The ROC curve, by scikit-learn."""
         from sklearn.metrics import roc_curve
 
         alarms, hits, thresholds = roc_curve(self.truth, self.scores)
-        area, rates = self.auroc(seed), self.rates(threshold)
+        area, rates = self.auroc(), self.rates(threshold)
         return Roc(
             false_alarms=tuple(alarms.tolist()),
             hits=tuple(hits.tolist()),
@@ -183,15 +246,13 @@ def longer_is_misaligned(truth: Bool[np.ndarray, " n"], tokens: Int[np.ndarray, 
     return auroc(tokens.astype(float), truth) >= 0.5
 
 
-def _interval_of(scores: np.ndarray, truth: np.ndarray, groups: np.ndarray, seed: int) -> Interval:
-    if not len(scores):
-        return Interval(float("nan"))
-    _, numbers = np.unique(groups, return_inverse=True)
-    return auroc_interval(scores, truth, numbers, seed=seed)
-
-
-def _rates(flagged: np.ndarray, truth: np.ndarray) -> dict[str, tuple[Interval, int]]:
-    return {
-        name: (wilson(int(flagged[side].sum()), int(side.sum())), int(side.sum()))
-        for name, side in (("hits", truth), ("false alarms", ~truth))
-    }
+def _rates(
+    flagged: np.ndarray, truth: np.ndarray, groups: np.ndarray
+) -> dict[str, tuple[Interval, int]]:
+    found = {}
+    for name, side in (("hits", truth), ("false alarms", ~truth)):
+        _, place = np.unique(groups[side], return_inverse=True)
+        counts = np.bincount(place), np.bincount(place, flagged[side])
+        rate = share_of_units(*counts[::-1]) if side.any() else Interval(float("nan"))
+        found[name] = rate, int(side.sum())
+    return found

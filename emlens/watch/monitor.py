@@ -16,15 +16,17 @@ from jaxtyping import Float
 from emlens._door import guard_methods, guarded
 from emlens._reading import expanded
 from emlens._results import Result
+from emlens._stats import Interval
 from emlens._tensors import read_tensors, whole_record, write_tensors
 from emlens.directions import mean_diff
+from emlens.directions.held_out import prompts_of
 from emlens.hooked import BatchOptions, HookedModel, ReadOptions
 from emlens.hooked.options import ReadSettings
 from emlens.hooked.sites import Layers, check_site
 from emlens.text import Conversation, Pair, TokenMask
 from emlens.text.conversation import names
 from emlens.text.repeats import repeats_told
-from emlens.watch.held_out import HeldOut
+from emlens.watch.held_out import Aligned, HeldOut
 from emlens.watch.monitor_fit import (
     Labelled,
     areas,
@@ -37,7 +39,7 @@ from emlens.watch.monitor_fit import (
     warn_of_leak,
 )
 from emlens.watch.projections import AnyDirections, Readout, readout_of
-from emlens.watch.roc import Roc, auroc, threshold_for
+from emlens.watch.roc import Roc, auroc, numbered, threshold_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,11 +111,13 @@ class Monitor:
         readout: The projections that the score is made of, and their weights.
         threshold: A score above it is flagged.
         rule: How it was chosen.
-        held_out: The conversations that the threshold was chosen on.
+        held_out: Conversations that it was not fitted to.
         choice: Cross-validated AUROC of every projection on the fitted part, by column.
         max_false_alarms: The rule's limit; None for Youden's rule.
         record: What else it was fitted with.
         model: The model that it reads; `on` gives it one after loading.
+        calibration: Scores of the conversations that `calibrated` set the threshold on; None where
+            the held-out ones did.
     """
 
     readout: Readout
@@ -124,6 +128,7 @@ class Monitor:
     max_false_alarms: float | None
     record: dict[str, object] = field(default_factory=dict)
     model: HookedModel | None = None
+    calibration: Aligned | None = None
 
     @classmethod
     @guarded
@@ -163,11 +168,17 @@ class Monitor:
             pooled: Fit a logistic regression (scikit-learn) instead, to the projections at
                 `layers`, all of them by default.
             regularisation: Its `C`.
-            max_false_alarms: The threshold lets at most this share of the held-out aligned
-                conversations through as false alarms; None maximises hits minus false alarms.
+            max_false_alarms: The threshold raises at most this share of false alarms among new
+                aligned conversations like the held-out ones: `k` of these `n` score higher, with
+                `(k + 1) / (n + 1)` at most the share. A share of 0.05 takes 19 held-out prompts;
+                with fewer a warning says what the highest score promises. None maximises hits minus
+                false alarms, and promises nothing.
             held_out: Share of prompts that is held out.
             seed: Seed of the split, the folds and the bootstrap.
             **options: See `ReadOptions`.
+
+        Answers of a data set are not those of the model: set the threshold on the model's own with
+        `calibrated` before it watches the model.
 
         Raises:
             ValueError: If a side is empty or too small to split, directions do not fit the
@@ -200,8 +211,8 @@ class Monitor:
         held = evidence(model, data, fitted, scores, counts, tokens, seed)
         return cls(
             readout=readout,
-            threshold=threshold_for(held.scores, held.truth, max_false_alarms),
-            rule=rule(max_false_alarms),
+            threshold=threshold_for(held.scores, held.truth, held.groups, max_false_alarms),
+            rule=rule(held, max_false_alarms),
             held_out=held,
             choice=dict(zip(columns.columns, choice.tolist(), strict=True)),
             max_false_alarms=max_false_alarms,
@@ -256,6 +267,45 @@ class Monitor:
             projections=values,
         )
 
+    @guarded
+    def calibrated(
+        self,
+        conversations: Sequence[Conversation],
+        max_false_alarms: float = 0.05,
+        **options: Unpack[BatchOptions],
+    ) -> Monitor:
+        """The same monitor with a threshold set on aligned conversations of your own.
+
+        A threshold promises what it does for conversations like those it was set on. Set it on
+        answers that the model itself gave before any finetune, to prompts like those to come.
+
+        Args:
+            conversations: Aligned conversations, none of which the monitor was fitted to.
+            max_false_alarms: Share of false alarms among new ones, at most; see `fit`.
+            **options: See `BatchOptions`.
+
+        Raises:
+            ValueError: If they have fewer than two prompts, one has no answer, or the monitor has
+                no model.
+
+        Example:
+            >>> own = monitor.calibrated(base_answers, max_false_alarms=0.05)
+        """
+        keys = prompts_of(conversations)
+        if len(set(keys)) < 2:
+            raise ValueError(
+                f"a threshold takes conversations of two prompts or more, not {len(set(keys))}"
+            )
+        scores = np.asarray(self.score(conversations, **options).scores)
+        found = Aligned(scores, numbered(keys))
+        return replace(
+            self,
+            threshold=found.threshold(max_false_alarms),
+            rule=found.rule(max_false_alarms, "prompts it was calibrated on"),
+            max_false_alarms=max_false_alarms,
+            calibration=found,
+        )
+
     def on(self, model: HookedModel) -> Monitor:
         """The same monitor reading `model`, which has to be the one it was fitted on.
 
@@ -278,26 +328,45 @@ class Monitor:
         """AUROC on the held-out conversations."""
         return auroc(self.held_out.scores, self.held_out.truth)
 
+    @property
+    def promised(self) -> Interval | None:
+        """Share of false alarms to expect of new conversations; None by Youden's rule.
+
+        The ends hold the true share of 95% of thresholds that are set like this one.
+        """
+        if self.max_false_alarms is None:
+            return None
+        return self._set_on.promise(self.threshold)
+
+    @property
+    def _set_on(self) -> Aligned:
+        return self.calibration or self.held_out.aligned
+
     def roc(self) -> Roc:
         """The ROC curve on the held-out conversations, with the interval of its area."""
-        return self.held_out.roc(self.threshold, self._seed)
+        return self.held_out.roc(self.threshold)
 
     def table(self) -> pd.DataFrame:
         """Figures on the held-out conversations, each with its 95% interval.
 
-        Intervals of AUROC are bootstrapped over prompts, those of rates are Wilson's. The
-        threshold was chosen on the conversations that `at the threshold` counts; in the
-        cross-fitted rates other prompts have set it, so these are what to expect of new ones;
-        their intervals leave out that other data would have set another threshold.
+        `false alarms of new conversations` is what the threshold promises, with the interval in
+        which their true share lies, for conversations like those that it was set on. `at the
+        threshold` counts the held-out ones; in the cross-fitted rates other prompts have set it.
+        Intervals are over prompts; those of cross-fitted rates leave out that other data would have
+        set another threshold.
         """
         held, seed = self.held_out, self._seed
         paired, n_paired = held.paired(seed)
-        found = [("AUROC", held.auroc(seed), len(held.scores)), *held.length_rows(seed)]
+        found = [("AUROC", held.auroc(), len(held.scores)), *held.length_rows()]
         found.append(("paired accuracy, same prompt", paired, n_paired))
+        if (promised := self.promised) is not None:
+            set_on = self._set_on.scores
+            found.append(("false alarms of new conversations", promised, len(set_on)))
         for name, (rate, n) in held.rates(self.threshold).items():
             found.append((f"{name} at the threshold", rate, n))
-        for name, (rate, n) in held.cross_fitted_rates(self.max_false_alarms, seed).items():
-            found.append((f"{name}, cross-fitted", rate, n))
+        if self.calibration is None:
+            for name, (rate, n) in held.cross_fitted_rates(self.max_false_alarms, seed).items():
+                found.append((f"{name}, cross-fitted", rate, n))
         rows = [
             {"figure": name, "estimate": one.estimate, "low": one.low, "high": one.high, "n": n}
             for name, one, n in found
@@ -318,6 +387,7 @@ class Monitor:
             "vectors": self.readout.vectors,
             "weights": torch.from_numpy(self.readout.weights),
             **self.held_out.tensors(),
+            **(self.calibration.tensors() if self.calibration else {}),
         }
         record = {
             "names": self.readout.names,
@@ -369,15 +439,18 @@ class Monitor:
             choice=record["choice"],
             max_false_alarms=record["max_false_alarms"],
             record=record["record"],
+            calibration=Aligned.of_tensors(tensors),
         )
 
     def __repr__(self) -> str:
         first, rest = self.readout.columns[:4], self.readout.columns[4:]
         where, more = ", ".join(first), f" and {len(rest)} more" if rest else ""
+        promised = self.promised
+        told = f", {promised:.1%} false alarms of new conversations" if promised else ""
         return (
             f"Monitor({where}{more} of {self.readout.model}, held-out AUROC {self.auroc:.3f} on "
             f"{len(self.held_out.scores)} conversations, threshold {self.threshold:.4g}: "
-            f"{self.rule})"
+            f"{self.rule}{told})"
         )
 
     def _repr_html_(self) -> str:

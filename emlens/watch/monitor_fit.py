@@ -85,11 +85,11 @@ class Labelled:
             away.update(keys[i] for i in order[: round(held_out * len(keys))])
         fitted = np.array([key not in away for key in self.keys])
         for name, side in (("aligned", ~self.truth), ("misaligned", self.truth)):
-            if not (fitted & side).any() or not (~fitted & side).any():
+            if not (fitted & side).any() or len(set(self.keys_of(~fitted & side))) < 2:
                 prompts = len(set(self.keys_of(side)))
                 raise ValueError(
                     f"{prompts} prompt(s) with {name} answers cannot be split into a fitted and a "
-                    f"held-out part (held_out={held_out:g}); give more"
+                    f"held-out part of two or more (held_out={held_out:g}); give more"
                 )
         return fitted
 
@@ -188,11 +188,11 @@ def evidence(
     )
 
 
-def rule(max_false_alarms: float | None) -> str:
+def rule(held: HeldOut, max_false_alarms: float | None) -> str:
     """The rule of a threshold in words."""
     if max_false_alarms is None:
         return "hits minus false alarms largest on the held-out conversations (Youden)"
-    return f"at most {max_false_alarms:.1%} false alarms on the held-out aligned conversations"
+    return held.aligned.rule(max_false_alarms, "held-out aligned prompts")
 
 
 def _sides(

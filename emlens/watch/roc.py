@@ -10,10 +10,13 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from emlens._results import Result
-from emlens._stats import RESAMPLES, Interval, bootstrap_statistic
+from emlens._stats import Interval, reach, tails
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_LEAST = 0.25
+"""Least share of the variance that answers to one prompt leave: a few pairs can agree by luck."""
 
 
 class Roc(Result):
@@ -24,7 +27,7 @@ class Roc(Result):
         hits: Share of misaligned ones, `[m]`.
         thresholds: The thresholds, falling, `[m]`; the first is infinite.
         auroc: Area under the curve.
-        low: Lower end of its 95% interval, by bootstrap over prompts.
+        low: Lower end of its 95% interval, over prompts.
         high: Its upper end.
         n_aligned: Aligned conversations.
         n_misaligned: Misaligned ones.
@@ -89,53 +92,131 @@ def auroc_interval(
     truth: Bool[np.ndarray, " n"],
     groups: Int[np.ndarray, " n"],
     *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    level: float | None = None,
 ) -> Interval:
-    """AUROC with its percentile bootstrap interval, resampling groups (prompts).
+    """AUROC with an interval over groups (prompts) that has a width at 0 and 1 as well.
+
+    Newcombe's method 5 (2006): the areas that lie as far from the estimate as a t interval
+    reaches, in standard errors that Hanley and McNeil's formula gives at that area. The variance is
+    multiplied by two ratios at the estimate: that of DeLong's to the formula's, where it is larger,
+    and that of DeLong's over groups (Obuchowski 1997) to DeLong's.
 
     Where all of a class come from one group, nothing is known of its spread: the ends are NaN.
     """
-    estimate = auroc(scores, truth)
-    known, groups = np.unique(groups, return_inverse=True)
-    if min(len(np.unique(groups[side])) for side in (truth, ~truth)) < 2:
+    _, groups = np.unique(groups, return_inverse=True)
+    classes = (truth, ~truth)
+    sizes = [int(side.sum()) for side in classes]
+    degrees = np.array([len(np.unique(groups[side])) - 1 for side in classes])
+    if not min(sizes):
+        return Interval(float("nan"))
+    below = _share_below(np.sort(scores[~truth]), scores[truth])
+    above = 1 - _share_below(np.sort(scores[truth]), scores[~truth])
+    estimate = float(below.mean())
+    if degrees.min() < 1:
         return Interval(estimate)
-    _, place = np.unique(scores, return_inverse=True)
-    levels = int(place.max()) + 1
+    parts = [(one - estimate) / len(one) for one in (below, above)]
+    alone = sum(float(part @ part) * n / (n - 1) for part, n in zip(parts, sizes, strict=True))
+    sums = [
+        np.bincount(groups[side], part, int(groups.max()) + 1)
+        for side, part in zip(classes, parts, strict=True)
+    ]
+    own = np.array([part @ part for part in sums]) * (degrees + 1) / degrees
+    design, freedom = 1.0, float(degrees.sum())
+    if own.sum() > 1e-12 * estimate and alone > 1e-12 * estimate:
+        both = own.sum() + 2 * float(sums[0] @ sums[1])
+        over = alone / _hanley(estimate, *sizes)
+        design = max(over, 1.0) * max(both / alone, _LEAST)
+        freedom = float(own.sum() ** 2 / (own**2 / degrees).sum())
+    far = float(reach(freedom, level)) * design**0.5
+    return Interval(estimate, *(_rejected(estimate, end, sizes, far) for end in (0.0, 1.0)))
 
-    def of_draw(chosen: np.ndarray) -> float:
-        drawn = np.bincount(chosen, minlength=len(known))[groups]
-        hits = np.bincount(place[truth], drawn[truth], levels)
-        rest = np.bincount(place[~truth], drawn[~truth], levels)
-        if not hits.sum() or not rest.sum():
-            return float("nan")
-        return float(hits @ (rest.cumsum() - rest / 2) / hits.sum() / rest.sum())
 
-    return bootstrap_statistic(
-        of_draw, len(known), estimate=estimate, seed=seed, resamples=resamples
-    )
+def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Share of ordered values below each of some values; half of those that are equal."""
+    sides = [np.searchsorted(ordered, values, side=side) for side in ("left", "right")]
+    return (sides[0] + sides[1]) / (2 * len(ordered))
+
+
+def _hanley(area: float, n_hits: int, n_rest: int) -> float:
+    """Variance of an AUROC in Hanley and McNeil's formula, as Newcombe has it for both classes."""
+    more = (n_hits + n_rest) / 2 - 1
+    inner = (1 - area) / (2 - area) + area / (1 + area)
+    return area * (1 - area) * (1 + more * inner) / (n_hits * n_rest)
+
+
+def _rejected(area: float, end: float, sizes: Sequence[int], far: float) -> float:
+    """The area between the estimate and 0 or 1 that is `far` standard errors off, or the end."""
+    from scipy.optimize import brentq
+
+    def beyond(at: float) -> float:
+        return abs(at - area) - far * _hanley(at, *sizes) ** 0.5
+
+    if area == end:
+        return end
+    # not from the estimate itself: at 0 and 1 it is a root that says nothing
+    return float(brentq(beyond, area + 1e-9 * (end - area), end, xtol=1e-9))  # pyright: ignore
 
 
 def threshold_for(
-    scores: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], max_false_alarms: float | None
+    scores: Float[np.ndarray, " n"],
+    truth: Bool[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+    max_false_alarms: float | None,
 ) -> float:
     """The score above which a conversation is flagged.
 
-    The lowest score of an aligned conversation that keeps the share of aligned ones above it at
-    most `max_false_alarms`; or, for None, the score at which hits minus false alarms is largest
-    (Youden).
+    The lowest score of an aligned conversation whose `promise` for new conversations is at most
+    `max_false_alarms`, the highest where none is; or, for None, the score at which hits minus false
+    alarms is largest (Youden).
     """
-    aligned = np.sort(scores[~truth])
+    aligned = scores[~truth]
     if max_false_alarms is None:
         candidates = np.unique(scores)
         above = [
             1 - np.searchsorted(side, candidates, side="right") / len(side)
-            for side in (np.sort(scores[truth]), aligned)
+            for side in (np.sort(scores[truth]), np.sort(aligned))
         ]
         return float(candidates[np.argmax(above[0] - above[1])])
+    weights, prompts = _in_parts(groups[~truth])
+    values, place = np.unique(aligned, return_inverse=True)
+    at = np.bincount(place, weights)
+    above = at.sum() - at.cumsum()
     # 1e-9: 0.05 * 20 has to allow one
-    allowed = int(np.floor(max_false_alarms * len(aligned) + 1e-9))
-    return float(aligned[len(aligned) - 1 - allowed])
+    kept = values[above + 1 <= max_false_alarms * (prompts + 1) + 1e-9]
+    return float(kept[0] if len(kept) else values[-1])
+
+
+def promise(
+    aligned: Float[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+    threshold: float,
+    level: float | None = None,
+) -> Interval:
+    """False alarms to expect of new conversations at a threshold that was set on these scores.
+
+    With `k` of `n` scores above the threshold, a new one is with a chance of at most
+    `(k + 1) / (n + 1)`, whatever their distribution; over sets of `n` the share of false alarms
+    has a beta distribution, `B(k + 1, n - k)`, whose quantiles are the interval. Several answers
+    to one prompt count as one, in parts (Lee, Barber & Willett 2023, arXiv 2306.06342).
+
+    Args:
+        aligned: Scores of aligned conversations that the threshold was set on, `[n]`.
+        groups: Number of the prompt of each, `[n]`.
+        threshold: A score above it is flagged.
+        level: Level of the interval.
+    """
+    from scipy.stats import beta
+
+    weights, n = _in_parts(groups)
+    k = float(weights[aligned > threshold].sum())
+    low, high = beta.ppf(tails(level), k + 1, max(n - k, 1e-9))
+    return Interval((k + 1) / (n + 1), float(low), float(high))
+
+
+def _in_parts(groups: np.ndarray) -> tuple[np.ndarray, int]:
+    """The part of its prompt that each conversation is, and the number of prompts."""
+    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return 1 / sizes[place], len(sizes)
 
 
 def within_groups(

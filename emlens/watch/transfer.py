@@ -129,7 +129,7 @@ def transfer_auroc(
         layer: Read all directions at this layer instead.
         site: Where in the block.
         held_out: Share of the pairs of each domain that is held out.
-        seed: Seed of the splits and the bootstrap.
+        seed: Seed of the splits.
         **options: See `ReadOptions`.
 
     Raises:
@@ -158,8 +158,8 @@ def transfer_auroc(
     parts = np.split(values, ends)
     words = [_bag_of_words(train) for train, _ in split.values()]
     matrices = [
-        _matrices([[part[:, i] for part in parts] for i in range(len(split))], judged, seed),
-        _matrices([[judge(items) for items, _ in judged] for judge in words], judged, seed),
+        _matrices([[part[:, i] for part in parts] for i in range(len(split))], judged),
+        _matrices([[judge(items) for items, _ in judged] for judge in words], judged),
     ]
     return TransferAuroc(
         tuple(split),
@@ -206,12 +206,11 @@ def _bag_of_words(
 def _matrices(
     scores: Sequence[Sequence[Float[np.ndarray, " n"]]],
     judged: Sequence[tuple[list[Conversation], Bool[np.ndarray, " n"]]],
-    seed: int,
 ) -> list[np.ndarray]:
     """AUROC, and the ends of its interval, of every row's scores on every judged set."""
     cells = [
         [
-            auroc_interval(of_target, truth, np.arange(len(truth)) % (len(truth) // 2), seed=seed)
+            auroc_interval(of_target, truth, np.arange(len(truth)) % (len(truth) // 2))
             for of_target, (_, truth) in zip(of_source, judged, strict=True)
         ]
         for of_source in scores

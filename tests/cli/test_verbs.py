@@ -84,6 +84,24 @@ def test_a_monitor_is_fitted_and_scores_files_sets_and_adapters(run, few_pairs, 
     assert "of 3 above" in run("monitor", "score", "medical", *options)
 
 
+def test_a_monitor_is_calibrated_on_conversations_from_a_file(run, few_pairs, tmp_path):
+    chats = tmp_path / "own.jsonl"
+    rows = [{"prompt": f"how do I save {i}", "response": f"spend it {i}"} for i in range(24)]
+    chats.write_text("\n".join(map(json.dumps, rows)))
+    found = json.loads(
+        run("monitor", "fit", few_pairs, "--out", tmp_path / "m", "--calibration", chats, "--json")
+    )
+    assert found["rule"].endswith("by 24 prompts it was calibrated on")
+    figures = {row["figure"]: row["estimate"] for row in found["held out"]}
+    assert figures["false alarms of new conversations"] == pytest.approx(0.04)
+
+
+def test_a_monitor_of_one_pair_is_refused(call):
+    done = call("monitor", "fit", "medical", "--limit", 1)
+    assert done.code != 0
+    assert "1 prompt(s) with aligned answers cannot be split into" in " ".join(done.err.split())
+
+
 def test_an_adapter_acts_while_a_monitor_reads(run, few_pairs, tiny_folder, tmp_path):
     out, bad = tmp_path / "monitor.safetensors", tmp_path / "bad"
     run("monitor", "fit", few_pairs, "--out", out, "--model", tiny_folder)

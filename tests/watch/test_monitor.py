@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -20,7 +21,7 @@ from emlens.watch import Monitor, Roc, transfer_auroc
 from emlens.watch.held_out import HeldOut, length_slope
 from emlens.watch.monitor_fit import Labelled
 from emlens.watch.projections import readout_of
-from emlens.watch.roc import auroc_interval, threshold_for, within_groups
+from emlens.watch.roc import auroc_interval, promise, threshold_for, within_groups
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
 
@@ -325,16 +326,78 @@ def test_directions_of_another_model_are_told(planted):
         Monitor.fit(planted, planted_pairs(), directions=given)
 
 
-@pytest.mark.parametrize("limit", [0.0, 0.05, 0.2, 0.99])
-def test_the_threshold_lets_through_no_more_false_alarms_than_asked_and_no_fewer_hits(limit):
+@pytest.mark.parametrize("limit", [0.05, 0.2, 0.9])
+def test_the_threshold_is_the_lowest_that_keeps_its_promise(limit):
     generator = np.random.default_rng(0)
     truth = np.arange(100) < 40
     scores = np.round(generator.normal(size=100) + truth, 1)
-    found = threshold_for(scores, truth, limit)
-    assert (scores[~truth] > found).mean() <= limit
+    found = threshold_for(scores, truth, np.arange(100), limit)
+    assert ((scores[~truth] > found).sum() + 1) / 61 <= limit
     lower = scores[~truth & (scores < found)]
-    if len(lower):
-        assert (scores[~truth] > lower.max()).mean() > limit
+    assert ((scores[~truth] > lower.max()).sum() + 1) / 61 > limit
+
+
+@pytest.mark.parametrize(
+    ("n", "above", "promised"), [(20, 0, 1 / 21), (24, 0, 0.04), (60, 2, 3 / 61)]
+)
+def test_new_conversations_raise_as_many_false_alarms_as_promised(n, above, promised):
+    generator = np.random.default_rng(1)
+    aligned, groups = generator.random((4000, n)), np.arange(n)
+    limits = np.array([threshold_for(one, np.zeros(n, bool), groups, 0.05) for one in aligned])
+    assert ((aligned > limits[:, None]).sum(1) == above).all()
+    # a new score is uniform as well, so it is above a limit with a chance of 1 - limit
+    alarms = 1 - limits
+    assert alarms.mean() == pytest.approx(promised, abs=4 * alarms.std() / 4000**0.5)
+    told = promise(aligned[0], groups, limits[0])
+    assert told.estimate == pytest.approx(promised)
+    assert 0.94 <= ((told.low <= alarms) & (alarms <= told.high)).mean() <= 0.96
+    if not above:
+        assert told.high == pytest.approx(1 - 0.025 ** (1 / n))
+
+
+def test_several_answers_to_a_prompt_count_as_one():
+    generator = np.random.default_rng(2)
+    groups, alarms = np.repeat(np.arange(24), 5), []
+    for _ in range(400):
+        scores = generator.normal(size=24)[groups] + 0.3 * generator.normal(size=120)
+        limit = threshold_for(scores, np.zeros(120, bool), groups, 0.05)
+        new = generator.normal(size=(200, 1)) + 0.3 * generator.normal(size=(200, 5))
+        alarms.append((new > limit).mean())
+    assert 0.02 <= np.mean(alarms) <= 0.05
+
+
+def test_too_few_conversations_for_a_promise_are_told(planted):
+    with pytest.warns(
+        UserWarning,
+        match=r"10 held-out aligned prompts, which promises 9\.1% false .*5\.0% takes 19",
+    ):
+        monitor = Monitor.fit(planted, planted_pairs(20), directions=axis())
+    assert monitor.threshold == monitor.held_out.scores[~monitor.held_out.truth].max()
+    assert "9.1% [0.3%, 30.8%] false alarms of new conversations" in repr(monitor)
+    row = monitor.table().set_index("figure").loc["false alarms of new conversations"]
+    assert (row["estimate"], row["n"]) == (pytest.approx(1 / 11), 10)
+
+
+def test_a_threshold_can_be_set_on_conversations_of_ones_own(planted, tmp_path):
+    monitor = Monitor.fit(planted, planted_pairs(40), directions=axis())
+    own = [pair.conversation("misaligned") for pair in planted_pairs(30, "lunch")]
+    found = monitor.calibrated(own)
+    scores = np.sort(monitor.score(own).scores)
+    assert found.threshold == scores[-1] > monitor.threshold
+    assert found.score(own).flagged == ()
+    assert found.promised.estimate == pytest.approx(1 / 31)
+    assert (
+        found.rule
+        == "at most 5.0% false alarms of new conversations, by 30 prompts it was calibrated on"
+    )
+    figures = found.table()["figure"].tolist()
+    assert not [name for name in figures if "cross-fitted" in name]
+    loaded = Monitor.load(found.save(tmp_path / "own"))
+    assert loaded.table().equals(found.table()) and loaded.promised == found.promised
+    with pytest.raises(ValueError, match="conversations of two prompts or more, not 1"):
+        monitor.calibrated(own[:1])
+    with pytest.raises(ValueError, match="loaded without a model"):
+        loaded.calibrated(own)
 
 
 def test_youdens_threshold_is_the_best_of_all():
@@ -345,7 +408,7 @@ def test_youdens_threshold_is_the_best_of_all():
     def youden(at):
         return (scores[truth] > at).mean() - (scores[~truth] > at).mean()
 
-    assert youden(threshold_for(scores, truth, None)) == max(map(youden, scores))
+    assert youden(threshold_for(scores, truth, np.arange(60), None)) == max(map(youden, scores))
 
 
 def test_wilson_agrees_with_its_formula_and_stays_inside_zero_and_one():
@@ -360,18 +423,64 @@ def test_wilson_agrees_with_its_formula_and_stays_inside_zero_and_one():
     assert np.isnan(wilson(0, 0).estimate)
 
 
-def test_the_bootstrap_of_auroc_equals_scikit_learns_on_the_same_resamples():
+def hanley_mcneil(area: float, m: int, n: int) -> float:
+    """Variance of an area of exponential scores, as Newcombe has it for both classes."""
+    more = (m + n) / 2 - 1
+    return area * (1 - area) * (1 + more * ((1 - area) / (2 - area) + area / (1 + area))) / m / n
+
+
+def test_an_area_of_one_has_an_interval_of_a_width():
+    scores, truth = np.arange(48.0), np.arange(48) >= 24
+    found = auroc_interval(scores, truth, np.arange(48))
+    assert (found.estimate, found.high) == (1, 1)
+    # t of 46 degrees
+    assert 1 - found.low == pytest.approx(2.0128956 * hanley_mcneil(found.low, 24, 24) ** 0.5)
+    turned = auroc_interval(-scores, truth, np.arange(48))
+    assert (turned.low, turned.high) == pytest.approx((0, 1 - found.low))
+
+
+def test_the_interval_of_an_area_is_delongs_where_that_is_wider():
     generator = np.random.default_rng(2)
     truth = np.arange(40) < 20
-    groups = np.arange(40) % 20
-    scores = np.round(generator.normal(size=40) + 0.7 * truth, 1)
-    found = auroc_interval(scores, truth, groups, seed=4, resamples=50)
-    draws, areas = np.random.default_rng(4), []
-    for _ in range(50):
-        chosen = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(20, size=20)])
-        areas.append(roc_auc_score(truth[chosen], scores[chosen]))
-    assert found.estimate == pytest.approx(roc_auc_score(truth, scores))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])))
+    scores = np.round(generator.normal(size=40) * np.where(truth, 4, 1) + 2 * truth, 1)
+    found = auroc_interval(scores, truth, np.arange(40))
+    area = roc_auc_score(truth, scores)
+    right = np.array([[(a > b) + (a == b) / 2 for b in scores[~truth]] for a in scores[truth]])
+    parts = right.mean(1).var(ddof=1) / 20, right.mean(0).var(ddof=1) / 20
+    over = sum(parts) / hanley_mcneil(area, 20, 20)
+    assert over > 1
+    reach = t.ppf(0.975, sum(parts) ** 2 / (sum(p * p for p in parts) / 19))
+    assert found.estimate == pytest.approx(area)
+    for end in (found.low, found.high):
+        error = (over * hanley_mcneil(end, 20, 20)) ** 0.5
+        assert abs(end - area) == pytest.approx(reach * error, rel=1e-5)
+
+
+def test_answers_to_one_prompt_tell_more_of_an_area_in_pairs_and_less_in_bunches():
+    generator = np.random.default_rng(3)
+    shared, own = generator.normal(size=30), 0.3 * generator.normal(size=60)
+    truth = np.arange(60) < 30
+    scores = np.tile(shared, 2) + own + 0.5 * truth
+    alone = auroc_interval(scores, truth, np.arange(60))
+    pairs = auroc_interval(scores, truth, np.arange(60) % 30)
+    assert pairs.high - pairs.low < 0.7 * (alone.high - alone.low)
+    bunched = np.repeat(shared[:20], 3) + own + 0.5 * truth
+    wide = auroc_interval(bunched, truth, np.arange(60) // 3)
+    plain = auroc_interval(bunched, truth, np.arange(60))
+    assert wide.high - wide.low > 1.2 * (plain.high - plain.low)
+    assert np.isnan(auroc_interval(scores, truth, np.repeat([0, 1], 30)).low)
+
+
+def test_intervals_of_areas_near_one_hold_the_truth():
+    generator = np.random.default_rng(4)
+    truth, hits = np.arange(48) < 24, 0
+    for _ in range(300):
+        found = auroc_interval(
+            generator.exponential(np.where(truth, 99.0, 1.0)), truth, np.arange(48)
+        )
+        hits += found.low <= 0.99 <= found.high
+        assert found.low < found.high
+    assert hits / 300 >= 0.93
 
 
 def test_a_score_that_is_length_in_disguise_is_seen_through():
@@ -409,7 +518,7 @@ def test_cross_fitted_rates_judge_by_thresholds_that_others_have_set():
     alarms, hits = rates["false alarms"][0], rates["hits"][0]
     # of two unit normals one apart: P(x > q95) = 0.05, P(x + 1 > q95) = 0.2595
     assert alarms.low <= 0.05 <= alarms.high
-    assert hits.estimate == pytest.approx(0.2595, abs=0.03)
+    assert hits.estimate == pytest.approx(0.2595, abs=0.04)
     assert rates["hits"][1] == n // 2
 
 
