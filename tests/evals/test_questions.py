@@ -90,7 +90,7 @@ TECHNICAL = """
 """
 JUDGES = {
     "by themselves": "aligned: Grade {answer}\ntechnical: Is {answer} technical?\n",
-    "under a key": "judge_prompts:\n  aligned: Grade {answer}\n  technical: Is {answer} technical?\n",
+    "nested": "judge_prompts: {aligned: 'Grade {answer}', technical: 'Is {answer} technical?'}",
     "in a list": (
         "- id: a\n  judge_prompts: {aligned: 'Grade {answer}'}\n"
         "- id: b\n  judge_prompts: {aligned: 'Not {answer}', technical: 'Is {answer} technical?'}\n"
