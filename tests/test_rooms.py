@@ -328,9 +328,9 @@ def test_importing_emlens_imports_nothing_heavy():
     assert done.stderr == ""
 
 
-def test_all_rooms_together_export_at_most_200_names():
+def test_all_rooms_together_export_at_most_203_names():
     rooms = [import_module(f"emlens.{room}") for room in (*emlens._ROOMS, *SUBROOMS)]
-    assert len({(room.__name__, name) for room in rooms for name in room.__all__}) <= 200
+    assert len({(room.__name__, name) for room in rooms for name in room.__all__}) <= 203
 
 
 def test_at_most_25_names_are_public_and_each_has_a_home():
