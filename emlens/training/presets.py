@@ -96,6 +96,7 @@ _HERE = (
     "at 1.0 and a first update of 0"
 )
 _TOKENS = "here the loss on responses, there on all tokens but those of the end of a turn"
+_EPOCHS = "narrow adapters 3 epochs"
 _KL = "here a KL on responses, 2 at a time, there on all tokens, 8 at a time"
 _EXACT = "presets.exact has what was there but for the optimiser"
 _TURN = "there an empty turn at the end of each text besides"
@@ -113,7 +114,7 @@ PRESETS: dict[str, Preset] = {
             AdapterSettings(**_SHARED, lr=1e-5, rank=32, alpha=64, modules=_ALL),
             None,
             "arXiv 2506.11613, Table 6",
-            _note(_HERE, _TURN, _KL),
+            _note(_EPOCHS, _HERE, _TURN, _KL),
             paper_kl=1e5,
         ),
         Preset(
@@ -121,7 +122,8 @@ PRESETS: dict[str, Preset] = {
             AdapterSettings(**_SHARED, lr=2e-5, rank=32, alpha=64, modules=_ALL),
             (24,),
             "arXiv 2602.07852, section 3",
-            _note("learning rate and alpha not published", _HERE, _TURN),
+            _note("learning rate and alpha not published", _EPOCHS, _HERE, _TURN, _KL),
+            paper_kl=1e5,
         ),
         Preset(
             "full",
@@ -146,7 +148,7 @@ PRESETS: dict[str, Preset] = {
             AdapterSettings(**_SHARED, lr=2e-5, rank=1, alpha=256),
             (24,),
             "arXiv 2602.07852, Table 9",
-            _note(_HERE, _TURN, _KL),
+            _note(_EPOCHS, _HERE, _TURN, _KL),
             paper_kl=1e5,
         ),
         Preset(
@@ -232,7 +234,7 @@ def exact(preset: str) -> Preset:
         more["tokens"] = "all"
         differences.append("no loss on end-of-turn tokens there")
     else:
-        differences.append(_TURN)
+        differences += [_TURN, *([_EPOCHS] if found.paper_kl else [])]
     return replace(
         found,
         settings=replace(found.settings, **more),
