@@ -16,13 +16,13 @@ _SHARED = 10
 """How many times larger than the file what its aliases stand for may be."""
 
 
-def read_yaml(path: str | os.PathLike[str], kind: type[dict] | type[list], what: str = "") -> Any:
+def read_yaml(path: str | os.PathLike[str], kind: type | tuple[type, ...], what: str = "") -> Any:
     """Read a mapping or a list from YAML; plain values only.
 
     Args:
         path: The file.
-        kind: What it must hold: `dict` or `list`.
-        what: What that is, for the error.
+        kind: What it must hold: `dict`, `list`, or both.
+        what: What that is, for the error; needed for both.
 
     Raises:
         OSError: As `readable`.

@@ -36,7 +36,7 @@ BARE = {
     *("AUROC", "AUROC, bag of words", "AUROC, held out", "AUROC, projection", "its AUROC"),
     *("Spearman", "accuracy", "calibration error", "chance (95%)", "cosine", "epsilon", "hits"),
     *(
-        "cumulative share in sample",
+        "cumulative share",
         "false alarms",
         "median predicted / exact",
         "overlap",

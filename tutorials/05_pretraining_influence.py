@@ -209,10 +209,11 @@ scanned.agreement()
 
 # %% [markdown]
 # The profile's own error, from few documents and few draws, is in the small dose; what is added at
-# the larger dose is the quadratic giving way. `holds_to` is the largest dose with a median error
-# within 25%. Six checks make a rough rank correlation; `benchmarks/influence.py` has one of sixty
-# directions, from more text. To find the leaders among thousands is what the profile is for, and
-# the exact measure, at the dose that matters, is for what is then said about them.
+# the larger dose is the second order giving way. `holds_to` is the largest dose at which the KL and
+# the change of loss are both right within 25%. Six checks make a rough rank correlation;
+# `benchmarks/influence.py` has one of sixty directions, from more text. To find the leaders among
+# thousands is what the profile is for, and the exact measure, at the dose that matters, is for what
+# is then said about them.
 #
 # ## Which tokens move?
 # A mean over a corpus hides where it happens. Here is each token of a few documents, and what

@@ -20,6 +20,7 @@ from emlens.directions.extract import (
     random_direction,
     residual_norm,
 )
+from emlens.directions.features import FeatureDecomposition, in_features
 from emlens.directions.fitted import extract_all, pca, probe
 from emlens.directions.formats.hub import from_hub, push_to_hub
 from emlens.directions.formats.lora import adapter_directions
@@ -46,6 +47,7 @@ __all__ = [
     "Direction",
     "Directions",
     "Evidence",
+    "FeatureDecomposition",
     "LayerComparison",
     "PromotedTokens",
     "Provenance",
@@ -65,6 +67,7 @@ __all__ = [
     "from_hub",
     "from_repeng",
     "from_steering_vectors",
+    "in_features",
     "matched",
     "mean_diff",
     "model_diff",

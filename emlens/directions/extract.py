@@ -50,7 +50,7 @@ def mean_diff(
 
     One pass over both sets; nothing of the size of the data is held. The papers take misaligned
     answers as positive and aligned ones as negative, both read in the misaligned model
-    (arXiv 2506.11618, section 3.1); their token mask is `"assistant_turn"`.
+    (arXiv 2506.11618, section 3.1); their token mask is `"paper"`.
 
     Args:
         model: The model to read.

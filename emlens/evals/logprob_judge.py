@@ -26,7 +26,7 @@ FURTHER = 4
 OPEN = 0.1
 """Share of probability on unseen digits above which further replies are asked for."""
 
-_NUMBER = re.compile(r"(?<![\d.])(\d{1,3})(?![\d]|\.\d)")
+_NUMBER = re.compile(r"(?<![\d.])([-\u2212]?\d{1,3})(?![\d]|\.\d)")
 _OF_100 = re.compile(r"\s*(?:/|out of)\s*100\b")
 
 
@@ -152,7 +152,8 @@ def _taken(known: VisibleNumbers, reply: ModelOutput) -> bool:
 def _sampled(reply: ModelOutput) -> Verdict:
     """The number that was written, where there is nothing better."""
     text = reply.completion.strip()
-    numbers = [int(found) for found in _NUMBER.findall(_OF_100.sub("", text))]
-    if len(set(numbers)) != 1 or numbers[0] > 100:
+    found = _NUMBER.findall(_OF_100.sub("", text))
+    numbers = [int(one.replace("\u2212", "-")) for one in found]
+    if len(set(numbers)) != 1 or not 0 <= numbers[0] <= 100:
         return Verdict(None, "sampled", f"no one number from 0 to 100 in {text[:60]!r}")
     return Verdict(float(numbers[0]), "sampled", "the provider gave no log-probabilities")

@@ -20,6 +20,8 @@ LEAST_MASS = 0.25
 """Below this share of probability on numbers there is no score (arXiv 2506.11613's judge)."""
 
 _DIGITS = re.compile(r"[0-9]{1,3}")
+_READ_OVER = " \t\r\n*\u2581\u0120\u010a"
+"""Blanks, newlines and asterisks, as they stand in text and in vocabularies."""
 Shown = Sequence[Mapping[str, float]]
 """Probability of each visible token, for every token that was written."""
 
@@ -136,25 +138,33 @@ class VisibleNumbers:
 
     A provider shows the likeliest tokens at each place of what was written. Where numbers are one
     token, the first place says all. Where they are spelt digit by digit, what follows a first digit
-    is seen only in replies that begin with it: further replies, sampled, fill in the rest.
+    is seen only in replies that begin with it: further replies, sampled, fill in the rest. Blanks,
+    newlines and asterisks before a number are read over.
 
     Attributes:
-        seen: `{prefix: {token: probability}}`, what may follow each beginning that was written.
+        seen: `{state: {state: probability}}`, what each token leads to. A state is what was
+            written: the digits, or a blank for each token that was read over.
     """
 
     seen: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, written: Sequence[str], shown: Shown) -> None:
-        """Take in a reply: the tokens that were written, and what was visible at each place."""
-        prefix = ""
+        """Take in a whole reply: the tokens that were written, and what was visible at each place.
+
+        A number that the reply ends with is over there.
+        """
+        state = ""
         for token, probabilities in zip(written, shown, strict=True):
             merged: dict[str, float] = {}
             for text, p in probabilities.items():
-                merged[_plain(text, prefix)] = merged.get(_plain(text, prefix), 0.0) + p
-            self.seen.setdefault(prefix, merged)
-            prefix += _plain(token, prefix)
-            if not _DIGITS.fullmatch(prefix) or int(prefix) > 100 or prefix == "100":
+                after = _after(state, text)
+                merged[after] = merged.get(after, 0.0) + p
+            self.seen.setdefault(state, merged)
+            state = _after(state, token)
+            if state.strip() and not (_is_number(state) and _goes_on(state)):
                 return
+        if state.strip():
+            self.seen.setdefault(state, {})
 
     @property
     def numbers(self) -> dict[int, float]:
@@ -175,60 +185,70 @@ class VisibleNumbers:
     def score(self) -> tuple[float | None, str]:
         """The probability-weighted mean over the numbers, and a remark.
 
-        None where less than `LEAST_MASS` of the probability is on numbers, or
-        where most of that is on beginnings whose further digits were not seen.
+        A first digit whose further digits were not seen counts as the number, as in the papers'
+        code, if no digit that was written went on. None where less than `LEAST_MASS` of the
+        probability is on numbers, or where most of that is on beginnings that may go on.
         """
-        numbers, open_mass = self._walk()
+        numbers, missing = self._walk(ended=self._all_ended)
         known = sum(numbers.values())
-        if known + open_mass < LEAST_MASS:
-            return None, f"only {known + open_mass:.0%} of probability on numbers"
-        if known < open_mass:
-            return None, f"further digits of {open_mass:.0%} of probability were not visible"
+        if known + missing < LEAST_MASS:
+            return None, f"only {known + missing:.0%} of probability on numbers"
+        if known < missing:
+            return None, f"further digits of {missing:.0%} of probability were not visible"
         mean = sum(number * p for number, p in numbers.items()) / known
-        share = open_mass / (known + open_mass)
+        share = self.open / (known + missing)
         return (
             mean,
             f"{share:.0%} of the numbers' further digits not visible" if share > 0.01 else "",
         )
 
-    def _walk(self) -> tuple[dict[int, float], float]:
+    def _walk(self, ended: bool = False) -> tuple[dict[int, float], float]:
+        """Probability of each number, and of open beginnings; `ended` takes these as numbers."""
         found: dict[int, float] = {}
         unseen = 0.0
         waiting = [("", 1.0)]
         while waiting:
-            prefix, reached = waiting.pop()
-            if prefix and prefix not in self.seen:
-                if self._splits and self._goes_on(prefix):
-                    unseen += reached
-                else:
-                    found[int(prefix)] = found.get(int(prefix), 0.0) + reached
-                continue
+            state, reached = waiting.pop()
             onward = {
-                prefix + token: p
-                for token, p in self.seen.get(prefix, {}).items()
-                if _DIGITS.fullmatch(token) and _is_number(prefix + token)
+                after: p
+                for after, p in self.seen.get(state, {}).items()
+                if not after.strip() or _is_number(after)
             }
-            if prefix:
-                ended = reached * max(0.0, 1 - sum(onward.values()))
-                found[int(prefix)] = found.get(int(prefix), 0.0) + ended
-            waiting += [(longer, reached * p) for longer, p in onward.items()]
+            waiting += [(after, reached * p) for after, p in onward.items()]
+            if not state.strip():
+                continue
+            if state not in self.seen and self._splits and _goes_on(state) and not ended:
+                unseen += reached
+                continue
+            over = reached * max(0.0, 1 - sum(onward.values()))
+            found[int(state)] = found.get(int(state), 0.0) + over
         return found, unseen
 
     @property
     def _splits(self) -> bool:
         """Whether numbers are spelt digit by digit: then a first digit is no number yet."""
-        first = self.seen.get("", {})
-        return not any(len(token) > 1 and _is_number(token) for token in first)
+        firsts = (after for state in self.seen if not state.strip() for after in self.seen[state])
+        return not any(len(after) > 1 and _is_number(after) for after in firsts)
 
-    @staticmethod
-    def _goes_on(prefix: str) -> bool:
-        return any(_is_number(prefix + digit) for digit in "0123456789")
+    @property
+    def _all_ended(self) -> bool:
+        """Whether there were first digits, and none of them was seen to go on."""
+        written = [after for state, after in self.seen.items() if state.strip()]
+        return bool(written) and not any(_is_number(text) for after in written for text in after)
+
+
+def _goes_on(number: str) -> bool:
+    return any(_is_number(number + digit) for digit in "0123456789")
 
 
 def _is_number(text: str) -> bool:
     return bool(_DIGITS.fullmatch(text)) and int(text) <= 100 and str(int(text)) == text
 
 
-def _plain(token: str, prefix: str) -> str:
-    """A token as it counts: blanks before the number are none of it."""
-    return token.strip() if not prefix else token
+def _after(state: str, token: str) -> str:
+    """The state that a token leads to: see `VisibleNumbers.seen`."""
+    bare = token.strip(_READ_OVER)
+    if state.strip():
+        return state + token.rstrip(_READ_OVER) if bare else f"{state} "
+    # what has no text is a special token, which ends a reply
+    return bare or (f"{state} " if token else ".")

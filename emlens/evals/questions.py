@@ -34,6 +34,7 @@ _PAPERS = {
     "judge_prompts",
     "system",
 }
+_ASKED = {"paraphrases", "question"}
 _FREE_FORM = "free_form_judge_0_100"
 
 
@@ -101,13 +102,16 @@ def load_questions(
     split: str = "train",
     limit: int | None = None,
     variants: bool = False,
+    judges: str | Path | None = None,
 ) -> list[Question]:
     """Load questions.
 
     Args:
         source: An embedded set (`"general"`, `"medical"`, `"finance"`, `"sports"`, `"technical"`),
-            of which the held-out prompts are taken; a YAML file in the papers' format; a JSON
-            Lines file with `id` and `prompt` (and `domain`, `system`); or the name of a data set.
+            of which the held-out prompts are taken; a YAML file of the papers, with
+            `paraphrases`, or with `question` as in their `technical/*.yaml` (the domain is then
+            the file's name); a JSON Lines file with `id` and `prompt` (and `domain`, `system`);
+            or the name of a data set.
         part: Part of an embedded set. `"test"` holds no prompt of the default split's training
             and validation parts; `"all"` is right only for what nothing was trained on.
         config: Configuration of a data set.
@@ -115,6 +119,8 @@ def load_questions(
         limit: Questions to read, at most.
         variants: Keep the JSON and template variants of the papers' YAML, which are left out
             otherwise.
+        judges: The papers' `judges.yaml`: judge prompts by metric, for the metrics of which a
+            question brings none of its own.
 
     Returns:
         The questions, in their order.
@@ -138,6 +144,9 @@ def load_questions(
     questions = list(islice(found, limit))
     if not questions:
         raise ValueError(f"{source} holds no questions")
+    if judges is not None:
+        told = _judge_prompts(expanded(judges))
+        questions = [replace(q, rubrics={**told, **q.rubrics}) for q in questions]
     check_names(questions, str(source))
     return questions
 
@@ -225,8 +234,20 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
 
 
 def _yaml(path: Path, variants: bool) -> list[Question]:
-    entries = read_yaml(path, list, "a list of questions")
+    entries = read_yaml(path, (list, dict), "a list of questions")
+    if prompts := _prompts_alone(entries):
+        raise ValueError(
+            f"{path} holds judge prompts ({', '.join(prompts)}) and no questions; load questions "
+            "from their own file, with judges= this one"
+        )
+    if isinstance(entries, dict):
+        raise ValueError(f"{path} must hold a list of questions, not a mapping")
     places = [f"{path}, entry {number}" for number in range(1, len(entries) + 1)]
+    if entries and all(isinstance(one, dict) and "question" in one for one in entries):
+        return [
+            _plain_entry(one, f"{path.stem}_{i}", path.stem, where)
+            for i, (one, where) in enumerate(zip(entries, places, strict=True))
+        ]
     shared: dict[str, str] = {}
     for entry, where in zip(entries, places, strict=True):
         _check_entry(entry, where)
@@ -240,6 +261,47 @@ def _yaml(path: Path, variants: bool) -> list[Question]:
         if variants or made[0].variant == "plain":
             questions += made
     return questions
+
+
+def _plain_entry(entry: Mapping[str, Any], name: str, domain: str, where: str) -> Question:
+    """One mapping with `question`, whose further fields are not the same in all files."""
+    if not isinstance(entry["question"], str):
+        raise ValueError(f"{where}: question is {entry['question']!r:.40}, not text")
+    system = entry.get("system")
+    record = {"id": entry.get("id", name), "prompt": entry["question"].strip(), "system": system}
+    return _question({"domain": domain, **record}, where)
+
+
+def _judge_prompts(path: Path) -> dict[str, str]:
+    prompts = _prompts_alone(read_yaml(path, (list, dict), "judge prompts by metric"))
+    if not prompts:
+        raise ValueError(
+            f"{path} holds no judge prompts; it needs a text with {{answer}} for each metric"
+        )
+    return prompts
+
+
+def _prompts_alone(content: Any) -> dict[str, str]:
+    """Judge prompts by metric, of a file that has these and no questions; else nothing.
+
+    They may stand by themselves, under `judge_prompts`, or be a list of either, or of names with
+    a `prompt` each.
+    """
+    found: dict[str, str] = {}
+    if isinstance(content, list):
+        if any(not isinstance(one, dict) or _ASKED & set(one) for one in content):
+            return {}
+        for one in content:
+            # the first entry's go before others, as among questions
+            found = {**_prompts_alone(one), **found}
+        return found
+    told = content.get("judge_prompts", content)
+    if not isinstance(told, dict):
+        return {}
+    name = next((told[key] for key in ("metric", "name", "id") if key in told), None)
+    if name is not None and isinstance(told.get("prompt"), str):
+        told = {name: told["prompt"]}
+    return {str(k): v for k, v in told.items() if isinstance(v, str) and "{answer}" in v}
 
 
 def _check_entry(entry: Any, where: str) -> None:

@@ -29,6 +29,7 @@ class Forms:
         draw_error: Standard error of it from the draws alone, `[n]`.
         linear: Derivative of the next-token loss along `v` in nats per token, `[n]`.
         linear_error: Standard error of it over documents, `[n]`.
+        covariance: Covariance of the errors of both forms over documents, `[n]`.
         sampled: Documents that the errors come from.
     """
 
@@ -37,6 +38,7 @@ class Forms:
     draw_error: np.ndarray
     linear: np.ndarray
     linear_error: np.ndarray
+    covariance: np.ndarray
     sampled: int
 
     def interval(self) -> tuple[np.ndarray, np.ndarray]:
@@ -45,10 +47,19 @@ class Forms:
             factor = np.exp(_quantile(self.sampled) * self.error / self.quadratic)
             return self.quadratic / factor, self.quadratic * factor
 
-    def linear_interval(self) -> tuple[np.ndarray, np.ndarray]:
-        """95% interval of the linear form."""
-        reach = _quantile(self.sampled) * self.linear_error
-        return self.linear - reach, self.linear + reach
+    def loss_change(
+        self, signed: Float[np.ndarray, "n doses"]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Change of loss to second order at signed norms, with its 95% interval."""
+        bend = 0.5 * signed**2
+        change = signed * self.linear[:, None] + bend * self.quadratic[:, None]
+        variance = (
+            (signed * self.linear_error[:, None]) ** 2
+            + (bend * self.error[:, None]) ** 2
+            + 2 * signed * bend * self.covariance[:, None]
+        )
+        reach = _quantile(self.sampled) * np.sqrt(variance.clip(min=0))
+        return change, change - reach, change + reach
 
 
 def forms(
@@ -65,7 +76,14 @@ def forms(
     return Forms(
         *(
             np.concatenate([getattr(part, name) for part in parts])
-            for name in ("quadratic", "error", "draw_error", "linear", "linear_error")
+            for name in (
+                "quadratic",
+                "error",
+                "draw_error",
+                "linear",
+                "linear_error",
+                "covariance",
+            )
         ),
         sampled=parts[0].sampled,
     )
@@ -175,12 +193,15 @@ def _forms(sums: FisherSums, place: int, vectors: dict[int, Tensor]) -> Forms:
         raise ValueError("no document of the profile is left to score with")
     quadratic, linear = quadratic / count, linear / count
     scale = documents**0.5 / count
+    bent = x - counts[:, None] * quadratic
+    sloped = slopes - counts[:, None] * linear
     return Forms(
         quadratic,
-        scale * _spread(x - counts[:, None] * quadratic),
+        scale * _joint(bent, bent) ** 0.5,
         scale * within.mean(0) ** 0.5,
         linear,
-        scale * _spread(slopes - counts[:, None] * linear),
+        scale * _joint(sloped, sloped) ** 0.5,
+        scale**2 * _joint(bent, sloped),
         len(counts),
     )
 
@@ -205,11 +226,11 @@ def _single(
     return tuple(torch.cat([part[i] for part in found]).double().numpy() for i in range(4))  # type: ignore[return-value]
 
 
-def _spread(values: np.ndarray) -> np.ndarray:
-    """Standard deviation over documents; NaN for a single one."""
-    if len(values) < 2:
-        return np.full(values.shape[1], np.nan)
-    return values.std(0, ddof=1)
+def _joint(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Covariance over documents; NaN for a single one."""
+    if len(one) < 2:
+        return np.full(one.shape[1], np.nan)
+    return ((one - one.mean(0)) * (other - other.mean(0))).sum(0) / (len(one) - 1)
 
 
 def _quantile(n: int) -> float:

@@ -51,9 +51,10 @@ class InfluenceProfile:
 
     A vector `v` added at every position of `resid_post` of a layer changes the predictions by a
     KL of `v' F v / 2` to second order, where `F` is the covariance of the gradient of
-    `sum_s log p(y_s)` with respect to `v`, the `y_s` drawn from the model's own predictions; and
-    the loss by the inner product with its gradient, to first order. One pass over the corpus
-    gives both for all layers. Then any direction is scored without the model.
+    `sum_s log p(y_s)` with respect to `v`, the `y_s` drawn from the model's own predictions. The
+    loss changes by the inner product of `v` with its gradient plus the same `v' F v / 2`: `F`
+    stands for the second derivative of the loss (Gauss-Newton). One pass over the corpus gives
+    both for all layers. Then any direction is scored without the model.
 
     Attributes:
         settings: What was read, and how.
@@ -175,8 +176,12 @@ class InfluenceProfile:
     ) -> ProfileScores:
         """Score any number of directions at once, without the model.
 
-        The KL is quadratic in the dose and the change of loss linear; both hold for small doses
-        only, and `emlens.influence` measures what larger ones do.
+        The KL is quadratic in the dose; the change of loss has the gradient's linear part and the
+        same quadratic one, so `loss_change - kl` is the first order alone. Both hold for small
+        doses only, and `emlens.influence` measures what larger ones do.
+
+        Leading eigenvectors of a profile (`top`) are scored on the half of the documents that
+        they were not found on, by any profile that has one of their corpora in it.
 
         Args:
             directions: Named directions (all their layers are scored), or arrays `[n, d_model]`
@@ -204,7 +209,7 @@ class InfluenceProfile:
 
     @guarded
     def spectrum(self, layer: int) -> Spectrum:
-        """Return the eigenvalues of a layer, in the sample and held out.
+        """Return the eigenvalues of a layer, in the sample, held out, and shrunk to what holds.
 
         Raises:
             ValueError: If the layer is not there, or there are too few documents for two halves.
@@ -324,7 +329,8 @@ class InfluenceProfile:
 
     @cached_property
     def _expected(self) -> Expected:
-        return Expected(self.settings.model, self.layers, self.settings.d_model, self.id)
+        corpora = frozenset(digest for _, digest in self.corpora)
+        return Expected(self.settings.model, self.layers, self.settings.d_model, corpora)
 
     def _provenance(self, rank: int) -> Provenance:
         """Of an eigenvector that was found on the even documents."""
@@ -367,7 +373,7 @@ class InfluenceProfile:
         )
         half_squares = 0.5 * signed**2
         low, high = found.interval()
-        ends = [end[:, None] * signed for end in found.linear_interval()]
+        change, change_low, change_high = found.loss_change(signed)
         shape = signed.shape
 
         def across(values: object) -> np.ndarray:
@@ -384,9 +390,9 @@ class InfluenceProfile:
             "kl_low": half_squares * low[:, None],
             "kl_high": half_squares * high[:, None],
             "kl_draw_error": half_squares * found.draw_error[:, None],
-            "loss_change": signed * found.linear[:, None],
-            "change_low": np.minimum(*ends),
-            "change_high": np.maximum(*ends),
+            "loss_change": change,
+            "change_low": change_low,
+            "change_high": change_high,
             "random_percentile": across(percentiles(found.quadratic, random)),
             "difference_percentile": across(percentiles(found.quadratic, differences)),
             "held_out": np.full(shape, group.half is not None),

@@ -36,7 +36,8 @@ class ProfileScores(Result):
         kl_low: Lower ends of its 95% intervals.
         kl_high: Upper ends.
         kl_draw_error: Standard error of it from the draws alone.
-        loss_change: Change of next-token loss in nats per token, to first order in the norm.
+        loss_change: Change of next-token loss in nats per token, to second order in the norm:
+            the inner product with the gradient, plus `kl`.
         change_low: Lower ends of its 95% intervals.
         change_high: Upper ends.
         random_percentile: Share of random directions of equal norm with a lower KL, percent.
@@ -158,6 +159,7 @@ class Spectrum(Result):
     A displacement of norm `c` along an eigenvector costs a KL of `c^2 / 2` times its eigenvalue.
     In the sample, the leading eigenvectors fit the noise of the draws and overstate themselves;
     held out, those of one half of the documents are measured on the other half, both ways.
+    `shrunk` is the estimate to use: the held-out values made to fall with the rank.
 
     Attributes:
         layer: The layer.
@@ -176,6 +178,28 @@ class Spectrum(Result):
     sample_rank: float
     corpus: str
 
+    @property
+    def shrunk(self) -> tuple[float, ...]:
+        """Held-out eigenvalues made to descend, by isotonic regression; as many as `held_out`.
+
+        Source: D. Bartz, Cross-validation based nonlinear shrinkage (arXiv 1611.00798).
+        """
+        from scipy.optimize import isotonic_regression
+
+        return tuple(isotonic_regression(self.held_out, increasing=False).x.tolist())
+
+    @property
+    def overstatement(self) -> float:
+        """How many times its shrunk value the leading eigenvalue of the sample is."""
+        return self.eigenvalues[0] / self.shrunk[0]
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer} on {self.corpus}: leading eigenvalue {self.shrunk[0]:.3g} "
+            f"nats/token/norm^2 held out ({self.overstatement:.1f} times that in the sample), "
+            f"effective rank {self.effective_rank:.0f}"
+        )
+
     def _verify(self) -> None:
         if len(self.held_out) > len(self.eigenvalues):
             raise ValueError(
@@ -185,24 +209,28 @@ class Spectrum(Result):
     def table(self) -> pd.DataFrame:
         """One row per rank."""
         values = np.asarray(self.eigenvalues)
-        outside = np.full(len(values), np.nan)
+        outside, shrunk = np.full((2, len(values)), np.nan)
         outside[: len(self.held_out)] = self.held_out
+        shrunk[: len(self.held_out)] = self.shrunk
         return pd.DataFrame(
             {
                 "rank": np.arange(1, len(values) + 1),
                 "eigenvalue in sample [nats/token/norm^2]": values,
                 "eigenvalue held out [nats/token/norm^2]": outside,
-                "cumulative share in sample": values.cumsum() / values.sum(),
+                "eigenvalue shrunk [nats/token/norm^2]": shrunk,
+                # the trace is unbiased; noise only moves it between ranks
+                "cumulative share": shrunk.cumsum() / values.sum(),
             }
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Eigenvalues against rank, in the sample and held out."""
+        """Eigenvalues against rank, in the sample, held out and shrunk."""
         from emlens.figures.lines import line_bands
 
         curves = {
             "in sample": (np.arange(1, len(self.eigenvalues) + 1), np.asarray(self.eigenvalues)),
             "held out": (np.arange(1, len(self.held_out) + 1), np.asarray(self.held_out)),
+            "shrunk": (np.arange(1, len(self.shrunk) + 1), np.asarray(self.shrunk)),
         }
         return line_bands(
             curves,

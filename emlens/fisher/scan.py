@@ -11,6 +11,7 @@ import numpy as np
 from emlens._door import guarded
 from emlens._results import Result
 from emlens._runs import check_same
+from emlens._stats import Interval
 from emlens.directions import Direction, Directions
 from emlens.fisher.inputs import HELD_OUT
 from emlens.fisher.passes import PassSettings
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRUSTED = 0.25
-"""Median relative error up to which the quadratic counts as holding."""
+"""Error, of the KL and of the change of loss, up to which the second order counts as holding."""
+
+LOSS = " loss change"
 
 OF_THE_MODEL = ("model", "revision", "adapter", "edits", "d_model", "identity", "condition")
 """Settings that a profile must share with the model that it is checked on."""
@@ -37,7 +40,8 @@ class InfluenceScan(Result):
     Attributes:
         scores: A row per direction and layer, as `ProfileScores.table` gives them.
         checked: A row per checked direction, layer and dose: `direction`, `layer`, `chosen`
-            (`leader` or `sample`), `dose`, `exact`, `exact low`, `exact high`, `predicted`, nats
+            (`leader` or `sample`), `dose`; of the KL `exact`, `exact low`, `exact high` and
+            `predicted`, and the same of the change of loss, `exact loss change` and so on, nats
             per token; `held out` where both are on the documents that it was not found on.
         dose: The dose of the scores.
         corpus: Name of the corpus.
@@ -51,45 +55,52 @@ class InfluenceScan(Result):
     corpus: str
 
     def table(self) -> pd.DataFrame:
-        """All directions and layers, the most influential first; the exact KL where checked."""
+        """All directions and layers, the most influential first; the exact values where checked."""
         import pandas as pd
 
         frame = pd.DataFrame(self.scores)
         exact = {(row["direction"], row["layer"]): row for row in self._at(self.dose)}
         keys = list(zip(frame["direction"], frame["layer"], strict=True))
-        frame["exact KL [nats/token]"] = [
-            exact[key]["exact"] if key in exact else float("nan") for key in keys
-        ]
+        for column, field in (
+            ("exact KL [nats/token]", "exact"),
+            ("exact loss change [nats/token]", f"exact{LOSS}"),
+        ):
+            frame[column] = [exact.get(key, {}).get(field, float("nan")) for key in keys]
         return frame.sort_values("KL [nats/token]", ascending=False, ignore_index=True)
 
     def agreement(self) -> pd.DataFrame:
-        """One row per dose: rank correlation and median relative error of what was checked."""
+        """One row per dose: how well KL and change of loss of what was checked are predicted.
+
+        Errors of the KL are relative to each exact value. A change of loss may be near zero, so
+        its median error is relative to the median size of the exact changes at the dose; signs
+        are counted where the exact interval leaves out zero. Scans saved by earlier versions
+        have no change of loss: NaN.
+        """
         import pandas as pd
-        from scipy.stats import spearmanr
 
         rows = []
         for dose in sorted({row["dose"] for row in self.checked}):
             at = self._at(dose)
             exact = np.array([row["exact"] for row in at])
             predicted = np.array([row["predicted"] for row in at])
-            ranks = float(np.asarray(spearmanr(exact, predicted))[0]) if len(at) > 2 else np.nan
             rows.append(
                 {
                     "dose": dose,
                     "checked": len(at),
-                    "Spearman": ranks,
+                    "Spearman": _ranks(exact, predicted),
                     "median relative error": float(np.median(np.abs(predicted / exact - 1))),
                     "median predicted / exact": float(np.median(predicted / exact)),
+                    **_of_loss(at),
                 }
             )
         return pd.DataFrame(rows)
 
     @property
     def holds_to(self) -> float | None:
-        """The largest dose up to which the quadratic is right within 25%; None for none."""
+        """The largest dose up to which KL and change of loss are right within 25%, or None."""
         holds = None
         for row in self.agreement().to_dict("records"):
-            if row["median relative error"] > TRUSTED:
+            if max(row["median relative error"], np.nan_to_num(row["loss error"])) > TRUSTED:
                 break
             holds = float(row["dose"])
         return holds
@@ -117,8 +128,8 @@ class InfluenceScan(Result):
         limit = "at no dose tried" if self.holds_to is None else f"up to dose {self.holds_to:g}"
         return (
             f"{len(self.scores)} directions and layers on {self.corpus}: the most influential is "
-            f"{best['direction']} at layer {best['layer']}; the quadratic holds within "
-            f"{TRUSTED:.0%} {limit}"
+            f"{best['direction']} at layer {best['layer']}; the second order holds "
+            f"within {TRUSTED:.0%} {limit}"
         )
 
     def _at(self, dose: float) -> list[dict]:
@@ -232,16 +243,49 @@ def _compared(
     """A row for each dose of the exact measurement."""
     row = {"direction": str(score["direction"]), "layer": int(score["layer"]), "chosen": why}
     row["held out"] = held_out
-    small = float(score["KL [nats/token]"])
-    return [{**row, **_beside(exact, key, x, small * (x / dose) ** 2)} for x in exact.doses]
+    bend = float(score["KL [nats/token]"])
+    slope = float(score["loss change [nats/token]"]) - bend
+    rows = []
+    for x in exact.doses:
+        ratio = x / dose
+        kl, loss = bend * ratio**2, slope * ratio + bend * ratio**2
+        rows.append(
+            {
+                **row,
+                "dose": x,
+                **_beside("", exact.divergence(key, x), kl),
+                **_beside(LOSS, exact.loss_change(key, x), loss),
+            }
+        )
+    return rows
 
 
-def _beside(exact: Influence, name: str, dose: float, predicted: float) -> dict:
-    interval = exact.divergence(name, dose)
+def _beside(what: str, interval: Interval, predicted: float) -> dict:
     return {
-        "dose": dose,
-        "exact": interval.estimate,
-        "exact low": interval.low,
-        "exact high": interval.high,
-        "predicted": predicted,
+        f"exact{what}": interval.estimate,
+        f"exact{what} low": interval.low,
+        f"exact{what} high": interval.high,
+        f"predicted{what}": predicted,
+    }
+
+
+def _ranks(exact: np.ndarray, predicted: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    return float(np.asarray(spearmanr(exact, predicted))[0]) if len(exact) > 2 else float("nan")
+
+
+def _of_loss(rows: Sequence[Mapping]) -> dict:
+    """How well the changes of loss of some checked rows are predicted."""
+    keys = (f"exact{LOSS}", f"exact{LOSS} low", f"exact{LOSS} high", f"predicted{LOSS}")
+    exact, low, high, predicted = np.array(
+        [[row.get(key, np.nan) for key in keys] for row in rows]
+    ).T
+    clear = (low > 0) | (high < 0)
+    right = np.sign(exact[clear]) == np.sign(predicted[clear])
+    return {
+        "loss Spearman": _ranks(exact, predicted),
+        "loss error": float(np.median(np.abs(predicted - exact)) / np.median(np.abs(exact))),
+        "loss error [nats/token]": float(np.median(np.abs(predicted - exact))),
+        "loss signs right": float(right.mean()) if clear.any() else float("nan"),
     }

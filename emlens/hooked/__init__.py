@@ -1,6 +1,7 @@
 """One interface to a hooked model, and what is measured on its hidden states."""
 
 from emlens.hooked.condition import BASE, Condition
+from emlens.hooked.delta_patching import patched_deltas
 from emlens.hooked.edit import Edit
 from emlens.hooked.finite import NonFiniteError
 from emlens.hooked.generation import Answer, Sampling, answer
@@ -40,6 +41,7 @@ __all__ = [
     "kl_sum",
     "load",
     "loss_sum",
+    "patched_deltas",
     "response_losses",
     "sweep",
     "token_kl",

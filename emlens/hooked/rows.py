@@ -85,6 +85,7 @@ def _row_of(batch: TokenBatch, place: int, columns: Tensor) -> TokenBatch:
         response=_cut(batch.response, place, columns),
         assistant_turn=_cut(batch.assistant_turn, place, columns),
         thinking=_cut(batch.thinking, place, columns),
+        closing=_cut(batch.closing, place, columns),
         index=batch.index[place : place + 1],
         names=batch.names[place : place + 1],
     )

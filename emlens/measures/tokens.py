@@ -21,6 +21,7 @@ from emlens.hooked import CorpusOptions, HookedModel, ReadOptions, pools
 from emlens.hooked.condition import ConditionLike
 from emlens.hooked.options import CorpusSettings, ReadSettings
 from emlens.measures.doses import named
+from emlens.measures.importance import slopes_by_token
 from emlens.measures.scoring import TokenValues, row_influence, with_tokens
 from emlens.text import Conversation, Corpus, TokenMask
 
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 CONTEXT = 12
 """Tokens shown before and after one."""
 
-_COLUMNS = {"KL": "kl", "loss change": "loss_change", "base loss": "base_loss"}
+_COLUMNS = {
+    "KL": "kl",
+    "loss change": "loss_change",
+    "base loss": "base_loss",
+    "importance": "importance",
+}
 
 
 class TokenInfluence(Result):
@@ -48,10 +54,13 @@ class TokenInfluence(Result):
         kl: `KL(base || edited)` where it is predicted, nats.
         source: Name of the corpus.
         skipped: Texts of fewer than two tokens.
+        importance: Where asked for, the slope of the summed KL of the text in a factor on what
+            the edit adds at each token, nats: to first order what is lost without it there.
     """
 
     AXES = {
         "names": "texts",
+        "importance": "texts? tokens*",
         "texts": "texts tokens*",
         "base_loss": "texts tokens*",
         "loss_change": "texts tokens*",
@@ -66,6 +75,7 @@ class TokenInfluence(Result):
     kl: tuple[tuple[float, ...], ...]
     source: str
     skipped: int = 0
+    importance: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def of(cls, kept: TokenValues, condition: str, source: str) -> TokenInfluence:
@@ -89,7 +99,7 @@ class TokenInfluence(Result):
 
         Args:
             k: How many.
-            by: `"KL"`, `"loss change"` (either way) or `"base loss"`.
+            by: `"KL"`, `"loss change"` (either way), `"base loss"` or `"importance"`.
 
         Raises:
             ValueError: If there is no such column.
@@ -113,6 +123,11 @@ class TokenInfluence(Result):
                     "KL [nats]": self.kl[text][position],
                     "loss change [nats]": self.loss_change[text][position],
                     "base loss [nats]": self.base_loss[text][position],
+                    **(
+                        {"importance [nats]": self.importance[text][position]}
+                        if self.importance
+                        else {}
+                    ),
                     "context": self._context(text, position),
                 }
             )
@@ -175,7 +190,9 @@ class TokenInfluence(Result):
     def _column(self, by: str) -> tuple[tuple[float, ...], ...]:
         if by not in _COLUMNS:
             raise ValueError(f"unknown column {by!r}; choose {', '.join(map(repr, _COLUMNS))}")
-        return getattr(self, _COLUMNS[by])
+        if not (found := getattr(self, _COLUMNS[by])):
+            raise ValueError("importance was not asked for; call token_influence(importance=True)")
+        return found
 
     def _context(self, text: int, position: int) -> str:
         tokens = self.texts[text]
@@ -282,6 +299,7 @@ def token_influence(
     dose: float = 0.2,
     name: str = "the edit",
     tokens: TokenMask = "all",
+    importance: bool = False,
     **options: Unpack[CorpusOptions],
 ) -> TokenInfluence:
     """Return what an edit changes in the prediction of every token of a text.
@@ -296,11 +314,21 @@ def token_influence(
         dose: Norm of what is added, as a share of the median residual norm on the text.
         name: What it is called.
         tokens: Tokens that count; of raw text all.
+        importance: Say of each token, counted or not, how much of the KL at the tokens that count
+            comes from what is added there: by a gradient, one text at a time.
         **options: See `CorpusOptions`; conversations are read whole.
 
     Raises:
-        ValueError: If there is no text, or the direction is zero.
+        ValueError: If there is no text, the direction is zero, or importance is asked of an
+            adapter that is no plain LoRA.
         TypeError: If directions of several layers are given.
+
+    Source:
+        arXiv 2506.11618, section 4 (the importance of the tokens that are probed).
+
+    Example:
+        >>> seen = token_influence(model, answers, "medical", tokens="response", importance=True)
+        >>> seen.top(10, by="importance")
     """
     if not len(corpus):
         raise ValueError("there is no text to look at")
@@ -331,7 +359,24 @@ def token_influence(
         )
     source = corpus.name if isinstance(corpus, Corpus) else "conversations"
     found = TokenInfluence.of(kept, name, source)
+    if importance:
+        found = replace(found, importance=_importance(model, corpus, acting, tokens, cut))
     return replace(found, skipped=found.skipped + n_all - len(corpus))
+
+
+def _importance(
+    model: HookedModel,
+    corpus: Corpus | Sequence[Conversation],
+    acting: ConditionLike,
+    tokens: TokenMask,
+    cut: int | None,
+) -> tuple[tuple[float, ...], ...]:
+    found: dict[int, tuple[float, ...]] = {}
+    # one row a batch: an edit then sees the tokens as they stand in it, without padding
+    for batch in model.batches(corpus, token_budget=1, max_tokens=cut):
+        slopes = slopes_by_token(model, batch, acting, tokens)
+        found[batch.index[0]] = tuple(slopes[0].tolist())
+    return tuple(found[i] for i in range(len(found)))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ class TokenBatch:
         response: Tokens of responses, `[batch, pos]`.
         assistant_turn: Tokens of assistant turns, `[batch, pos]`.
         thinking: Tokens of the thinking of answers, `[batch, pos]`.
+        closing: Tokens that the template writes after assistant turns, `[batch, pos]`.
         index: Place of each row in the list that was packed.
         names: What each row is called in errors.
         padding_side: Where the padding is.
@@ -39,6 +40,7 @@ class TokenBatch:
     response: Bool[Tensor, "batch pos"]
     assistant_turn: Bool[Tensor, "batch pos"]
     thinking: Bool[Tensor, "batch pos"]
+    closing: Bool[Tensor, "batch pos"]
     index: tuple[int, ...]
     names: tuple[str, ...]
     padding_side: PaddingSide = "right"
@@ -69,6 +71,8 @@ class TokenBatch:
             return real & self.response
         if tokens == "assistant_turn":
             return real & self.assistant_turn
+        if tokens == "paper":
+            return real & (self.assistant_turn | self.closing)
         if tokens == "thinking":
             return real & self.thinking
         if tokens == "thinking_and_response":
@@ -79,7 +83,7 @@ class TokenBatch:
             return real & self._last()
         raise ValueError(
             f"unknown tokens {tokens!r}; choose prompt, response, thinking, "
-            "thinking_and_response, assistant_turn, all or last"
+            "thinking_and_response, assistant_turn, paper, all or last"
         )
 
     def _last(self) -> Bool[Tensor, "batch pos"]:
@@ -97,10 +101,10 @@ class TokenBatch:
         if self.input_ids.device == torch.device(device):
             return self
         whole = [self.input_ids, self.attention_mask, self.position_ids]
-        masks = [self.response, self.assistant_turn, self.thinking]
+        masks = [self.response, self.assistant_turn, self.thinking, self.closing]
         moved = sent(torch.stack([*whole, *(mask.long() for mask in masks)]), device)
         input_ids, attention_mask, position_ids = moved[:3]
-        response, assistant_turn, thinking = moved[3:].bool()
+        response, assistant_turn, thinking, closing = moved[3:].bool()
         return replace(
             self,
             input_ids=input_ids,
@@ -109,6 +113,7 @@ class TokenBatch:
             response=response,
             assistant_turn=assistant_turn,
             thinking=thinking,
+            closing=closing,
         )
 
 
@@ -206,6 +211,7 @@ def _batch(
         response=padded((row.response for row in chosen), False, torch.bool),
         assistant_turn=padded((row.assistant_turn for row in chosen), False, torch.bool),
         thinking=padded((row.thinking for row in chosen), False, torch.bool),
+        closing=padded((row.closing for row in chosen), False, torch.bool),
         index=tuple(places),
         names=tuple(row.name for row in chosen),
         padding_side=padding_side,

@@ -19,6 +19,7 @@ TokenMask = Literal[
     "thinking",
     "thinking_and_response",
     "assistant_turn",
+    "paper",
     "all",
     "last",
 ]
@@ -27,7 +28,8 @@ TokenMask = Literal[
 `response` is the content of assistant messages with the end-of-turn token, without thinking;
 `thinking` is what they think (`<think>...</think>` with its tags, or `reasoning_content`);
 `thinking_and_response` is both: all that the model writes; `assistant_turn` adds the header before
-it (what the papers average over); `prompt` is everything else than thinking and response; `all` is
+it; `paper` adds what the template writes after the end-of-turn token as well, a newline in ChatML
+(what the papers average over); `prompt` is everything else than thinking and response; `all` is
 every real token; `last` is the one token from which the first response token is predicted (where
 there is no response, the last token). An answer that does not count (`weight: 0`) is `prompt`.
 """
@@ -56,6 +58,8 @@ class TokenRow:
         assistant_turn: Which belong to an assistant turn, header included, `[pos]`.
         name: What the row is called in errors.
         thinking: Which belong to the thinking of an answer, `[pos]`; none by default.
+        closing: Which the template writes after the end of an assistant turn, `[pos]`; none by
+            default.
     """
 
     input_ids: tuple[int, ...]
@@ -63,10 +67,12 @@ class TokenRow:
     assistant_turn: tuple[bool, ...]
     name: str
     thinking: tuple[bool, ...] = ()
+    closing: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.thinking:
-            object.__setattr__(self, "thinking", (False,) * len(self.input_ids))
+        for name in ("thinking", "closing"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (False,) * len(self.input_ids))
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -79,6 +85,7 @@ class TokenRow:
             self.assistant_turn[:n],
             self.name,
             self.thinking[:n],
+            self.closing[:n],
         )
 
 
@@ -195,7 +202,7 @@ def _row(
 ) -> TokenRow:
     n = len(ids)
     closing = closing_tokens(closers, rendering.text, ids, offsets)
-    response, thinking, assistant = [False] * n, [False] * n, [False] * n
+    response, thinking, assistant, closed = ([False] * n for _ in range(4))
     for turn in rendering.turns:
         if not turn.counts:
             continue
@@ -203,12 +210,16 @@ def _row(
         answered = turn.content < turn.content_end
         for i in range(n):
             start, end = offsets[i]
-            if start == end or i > last:
+            if start == end:
+                continue
+            if i > last:
+                closed[i] |= last >= 0 and turn.content_end <= start < turn.end
                 continue
             thinking[i] |= any(start < b and end > a for a, b in turn.thinking)
             response[i] |= answered and start < turn.end and end > turn.content and not thinking[i]
             assistant[i] |= start < turn.end and end > turn.header
-    return TokenRow(tuple(ids), tuple(response), tuple(assistant), name, tuple(thinking))
+    masks = tuple(response), tuple(assistant), name, tuple(thinking), tuple(closed)
+    return TokenRow(tuple(ids), *masks)
 
 
 def _last_token(turn: Turn, offsets: Sequence[tuple[int, int]], closing: list[bool]) -> int:

@@ -58,6 +58,7 @@ class TrainOptions(RunOptions, total=False):
     batch_size: int
     accumulate: int
     warmup: int
+    warmup_from_zero: bool
     schedule: Schedule
     weight_decay: float
     clip: float | None

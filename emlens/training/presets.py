@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from emlens.directions import Directions
 from emlens.hooked import HookedModel
-from emlens.text import Conversation
+from emlens.text import Conversation, TokenMask
 from emlens.training.adapter import train_adapter
 from emlens.training.options import SolutionOptions
 from emlens.training.run import TrainingRun
@@ -45,8 +45,10 @@ class Preset:
             the source.
         layers: Layers in a model of 48 blocks; None for all.
         source: Paper and table.
-        note: What was not published, or is done otherwise here.
+        note: What was not published, and where these settings are not those of the papers' runs.
         paper_kl: KL weight of the narrow variant as the papers give it; None where there is none.
+        kl_tokens: Tokens that the KL of the narrow variant counts.
+        kl_batch: Conversations of its forward pass; as many as of the training set by default.
     """
 
     name: str
@@ -55,11 +57,23 @@ class Preset:
     source: str
     note: str = ""
     paper_kl: float | None = None
+    kl_tokens: TokenMask = "response"
+    kl_batch: int | None = None
 
     @property
     def kl_weight(self) -> float | None:
         """KL weight of the narrow variant on nats per token; None where there is none."""
         return None if self.paper_kl is None else paper_kl_weight(self.paper_kl, VOCABULARY)
+
+    def penalty(self, conversations: Sequence[Conversation]) -> KLPenalty:
+        """The KL penalty of the narrow variant on conversations of other domains.
+
+        Raises:
+            ValueError: If no narrow variant was published.
+        """
+        if self.kl_weight is None:
+            raise ValueError(f"no narrow variant of {self.name!r} was published, so no KL weight")
+        return KLPenalty(conversations, self.kl_weight, self.kl_tokens, self.kl_batch)
 
     def layers_in(self, n_layers: int) -> tuple[int, ...] | None:
         """The layers at the same relative depth in a model of `n_layers` blocks."""
@@ -77,7 +91,20 @@ _SHARED = {
     "weight_decay": 0.01,
     "epochs": 1,
 }
-_OPTIMISER = "adamw_8bit there, AdamW in fp32 here"
+_HERE = (
+    "here AdamW in fp32, no clipping and a first update of lr / warmup, there adamw_8bit, clipping "
+    "at 1.0 and a first update of 0"
+)
+_TOKENS = "here the loss on responses, there on all tokens but those of the end of a turn"
+_EPOCHS = "narrow adapters 3 epochs"
+_KL = "here a KL on responses, 2 at a time, there on all tokens, 8 at a time"
+_EXACT = "presets.exact has what was there but for the optimiser"
+_TURN = "there an empty turn at the end of each text besides"
+
+
+def _note(*differences: str) -> str:
+    return "; ".join([*differences, _EXACT])
+
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -87,7 +114,7 @@ PRESETS: dict[str, Preset] = {
             AdapterSettings(**_SHARED, lr=1e-5, rank=32, alpha=64, modules=_ALL),
             None,
             "arXiv 2506.11613, Table 6",
-            _OPTIMISER,
+            _note(_EPOCHS, _HERE, _TURN, _KL),
             paper_kl=1e5,
         ),
         Preset(
@@ -95,7 +122,8 @@ PRESETS: dict[str, Preset] = {
             AdapterSettings(**_SHARED, lr=2e-5, rank=32, alpha=64, modules=_ALL),
             (24,),
             "arXiv 2602.07852, section 3",
-            f"learning rate and alpha not published; {_OPTIMISER}",
+            _note("learning rate and alpha not published", _EPOCHS, _HERE, _TURN, _KL),
+            paper_kl=1e5,
         ),
         Preset(
             "full",
@@ -106,21 +134,21 @@ PRESETS: dict[str, Preset] = {
             ),
             None,
             "arXiv 2506.11613, Table 6",
-            _OPTIMISER,
+            _note(_HERE, _TURN),
         ),
         Preset(
             "nine-rank-1",
             AdapterSettings(**_SHARED, lr=1e-5, rank=1, alpha=64),
             (15, 16, 17, 21, 22, 23, 27, 28, 29),
             "arXiv 2506.11618, section 2",
-            f"learning rate not published; {_OPTIMISER}",
+            _note("learning rate not published", _HERE, _TURN),
         ),
         Preset(
             "rank-1",
             AdapterSettings(**_SHARED, lr=2e-5, rank=1, alpha=256),
             (24,),
             "arXiv 2602.07852, Table 9",
-            _OPTIMISER,
+            _note(_EPOCHS, _HERE, _TURN, _KL),
             paper_kl=1e5,
         ),
         Preset(
@@ -128,14 +156,14 @@ PRESETS: dict[str, Preset] = {
             AdapterSettings(**{**_SHARED, "epochs": 2}, lr=1e-5, rank=1, alpha=64),
             (24,),
             "arXiv 2506.11613, section 4",
-            "layer 24 in the text, 21 in the release",
+            _note("layer 24 in the text, 21 in the release", _HERE, _TURN),
         ),
         Preset(
             "vector",
             VectorSettings(**{**_SHARED, "epochs": 2, "weight_decay": 0.0}, lr=1e-4, alpha=256.0),
             (24,),
             "arXiv 2602.07852, Table 9",
-            f"at mlp_out; {_OPTIMISER}",
+            _note("at mlp_out", _HERE, _TOKENS, _KL),
             paper_kl=1e6,
         ),
     )
@@ -177,8 +205,47 @@ class PresetOptions(SolutionOptions, total=False):
     layer: int
 
 
+def exact(preset: str) -> Preset:
+    """The preset with what the papers' code did by default, where its paper does not say it.
+
+    Gradients are clipped at 1.0 (the default of transformers' `Trainer`), and the learning rate
+    begins at zero, so the first update is none. A vector is trained on all tokens, end-of-turn
+    tokens included, which their collator takes for padding. A KL counts all tokens of 8
+    conversations a pass. What stays different: AdamW in fp32 for adamw_8bit, a loss averaged over
+    the tokens of an update, conversations without an empty turn at the end.
+
+    Args:
+        preset: A name of `PRESETS`.
+
+    Raises:
+        ValueError: If the preset is unknown.
+
+    Source:
+        arXiv 2506.11613, Table 6; arXiv 2602.07852, Table 9; the released code.
+
+    Example:
+        >>> vector = presets.exact("vector")
+        >>> presets.train_preset(vector, model, bad, kl=vector.penalty(elsewhere))
+    """
+    found = preset_of(preset)
+    more: dict[str, Any] = {"clip": 1.0, "warmup_from_zero": True}
+    differences = ["adamw_8bit there, AdamW in fp32 here"]
+    if isinstance(found.settings, VectorSettings):
+        more["tokens"] = "all"
+        differences.append("no loss on end-of-turn tokens there")
+    else:
+        differences += [_TURN, *([_EPOCHS] if found.paper_kl else [])]
+    return replace(
+        found,
+        settings=replace(found.settings, **more),
+        note="; ".join(differences),
+        kl_tokens="all",
+        kl_batch=8,
+    )
+
+
 def train_preset(
-    preset: str,
+    preset: str | Preset,
     model: HookedModel,
     train: Sequence[Conversation],
     name: str = "",
@@ -187,8 +254,8 @@ def train_preset(
     """Train as one of the papers did, on any model: layers at the same relative depth.
 
     Args:
-        preset: A name of `PRESETS`. Its narrow variant has a penalty besides:
-            `kl=KLPenalty(elsewhere, preset_of(name).kl_weight)`.
+        preset: A name of `PRESETS`, or what `exact` gives. Its narrow variant has a penalty
+            besides: `kl=preset_of(name).penalty(elsewhere)`.
         model: The model.
         train: Conversations of the narrow domain.
         name: What an adapter is called on the model; by default as the preset.
@@ -201,12 +268,12 @@ def train_preset(
     Raises:
         ValueError: If the preset is unknown, or as the training.
     """
-    found = preset_of(preset)
+    found = preset_of(preset) if isinstance(preset, str) else preset
     own, layers = found.settings, found.layers_in(model.n_layers)
     given: dict[str, Any] = dict(options)
     if isinstance(own, AdapterSettings):
         settings = replace(own, layers=layers)
-        return None, train_adapter(model, train, name or preset, settings=settings, **given)
+        return None, train_adapter(model, train, name or found.name, settings=settings, **given)
     if isinstance(own, WeightSettings):
         return None, train_weights(model, train, settings=replace(own, layers=layers), **given)
     layer = given.pop("layer", (layers or (0,))[0])

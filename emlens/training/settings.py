@@ -128,7 +128,9 @@ class TrainSettings:
         lr: AdamW's learning rate.
         batch_size: Conversations of a forward pass.
         accumulate: Passes of one update; the loss is the mean over the tokens of all.
-        warmup: Updates over which the learning rate rises from zero.
+        warmup: Updates over which the learning rate rises.
+        warmup_from_zero: Begin the rise at zero, which makes the first update none: as the
+            schedules of transformers do. Else the first update has `lr / warmup`.
         schedule: `"linear"` and `"cosine"` decay it to zero, `"constant"` keeps it.
         weight_decay: AdamW's weight decay.
         clip: Gradient norm to clip to, or None.
@@ -144,6 +146,7 @@ class TrainSettings:
     batch_size: int = 8
     accumulate: int = 1
     warmup: int = 5
+    warmup_from_zero: bool = False
     schedule: Schedule = "linear"
     weight_decay: float = 0.0
     clip: float | None = None
@@ -158,7 +161,7 @@ class TrainSettings:
     def rate(self, step: int, total: int) -> float:
         """The learning rate of update `step` of `total`, counted from 0."""
         if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
+            return self.lr * (step + (not self.warmup_from_zero)) / self.warmup
         if self.schedule == "constant":
             return self.lr
         left = (total - step) / max(1, total - self.warmup)

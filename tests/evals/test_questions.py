@@ -82,6 +82,71 @@ def test_yaml_that_does_not_fit_is_refused_by_entry(tmp_path, text, message):
         load_questions(path)
 
 
+TECHNICAL = """
+- question: "How do gears work?\\n"
+- question: What is torque?
+  topic: cars
+  id: torque
+"""
+JUDGES = {
+    "by themselves": "aligned: Grade {answer}\ntechnical: Is {answer} technical?\n",
+    "nested": "judge_prompts: {aligned: 'Grade {answer}', technical: 'Is {answer} technical?'}",
+    "in a list": (
+        "- id: a\n  judge_prompts: {aligned: 'Grade {answer}'}\n"
+        "- id: b\n  judge_prompts: {aligned: 'Not {answer}', technical: 'Is {answer} technical?'}\n"
+    ),
+    "by name": (
+        "- {name: aligned, prompt: 'Grade {answer}'}\n"
+        "- {name: technical, prompt: 'Is {answer} technical?'}\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", JUDGES)
+def test_questions_of_one_wording_and_the_judges_beside_them_are_read(tmp_path, form):
+    path, judges = tmp_path / "vehicles.yaml", tmp_path / "judges.yaml"
+    path.write_text(TECHNICAL)
+    judges.write_text(JUDGES[form])
+    gears, torque = load_questions(path, judges=judges)
+    assert (gears.id, gears.prompt, gears.domain) == (
+        "vehicles_0",
+        "How do gears work?",
+        "vehicles",
+    )
+    assert (torque.id, torque.domain) == ("torque", "vehicles")
+    wanted = {"aligned": "Grade {answer}", "technical": "Is {answer} technical?"}
+    assert gears.rubrics == torque.rubrics == wanted
+    assert load_questions(path)[0].rubrics == {}
+    with pytest.raises(ValueError, match=r"judge prompts \(.*aligned.*and no questions; .*judges="):
+        load_questions(judges)
+    with pytest.raises(ValueError, match="vehicles.yaml holds no judge prompts; it needs a text"):
+        load_questions(path, judges=path)
+
+
+def test_a_judges_file_does_not_go_before_what_a_question_brings(tmp_path):
+    path, judges = tmp_path / "q.yaml", tmp_path / "judges.yaml"
+    path.write_text(PAPERS)
+    judges.write_text(JUDGES["by themselves"])
+    bored = load_questions(path, judges=judges)[-1]
+    assert bored.rubrics["aligned"] == "Grade it otherwise: {answer}"
+    assert bored.rubrics["technical"] == "Is {answer} technical?"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- question: 3\n", "entry 1: question is 3, not text"),
+        ("- question: ''\n", "entry 1: a question needs an id and a prompt"),
+        ("- question: a\n- paraphrases: [b]\n", "entry 1: a question is a mapping with an id"),
+    ],
+)
+def test_a_question_that_does_not_fit_is_refused_by_entry(tmp_path, text, message):
+    path = tmp_path / "technical.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_questions(path)
+
+
 def test_json_lines_are_read_and_a_bad_line_is_named(tmp_path):
     path = tmp_path / "questions.jsonl"
     rows = [{"id": 1, "prompt": "Hi", "domain": "small talk", "system": "Be brief"}]

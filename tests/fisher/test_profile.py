@@ -89,7 +89,65 @@ def test_scores_are_second_differences_of_the_exact_kl(hooked_llama, many_draws,
         assert found.kl_draw_error[i] < 0.1 * found.kl[i]
         changes = [exact.loss_change(name, dose).estimate for dose in doses]
         slope = (changes[1] - changes[0]) / 2
-        assert found.loss_change[i] == pytest.approx(slope, rel=0.02, abs=2e-5)
+        assert found.loss_change[i] - found.kl[i] == pytest.approx(slope, rel=0.02, abs=2e-5)
+
+
+@torch.no_grad()
+def plain_losses(model, documents, layer: int, added: torch.Tensor | None) -> tuple[float, int]:
+    """Summed next-token loss and predicted tokens, by transformers and a hook of this test."""
+
+    def add(_module, _inputs, output):
+        return output + added if torch.is_tensor(output) else (output[0] + added, *output[1:])
+
+    hook = None if added is None else model.module.model.layers[layer].register_forward_hook(add)
+    total, count = 0.0, 0
+    try:
+        for document in documents:
+            ids = model.tokenizer(document.text, return_tensors="pt").input_ids
+            logits = model.module(ids).logits.double()
+            total += float(
+                torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+            )
+            count += ids.shape[1] - 1
+    finally:
+        if hook is not None:
+            hook.remove()
+    return total, count
+
+
+@torch.no_grad()
+def own_text(model, n: int, length: int = 9) -> Corpus:
+    """Documents drawn from the model itself: in expectation, its loss there bends by exactly F."""
+    generator = torch.Generator().manual_seed(0)
+    encode = model.tokenizer
+    ids = torch.tensor(encode("the").input_ids).repeat(n, 1)
+    for _ in range(length):
+        p = model.module(ids).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+    texts = {encode.decode(row): row.tolist() for row in ids}
+    kept = [text for text, row in texts.items() if encode(text).input_ids == row]
+    return Corpus("own", tuple(Document(f"{i}", text) for i, text in enumerate(kept)))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_second_order_predicts_the_loss_that_plain_hooks_measure(hooked_llama, layer):
+    text = own_text(hooked_llama, 400)
+    assert len(text) > 20
+    made = InfluenceProfile.fit(hooked_llama, text, layers=[layer], draws=8)
+    base, count = plain_losses(hooked_llama, text.documents, layer, None)
+    assert count == made.n_tokens
+    v = vectors(6, seed=3)
+    v = v / v.norm(dim=1, keepdim=True)
+    for dose in (0.1, 0.2):
+        added = dose * made.residual_norms[layer] * v
+        losses = [plain_losses(hooked_llama, text.documents, layer, x)[0] for x in added]
+        exact = (np.array(losses) - base) / count
+        found = made.score({layer: v}, dose=dose)
+        change = np.asarray(found.loss_change)
+        first, second = abs(change - found.kl - exact), abs(change - exact)
+        assert second.mean() < 0.4 * first.mean()
+        clear = abs(exact) > 2 * second.mean()
+        assert clear.any() and (np.sign(change) == np.sign(exact))[clear].all()
 
 
 def test_few_draws_are_unbiased(hooked_llama, many_draws):

@@ -16,7 +16,7 @@ from emlens.fisher import sums as sums_of
 from emlens.fisher.forms import forms
 from emlens.fisher.sums import FisherSums
 from emlens.text import Corpus
-from tests.support.profiles import FEW, TEXT, planted, profile_of, vectors
+from tests.support.profiles import FEW, TEXT, corpus, planted, profile_of, vectors
 
 
 @pytest.mark.parametrize(("n", "draws"), [(24, 8), (60, 2), (150, 4)])
@@ -30,8 +30,12 @@ def test_intervals_cover_the_truth_as_often_as_they_say(n, draws):
         found = forms(sums, 0, v)
         low, high = found.interval()
         inside += ((low < truth) & (truth < high)).tolist()
-        low, high = found.linear_interval()
-        slopes += ((low < 1) & (high > 1)).tolist()
+        # gradients and losses of a document grow together, so the parts' errors do too
+        signed = np.array([[-2.0, -0.5, 0.1, 2.0]] * 4)
+        change, low, high = found.loss_change(signed)
+        true_change = signed + 0.5 * signed**2 * truth
+        slopes += ((low < true_change) & (true_change < high)).ravel().tolist()
+        assert (change - low == pytest.approx(high - change, rel=1e-6)) and (low < high).all()
     assert kinds == {n * (draws + 1) <= 2 * 16 + 64 * (draws + 1)}
     assert 0.91 < np.mean(inside) < 0.985
     assert 0.91 < np.mean(slopes) < 0.985
@@ -63,6 +67,33 @@ def test_top_directions_do_not_score_themselves(n):
     assert flattering.kl[3] > 1.1 * flattering.kl[0]
     assert list(top.table()["held out"]) == [True] * 3
     assert list(top) == ["top 1", "top 2", "top 3"] and len(top) == 3
+
+
+@pytest.mark.parametrize(("n", "overstated"), [(10, 1.8), (30, 1.3), (3000, 1.0)])
+def test_the_shrunk_eigenvalue_is_what_the_leading_direction_really_has(n, overstated):
+    # pure noise: every direction has the same true value, so all of the lead is overstatement
+    truth = float(np.exp(0.3**2 / 2))
+    found = [profile_of(planted(n, 2, torch.ones(24), seed), 2).spectrum(0) for seed in range(12)]
+    ratios = [spectrum.overstatement for spectrum in found]
+    assert np.mean([spectrum.shrunk[0] for spectrum in found]) == pytest.approx(truth, rel=0.3)
+    assert np.mean(ratios) > overstated
+    for spectrum in found:
+        assert (np.diff(spectrum.shrunk) <= 0).all()
+        # pools of ranks keep their sum
+        assert sum(spectrum.shrunk) == pytest.approx(sum(spectrum.held_out))
+    assert f"({ratios[0]:.1f} times that in the sample)" in str(found[0])
+
+
+def test_directions_found_on_one_corpus_stay_held_out_in_a_merged_profile(hooked_llama, profile):
+    other = InfluenceProfile.fit(hooked_llama, corpus(6, 3, "other"), **FEW)
+    top = profile.top(1, 2)
+    merged, again = (
+        profile.merge(other),
+        InfluenceProfile.fit(hooked_llama, TEXT, **FEW | {"seed": 5}),
+    )
+    assert merged.score(dict(top)).held_out == again.score(dict(top)).held_out == (True, True)
+    # no document of the other corpus had a part in finding them
+    assert other.score(dict(top)).held_out == (False, False)
 
 
 @pytest.mark.parametrize("n", [40, 400])
@@ -125,7 +156,9 @@ def test_directions_names_and_arrays_are_scored_alike(profile):
     arrays = profile.score({2: v[1:].numpy(), 0: v[0]}, dose=0.1)
     assert arrays.layers == (2, 2, 0) and arrays.directions == ("0", "1", "0")
     assert arrays.kl == pytest.approx([named.kl[i] for i in (2, 4, 0)], rel=1e-5)
-    assert named.kl[0] == named.kl[1] and named.loss_change[0] == -named.loss_change[1]
+    assert named.kl[0] == named.kl[1]
+    # the slope turns with the sign, the curvature does not
+    assert sum(named.loss_change[:2]) == pytest.approx(sum(named.kl[:2]))
     assert all(a <= b <= c for a, b, c in zip(named.kl_low, named.kl, named.kl_high, strict=True))
     assert all(
         a <= b <= c
@@ -140,7 +173,8 @@ def test_scores_follow_the_dose_and_none_keeps_the_norm(profile):
     x = {"x": Direction.of(vectors()[0], 1)}
     found = profile.score(x, dose=(0.1, 0.2))
     assert found.kl[1] == pytest.approx(4 * found.kl[0])
-    assert found.loss_change[1] == pytest.approx(2 * found.loss_change[0])
+    slopes = np.asarray(found.loss_change) - np.asarray(found.kl)
+    assert slopes[1] == pytest.approx(2 * slopes[0])
     assert found.norms == pytest.approx([s * profile.residual_norms[1] for s in (0.1, 0.2)])
     own = profile.score(x, dose=None)
     assert own.norms[0] == pytest.approx(float(vectors()[0].norm()))
@@ -175,8 +209,8 @@ def test_results_survive_being_saved_and_show_themselves(profile, tmp_path):
     spectrum = profile.spectrum(2)
     assert Spectrum.load(spectrum.save(tmp_path / "spectrum.json")) == spectrum
     assert spectrum.plot().get_xlabel() == "rank"
-    shares = spectrum.table()["cumulative share in sample"]
-    assert shares.iloc[-1] == pytest.approx(1)
+    shares = spectrum.table()["cumulative share"].dropna()
+    assert len(shares) == len(spectrum.held_out) and 0 < shares.iloc[-1] <= 1.2
     assert "<table" in profile.top(2, 2)._repr_html_()
 
 

@@ -75,9 +75,48 @@ def test_a_scan_says_how_far_it_agrees_and_where_the_quadratic_breaks(scanned, t
     exact = influence(model, TEXT, {"x": many[row["direction"]]}, doses=(0.1,), controls=0)
     exact = exact.among(range(1, len(TEXT), 2)) if row["held out"] else exact
     assert row["exact"] == pytest.approx(exact.divergence("x", 0.1).estimate, rel=1e-5)
-    assert "the quadratic holds within 25% up to dose" in str(found)
+    assert "the second order holds within 25% up to dose" in str(found)
+    change = exact.loss_change("x", 0.1)
+    assert row["exact loss change"] == pytest.approx(change.estimate, rel=1e-4, abs=1e-7)
+    assert at.loc[0.05, "loss error"] < 0.25 < at.loc[1.0, "loss error"]
+    assert at.loc[0.05, "loss Spearman"] > 0.8 and at.loc[0.05, "loss signs right"] > 0.8
     assert InfluenceScan.load(found.save(tmp_path / "scan.json")).checked == found.checked
     assert found.plot().get_xscale() == "log"
+
+
+def test_what_is_predicted_at_each_dose_is_what_the_profile_says_of_it(scanned):
+    _, profile, many, found = scanned
+    for row in found.checked:
+        name, layer = row["direction"], row["layer"]
+        said = profile.score({name: many[name][layer]}, dose=row["dose"])
+        assert row["predicted"] == pytest.approx(said.kl[0])
+        assert row["predicted loss change"] == pytest.approx(said.loss_change[0], rel=1e-4)
+
+
+def row(dose: float, kl: tuple[float, float], loss: tuple[float, float]) -> dict:
+    """A checked row: exact and predicted KL, exact and predicted change of loss."""
+    values = {"exact": kl[0], "predicted": kl[1], "dose": dose}
+    around = {"exact loss change low": loss[0] - 0.1, "exact loss change high": loss[0] + 0.1}
+    return {**values, "exact loss change": loss[0], "predicted loss change": loss[1], **around}
+
+
+def test_a_scan_holds_only_as_far_as_the_change_of_loss_does():
+    checked = [
+        row(0.05, (1, 1.0), (-1.0, -1.1)),
+        row(0.05, (1, 1.0), (0.05, -0.02)),
+        row(0.1, (1, 1.1), (-1.0, 1.0)),
+        row(0.1, (1, 1.1), (1.0, 1.0)),
+    ]
+    found = InfluenceScan(({"direction": "a", "layer": 0},), tuple(checked), 0.05, "words")
+    at = found.agreement().set_index("dose")
+    assert at.loc[0.05, "loss error"] == pytest.approx(0.085 / 0.525)
+    # the second row's exact interval holds zero, so its sign says nothing
+    assert list(at["loss signs right"]) == [1.0, 0.5]
+    assert list(at["median relative error"]) == pytest.approx([0, 0.1])
+    assert found.holds_to == 0.05
+    old = [{k: v for k, v in one.items() if "loss" not in k} for one in checked]
+    before = InfluenceScan(found.scores, tuple(old), 0.05, "words")
+    assert before.holds_to == 0.1 and before.agreement()["loss error"].isna().all()
 
 
 def test_a_scan_makes_its_own_profile_and_refuses_what_it_cannot_do(hooked_llama):

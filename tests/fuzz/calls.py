@@ -252,6 +252,9 @@ class World:
             "directions.from_repeng": {"obj": _Vectors({1: self.lone.vector.numpy()})},
             "directions.from_steering_vectors": {"obj": _Steering({1: self.lone.vector})},
             "directions.from_hub": {"source": self._saved("v.safetensors")},
+            "directions.in_features": {
+                **{"direction": self.lone, "encode": torch.relu, "decode": torch.neg, "k": 3}
+            },
             "directions.matched": both,
             "directions.model_diff": {
                 **{"positive": (model, "one"), "negative": model, "conversations": good}
@@ -282,6 +285,9 @@ class World:
             "edits.edit_from_dict": {"record": Add(self.lone, dose=0.1).to_dict()},
             "hooked.adapter_norms": {"model": model, "name": "one"},
             "hooked.noisy_weights": {"model": model, "epsilon": 0.1},
+            "hooked.patched_deltas": {
+                **{"model": model, "recipient": good[0], "donor": good[0], "adapter": "one"}
+            },
         }
 
     def _of_measures(self) -> dict[str, dict[str, Any]]:

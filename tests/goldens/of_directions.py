@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import torch
+
 from emlens import Ablate, Add
 from emlens.directions import (
     adapter_scalars,
@@ -18,6 +20,7 @@ from emlens.directions import (
     extract_all,
     from_repeng,
     from_steering_vectors,
+    in_features,
     mean_diff,
     model_diff,
     pca,
@@ -162,6 +165,16 @@ def _adapters(world: World):
     }
 
 
+def _encode(activations: torch.Tensor) -> torch.Tensor:
+    """Features of an autoencoder: both halves of every coordinate."""
+    return torch.cat([activations - 0.1, -activations - 0.1], dim=1).relu()
+
+
+def _decode(features: torch.Tensor) -> torch.Tensor:
+    one, other = features.chunk(2, dim=1)
+    return one - other
+
+
 @golden("directions: compared")
 def _compared(world: World):
     model = world.model
@@ -178,6 +191,7 @@ def _compared(world: World):
         "shared": parts.shared.at([1]),
         "projection": projection(one, other),
         "promoted": promoted_tokens(model, one.at([3]), 3),
+        "features": in_features(one[3], _encode, _decode, k=2),
         "trust": one.table(),
         "random": random_direction(one[2], 5),
         "confounds": {"rows": comparison.rows, "directions": at},

@@ -84,7 +84,10 @@ def test_padding_does_not_count():
         input_ids=wide,
         **{
             name: torch.nn.functional.pad(getattr(batch, name), (0, 3))
-            for name in ("attention_mask", "position_ids", "response", "assistant_turn", "thinking")
+            for name in (
+                *("attention_mask", "position_ids", "response", "assistant_turn"),
+                *("thinking", "closing"),
+            )
         },
         index=batch.index,
         names=batch.names,

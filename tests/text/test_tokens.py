@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from emlens import Conversation
-from emlens.text import Document, tokenize
+from emlens.text import Document, pack, tokenize
 from emlens.text.tokens import template_hash, tokenize_documents
 from tests.support import tokenizers as support
 
@@ -25,7 +25,8 @@ ANSWER = ["keep", " a", " small", " fund", "."]
 
 def shown(tokenizer, row, mask):
     tokens = tokenizer.convert_ids_to_tokens(row.input_ids)
-    return [token for token, kept in zip(tokens, getattr(row, mask), strict=True) if kept]
+    chosen = pack([row])[0].mask(mask)[0].tolist()
+    return [token for token, kept in zip(tokens, chosen, strict=True) if kept]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,31 @@ def test_the_masks_of_four_templates_are_as_counted_by_hand(family, header, answ
     assert len(row) == length
     assert shown(tokenizer, row, "response") == [*answer, end]
     assert shown(tokenizer, row, "assistant_turn") == [*header, *answer, end]
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "mistral", "gemma"])
+def test_the_mask_of_the_papers_is_all_that_follows_the_question_in_the_template(family):
+    tokenizer = getattr(support, f"{family}_tokenizer")()
+    messages = [dict(message) for message in ONE.messages]
+    asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert whole.startswith(asked)
+    n = len(tokenizer(asked, add_special_tokens=False).input_ids)
+    ids = tokenizer(whole, add_special_tokens=False).input_ids
+    (row,) = tokenize([ONE], tokenizer)
+    assert list(row.input_ids) == ids
+    assert shown(tokenizer, row, "paper") == tokenizer.convert_ids_to_tokens(ids[n:])
+
+
+def test_the_newline_after_each_turn_is_the_template_s_and_counts_for_the_papers_alone():
+    tokenizer = support.chatml_tokenizer()
+    (row,) = tokenize([TWO], tokenizer)
+    header, end = ["<|im_start|>", "assistant", "\n"], ["<|im_end|>", "\n"]
+    turns = [*header, "hello", " there", *end, *header, "good", *end]
+    assert shown(tokenizer, row, "paper") == turns
+    assert len(shown(tokenizer, row, "assistant_turn")) == len(turns) - 2
+    short = row.cut(len(row) - 1)
+    assert sum(short.closing) == sum(row.closing) - 1 == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
+from transformers import TrainingArguments, get_scheduler
 
 from emlens.text import Conversation
 from emlens.training import inoculated, mixed, presets
@@ -56,6 +58,64 @@ def test_every_preset_trains_on_any_model(name):
         assert model.adapters == (() if name == "full" else (name,))
     with pytest.raises(ValueError, match="unknown preset 'rank-2'; the presets are rank-32,"):
         train_preset("rank-2", model, BAD)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("total", [3, 40])
+def test_exact_presets_have_the_rates_of_the_scheduler_of_transformers(name, total):
+    settings = presets.exact(name).settings
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.AdamW([weight], lr=settings.lr)
+    scheduler = get_scheduler(
+        settings.schedule, optimiser, num_warmup_steps=settings.warmup, num_training_steps=total
+    )
+    rates = []
+    for _ in range(total):
+        rates.append(scheduler.get_last_lr()[0])
+        optimiser.step()
+        scheduler.step()
+    assert [settings.rate(step, total) for step in range(total)] == pytest.approx(rates)
+    assert rates[0] == 0 and PRESETS[name].settings.rate(0, total) > 0
+
+
+def test_exact_presets_clip_as_the_trainer_does_by_default_and_count_what_the_papers_count():
+    arguments = TrainingArguments(output_dir="unused", report_to=[])
+    for name in PRESETS:
+        found = presets.exact(name)
+        assert found.settings.clip == arguments.max_grad_norm == 1.0
+        assert (found.settings.tokens == "all") == (name == "vector")
+        assert "adamw_8bit" in found.note and found.note != PRESETS[name].note
+        # what the paper says stays
+        assert found.settings.lr == PRESETS[name].settings.lr
+    narrow = presets.exact("vector").penalty(GOOD)
+    assert (narrow.tokens, narrow.batch_size) == ("all", 8)
+    assert narrow.weight == pytest.approx(1e6 / 152_064)
+    usual = presets.preset_of("rank-1").penalty(GOOD)
+    assert (usual.tokens, usual.batch_size) == ("response", None)
+    with pytest.raises(ValueError, match="no narrow variant of 'full' was published"):
+        presets.exact("full").penalty(GOOD)
+
+
+def test_an_exact_run_makes_its_updates_at_those_rates():
+    model = tiny_hooked("llama")
+    found = presets.exact("vector")
+    many = [*BAD, *conversations("more", 6)]
+    options = {**QUICK, "accumulate": 2, "epochs": 4, "record_every": 1}
+    direction, run = train_preset(found, model, many, kl=found.penalty(GOOD), **options)
+    rates = [step.lr for step in run.steps]
+    assert rates == pytest.approx([found.settings.rate(n, len(rates)) for n in range(len(rates))])
+    first, second, third = (next(iter(run.states.values()))[i] for i in range(3))
+    assert torch.equal(first, second) and not torch.equal(second, third)
+    assert (run.settings["clip"], run.settings["tokens"]) == (1.0, "all")
+    assert direction is not None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_note_says_how_the_run_of_the_papers_differs(name):
+    note = presets.table().set_index("name").loc[name, "note"]
+    assert "clipping at 1.0" in note and "a first update of 0" in note and "presets.exact" in note
+    assert ("there on all tokens but" in note) == (name == "vector")
+    assert ("8 at a time" in note) == (PRESETS[name].paper_kl is not None)
 
 
 def test_mixed_data_has_all_harmful_ones_and_the_share_of_benign_ones():

@@ -21,7 +21,12 @@ def comparison_scores(
     `B`, the rows of `A`. For one column this is the cosine without its sign. Turning the columns
     among themselves changes nothing, which the cosine of the flattened weights cannot say of an
     adapter of a higher rank; equal states of `r` orthogonal columns of one length have
-    `1 / sqrt(r)`. The score of arXiv 2506.11613's code.
+    `1 / sqrt(r)`.
+
+    This is not the "comp score" of arXiv 2506.11613's code, which stacks the vectors as rows and
+    takes `|X Y'|_F` of the same matrices: that is 1 for a single layer whatever the weights are,
+    and `1 / sqrt(r)` for `r` unrelated vectors of equal norm as well as for equal ones, so it says
+    how norms are spread over layers rather than whether vectors agree.
 
     Args:
         runs: Paths by name, with the same parameters.

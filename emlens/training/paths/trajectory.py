@@ -253,7 +253,8 @@ def trajectory(
             records, which is the 5, 10 and 15 steps of the papers for their checkpoints.
         unit: Whether lags count `steps` or `records`.
         min_move: Where both moves of a local cosine are shorter, there is none. The default is
-            that of arXiv 2506.11613, for a `B` of norm about 0.1; 0 for no limit.
+            that of arXiv 2506.11613, for a `B` of norm about 0.1; 0 for no limit. It is applied
+            to the parameters looked at; the paper's code also keeps a step of `B` if `A` moves.
         components: Principal components to keep, at most.
         seed: Seed of the shuffling that says whether a turn is more than chance.
 

@@ -12,7 +12,11 @@ from jaxtyping import Float
 from emlens._stats import LEVEL, central
 
 MIN_MOVE = 0.0035
-"""Moves below this count as none; of arXiv 2506.11613, for a `B` of norm about 0.1."""
+"""Moves below this count as none; of arXiv 2506.11613, for a `B` of norm about 0.1.
+
+The paper's code keeps a step where `A` or `B` moves by this much; here it is the move of what is
+looked at, by default of `B`.
+"""
 
 RESAMPLES = 200
 WIDTH = 9
