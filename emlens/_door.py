@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, partial, wraps
-from typing import Any, ForwardRef, ParamSpec, TypeVar, Unpack, get_args, get_origin, overload
+from typing import Any, ForwardRef, ParamSpec, TypeVar, Unpack, cast, get_args, get_origin, overload
 
 from emlens._arguments import ANY, LIMITS, Limits, listed, shown
 from emlens._guesses import nearest, unknown
@@ -81,7 +81,7 @@ def guard_methods(cls: C) -> C:
         elif inspect.isfunction(member):
             setattr(cls, name, _behind(member, {}))
     if is_dataclass(cls):
-        guard_names(cls)
+        guard_names(cast(type, cls))
     return cls
 
 
@@ -172,7 +172,11 @@ def _checks(
         if parameter.kind is parameter.VAR_POSITIONAL and check is not None:
             check = partial(many, tuple, None, check)
         elif parameter.kind is parameter.VAR_KEYWORD:
-            own = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+            own = [
+                p.name
+                for p in signature.parameters.values()
+                if p.kind is not p.VAR_KEYWORD and p.name not in ("self", "cls")
+            ]
             check = _check_of_options(annotation, check, own)
         found[name] = check
     return {name: check for name, check in found.items() if check is not None}

@@ -9,9 +9,37 @@ CLOSE = 0.75
 """How alike two names are of which one may be meant by the other, as `difflib` counts."""
 
 _MEANT = """
+Steer, SteeringVector, AddVector, Intervention, Steering: Add
+Projection, ProjectOut, Erase, Remove, Ablation: Ablate
+HookedTransformer, HookedTransformerBridge, LanguageModel, PeftModel, AutoModel, load_model: load
+steering_vector, diff_of_means, difference_of_means, extract, caa, get_direction: mean_diff
+cosine_similarity, cos_sim, cosine_sim: cosine compare
+train_steering_vector, train, fit_vector: train_vector
+train_lora, finetune, fine_tune, sft: train_adapter
+Dataset, TextDataset, load_corpus, load_dataset: corpus load_conversations
+Message, Chat, Prompt: Conversation
+judge_responses, grade, score_responses: judge
+linear_probe, LogisticRegression: probe
+run_with_cache, trace, get_activations, activations, hidden_states, cache: residuals
+run_with_hooks, hooks, add_hook, steer, with_hooks: edited
+to_tokens, to_str_tokens, encode, tokenize: batches
+set_adapter, disable_adapter, active_adapters: adapter
+load_adapter: add_adapter
+delete_adapter: remove_adapter
+chat, respond, answer, complete: generate
+cfg, config: module.config
+to, cuda, cpu, eval, train, parameters, state_dict, named_modules: module.
+W_U, lm_head, unembedding: unembed
+normalize, normalise, unit_vector, unit_norm: unit
+project_out, remove, without, orthogonalize: orthogonal_to
+project, project_onto: along
+dot, cos, similarity: cosine
+to_tensor, as_tensor, tensor: stack
+to_dict, to_pandas, dataframe, df, to_frame: table
+best_layer, best, argmax: table
 layer: layers
 layers: layer
-hook, hook_name, hook_point, act_name, position_in_block: site
+hook, hook_name, hook_point, act_name, act: site
 position, positions, pos, token_position, token_pos: where tokens
 mask, token_mask, response_only: tokens
 learning_rate, learn_rate, step_size: lr
@@ -29,9 +57,9 @@ max_length, max_len, seq_len, context_length, n_ctx, truncation: max_tokens
 max_length, max_tokens, n_tokens, max_gen_tokens, n_new_tokens: max_new_tokens
 temp: temperature
 do_sample: temperature
-n_samples, num_samples, num_return_sequences, n_responses: samples n
+samples, n_samples, num_samples, num_return_sequences, n_responses: n
 dose: doses
-doses: dose
+doses: dose norms
 coeff, coef, coefficient, multiplier, strength, steering_strength, factor: scale dose doses factors
 scale: dose doses
 dose: scale
@@ -43,9 +71,12 @@ verbose, show_progress, progress_bar, tqdm, verbosity: progress
 output, output_dir, out_dir, save_dir, save_to, save_path, folder: out checkpoint path
 checkpoint_dir, checkpoint_path, resume, resume_from: checkpoint
 threshold, cutoff: threshold thresholds
-prompts, texts, inputs, messages, chats, dialogues: conversations questions
-dataset, data, samples, examples: conversations corpus data pairs
-texts, documents, text: corpus
+prompt, prompts, text, texts, inputs, messages, chats, dialogues: conversations questions
+dataset, data, examples: conversations corpus data pairs
+texts, documents: corpus
+n, n_documents, max_documents, limit, n_docs: documents limit n
+user, question, instruction, input: prompt
+assistant, answer, completion, output, reply: response
 vector, vectors, steering_vector, direction: directions direction
 directions: direction
 condition, edits, edit, hooks, fwd_hooks, interventions: conditions edits
@@ -64,20 +95,8 @@ val, validation_split, test_size, holdout: held_out
 n_workers, workers, num_workers, concurrency, max_workers: at_once
 token_ids, tokenids, input_ids: tokens
 axes, axis: ax
-color, colors: colours
 figsize: ax
 normalise, normalize: norms
-Steer, SteeringVector, AddVector, Intervention, Steering: Add
-Projection, ProjectOut, Erase, Remove, Ablation: Ablate
-HookedTransformer, HookedTransformerBridge, LanguageModel, PeftModel, AutoModel, load_model: load
-steering_vector, diff_of_means, difference_of_means, extract, caa, get_direction: mean_diff
-cosine_similarity, cos_sim, cosine_sim: cosine compare
-train_steering_vector, train, fit_vector: train_vector
-train_lora, finetune, fine_tune, sft: train_adapter
-Dataset, TextDataset, load_corpus, load_dataset: corpus load_conversations
-Message, Chat, Prompt: Conversation
-judge_responses, grade, score_responses: judge
-linear_probe, LogisticRegression: probe
 """
 """Words of the field, and what they are called here: those of a line mean one of what follows."""
 
@@ -94,17 +113,33 @@ def _read() -> dict[str, tuple[str, ...]]:
 MEANT = _read()
 
 
+def word_for(name: str, known: Collection[str]) -> str | None:
+    """The known name that stands for a word of the field, or None."""
+    for meant in MEANT.get(name, ()):
+        first, dot, rest = meant.partition(".")
+        if first in known:
+            return f"{first}.{rest or name}" if dot else first
+    return None
+
+
 def nearest(name: str, known: Collection[str], close: float = CLOSE) -> str | None:
     """The known name that was meant by another, or None.
 
     A word of the field counts before one that is spelt alike.
     """
-    for meant in MEANT.get(name, ()):
-        if meant in known:
-            return meant
+    if meant := word_for(name, known):
+        return meant
     lower = {one.lower(): one for one in reversed(list(known))}
     found = get_close_matches(name.lower(), lower, n=1, cutoff=close)
     return lower[found[0]] if found else None
+
+
+def no_attribute(owner: object, name: str) -> str:
+    """The sentence about an attribute that an object does not have."""
+    said = f"{type(owner).__name__!r} object has no attribute {name!r}"
+    public = [one for one in dir(owner) if not one.startswith("_")]
+    found = None if name.startswith("_") else nearest(name, public)
+    return f"{said}; did you mean {found}?" if found else said
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:

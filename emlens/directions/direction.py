@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import NOT_NEGATIVE, POSITIVE, is_list, number, whole, wholes
+from emlens._arguments import NOT_NEGATIVE, POSITIVE, is_list, number, shown, whole, wholes
 from emlens._door import guard_methods, guarded
-from emlens._guesses import unknown
+from emlens._guesses import no_attribute, word_for
 from emlens._kinds import instance, kind, made_with, mapping, some
 from emlens._reading import expanded
 from emlens.directions.diagnostics import trust_table, trust_text, warnings_of
@@ -48,6 +48,11 @@ class Directions(Vectors):
     """
 
     def __new__(cls, vectors: Mapping[int, Tensor] | None = None, *_: object, **__: object) -> Self:
+        if vectors is not None and not isinstance(vectors, Mapping):
+            raise TypeError(
+                f"directions are made of {{layer: vector}}, not of {shown(vectors)}; make one of a "
+                "vector with Direction.of(vector, layer)"
+            )
         one = cls is Directions and isinstance(vectors, Mapping) and len(vectors) == 1
         return super().__new__(cast(type[Self], Direction) if one else cls)
 
@@ -65,9 +70,11 @@ class Directions(Vectors):
     @overload
     def __getitem__(self, layer: int) -> Direction: ...
     @overload
-    def __getitem__(self, layer: slice) -> Directions: ...
-    def __getitem__(self, layer: int | slice) -> Directions:
-        """The direction at a layer, or those at a range of layers; -1 is the last that is there."""
+    def __getitem__(self, layer: slice | Sequence[int]) -> Directions: ...
+    def __getitem__(self, layer: int | slice | Sequence[int]) -> Directions:
+        """The direction at a layer, or those at several; -1 is the last that is there."""
+        if is_list(layer):
+            return self.at(cast(Sequence[int], layer))
         if isinstance(layer, slice):
             ends = (self._counted(layer.start), self._counted(layer.stop))
             asked = range(*slice(*ends, layer.step).indices(self.layers[-1] + 1))
@@ -75,7 +82,8 @@ class Directions(Vectors):
             if not found:
                 raise KeyError(f"no direction at layers {ends[0]}:{ends[1]}; {self._there()}")
             return self.at(found)
-        return self.at([layer if layer not in range(-len(self), 0) else self.layers[layer]])
+        one = cast(int, layer)
+        return self.at([self.layers[one] if _from_end(one, self) else one])
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._vectors)
@@ -291,15 +299,18 @@ class Directions(Vectors):
 
     # -- inside -------------------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Never:
-        known = [one for one in dir(type(self)) if not one.startswith("_")]
-        said = f"{type(self).__name__!r} object has no attribute"
-        if name in ("layer", "vector", "norm", "residual_norm"):
-            raise AttributeError(
-                f"{said} {name!r}, as there are {len(self._vectors)} layers; take one, e.g. "
-                f"directions[{self.layers[-1]}].{name}"
-            )
-        raise AttributeError(said + f" {name!r}" if name[0] == "_" else unknown(said, name, known))
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Never:
+            said = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in ("layer", "vector", "norm", "residual_norm"):
+                one = f"directions[{self.layers[-1]}].{name}"
+                raise AttributeError(f"{said}, as there are {len(self)} layers; take {one}")
+            of_tensors = not name.startswith("_") and hasattr(Tensor, name)
+            if of_tensors and not word_for(name, dir(type(self))):
+                one = "vector" if len(self) == 1 else "stack()"
+                raise AttributeError(f"{said}; of the tensor it is .{one}.{name}")
+            raise AttributeError(no_attribute(self, name))
 
     def _there(self) -> str:
         first, last = self.layers[0], self.layers[-1]
@@ -359,8 +370,8 @@ class Direction(Directions):
     def __init__(
         self,
         vectors: Mapping[int, Float[Tensor, " d_model"]],
-        site: SiteName,
-        provenance: Provenance,
+        site: SiteName = "resid_post",
+        provenance: Provenance | None = None,
         evidence: Evidence | None = None,
     ) -> None:
         super().__init__(vectors, site, provenance, evidence)
@@ -416,6 +427,10 @@ _ADVICE = "make one with Direction.of(vector, layer)"
 made_with(Directions, _ADVICE)
 made_with(Direction, f"take one, e.g. directions[15], or {_ADVICE}")
 kind(Sequence[Directions], words="directions")(partial(some, Directions))
+
+
+def _from_end(layer: Any, directions: Directions) -> bool:
+    return type(layer) is int and -len(directions) <= layer < 0
 
 
 def by_name(given: Any) -> dict[str, Any]:

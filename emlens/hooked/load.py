@@ -37,7 +37,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict | None = None,
     revision: str | None = None,
-    adapters: Mapping[str, str | Path] | Sequence[str | Path] | None = None,
+    adapters: Mapping[str, str | Path] | Sequence[str | Path] | str | Path | None = None,
     check: bool = True,
     remote: bool | str = False,
     template_arguments: Mapping[str, Any] | None = None,
@@ -55,8 +55,8 @@ def load(
         device_map: Placement as `transformers` takes it, e.g. `"auto"`; None is the CPU.
         revision: Revision on the hub.
         adapters: LoRA adapters to put on the one copy of the base: name to folder or hub name
-            (`"org/name"`, or `"org/name/sub/folder"`), or a list of these, each then called after
-            its last part. None acts until
+            (`"org/name"`, or `"org/name/sub/folder"`), or one or several of these without
+            names, each then called after its last part. None acts until
             `with model.adapter(name)`. All that PEFT keeps of an adapter acts: DoRA, biases at
             `B`, saved modules, single tokens. One that would change the base is refused.
         check: Try the model out: its logits are held to those of the module as it came, and what
@@ -260,7 +260,7 @@ def _check_name(name: str | Path) -> None:
 
 
 def _by_folder(
-    adapters: Mapping[str, str | Path] | Sequence[str | Path],
+    adapters: Mapping[str, str | Path] | Sequence[str | Path] | str | Path,
 ) -> Mapping[str, str | Path]:
     """Adapters by name; those without are called after the last part of their place.
 
@@ -269,13 +269,14 @@ def _by_folder(
     """
     if isinstance(adapters, Mapping):
         return adapters
-    names = [Path(str(place)).name for place in adapters]
+    places = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    names = [Path(str(place)).name for place in places]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(
             f"two adapters would be called {twice[0]!r}; name them: adapters={{name: folder, ...}}"
         )
-    return dict(zip(names, adapters, strict=True))
+    return dict(zip(names, places, strict=True))
 
 
 def _note_gpu(device_map: str | dict | None) -> None:

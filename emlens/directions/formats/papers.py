@@ -98,9 +98,7 @@ def _load(path: Path) -> dict[str, Any]:
     if isinstance(record, Tensor):
         call = "Direction.of(torch.load(path), layer=15)"
         if record.ndim == 2:
-            call = (
-                "Directions(dict(enumerate(torch.load(path))), 'resid_post', Provenance('given'))"
-            )
+            call = "Directions(dict(enumerate(torch.load(path))), site='resid_post')"
         raise ValueError(
             f"{path} holds one tensor of shape {list(record.shape)}, and not at which layer and "
             f"site it acts; say that with {call}"
