@@ -105,11 +105,34 @@ def __getattr__(name: str) -> object:
     if name in _ROOMS:
         return import_module(f"emlens.{name}")
     if name not in _HOMES:
-        raise AttributeError(f"module 'emlens' has no attribute {name!r}")
+        raise AttributeError(f"module 'emlens' has no attribute {name!r}{_advice(name)}")
     value = getattr(import_module(f"emlens.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*__all__, *_ROOMS, "__version__"})
+
+
+def _advice(name: str) -> str:
+    """Where a name is, or which one is nearly it; no room is imported for that."""
+    import ast
+    from pathlib import Path
+
+    from emlens._guesses import nearest
+
+    if name.startswith("_"):
+        return ""
+    homes: dict[str, str] = {}
+    for room in reversed(_ROOMS):
+        for line in ast.parse(
+            Path(__file__).with_name(room).joinpath("__init__.py").read_text()
+        ).body:
+            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "__all__":
+                homes |= {item: f"emlens.{room}.{item}" for item in ast.literal_eval(line.value)}
+    homes |= {item: f"emlens.{item}" for item in (*__all__, *_ROOMS)}
+    if name in homes:
+        return f"; it is {homes[name]}"
+    found = nearest(name, homes)
+    return f"; did you mean {homes[found]}?" if found else ""

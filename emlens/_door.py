@@ -8,13 +8,17 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache, partial, wraps
-from typing import Any, ForwardRef, ParamSpec, TypeVar, Unpack, get_args, get_origin, overload
+from typing import Any, ForwardRef, ParamSpec, TypeVar, Unpack, cast, get_args, get_origin, overload
 
-from emlens._arguments import ANY, LIMITS, Limits
+from emlens._arguments import ANY, LIMITS, Limits, listed, shown
+from emlens._guesses import nearest, unknown
 from emlens._kinds import Check, check_of, many, mapping
+
+ALIKE = 0.85
+"""How alike an option of another library is to one of our own that is meant."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,7 +72,7 @@ def guarded(function: Any = None, /, **limits: Limits) -> Any:
 
 
 def guard_methods(cls: C) -> C:
-    """Check the arguments of the public methods of a class."""
+    """Check the arguments of the public methods of a class, and the names that it is made with."""
     for name, member in list(vars(cls).items()):
         if name.startswith("_"):
             continue
@@ -76,12 +80,62 @@ def guard_methods(cls: C) -> C:
             setattr(cls, name, type(member)(_behind(member.__func__, {})))
         elif inspect.isfunction(member):
             setattr(cls, name, _behind(member, {}))
+    if is_dataclass(cls):
+        guard_names(cast(type, cls))
     return cls
+
+
+def guard_names(cls: C) -> C:
+    """Say what was meant where a dataclass is made with a name that it does not have."""
+    made: Any = vars(cls).get("__init__")
+    if made is None:
+        return cls
+    signature = inspect.signature(made)
+
+    @wraps(made)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        _check_names(cls.__name__, signature, (self, *args), kwargs)
+        made(self, *args, **kwargs)
+
+    type.__setattr__(cls, "__init__", init)
+    return cls
+
+
+def _check_names(
+    what: str,
+    signature: inspect.Signature,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    options: Collection[str] = (),
+) -> None:
+    """Refuse names that there are not, and values without a name that need one.
+
+    Raises:
+        TypeError: Saying what was meant.
+    """
+    parameters = signature.parameters.values()
+    kinds = {parameter.kind for parameter in parameters}
+    placed = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] + sorted(options)
+    known = [*(name for name in placed if name not in ("self", "cls")), *own]
+    open_ended = inspect.Parameter.VAR_KEYWORD in kinds and not options
+    strange = [name for name in kwargs if name not in known]
+    if strange and not open_ended:
+        said = f"{what}() got an unexpected keyword argument"
+        raise TypeError(unknown(said, strange[0], known))
+    if len(args) > len(placed) and inspect.Parameter.VAR_POSITIONAL not in kinds and own:
+        by_place = ", ".join(name for name in placed if name not in ("self", "cls"))
+        by_name = listed([f"{name}=" for name in own if name not in kwargs])
+        raise TypeError(
+            f"{what}({by_place}) takes nothing else by place; name what {shown(args[len(placed)])} "
+            f"is: {by_name}"
+        )
 
 
 def _behind(function: Callable[P, R], limits: Mapping[str, Limits]) -> Callable[P, R]:
     signature = inspect.signature(function)
     checks: dict[str, Check] = {}
+    options: list[str] = []
     prepared = False
 
     @wraps(function)
@@ -90,10 +144,12 @@ def _behind(function: Callable[P, R], limits: Mapping[str, Limits]) -> Callable[
         if not prepared:
             # at the first call, when every room has said what its kinds are
             checks.update(_checks(function, signature, limits))
+            options.extend(_options_in(function, signature))
             prepared = True
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
+            _check_names(function.__qualname__, signature, args, kwargs, options)
             return function(*args, **kwargs)  # Python's own words for what is missing
         for name, value in bound.arguments.items():
             if name in checks and value is not signature.parameters[name].default:
@@ -116,10 +172,22 @@ def _checks(
         if parameter.kind is parameter.VAR_POSITIONAL and check is not None:
             check = partial(many, tuple, None, check)
         elif parameter.kind is parameter.VAR_KEYWORD:
-            own = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+            own = [
+                p.name
+                for p in signature.parameters.values()
+                if p.kind is not p.VAR_KEYWORD and p.name not in ("self", "cls")
+            ]
             check = _check_of_options(annotation, check, own)
         found[name] = check
     return {name: check for name, check in found.items() if check is not None}
+
+
+def _options_in(function: Callable[..., Any], signature: inspect.Signature) -> Iterator[str]:
+    """Names of the options that a function lists."""
+    module = getattr(inspect.unwrap(function), "__globals__", {})
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            yield from options_of(resolved(parameter.annotation, module))
 
 
 def options_of(annotation: Any) -> dict[str, Any]:
@@ -133,9 +201,9 @@ def options_of(annotation: Any) -> dict[str, Any]:
 def _check_of_options(annotation: Any, check: Check | None, own: Sequence[str]) -> Check | None:
     """The check of `**options`: of each by its name where a `TypedDict` lists them."""
     if get_origin(annotation) is not Unpack:
-        return None if check is None else partial(mapping, None, check)
-    listed = options_of(annotation).items()
-    checks = {name: check_of(type_, LIMITS.get(name, ANY)) for name, type_ in listed}
+        return partial(_passed_on, own, check)
+    typed = options_of(annotation).items()
+    checks = {name: check_of(type_, LIMITS.get(name, ANY)) for name, type_ in typed}
     return partial(_options, checks, sorted({*own, *checks}))
 
 
@@ -145,10 +213,18 @@ def _options(
     read = {}
     for name, value in given.items():
         if name not in checks:
-            raise TypeError(f"unknown option {name!r}; there are {', '.join(known)}")
+            raise TypeError(unknown("unknown option", name, known))
         check = checks[name]
         read[name] = value if check is None else check(name, value)
     return read
+
+
+def _passed_on(own: Sequence[str], check: Check | None, name: str, given: Mapping[str, Any]) -> Any:
+    """Options of another library: refused where one of our own was meant."""
+    for option in given:
+        if meant := nearest(option, own, ALIKE):
+            raise TypeError(f"unknown option {option!r}; did you mean {meant}?")
+    return given if check is None else mapping(None, check, name, given)
 
 
 def check_fields(settings: Any, **limits: Limits) -> None:

@@ -124,7 +124,28 @@ def check_of(annotation: Any, limits: Limits = ANY) -> Check | None:
         return None
     if getattr(annotation, "_is_protocol", False):
         return partial(_offers, annotation, frozenset(_members(annotation)))
+    if _dimensions(annotation) is not None and _takes_arrays(annotation):
+        return partial(_tensor, annotation)
     return partial(instance, annotation, "")
+
+
+def _dimensions(annotation: Any) -> str | None:
+    """The shape that an annotation of `jaxtyping` names."""
+    return vars(annotation).get("dim_str") if isinstance(annotation, type) else None
+
+
+def _takes_arrays(annotation: Any) -> bool:
+    return getattr(annotation.array_type, "__module__", "").startswith("torch")
+
+
+def _tensor(wanted: type, name: str, value: Any) -> Any:
+    """Return a tensor; NumPy's arrays become one."""
+    if type(value).__module__ == "numpy" and value.dtype.kind in "fiu":
+        import torch
+
+        value = torch.as_tensor(value)
+    held = hasattr(type(value), "vector")
+    return instance(wanted, "take its .vector" if held else "", name, value)
 
 
 def words_of(annotation: Any) -> str:
@@ -145,7 +166,7 @@ def words_of(annotation: Any) -> str:
         return _LISTS[arguments[0]][1] if arguments[0] in _LISTS else f"a list, each {one}"
     if origin in (Mapping, dict):
         return f"a dict, each value {words_of(arguments[1])}"
-    dimensions = vars(annotation).get("dim_str") if isinstance(annotation, type) else None
+    dimensions = _dimensions(annotation)
     if dimensions is not None:
         return f"a tensor of shape [{dimensions.strip()}]"
     return a_or_an(getattr(annotation, "__name__", str(annotation)))
@@ -177,7 +198,10 @@ def _check_of_union(parts: Sequence[Any], limits: Limits) -> Check | None:
         check = check_of(wanted[0], limits)
     else:
         if {str, Path} <= set(wanted):  # two ways to write one thing
-            wanted = (*(part for part in wanted if part not in (str, Path)), str | Path)
+            others = [part for part in wanted if part not in (str, Path)]
+            # a lone text is a path, and no list of texts
+            first = any(get_origin(part) in _MANY for part in others)
+            wanted = (str | Path, *others) if first else (*others, str | Path)
         wanted = _one_mapping(wanted)
         checks = [check_of(part, limits) for part in wanted]
         known = [one for one in checks if one is not None]
@@ -242,7 +266,9 @@ def many(
     if isinstance(item, type) and check is not None and _fits(item, value):
         value = [value]
     if not is_list(value):
-        raise TypeError(f"{name} must be a list, each {words_of(item)}, not {shown(value)}")
+        how = check.args[1] if isinstance(check, partial) and check.func is instance else ""
+        how = f"; {how}" if how else ""
+        raise TypeError(f"{name} must be a list, each {words_of(item)}, not {shown(value)}{how}")
     if made is _streamed and not isinstance(value, Iterator):
         made = list
     return made(one if check is None else check(f"{name}[{i}]", one) for i, one in enumerate(value))

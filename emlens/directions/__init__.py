@@ -87,3 +87,7 @@ __all__ = [
     "to_steering_vectors",
     "write_directions",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from emlens._door import guard_methods, guarded
+from emlens._progress import bar
 from emlens._results import titled_table
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
@@ -154,7 +154,7 @@ def adapter_scalars(
     found: list[tuple[Tensor, ...]] = []
     with model.adapter(adapter), _products(layers, adapter) as products:
         batches = model.batches(conversations, token_budget=reading.token_budget)
-        for batch in tqdm(batches, desc="scalars", unit="batch", disable=reading.quiet):
+        for batch in bar(batches, desc="scalars", unit="batch", shown=reading.progress):
             model.residuals(batch, max(layers), pool=pools.first_token)
             counted = batch.mask(reading.tokens)
             places = torch.tensor(batch.index)[:, None].expand_as(counted)

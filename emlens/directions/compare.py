@@ -13,7 +13,7 @@ from torch import Tensor
 from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, level_in_force, tails
-from emlens.directions.direction import Directions
+from emlens.directions.direction import Directions, by_name
 from emlens.directions.noise import Corrected, Estimate, corrected_cosine
 from emlens.directions.vectors import cosine
 
@@ -172,7 +172,7 @@ _COLUMNS = (
 
 
 @guarded
-def compare(directions: Named) -> Comparison:
+def compare(directions: Named, *more: Directions) -> Comparison:
     """Return the signed cosine of every pair of directions at every layer that both have.
 
     Two constructions of one behaviour are often nearly orthogonal, and two noisy estimates of one
@@ -181,6 +181,7 @@ def compare(directions: Named) -> Comparison:
     Args:
         directions: Directions at one site, of one width: named, or a list. Layers at which one is
             zero, as below an adapter, fall away.
+        *more: Further ones without names: `compare(a, b)`.
 
     Returns:
         The cosines with what chance and sampling error do to them. The corrected cosine divides
@@ -195,7 +196,7 @@ def compare(directions: Named) -> Comparison:
     Example:
         >>> emlens.compare({"medical": medical, "finance": finance}).plot()
     """
-    named = checked(directions)
+    named = checked(directions, *more)
     rows = []
     for first, second in combinations(named, 2):
         shared = set(moved(named[first])) & set(moved(named[second]))
@@ -212,19 +213,17 @@ def compare(directions: Named) -> Comparison:
     )
 
 
-def checked(directions: Named) -> dict[str, Directions]:
+def checked(directions: Named, *more: Directions) -> dict[str, Directions]:
     """Names for directions that can be compared.
 
     Raises:
         ValueError: If there are fewer than two, two have one name, or sites or widths differ.
     """
+    if more:
+        first = directions if isinstance(directions, Mapping) else by_name(directions)
+        directions = [*first.values(), *more]
     if not isinstance(directions, Mapping):
-        plain = [item.provenance.construction for item in directions]
-        names = [
-            f"{name} {plain[: i + 1].count(name)}" if plain.count(name) > 1 else name
-            for i, name in enumerate(plain)
-        ]
-        directions = dict(zip(names, directions, strict=True))
+        directions = by_name(directions)
     if len(directions) < 2:
         raise ValueError("compare needs at least two named directions")
     sites = {name: d.site for name, d in directions.items()}
@@ -322,7 +321,7 @@ def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
         raise ValueError(
             f"onto has width {onto.d_model}, and the directions have {directions.d_model}"
         )
-    directions.cosine(onto)
+    directions._cosines(onto)
     found = {}
     for layer in directions.layers:
         if layer not in onto:

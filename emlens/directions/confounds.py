@@ -11,10 +11,10 @@ from emlens.directions.compare import Comparison, compare
 from emlens.directions.counting import CountingOptions
 from emlens.directions.direction import Directions
 from emlens.directions.extract import mean_diff
-from emlens.directions.sides import Match, matched
+from emlens.directions.sides import Match, both_sides, matched
 from emlens.hooked import HookedModel
 from emlens.hooked.sites import Layers, SiteName
-from emlens.text import Conversation
+from emlens.text import Conversation, Pair
 from emlens.text.repeats import repeats_told
 
 _VARIANTS: dict[str, Match] = {"length-matched": "length", "same prompts": "prompt"}
@@ -23,8 +23,8 @@ _VARIANTS: dict[str, Match] = {"length-matched": "length", "same prompts": "prom
 @guarded
 def confounds(
     model: HookedModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
+    positive: Sequence[Conversation] | Sequence[Pair],
+    negative: Sequence[Conversation] | None = None,
     *,
     site: SiteName = "resid_post",
     layers: Layers = "all",
@@ -37,8 +37,8 @@ def confounds(
 
     Args:
         model: The model to read.
-        positive: Conversations whose mean is the head of the arrow.
-        negative: Conversations whose mean is its tail.
+        positive: Conversations whose mean is the head of the arrow; or pairs, as in `mean_diff`.
+        negative: Conversations whose mean is its tail; not with pairs.
         site: Where in each block.
         layers: Layers to read.
         **options: See `CountingOptions`.
@@ -50,6 +50,7 @@ def confounds(
     Raises:
         ValueError: If no variant can be built, or as `mean_diff`.
     """
+    positive, negative = both_sides(positive, negative)
     found = {"mean-diff": mean_diff(model, positive, negative, site=site, layers=layers, **options)}
     nothing = []
     for name, match in _VARIANTS.items():

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Never, Self, cast
+from typing import TYPE_CHECKING, Any, Never, Self, cast, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._arguments import NOT_NEGATIVE, POSITIVE, number, whole, wholes
+from emlens._arguments import NOT_NEGATIVE, POSITIVE, is_list, number, shown, whole, wholes
 from emlens._door import guard_methods, guarded
-from emlens._kinds import kind, made_with, some
+from emlens._guesses import no_attribute, word_for
+from emlens._kinds import instance, kind, made_with, mapping, some
 from emlens._reading import expanded
 from emlens.directions.diagnostics import trust_table, trust_text, warnings_of
 from emlens.directions.files import read_vectors, write_vectors
@@ -24,6 +26,7 @@ from emlens.hooked.sites import SiteName
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 @guard_methods
@@ -45,6 +48,11 @@ class Directions(Vectors):
     """
 
     def __new__(cls, vectors: Mapping[int, Tensor] | None = None, *_: object, **__: object) -> Self:
+        if vectors is not None and not isinstance(vectors, Mapping):
+            raise TypeError(
+                f"directions are made of {{layer: vector}}, not of {shown(vectors)}; make one of a "
+                "vector with Direction.of(vector, layer)"
+            )
         one = cls is Directions and isinstance(vectors, Mapping) and len(vectors) == 1
         return super().__new__(cast(type[Self], Direction) if one else cls)
 
@@ -59,8 +67,23 @@ class Directions(Vectors):
 
     # -- reading ------------------------------------------------------------------------------
 
-    def __getitem__(self, layer: int) -> Direction:
-        return cast(Direction, self.at([layer]))
+    @overload
+    def __getitem__(self, layer: int) -> Direction: ...
+    @overload
+    def __getitem__(self, layer: slice | Sequence[int]) -> Directions: ...
+    def __getitem__(self, layer: int | slice | Sequence[int]) -> Directions:
+        """The direction at a layer, or those at several; -1 is the last that is there."""
+        if is_list(layer):
+            return self.at(cast(Sequence[int], layer))
+        if isinstance(layer, slice):
+            ends = (self._counted(layer.start), self._counted(layer.stop))
+            asked = range(*slice(*ends, layer.step).indices(self.layers[-1] + 1))
+            found = [own for own in self.layers if own in asked]
+            if not found:
+                raise KeyError(f"no direction at layers {ends[0]}:{ends[1]}; {self._there()}")
+            return self.at(found)
+        one = cast(int, layer)
+        return self.at([self.layers[one] if _from_end(one, self) else one])
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._vectors)
@@ -71,10 +94,36 @@ class Directions(Vectors):
     def __contains__(self, layer: object) -> bool:
         return layer in self._vectors
 
+    def keys(self) -> tuple[int, ...]:
+        """The layers."""
+        return self.layers
+
+    def values(self) -> list[Direction]:
+        """The direction of each layer."""
+        return [self[layer] for layer in self]
+
+    def items(self) -> list[tuple[int, Direction]]:
+        """Each layer with its direction."""
+        return [(layer, self[layer]) for layer in self]
+
+    def stack(self) -> Float[Tensor, "layers d_model"]:
+        """The vectors of all layers as one tensor, a copy."""
+        return torch.stack(list(self._vectors.values()))
+
+    def numpy(self) -> np.ndarray:
+        """The vectors of all layers as one array, `[layers, d_model]`, a copy."""
+        return self.stack().numpy()
+
     # -- algebra ------------------------------------------------------------------------------
 
     def __add__(self, other: Directions) -> Self:
         return self._combine(other, torch.add, "+")
+
+    def __radd__(self, other: object) -> Self:
+        # what `sum` begins with
+        if type(other) is not int or other != 0:
+            return NotImplemented
+        return self
 
     def __sub__(self, other: Directions) -> Self:
         return self._combine(other, torch.sub, "-")
@@ -132,11 +181,14 @@ class Directions(Vectors):
 
     @guarded
     def cosine(self, other: Directions) -> dict[int, float]:
-        """Signed cosine with `other` at every layer that both have.
+        """Signed cosine with `other` at every layer that both have; of a `Direction` a number.
 
         Raises:
             ValueError: If sites or widths differ, or no layer is shared.
         """
+        return self._cosines(other)
+
+    def _cosines(self, other: Directions) -> dict[int, float]:
         if self.site != other.site:
             raise ValueError(f"cannot compare {self.site} with {other.site}")
         shared = [layer for layer in self.layers if layer in other]
@@ -155,8 +207,7 @@ class Directions(Vectors):
         wanted = sorted(set(wholes("layers", layers)))
         for layer in wanted:
             if layer not in self._vectors:
-                have = ", ".join(map(str, self.layers))
-                raise KeyError(f"no direction at layer {layer}; there are layers {have}")
+                raise KeyError(f"no direction at layer {layer}; {self._there()}")
 
         vectors = {layer: self._vectors[layer] for layer in wanted}
         return Directions(vectors, self.site, self.provenance, self.evidence.at(wanted))
@@ -192,6 +243,29 @@ class Directions(Vectors):
         ]
         return "\n".join([*head, trust_text(self), *self.warnings()])
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The norm at each layer as a share of the residual norm, over what chance gives.
+
+        Chance is the 95th percentile of the norm under shuffled labels, where that is known. Norms
+        are in units of the residual stream where the residual norm is not known.
+        """
+        from emlens.figures.lines import layer_curves
+
+        dosed = all(layer in self.residual_norms for layer in self.layers)
+        sizes = {n: self.residual_norms[n] if dosed else 1.0 for n in self.layers}
+        norms = [norm / sizes[layer] for layer, norm in self.norms.items()]
+        chance = None
+        if all(layer in self.shuffled for layer in self.layers):
+            drawn = {n: np.quantile(self.shuffled[n].norm(dim=-1), 0.95) for n in self.layers}
+            chance = (np.zeros(len(self)), np.array([drawn[n] / sizes[n] for n in self.layers]))
+        return layer_curves(
+            {self.provenance.construction: (self.layers, norms)},
+            y_label="norm / median residual norm" if dosed else "norm",
+            title=self.site,
+            null=chance,
+            ax=ax,
+        )
+
     def save(self, path: str | Path) -> Path:
         """Write safetensors that hold all that is known; atomic.
 
@@ -224,6 +298,30 @@ class Directions(Vectors):
         return f"<p><b>{escape(repr(self))}</b></p>{table}<ul>{notes}</ul>"
 
     # -- inside -------------------------------------------------------------------------------
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Never:
+            said = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in ("layer", "vector", "norm", "residual_norm"):
+                one = f"directions[{self.layers[-1]}].{name}"
+                raise AttributeError(f"{said}, as there are {len(self)} layers; take {one}")
+            of_tensors = not name.startswith("_") and hasattr(Tensor, name)
+            if of_tensors and not word_for(name, dir(type(self))):
+                one = "vector" if len(self) == 1 else "stack()"
+                raise AttributeError(f"{said}; of the tensor it is .{one}.{name}")
+            raise AttributeError(no_attribute(self, name))
+
+    def _there(self) -> str:
+        first, last = self.layers[0], self.layers[-1]
+        run = len(self) > 3 and self.layers == tuple(range(first, last + 1))
+        return f"there are layers {f'{first} to {last}' if run else str(self.layers)[1:-1]}"
+
+    def _counted(self, end: int | None) -> int | None:
+        """An end of a range of layers; a negative one counts back from the last."""
+        if end is None or end >= 0:
+            return end
+        return self.layers[end] if -end <= len(self) else 0
 
     def _along(self, other: Directions) -> dict[int, Float[Tensor, " d_model"]]:
         if other.d_model != self.d_model:
@@ -272,8 +370,8 @@ class Direction(Directions):
     def __init__(
         self,
         vectors: Mapping[int, Float[Tensor, " d_model"]],
-        site: SiteName,
-        provenance: Provenance,
+        site: SiteName = "resid_post",
+        provenance: Provenance | None = None,
         evidence: Evidence | None = None,
     ) -> None:
         super().__init__(vectors, site, provenance, evidence)
@@ -294,6 +392,19 @@ class Direction(Directions):
         size = None if residual_norm is None else number("residual_norm", residual_norm, POSITIVE)
         norms = {} if size is None else {layer: size}
         return cls({layer: vector}, site, Provenance(construction), Evidence(norms))
+
+    @guarded
+    def cosine(self, other: Directions) -> float:  # type: ignore[override]
+        """Signed cosine with `other`, which may have further layers.
+
+        Raises:
+            ValueError: If sites or widths differ, or `other` lacks the layer.
+        """
+        return self._cosines(other)[self.layer]
+
+    def numpy(self) -> np.ndarray:
+        """The vector as an array, `[d_model]`, a copy."""
+        return self.vector.numpy()
 
     @property
     def layer(self) -> int:
@@ -316,3 +427,44 @@ _ADVICE = "make one with Direction.of(vector, layer)"
 made_with(Directions, _ADVICE)
 made_with(Direction, f"take one, e.g. directions[15], or {_ADVICE}")
 kind(Sequence[Directions], words="directions")(partial(some, Directions))
+
+
+def _from_end(layer: Any, directions: Directions) -> bool:
+    return type(layer) is int and -len(directions) <= layer < 0
+
+
+def by_name(given: Any) -> dict[str, Any]:
+    """Directions that came without names, or names of adapters, by what they are called.
+
+    Directions are called after their construction; several of one are numbered.
+    """
+    items = list(given) if is_list(given) else [given]
+    plain = [one if isinstance(one, str) else one.provenance.construction for one in items]
+    names = [
+        f"{name} {plain[: i + 1].count(name)}" if plain.count(name) > 1 else name
+        for i, name in enumerate(plain)
+    ]
+    return dict(zip(names, items, strict=True))
+
+
+def _named(item: type, adapters: bool, name: str, value: Any) -> Any:
+    """Directions by name; those that are given without are called after their construction."""
+    check = partial(_one_of, item, adapters)
+    if isinstance(value, Directions) or is_list(value) or (adapters and isinstance(value, str)):
+        items = list(value) if is_list(value) else [value]
+        value = by_name([check(f"{name}[{i}]", one) for i, one in enumerate(items)])
+    return mapping(None, check, name, value)
+
+
+def _one_of(item: type, adapters: bool, name: str, value: Any) -> Any:
+    if adapters and isinstance(value, str):
+        return value
+    return instance(item, _ADVICES[item], name, value)
+
+
+_ADVICES = {Directions: _ADVICE, Direction: f"take one, e.g. directions[15], or {_ADVICE}"}
+kind(Mapping[str, Direction], words="directions by name")(partial(_named, Direction, False))
+kind(Mapping[str, Directions], words="directions by name")(partial(_named, Directions, False))
+kind(Mapping[str, Directions | str], words="directions or adapters by name")(
+    partial(_named, Directions, True)
+)

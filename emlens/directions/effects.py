@@ -16,7 +16,13 @@ from emlens.directions.direction import Directions
 from emlens.directions.held_out import prompts_of
 from emlens.directions.vectors import cosine
 from emlens.hooked import HookedModel
-from emlens.hooked.condition import ConditionLike, Conditions, condition_of, conditions_of
+from emlens.hooked.condition import (
+    ConditionLike,
+    Conditions,
+    by_name,
+    condition_of,
+    conditions_of,
+)
 from emlens.hooked.sites import Layers, SiteName
 from emlens.text import Conversation
 
@@ -88,6 +94,7 @@ def convergence(
     Raises:
         ValueError: If there are fewer than two conditions, or one moves no layer.
     """
+    conditions = by_name(conditions)
     if len(conditions) < 2:
         raise ValueError(f"convergence needs at least two conditions, not {len(conditions)}")
     counting = Counting(**options)

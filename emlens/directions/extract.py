@@ -17,7 +17,7 @@ from emlens.directions.direction import Direction, Directions
 from emlens.directions.held_out import prompts_of
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import Side, first_batches, medians, side_of
-from emlens.directions.sides import Match, matched
+from emlens.directions.sides import Match, both_sides, matched
 from emlens.directions.vectors import Evidence
 from emlens.hooked import HookedModel, pools
 from emlens.hooked.condition import ConditionLike
@@ -26,6 +26,7 @@ from emlens.hooked.sites import Layers, SiteName, check_layers
 from emlens.text import (
     Conversation,
     Corpus,
+    Pair,
     TokenBatch,
     TokenMask,
     tokenize,
@@ -38,8 +39,8 @@ ROUNDING = 1e-5
 @guarded
 def mean_diff(
     model: HookedModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
+    positive: Sequence[Conversation] | Sequence[Pair],
+    negative: Sequence[Conversation] | None = None,
     *,
     site: SiteName = "resid_post",
     layers: Layers = "all",
@@ -54,8 +55,9 @@ def mean_diff(
 
     Args:
         model: The model to read.
-        positive: Conversations whose mean is the head of the arrow.
-        negative: Conversations whose mean is its tail.
+        positive: Conversations whose mean is the head of the arrow; or pairs, whose misaligned
+            answers it then is.
+        negative: Conversations whose mean is its tail; of pairs, the aligned answers.
         site: Where in each block.
         layers: Layers to read.
         match: Leave conversations out until the sides agree: `"length"` pairs answers of like
@@ -73,6 +75,7 @@ def mean_diff(
         NonFiniteError: If an activation is not finite; condition, conversation and layer are
             named.
     """
+    positive, negative = both_sides(positive, negative)
     counting = Counting(**options)
     tokens, sides = counting.tokens, (positive, negative)
     if match is not None:

@@ -21,10 +21,11 @@ from emlens.directions.held_out import FOLDS, Groups, fold_of, prompts_of, sampl
 from emlens.directions.probes import classifier, out_of_fold, unscaled
 from emlens.directions.provenance import Provenance
 from emlens.directions.reader import FITTED_BYTES, Reader, Reading
+from emlens.directions.sides import both_sides
 from emlens.directions.vectors import Evidence, cosine
 from emlens.hooked import HookedModel
 from emlens.hooked.sites import Layers, SiteName
-from emlens.text import Conversation
+from emlens.text import Conversation, Pair
 
 ProbeKind = Literal["logistic", "lda"]
 QUICK = ("mean-diff", "logistic probe", "PCA of differences")
@@ -48,8 +49,8 @@ class Construction:
 @guarded
 def probe(
     model: HookedModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
+    positive: Sequence[Conversation] | Sequence[Pair],
+    negative: Sequence[Conversation] | None = None,
     *,
     kind: ProbeKind = "logistic",
     regularisation: float = 1.0,
@@ -65,8 +66,8 @@ def probe(
 
     Args:
         model: The model to read.
-        positive: The side that the direction points to.
-        negative: The other.
+        positive: The side that the direction points to; or pairs, as in `mean_diff`.
+        negative: The other; not with pairs.
         kind: `"logistic"` regression or linear discriminant analysis (`"lda"`, shrunk), both of
             scikit-learn.
         regularisation: Of the logistic regression: scikit-learn's `C`.
@@ -83,6 +84,7 @@ def probe(
         ValueError: If there are too few prompts for five folds, the sides are the same at a
             layer, or as `mean_diff`.
     """
+    positive, negative = both_sides(positive, negative)
     if kind not in ("logistic", "lda"):
         raise ValueError(f"unknown probe {kind!r}; choose 'logistic' or 'lda'")
     counting = Counting(**{"sample_bytes": FITTED_BYTES, **options})
@@ -96,8 +98,8 @@ def probe(
 @guarded
 def pca(
     model: HookedModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
+    positive: Sequence[Conversation] | Sequence[Pair],
+    negative: Sequence[Conversation] | None = None,
     *,
     site: SiteName = "resid_post",
     layers: Layers = "all",
@@ -111,8 +113,8 @@ def pca(
 
     Args:
         model: The model to read.
-        positive: One answer per pair.
-        negative: The other answer of each pair, in the same order.
+        positive: One answer per pair; or the pairs, as in `mean_diff`.
+        negative: The other answer of each pair, in the same order; not with pairs.
         site: Where in each block.
         layers: Layers to read.
         **options: See `CountingOptions`.
@@ -125,6 +127,7 @@ def pca(
     Raises:
         ValueError: If the sides differ in number, are the same at a layer, or as `mean_diff`.
     """
+    positive, negative = both_sides(positive, negative)
     if len(positive) != len(negative):
         raise ValueError(
             f"pca takes pairs in one order, but there are {len(positive)} positive and "
@@ -139,8 +142,8 @@ def pca(
 @guarded
 def extract_all(
     model: HookedModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
+    positive: Sequence[Conversation] | Sequence[Pair],
+    negative: Sequence[Conversation] | None = None,
     *,
     constructions: Collection[str] = QUICK,
     regularisation: float = 1.0,
@@ -152,8 +155,9 @@ def extract_all(
 
     Args:
         model: The model to read.
-        positive: The side that the directions point to; for PCA, in the order of `negative`.
-        negative: The other.
+        positive: The side that the directions point to; for PCA, in the order of `negative`. Or
+            pairs, as in `mean_diff`.
+        negative: The other; not with pairs.
         constructions: Which to build; LDA, whose cost grows with `d_model ** 3` in every fold of
             every layer, only if it is named.
         regularisation: See `probe`.
@@ -167,6 +171,7 @@ def extract_all(
     Raises:
         ValueError: If a construction is unknown, or as its own function.
     """
+    positive, negative = both_sides(positive, negative)
     chosen: dict[str, Construction] = {name: CONSTRUCTIONS[name] for name in constructions}
     paired = [name for name, one in chosen.items() if one.paired]
     if paired and len(positive) != len(negative):

@@ -119,7 +119,9 @@ class LayerComparison(Result):
 
 
 @guarded
-def compare_layers(directions: Named, layers: range | list[int] | None = None) -> LayerComparison:
+def compare_layers(
+    directions: Named, *more: Directions, layers: range | list[int] | None = None
+) -> LayerComparison:
     """Return the cosine of every layer of every direction with every other.
 
     Where a direction is carried along the residual stream, neighbouring layers agree; two
@@ -127,13 +129,14 @@ def compare_layers(directions: Named, layers: range | list[int] | None = None) -
 
     Args:
         directions: Two or more directions at one site, of one width: named, or a list.
+        *more: Further ones without names.
         layers: The layers to compare; by default all at which each is not zero.
 
     Raises:
         ValueError: As `compare`, or if a vector is zero.
         KeyError: If one of them lacks a layer.
     """
-    named = checked(directions)
+    named = checked(directions, *more)
     chosen = {
         name: moved(found) if layers is None else found.at(layers).layers
         for name, found in named.items()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from emlens._distributed import leads, shared, world
+from emlens._distributed import shared, world
+from emlens._progress import bar
 from emlens.directions.counting import Counting
 from emlens.directions.moments import Moments, sums_of
 from emlens.hooked import Condition, HookedModel
@@ -152,7 +152,7 @@ class Reader:
             raise ValueError(
                 f"{label}: none of its {len(conversations)} conversation(s) has tokens that count "
                 f"(tokens={self.counting.tokens!r}, skip_first={self.counting.skip_first}); give "
-                "them answers, or count other tokens"
+                "them answers, or count other tokens, e.g. tokens='all'"
             )
         self._norms += readings[len(sides) - 1].norms
         return readings[: len(sides)], readings[len(sides) :]
@@ -184,14 +184,14 @@ class Reader:
         mine = [place for place in kept if place in here]
         tallies = [_Tally(part, mine, self.counting) for _ in range(2 * len(sides) - 1)]
         total = sum(batch.n_tokens for batch in batches) * len(sides)
-        quiet = not (self.counting.progress and leads())
-        with tqdm(total=total, desc=label, unit="tok", disable=quiet) as bar, late_checks():
+        progress = self.counting.progress
+        with bar(total=total, desc=label, unit="tok", shown=progress) as shown, late_checks():
             for batch in batches:
                 counted, found = self.counting.mask(batch), []
                 for model, condition in sides:
                     with model.under(condition):
                         found.append(self._means(model, batch, counted, batch.index in norms))
-                    bar.update(batch.n_tokens)
+                    shown.update(batch.n_tokens)
                 last = found[-1][0]
                 found += [(means - last.to(means.device), []) for means, _ in found[:-1]]
                 for tally, (means, sizes) in zip(tallies, found, strict=True):

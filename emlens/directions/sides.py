@@ -12,7 +12,7 @@ from emlens._door import guarded
 from emlens._reading import expanded, read_csv
 from emlens.directions.held_out import prompts_of
 from emlens.hooked import HookedModel
-from emlens.text import Conversation, TokenMask, pack, tokenize
+from emlens.text import Conversation, Pair, TokenMask, pack, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,11 +33,35 @@ _NAMES = (
 )
 
 
+def both_sides(
+    positive: Sequence[Conversation] | Sequence[Pair], negative: Sequence[Conversation] | None
+) -> Sides:
+    """Return both sides; of pairs, the misaligned answers and the aligned ones.
+
+    Raises:
+        TypeError: If there is one side alone, or pairs and another side.
+    """
+    pairs = [item for item in positive if isinstance(item, Pair)]
+    if pairs and negative is not None:
+        raise TypeError("positive holds pairs, which have both sides: leave negative out")
+    if negative is None and not pairs:
+        raise TypeError(
+            "negative is missing: give a second list of conversations, or pairs alone, which have "
+            "both sides"
+        )
+    if negative is None:
+        return (
+            [pair.conversation("misaligned") for pair in pairs],
+            [pair.conversation("aligned") for pair in pairs],
+        )
+    return [item for item in positive if isinstance(item, Conversation)], list(negative)
+
+
 @guarded
 def matched(
     model: HookedModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
+    positive: Sequence[Conversation] | Sequence[Pair],
+    negative: Sequence[Conversation] | None = None,
     *,
     by: Match = "length",
     tokens: TokenMask = "response",
@@ -51,8 +75,8 @@ def matched(
 
     Args:
         model: Whose tokenizer counts.
-        positive: One side.
-        negative: The other.
+        positive: One side; or pairs, as in `mean_diff`.
+        negative: The other; not with pairs.
         by: `"length"` pairs conversations whose counted tokens differ by at most `tolerance`,
             each used once; `"prompt"` keeps one answer of either side for each prompt that both
             have.
@@ -63,6 +87,7 @@ def matched(
     Raises:
         ValueError: If nothing agrees, or `by` is unknown.
     """
+    positive, negative = both_sides(positive, negative)
     if by == "prompt":
         sides = _by_prompt(positive, negative)
     elif by == "length":

@@ -161,11 +161,12 @@ class Vectors:
     def __init__(
         self,
         vectors: Mapping[int, Float[Tensor, " d_model"]],
-        site: SiteName,
-        provenance: Provenance,
+        site: SiteName = "resid_post",
+        provenance: Provenance | None = None,
         evidence: Evidence | None = None,
     ) -> None:
         own, known = checked_vectors(vectors), evidence or Evidence()
+        provenance = provenance or Provenance("given")
         at = check_site(site, layers=own)
         known.check(own)
         vars(self).update(_vectors=own, site=at, provenance=provenance, evidence=known)

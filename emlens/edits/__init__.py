@@ -8,3 +8,7 @@ __all__ = [
     "Clamp",
     "Shift",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

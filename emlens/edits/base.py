@@ -18,6 +18,7 @@ from emlens.hooked.edit import Where
 from emlens.hooked.sites import Site, check_site, named_layers
 from emlens.text.batches import sent
 
+_MADE = "make one with Direction.of(vector, layer)"
 _WHERE: tuple[Where, ...] = ("all", "prompt", "response")
 
 
@@ -41,9 +42,11 @@ class DirectionEdit:
 
     def __post_init__(self) -> None:
         if not isinstance(self.direction, Directions):
+            several = isinstance(self.direction, (list, tuple, Mapping))
+            how = "give each an edit of its own" if several else _MADE
             raise TypeError(
                 f"direction of {type(self).__name__} must be a Direction or Directions, not "
-                f"{shown(self.direction)}; make one with Direction.of(vector, layer)"
+                f"{shown(self.direction)}; {how}"
             )
         choice(_WHERE, "where", self.where)
         for name, value in self._settings().items():

@@ -9,7 +9,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens._door import guarded
+from emlens._door import guard_names, guarded
 from emlens._registry import EDITS
 from emlens.edits.base import DirectionEdit
 from emlens.edits.deltas import Residual, Vector, ablate_delta, add_delta, clamp_delta
@@ -17,6 +17,7 @@ from emlens.hooked.edit import Formula, Where
 from emlens.hooked.sites import Site
 
 
+@guard_names
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Add(DirectionEdit):
     """Adds a direction: `x + scale * v`, or `v` rescaled to a dose.
@@ -64,6 +65,7 @@ class Add(DirectionEdit):
         return add_delta, (self._prepared(layer),)
 
 
+@guard_names
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ablate(DirectionEdit):
     """Takes the component along a direction out: afterwards the projection is zero.
@@ -84,6 +86,7 @@ class Ablate(DirectionEdit):
         return ablate_delta, (self._prepared(layer),)
 
 
+@guard_names
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Clamp(DirectionEdit):
     """Sets the component along a direction to a value.

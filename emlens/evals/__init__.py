@@ -55,3 +55,7 @@ __all__ = [
     "topics",
     "transfer_table",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from emlens._door import guard_methods, guarded
+from emlens._progress import bar
 from emlens._results import titled_table
 from emlens.directions.held_out import FOLDS, fold_of
 from emlens.directions.probes import classifier, out_of_fold
@@ -189,24 +189,24 @@ class ProbeJudge:
         ]
 
     def _read(
-        self, conversations: Sequence[Conversation], progress: bool = False
+        self, conversations: Sequence[Conversation], progress: bool = True
     ) -> Float[Tensor, "n d_model"]:
         """Mean activation over each answer, in the untouched base."""
         model = self._model
         means = torch.zeros(len(conversations), model.d_model)
         batches = model.batches(conversations)
-        bar = tqdm(
+        shown = bar(
             total=sum(batch.n_tokens for batch in batches),
             desc="fitting the probe",
             unit="tok",
-            disable=not progress,
+            shown=progress,
         )
-        with model.adapter(None), bar:
+        with model.adapter(None), shown:
             for batch in batches:
                 pool = pools.mean(batch.mask("response").to(model.device))
                 pooled = model.residuals(batch, self.layer, pool=pool)[self.layer]
                 means[list(batch.index)] = pooled.cpu()
-                bar.update(batch.n_tokens)
+                shown.update(batch.n_tokens)
         return means
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from emlens._arguments import is_list
 from emlens._door import check_fields, guarded
 from emlens._kinds import kind, made_with, some
 from emlens._reading import expanded, read_jsonl
@@ -90,7 +90,15 @@ class Question:
 
 
 made_with(Question, "make one with Question(id, prompt), or read them with load_questions")
-kind(Sequence[Question], words="questions")(partial(some, Question))
+
+
+@kind(Sequence[Question], words="questions")
+def _questions(name: str, value: Any) -> list[Question]:
+    """Questions; a text is one that is called by its words."""
+    given = [value] if isinstance(value, str) else value
+    if is_list(given):
+        given = [Question(one, one) if isinstance(one, str) else one for one in given]
+    return some(Question, name, given)
 
 
 @guarded

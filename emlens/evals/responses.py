@@ -10,9 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from tqdm.auto import tqdm
-
 from emlens._door import guard_methods, guarded
+from emlens._progress import bar
 from emlens._reading import expanded
 from emlens._store import Store, read_rows
 from emlens._types import checked_row
@@ -209,10 +208,10 @@ def respond(
     renamed = [replace(r, text=texts[r.content]) for r, *_ in new if r.content in texts]
     wanted = [item for item in new if item[0].content not in texts]
     found |= {row.key: row for row in _kept(kept, renamed)}
-    bar = tqdm(
-        total=len(asked), initial=len(found), desc="responses", unit="answer", disable=not progress
+    shown = bar(
+        total=len(asked), initial=len(found), desc="responses", unit="answer", shown=progress
     )
-    with bar:
+    with shown:
         for block in _blocks(wanted):
             with model.under(block[0][2]):
                 texts = model.generate(
@@ -223,7 +222,7 @@ def respond(
                 )
             done = [replace(row, text=text) for (row, _, _), text in zip(block, texts, strict=True)]
             found |= {row.key: row for row in _kept(kept, done)}
-            bar.update(len(block))
+            shown.update(len(block))
     return Responses(tuple(found[row.key] for row, *_ in asked), kept.path if kept else None)
 
 

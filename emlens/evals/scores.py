@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from tqdm.auto import tqdm
-
 from emlens._door import guard_methods, guarded
 from emlens._kinds import made_with
+from emlens._progress import bar
 from emlens._reading import expanded, read_csv
 from emlens._results import titled_table
 from emlens._store import Store, read_rows
@@ -212,9 +211,7 @@ def judge(
     known = {record["key"]: record for record in kept or ()}
     found: dict[str, Score] = {}
     order: list[str] = []
-    with tqdm(
-        total=len(rows) * len(wanted), desc="judging", unit="answer", disable=not progress
-    ) as bar:
+    with bar(total=len(rows) * len(wanted), desc="judging", unit="answer", shown=progress) as shown:
         for metric in wanted:
             rubric = judge.rubric(metric)
             keys = [_key(row, metric, judge.id, rubric) for row in rows]
@@ -223,7 +220,7 @@ def judge(
             for row, key in zip(rows, keys, strict=True):
                 if key in known:
                     found[key] = Score.from_dict(known[key])
-                    bar.update()
+                    shown.update()
                 elif key not in found:
                     todo.append((row, key))
             # a judge that asks many at once is given as many
@@ -238,7 +235,7 @@ def judge(
                 if kept is not None:
                     done = [Score.from_dict(one) for one in kept.add([asdict(one) for one in done])]
                 found |= {score.key: score for score in done}
-                bar.update(len(block))
+                shown.update(len(block))
     return Scores(tuple(found[key] for key in order), None if kept is None else kept.path)
 
 

@@ -7,9 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from tqdm.auto import tqdm
-
 from emlens._door import guarded
+from emlens._progress import bar
 from emlens._store import Store
 from emlens.evals._inspect import InspectModel, need_inspect, run, said
 from emlens.evals.questions import Question, check_names
@@ -99,12 +98,12 @@ def respond_served(
         if kept is not None:
             done = Response.from_dict(*kept.add([asdict(done)]))
         found[row.key] = done
-        bar.update()
+        shown.update()
 
-    bar = tqdm(
-        total=len(order), initial=len(found), desc="responses", unit="answer", disable=not progress
+    shown = bar(
+        total=len(order), initial=len(found), desc="responses", unit="answer", shown=progress
     )
-    with bar:
+    with shown:
         run(reached.each(wanted, ask, "what was answered before"))
     return Responses(tuple(found[key] for key in order), None if kept is None else kept.path)
 

@@ -17,7 +17,7 @@ from emlens.edits import Ablate
 from emlens.evals.behaviour import Behaviour, answer_columns
 from emlens.evals.tables import NO_EFFECT, NOT_SCORED, ORGANISM, averaged, single_layer, triple
 from emlens.hooked import BASE, Condition, HookedModel
-from emlens.hooked.condition import Conditions, conditions_of
+from emlens.hooked.condition import Conditions, by_name, conditions_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,7 +164,7 @@ def transfer_table(
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)
     whole, left, removed, what, coherent, judges, acting = [], [], [], [], [], [], []
-    for name, organism in conditions_of(model, organisms).items():
+    for name, organism in conditions_of(model, by_name(organisms)).items():
         behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
         if behaviour is None:
             raise ValueError(f"no behaviour was given for organism {name!r}")

@@ -19,3 +19,7 @@ __all__ = [
     "palette",
     "save_figure",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -12,3 +12,7 @@ __all__ = [
     "TopDirections",
     "scan",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

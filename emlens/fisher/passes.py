@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from emlens._distributed import leads, shared, world
+from emlens._distributed import shared, world
+from emlens._progress import bar
 from emlens._runs import START_ANEW, check_same
 from emlens._tensors import read_tensors, write_tensors
 from emlens._types import checked_fields
@@ -120,11 +119,10 @@ def gather(
         sums, done = _restored(checkpoint, run, settings)
         stream = Stream(model, corpus, settings.max_tokens, token_budget)
         total = sum(len(window.index) for window in shares)
-        quiet = not (progress and leads())
         number = 0
-        with tqdm(total=total, desc="Fisher profile", unit="doc", disable=quiet) as bar:
+        with bar(total=total, desc="Fisher profile", unit="doc", shown=progress) as shown:
             for number, (batch, places) in enumerate(stream.batches(shares), start=1):
-                bar.update(len(batch))
+                shown.update(len(batch))
                 if number <= done:
                     continue
                 sums.add(

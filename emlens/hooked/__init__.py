@@ -48,3 +48,7 @@ __all__ = [
     "token_losses",
     "wrap",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

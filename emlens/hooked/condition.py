@@ -146,6 +146,35 @@ Conditions: TypeAlias = Mapping[Any, ConditionLike]
 K = TypeVar("K", bound=Hashable)
 
 
+@kind(Conditions, words="conditions by name")
+def _any_conditions(_: str, given: Any) -> Any:
+    """`conditions_of` reads them."""
+    return given
+
+
+def by_name(given: Any) -> Mapping[Any, ConditionLike]:
+    """Conditions by name; one without is called after its adapters, its edits `edited`.
+
+    Raises:
+        TypeError: If it is no condition, or several adapters, which may act together or apart.
+    """
+    if isinstance(given, Mapping):
+        return given
+    if isinstance(given, Sequence) and not isinstance(given, str) and all(map(_acts, given)):
+        names = ", ".join(f"{str(one)!r}: {str(one)!r}" for one in given)
+        raise TypeError(f"conditions are given by name, e.g. {{'base': None, {names}}}")
+    if _acts(given) or _edit(given) or _edits(given):
+        return {str(given) if _acts(given) else "edited": given}
+    if isinstance(given, tuple) and len(given) == 2 and _names(given[0]) and _edits(given[1]):
+        names = () if given[0] is None else (given[0],) if _acts(given[0]) else given[0]
+        return {", ".join(["+".join(map(str, names))] * bool(names) + ["edited"]): given}
+    if isinstance(given, (Condition, HasCondition)) and not isinstance(given, type):
+        return {str(getattr(given, "name", "") or "condition"): given}
+    raise TypeError(
+        f"conditions are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}"
+    )
+
+
 def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Condition:
     """Return the condition that was meant.
 
@@ -177,7 +206,8 @@ def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Conditi
 def conditions_of(model: Hooked, given: Mapping[K, ConditionLike] | None) -> dict[K, Condition]:
     """Return named conditions; by default the one that names nothing, `[]`.
 
-    That is called after the adapter of the enclosing `with model.adapter(...)`, or `"base"`.
+    That is called after the adapter of the enclosing `with model.adapter(...)`, or `"base"`. A
+    condition without a name, such as an edit, is compared with it; see `by_name`.
     Names stay what they are. A name of several parts is a tuple: words put together may be the
     name of something else.
 
@@ -185,13 +215,9 @@ def conditions_of(model: Hooked, given: Mapping[K, ConditionLike] | None) -> dic
         ValueError: If there are none, or the model has no such adapter.
         TypeError: If one is no condition, or they have no names.
     """
-    if given is None:
-        default: Any = {"+".join(map(str, model.enclosing_adapters or (BASE,))): []}
-        given = default
     if not isinstance(given, Mapping):
-        raise TypeError(
-            f"conditions are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}"
-        )
+        base: Any = {"+".join(map(str, model.enclosing_adapters or (BASE,))): []}
+        given = base if given is None else base | dict(by_name(given))
     if not given:
         raise ValueError('there are no conditions; give at least one, e.g. {"base": None}')
     return {key: condition_of(model, value, str(key)) for key, value in given.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from emlens._door import guarded
+from emlens._guesses import nearest
 from emlens._reading import expanded
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
@@ -36,7 +37,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict | None = None,
     revision: str | None = None,
-    adapters: Mapping[str, str | Path] | None = None,
+    adapters: Mapping[str, str | Path] | Sequence[str | Path] | str | Path | None = None,
     check: bool = True,
     remote: bool | str = False,
     template_arguments: Mapping[str, Any] | None = None,
@@ -54,7 +55,8 @@ def load(
         device_map: Placement as `transformers` takes it, e.g. `"auto"`; None is the CPU.
         revision: Revision on the hub.
         adapters: LoRA adapters to put on the one copy of the base: name to folder or hub name
-            (`"org/name"`, or `"org/name/sub/folder"`). None acts until
+            (`"org/name"`, or `"org/name/sub/folder"`), or one or several of these without
+            names, each then called after its last part. None acts until
             `with model.adapter(name)`. All that PEFT keeps of an adapter acts: DoRA, biases at
             `B`, saved modules, single tokens. One that would change the base is refused.
         check: Try the model out: its logits are held to those of the module as it came, and what
@@ -96,6 +98,7 @@ def load(
         kept = "dequantised Q4_1" if isinstance(source, Path) else revision
     else:
         kept = revision
+    _check_name(name)
     _check_decoder(source, label, revision, model_options)
     if remote:
         if adapters:
@@ -124,8 +127,9 @@ def load(
     if adapters:
         from emlens.hooked.attach import attach
 
-        attach(module, adapters, label)
+        attach(module, _by_folder(adapters), label)
     template = settled(tokenizer, template_arguments)
+    _note_gpu(device_map)
     return _hook(engine, LoadedModel(module.eval()), template, label, kept, check)
 
 
@@ -242,6 +246,46 @@ def _check_decoder(
         raise ValueError(
             f"{label} is an encoder-decoder ({config.model_type}); emlens reads decoder-only chat "
             "models"
+        )
+
+
+def _check_name(name: str | Path) -> None:
+    """Refuse what is nearly the name of the embedded model, before the hub is asked for it."""
+    given = str(name)
+    if given == EMBEDDED_MODEL or "/" in given or expanded(given).exists():
+        return
+    short = EMBEDDED_MODEL.startswith(given.lower()) and len(given) >= 4
+    if short or nearest(given, [EMBEDDED_MODEL]):
+        raise ValueError(f"there is no model {given!r}; did you mean {EMBEDDED_MODEL!r}?")
+
+
+def _by_folder(
+    adapters: Mapping[str, str | Path] | Sequence[str | Path] | str | Path,
+) -> Mapping[str, str | Path]:
+    """Adapters by name; those without are called after the last part of their place.
+
+    Raises:
+        ValueError: If two have the same last part.
+    """
+    if isinstance(adapters, Mapping):
+        return adapters
+    places = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    names = [Path(str(place)).name for place in places]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"two adapters would be called {twice[0]!r}; name them: adapters={{name: folder, ...}}"
+        )
+    return dict(zip(names, places, strict=True))
+
+
+def _note_gpu(device_map: str | dict | None) -> None:
+    """Say once that there is a GPU which the model is not on; where that is meant, nothing."""
+    if device_map is None and torch.cuda.is_available():
+        warnings.warn(
+            "there is a GPU, and the model is on the CPU; load(..., device_map='cuda') puts it "
+            "there, and device_map='cpu' says that the CPU is meant",
+            stacklevel=4,
         )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from html import escape
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Never, Unpack, cast
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from emlens._door import guarded
+from emlens._guesses import no_attribute
 from emlens._kinds import made_with
 from emlens.hooked.conditioned import Conditioned
 from emlens.hooked.edit import Edit, deepest_prefix
@@ -366,6 +367,17 @@ class HookedModel(Conditioned, ABC):
                 f"cannot resume after layer {layer}: an edit acts before it; resume after "
                 f"layer {prefix} or below"
             )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Never:
+            raise AttributeError(no_attribute(self, name))
+
+    def __call__(self, *_: object, **__: object) -> Never:
+        raise TypeError(
+            "a hooked model is not called itself; model.generate(conversations) answers, "
+            "model.logits(batch) runs a batch of model.batches(conversations)"
+        )
 
     def __repr__(self) -> str:
         return (

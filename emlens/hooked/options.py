@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
-from emlens._distributed import leads
 from emlens.text import TokenMask
 
 
@@ -18,7 +17,7 @@ class BatchOptions(TypedDict, total=False):
 
     Attributes:
         token_budget: Padded tokens of a batch; 2048 unless the verb says otherwise.
-        progress: Show a progress bar; off by default.
+        progress: Show a progress bar in a terminal or a notebook; on by default.
     """
 
     token_budget: int
@@ -64,12 +63,7 @@ class BatchSettings:
     """Defaults of `BatchOptions`."""
 
     token_budget: int = 2048
-    progress: bool = False
-
-    @property
-    def quiet(self) -> bool:
-        """Whether a progress bar is hidden: one process of several shows it."""
-        return not (self.progress and leads())
+    progress: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ def unwrap(model: object) -> LoadedModel:
         return unwrap(model.module)
     if isinstance(model, nn.Module):
         return LoadedModel(_bare(model), None)
+    if isinstance(model, str):
+        raise TypeError(f"cannot wrap a name; emlens.load({model!r}) loads a model by its name")
     raise TypeError(
         f"cannot wrap a {kind}; give a TransformerBridge, an nnsight or nnterp model, a PEFT "
         "model or a transformers causal language model"

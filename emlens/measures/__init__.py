@@ -40,3 +40,7 @@ __all__ = [
     "token_projections",
     "weight_noise",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

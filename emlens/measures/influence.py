@@ -14,7 +14,7 @@ from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction
 from emlens.hooked import BASE, CorpusOptions, HookedModel
-from emlens.hooked.condition import ConditionLike, Conditions, conditions_of
+from emlens.hooked.condition import ConditionLike, Conditions, by_name, conditions_of
 from emlens.hooked.options import CorpusSettings
 from emlens.measures.controls import control_directions, kinds_of
 from emlens.measures.doses import (
@@ -307,7 +307,7 @@ def influence(
         raise ValueError(f"corpus {corpus.name!r} has no documents")
     settings = CorpusSettings(**options)
     reading: Any = {"max_tokens": settings.max_tokens, "token_budget": settings.token_budget}
-    fixed = dict(conditions or {})
+    fixed = {} if conditions is None else dict(by_name(conditions))
     if directions or not fixed:
         named(directions)
     kinds = kinds_of(CONTROLS if controls is None else controls) if directions else {}

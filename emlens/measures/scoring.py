@@ -10,9 +10,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from emlens._distributed import leads, shared
+from emlens._distributed import shared
+from emlens._progress import bar
 from emlens.hooked import BaseLogProbs, Condition, HookedModel, sweep, token_losses
 from emlens.hooked.condition import ConditionLike, condition_of, conditions_of
 from emlens.hooked.finite import check_finite, late_checks
@@ -95,7 +95,7 @@ def row_losses(
     conditions: Mapping[K, ConditionLike],
     *,
     tokens: TokenMask = "response",
-    progress: bool = False,
+    progress: bool = True,
     description: str = "losses",
 ) -> tuple[dict[K, np.ndarray], np.ndarray]:
     """Return summed loss in nats per row and condition, and the counted tokens per row.
@@ -139,7 +139,7 @@ def row_influence(
     conditions: Mapping[K, ConditionLike],
     *,
     tokens: TokenMask = "all",
-    progress: bool = False,
+    progress: bool = True,
     description: str = "influence",
     keep: TokenValues | None = None,
 ) -> tuple[dict[K, np.ndarray], dict[K, np.ndarray], np.ndarray, np.ndarray]:
@@ -210,7 +210,7 @@ def _listed(conditions: Mapping) -> str:
 
 def _bar(batches: Sequence[TokenBatch], conditions: Mapping, progress: bool, description: str):
     total = sum(batch.n_tokens for batch in batches) * len(conditions)
-    return tqdm(total=total, desc=description, unit="tok", disable=not (progress and leads()))
+    return bar(total=total, desc=description, unit="tok", shown=progress)
 
 
 def _check_counted(counts: np.ndarray, batch: TokenBatch) -> None:

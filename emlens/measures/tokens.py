@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from emlens._door import guarded
 from emlens._kinds import kind
+from emlens._progress import bar
 from emlens._results import Result
 from emlens.directions import Direction, Directions, residual_norm
 from emlens.directions.fits import check_fits
@@ -408,7 +408,7 @@ def token_projections(
     batches = model.batches(conversations, token_budget=reading.token_budget)
     n, shown = len(conversations), TokenValues()
     found: dict[str, list] = {key: [()] * n for key in ("counted", "values")}
-    for batch in tqdm(batches, desc="projections", unit="batch", disable=reading.quiet):
+    for batch in bar(batches, desc="projections", unit="batch", shown=reading.progress):
         pool = pools.along(unit)
         read = model.residuals(batch, direction.layer, direction.site, pool)[direction.layer]
         real, mask = batch.attention_mask.bool().cpu(), batch.mask(reading.tokens).cpu()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from emlens._arguments import NOT_NEGATIVE
 from emlens._door import guarded
+from emlens._progress import bar
 from emlens._stats import Interval
 from emlens.directions import Directions
 from emlens.hooked import BASE, HookedModel, ReadOptions
@@ -137,7 +137,7 @@ def weight_noise(
     untouched = losses()
     found: dict[tuple[float, int], dict[str, float]] = {}
     points = [(level, draw) for level in levels for draw in draws]
-    for level, draw in tqdm(points, desc="weight noise", disable=reading.quiet):
+    for level, draw in bar(points, desc="weight noise", shown=reading.progress):
         with noisy_weights(model, level, draw):
             found[level, draw] = losses()
 

@@ -11,3 +11,7 @@ __all__ = [
     "rebuild_report",
     "run_study",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

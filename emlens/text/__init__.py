@@ -1,5 +1,6 @@
 """Conversations and corpora, turned into token batches with masks."""
 
+from emlens.text import given as given
 from emlens.text.batches import TokenBatch, pack
 from emlens.text.conversation import Conversation, Pair, Side
 from emlens.text.corpus import Corpus, Document, corpus
@@ -23,3 +24,7 @@ __all__ = [
     "split_pairs",
     "tokenize",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

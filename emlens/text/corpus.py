@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -58,7 +58,7 @@ class Corpus:
 
 @guarded
 def corpus(
-    source: str | Path = PYTHON_DOCS,
+    source: str | Path | Sequence[str] = PYTHON_DOCS,
     config: str | None = None,
     *,
     documents: int = 100,
@@ -72,7 +72,8 @@ def corpus(
     Args:
         source: `"python-docs"` (English reference prose that CPython ships), `"lee-news"` (news,
             where gensim is installed), a `.txt`, `.jsonl` or `.parquet` file, or a data set that
-            is streamed, e.g. `corpus("HuggingFaceFW/fineweb", "sample-10BT", documents=100)`.
+            is streamed, e.g. `corpus("HuggingFaceFW/fineweb", "sample-10BT", documents=100)`; or
+            a list of texts, which are taken as they are.
         config: Configuration of the data set.
         documents: Documents to take, at most.
         min_characters: Shorter texts are left out.
@@ -90,6 +91,8 @@ def corpus(
     """
     if documents < 1:
         raise ValueError(f"documents must be at least 1, not {documents}")
+    if not isinstance(source, (str, Path)):
+        return of_texts(source)
     path = expanded(source)
     if str(source) == PYTHON_DOCS:
         found = _sampled(_python_docs(), documents, min_characters, seed)
@@ -104,6 +107,11 @@ def corpus(
         raise ValueError(f"{source} has no document of at least {min_characters} characters")
     name = path.name if path.suffix in (".txt", ".jsonl", ".parquet") else str(source)
     return Corpus(name, tuple(found))
+
+
+def of_texts(texts: Sequence[str]) -> Corpus:
+    """A corpus of texts in memory."""
+    return Corpus("texts", tuple(Document(f"texts/{i}", one) for i, one in enumerate(texts)))
 
 
 def _long(documents: Iterable[Document], min_characters: int) -> Iterator[Document]:

@@ -117,6 +117,11 @@ def load_conversations(
     Raises:
         ValueError: If a row has no valid `messages` (file and line, or row, are named).
     """
+    if str(source) in EMBEDDED:
+        raise ValueError(
+            f"{source!r} is a set of pairs; read it with emlens.load_pairs({source!r}) and take "
+            "pair.conversation('misaligned') of each"
+        )
     path = expanded(source)
     if path.suffix == ".jsonl" or (path.exists() and not path.is_dir()):
         rows: Iterable[tuple[str, dict]] = (

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from emlens._arguments import is_list, shown
-from emlens._kinds import kind, made_with, some
+from emlens._arguments import is_list, shown, texts
+from emlens._kinds import check_of, kind, made_with, some
 from emlens.text.batches import TokenBatch
 from emlens.text.conversation import Conversation, Pair
-from emlens.text.corpus import Corpus
+from emlens.text.corpus import Corpus, of_texts
 
 _CONVERSATION = (
     "give emlens.Conversation objects, lists of {'role': ..., 'content': ...}, or the user's words"
@@ -33,6 +33,8 @@ def conversations_of(
         TypeError: If something is no conversation; its place is named.
         ValueError: If there are none, or a message is not as it must be.
     """
+    if isinstance(given, Mapping) and "role" in given:
+        given = [[given]]
     if isinstance(given, (str, Conversation)) or _is_messages(given):
         given = [given]
     if not is_list(given):
@@ -79,4 +81,15 @@ kind(Sequence[Conversation], words="conversations")(partial(_named, conversation
 made_with(Pair, "make one with emlens.Pair(...), or read them with emlens.load_pairs")
 kind(Sequence[Pair], words="pairs")(partial(some, Pair))
 made_with(Corpus, "make one with emlens.corpus(...)")
+_corpus = check_of(Corpus)
+
+
+@kind(Corpus)
+def _corpus_of(name: str, value: Any) -> Any:
+    """A corpus, or a list of texts."""
+    if is_list(value) and not isinstance(value, Corpus):
+        return of_texts(texts(name, value))
+    return _corpus and _corpus(name, value)
+
+
 made_with(TokenBatch, "make them with model.batches(...)")

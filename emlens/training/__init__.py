@@ -59,3 +59,7 @@ __all__ = [
     "train_weights",
     "trajectory",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -8,9 +8,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from emlens._distributed import leads
+from emlens._progress import bar
 from emlens.directions import Provenance
 from emlens.hooked import NonFiniteError
 from emlens.hooked.sites import Site
@@ -85,11 +85,14 @@ class Loop:
         per_epoch = self.objective.train.per_epoch
         total = per_epoch * settings.epochs
         draws = self.objective.draws(len(done.steps))
-        quiet = not (self.recording.progress and leads())
-        bar = tqdm(
-            total=total, initial=len(done.steps), desc="training", unit="update", disable=quiet
+        shown = bar(
+            total=total,
+            initial=len(done.steps),
+            desc="training",
+            unit="update",
+            shown=self.recording.progress,
         )
-        with bar:
+        with shown:
             while len(done.steps) < total and not self._enough(done):
                 try:
                     step = self._update(optimiser, next(draws), done, total)
@@ -99,8 +102,8 @@ class Loop:
                 except NonFiniteError as error:
                     self._stop(error, done)
                 self._keep(optimiser, done)
-                bar.set_postfix(_shown(step))
-                bar.update()
+                shown.set_postfix(_shown(step))
+                shown.update()
         if done.best_weights:
             self._load(done.best_weights)
         if done.at[-1] != len(done.steps) or done.best_weights:

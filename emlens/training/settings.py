@@ -8,13 +8,15 @@ from math import cos, pi
 from typing import Literal
 
 from emlens._arguments import NOT_NEGATIVE, POSITIVE
-from emlens._door import check_fields, guarded
+from emlens._door import check_fields, guard_names, guarded
+from emlens._kinds import made_with
 from emlens.directions import Directions
 from emlens.text import Conversation, Pair, TokenMask
 
 Schedule = Literal["linear", "cosine", "constant"]
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class KLPenalty:
     """A penalty on changing predictions elsewhere: `weight * KL(base || trained)`.
@@ -39,6 +41,7 @@ class KLPenalty:
         check_fields(self, weight=POSITIVE)
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class NormPenalty:
     """A penalty on size: `weight * (norm / residual norm)^2`, summed over what is written.
@@ -56,6 +59,7 @@ class NormPenalty:
         check_fields(self, weight=POSITIVE)
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class ProjectionPenalty:
     """A penalty on movement along given directions: `weight * (projection / residual norm)^2`.
@@ -119,6 +123,7 @@ class AnchorPenalty:
 Penalty = NormPenalty | ProjectionPenalty | AnchorPenalty
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """How anything is trained.
@@ -168,6 +173,7 @@ class TrainSettings:
         return self.lr * (left if self.schedule == "linear" else (1 - cos(pi * left)) / 2)
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class VectorSettings(TrainSettings):
     """How vectors are trained in place.
@@ -181,6 +187,7 @@ class VectorSettings(TrainSettings):
     alpha: float | None = None
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class AdapterSettings(TrainSettings):
     """How a LoRA adapter is trained.
@@ -201,6 +208,7 @@ class AdapterSettings(TrainSettings):
     layers: tuple[int, ...] | None = None
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class WeightSettings(TrainSettings):
     """How the weights themselves are trained (full finetuning).
@@ -227,3 +235,6 @@ def paper_kl_weight(weight: float, n_vocab: int, *, to_paper: bool = False) -> f
         to_paper: Convert the other way.
     """
     return weight * n_vocab if to_paper else weight / n_vocab
+
+
+made_with(KLPenalty, "make one with emlens.KLPenalty(conversations, weight)")

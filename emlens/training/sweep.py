@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
-from emlens._distributed import leads
 from emlens._door import guarded
+from emlens._progress import bar
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
 from emlens.hooked import HookedModel
@@ -170,9 +169,9 @@ def sweep_kl(
     if not wanted or wanted[0] < 0:
         raise ValueError(f"weights must be 0 or more, and at least one, not {list(weights)}")
     bench = _Bench(model, train, kl, inside, outside, layer, options)
-    hidden = not (options.get("progress") and leads())
-    with tqdm(wanted, desc="KL weights", unit="training", disable=hidden) as bar:
-        return bench.sweep([bench.measure(weight) for weight in bar], None)
+    shown = options.get("progress", True)
+    with bar(wanted, desc="KL weights", unit="training", shown=shown) as each:
+        return bench.sweep([bench.measure(weight) for weight in each], None)
 
 
 @guarded

@@ -16,3 +16,7 @@ __all__ = [
     "screen",
     "transfer_auroc",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from emlens._distributed import shared
+from emlens._progress import bar
 from emlens.directions import Directions, residual_norm
 from emlens.hooked import HookedModel, ReadOptions, pools
 from emlens.hooked.options import ReadSettings
@@ -136,7 +136,7 @@ class Readout:
         def run(batches: Sequence[TokenBatch]) -> np.ndarray:
             table = np.zeros((len(conversations), 1 + len(self.layers)))
             total = sum(batch.n_tokens for batch in batches)
-            with tqdm(total=total, desc=description, unit="tok", disable=reading.quiet) as bar:
+            with bar(total=total, desc=description, unit="tok", shown=reading.progress) as shown:
                 for batch in batches:
                     mask = batch.mask(tokens)
                     if answer_tokens is not None:
@@ -144,7 +144,7 @@ class Readout:
                     _check_counted(mask, batch, tokens)
                     found = self._pooled(model, batch, mask, layers)
                     table[list(batch.index)] = np.column_stack([mask.sum(1).numpy(), found])
-                    bar.update(batch.n_tokens)
+                    shown.update(batch.n_tokens)
             return table
 
         what = f"{description} of {tokens} tokens at {self.site}, {', '.join(self.columns)}"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal, Unpack
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from emlens._distributed import leads
 from emlens._door import guarded
+from emlens._progress import bar
 from emlens._results import Result
 from emlens._stats import Interval
 from emlens._store import Store
@@ -196,7 +196,7 @@ def screen(
     benign = None if trusted is None else _trusted_scores(scorer, trusted)
     store = None if out is None else Store(out, "screen", scorer.settings(directions))
     old, tally = iter(store or ()), Tally(how.keep, how.seed)
-    with tqdm(desc=f"screen {source}", unit="row", disable=how.quiet) as bar:
+    with bar(desc=f"screen {source}", unit="row", shown=how.progress) as shown:
         for part in parts:
             scored = kept_rows(islice(old, len(part)), part, str(out))
             if len(scored) < len(part):
@@ -207,7 +207,7 @@ def screen(
                         store.remove(one.row for one in before)
                     scored = kept_rows(store.add(map(vars, scored)), part, str(out))
             tally.add(scored)
-            bar.update(len(part))
+            shown.update(len(part))
     if next(old, None) is not None:
         raise ValueError(f"{out} holds scores of more examples than {source} has")
     limit, rule = _threshold(tally, benign, flag_share, source)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import emlens
-from emlens import Add, Direction
+from emlens import Add, Direction, _progress
 from emlens.directions import (
     CONSTRUCTIONS,
     edit_diff,
@@ -185,6 +185,7 @@ def main(folder: Path) -> None:
     record: dict[str, object] = {"errors": errors(model, rank)}
     record["ran"] = measure(model, folder / str(rank))
     screen = io.StringIO()
+    _progress.watched, _progress.DELAY = lambda: True, 0
     with redirect_stderr(screen):
         found = emlens.mean_diff(model, BAD, GOOD, token_budget=BUDGET, progress=True)
         emlens.log_odds(model, pairs(7), token_budget=BUDGET, progress=True)

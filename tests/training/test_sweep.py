@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import emlens
-from emlens import Add, KLPenalty, train_vector
+from emlens import Add, KLPenalty, _progress, train_vector
 from emlens.training import KLSweep, auto_kl, sweep_kl, train_adapter
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
@@ -165,7 +165,9 @@ def test_bad_input_is_refused(hooked_llama, call, message):
         call(hooked_llama)
 
 
-def test_a_sweep_shows_how_many_of_its_trainings_are_done(capsys):
+def test_a_sweep_shows_how_many_of_its_trainings_are_done(capsys, monkeypatch):
+    monkeypatch.setattr(_progress, "watched", lambda: True)
+    monkeypatch.setattr(_progress, "DELAY", 0)
     model = tiny_hooked("llama")
     sweep_kl(model, TRAIN, INSIDE, OUTSIDE, KL, [5.0, 0], layer=1, progress=True, **QUICK)
     shown = capsys.readouterr().err

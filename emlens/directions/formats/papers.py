@@ -95,6 +95,14 @@ def write_papers(directions: Directions, path: Path) -> Path:
 
 def _load(path: Path) -> dict[str, Any]:
     record = read_torch_file(path)
+    if isinstance(record, Tensor):
+        call = "Direction.of(torch.load(path), layer=15)"
+        if record.ndim == 2:
+            call = "Directions(dict(enumerate(torch.load(path))), site='resid_post')"
+        raise ValueError(
+            f"{path} holds one tensor of shape {list(record.shape)}, and not at which layer and "
+            f"site it acts; say that with {call}"
+        )
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds a {type(record).__name__}, not a dict with a vector")
     missing = [key for key in ("steering_vector", "layer_idx") if key not in record]

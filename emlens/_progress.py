@@ -1,0 +1,31 @@
+"""Progress bars: when one is shown, and how it looks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from emlens._distributed import leads
+
+DELAY = 1.0
+"""Seconds before a bar appears: a short call shows none."""
+
+
+def bar(items: Iterable[Any] | None = None, *, shown: bool, **how: Any) -> tqdm:
+    """A progress bar on standard error, where somebody looks on: one process of several shows it.
+
+    Args:
+        items: What is counted, where the bar runs over it.
+        shown: What the caller's `progress` says.
+        **how: `total`, `desc`, `unit`, `initial`, as `tqdm` takes them.
+    """
+    return tqdm(items, disable=not (shown and leads() and watched()), delay=DELAY, **how)
+
+
+def watched() -> bool:
+    """Whether standard error is a terminal, or this is a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or hasattr(shell, "kernel")
