@@ -180,10 +180,7 @@ class Spectrum(Result):
 
     @property
     def shrunk(self) -> tuple[float, ...]:
-        """Held-out eigenvalues made to descend, by isotonic regression; as many as `held_out`.
-
-        Source: D. Bartz, Cross-validation based nonlinear shrinkage (arXiv 1611.00798).
-        """
+        """Held-out eigenvalues made to descend, by isotonic regression; as many as `held_out`."""
         from scipy.optimize import isotonic_regression
 
         return tuple(isotonic_regression(self.held_out, increasing=False).x.tolist())

@@ -24,7 +24,10 @@ ROOT = Path(emlens.__file__).parent.parent
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["study", "--preset", "huge"], "unknown preset 'huge'; the presets are demo, vector, smoke"),
+        (
+            ["study", "--preset", "huge"],
+            "unknown preset 'huge'; the presets are demo, vector,",
+        ),
         (["study", "--set", "speed=3"], "unknown study setting(s) speed; the settings are"),
         (["study", "--set", "speed=3"], "unknown study setting(s) speed; the settings are"),
         (["extract", "nothing"], "'nothing' is neither an embedded set"),

@@ -42,24 +42,12 @@ NOT_CALLED = {
 }
 """Public functions that take no part, and why."""
 
-_REPEATS = ("repeats", "repeats_told", "warn_of_repeats")
 _LOW_LEVEL = {
-    "edits": {"ablate_delta", "add_delta", "clamp_delta"},
     "hooked": {
-        *("answer", "deepest_prefix", "gradient_checkpointing", "identities", "kl_sum", "loss_sum"),
-        *("response_losses", "sweep", "token_kl", "token_losses", "token_scores", "where_mask"),
-        *("check_layers", "check_site", "named_layers", "condition_of", "conditions_of"),
-        *("digest_of", "hook_name", "check_finite"),
+        *("answer", "gradient_checkpointing", "kl_sum", "loss_sum"),
+        *("response_losses", "sweep", "token_kl", "token_losses"),
     },
-    "text": {
-        "pack",
-        "restore",
-        "template_hash",
-        "content_hash",
-        "conversations_of",
-        "parted",
-        *_REPEATS,
-    },
+    "text": {"pack"},
 }
 """What other rooms are built of: tensors in, tensors out, inside the loop."""
 
@@ -228,7 +216,6 @@ class World:
             "mean_diff": both,
             "compare": {"directions": {"a": self.several, "b": self.several * 2}},
             "directions.adapter_directions": {"folder": adapters},
-            "directions.adapter_rows": {"folder": adapters},
             "directions.adapter_scalars": {
                 **{"model": model, "adapter": "one", "conversations": good}
             },
@@ -259,7 +246,6 @@ class World:
             "directions.model_diff": {
                 **{"positive": (model, "one"), "negative": model, "conversations": good}
             },
-            "directions.null_band": {"d_model": 32},
             "directions.pca": both,
             "directions.probe": {
                 **{"model": model, "positive": conversations("bad", 10), "layers": [1]},
@@ -282,9 +268,7 @@ class World:
             "directions.write_directions": {
                 **{"directions": self.several, "path": self.folder / "w.safetensors"}
             },
-            "edits.edit_from_dict": {"record": Add(self.lone, dose=0.1).to_dict()},
             "hooked.adapter_norms": {"model": model, "name": "one"},
-            "hooked.noisy_weights": {"model": model, "epsilon": 0.1},
             "hooked.patched_deltas": {
                 **{"model": model, "recipient": good[0], "donor": good[0], "adapter": "one"}
             },
@@ -344,8 +328,6 @@ class World:
                 **{"model": model, "organisms": {"one": "one"}, "directions": {"one": self.lone}},
                 **{"behaviours": {"one": self.behaviour}, "layer": 1, "randoms": 1},
             },
-            "evals.wilson": {"hits": 2, "n": 5},
-            "measures.perturbed": {"direction": self.lone, "epsilon": 0.1, "seed": 0},
             "fisher.scan": {
                 **{"model": model, "corpus": self.corpus, "directions": named, "check": 1},
                 **{"profile": self.profile, "progress": False},
@@ -366,11 +348,6 @@ class World:
             },
             "text.split_pairs": {"pairs": pairs(12)},
             "text.tokenize": {"conversations": good, "template": model.tokenizer},
-            "text.tokenize_documents": {
-                "documents": self.corpus.documents,
-                "tokenizer": model.tokenizer,
-            },
-            "text.without_thinking": {"text": "<think>a</think>b"},
             "training.drift": {
                 **{"model": model, "run": self.vector_run, "inside": self.pairs[:2]},
                 **{"references": {"a": self.vector_run}, "outside": self.pairs[2:]},
