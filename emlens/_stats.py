@@ -356,6 +356,32 @@ def wilson(hits: float, n: float, level: float | None = None) -> Interval:
     return Interval(hits / n, *_wilson(hits / n, n, float(reach(level=level))))
 
 
+def p_value(found: Interval, *, degrees: float = np.inf, level: float | None = None) -> float:
+    """Two-sided p of an interval: below `1 - level` where it excludes zero, and only there.
+
+    The end that is nearer to zero is moved as that of a t interval moves with its level.
+
+    Args:
+        found: The interval; NaN without ends.
+        degrees: Degrees of freedom of a t interval; of a bootstrap none.
+        level: Level of the interval.
+    """
+    from scipy.stats import t
+
+    half = found.estimate - found.low if found.estimate > 0 else found.high - found.estimate
+    if np.isnan(half) or half <= 0:
+        return _NAN if np.isnan(half) else float(found.estimate == 0)
+    return float(2 * t.sf(abs(found.estimate) / half * reach(degrees, level), degrees))
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+    """Holm's correction of some p values for their number: one is kept where it is below alpha."""
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values)
+    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    return np.minimum(steps, 1.0)[np.argsort(order)]
+
+
 def _known(level: float | None) -> float:
     return level_in_force() if level is None else level
 

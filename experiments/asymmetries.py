@@ -13,10 +13,11 @@ from emlens._door import guarded
 from emlens._reading import expanded
 from emlens._results import Result
 from emlens._runs import SETTINGS, Parts
-from emlens._stats import Interval, bootstrap_statistic, bootstrap_trainings, mean_over_seeds
+from emlens._stats import Interval, bootstrap_trainings, holm, mean_over_seeds, p_value
 from emlens.hooked import HookedModel, load
 from emlens.hooked.identity import identities
-from emlens.measures import Efficiency, LogOdds, Stability, log_odds
+from emlens.measures import Confinement, Divergence, Efficiency, LogOdds, Stability, log_odds
+from emlens.measures.confinement import gap_over
 from emlens.study.folder import RunFolder
 from experiments.trials import (
     BENIGN,
@@ -54,12 +55,15 @@ FOLDER = RunFolder(
 
 CLAIMS = {
     "general transfers": "general: change of log-odds outside [nats/token]",
-    "narrow stays": "narrow outside, less general outside scaled to narrow's effect inside",
+    "narrow stays": "narrow outside, less general outside at the strength of equal effect inside",
     "efficiency": "loss of general minus narrow at equal norm [nats/token]",
     "stability": "gain lost to noise, narrow minus general [percentage points]",
     "influence": "KL on pre-training text at equal norm, general minus narrow [nats/token]",
 }
 """The claims of arXiv 2602.07852, and the quantity that each is read from."""
+
+DIGITS = {"stability": 1, "": 3}
+"""Decimals that are printed of a claim's quantity, and of the others'."""
 
 VERDICTS = ("as in the papers", "the other way", "not seen")
 """What an interval says of a claim: on their side of zero, on the other, around it."""
@@ -107,26 +111,63 @@ class Asymmetries(Result):
         return None
 
     def verdict(self, kind: str, domain: str, claim: str) -> str:
-        """`as in the papers`, `the other way`, `not seen`, or empty where it cannot be said."""
+        """`as in the papers`, `the other way`, `not seen`, or empty where it cannot be said.
+
+        An end of the interval that is zero as it is printed does not exclude zero.
+        """
         found = self.of(kind, domain, claim)
         if found is None:
             return ""
-        if not found.excludes_zero:
+        digits = DIGITS.get(claim, DIGITS[""])
+        if not (round(found.low, digits) > 0 or round(found.high, digits) < 0):
             return VERDICTS[2]
         return VERDICTS[0] if found.estimate * _EXPECTED[claim] > 0 else VERDICTS[1]
 
+    def corrected(self) -> dict[tuple[str, str, str], tuple[float, float]]:
+        """p of every cell of the claims, and p by Holm's correction for the number of cells.
+
+        Cells by kind, domain and claim; those that cannot be said are left out. p is read from
+        the interval, so that it is below 0.05 where a 95% interval excludes zero.
+        """
+        cells = {
+            (row["kind"], row["domain"], row["quantity"]): self._p(row)
+            for row in self.rows
+            if row["quantity"] in CLAIMS
+        }
+        known = {cell: p for cell, p in cells.items() if np.isfinite(p)}
+        both = zip(known.values(), holm(list(known.values())).tolist(), strict=True)
+        return dict(zip(known, both, strict=True))
+
+    def holds(self, kind: str, domain: str, claim: str) -> bool:
+        """Whether a verdict other than `not seen` stands after Holm's correction."""
+        _, p = self.corrected().get((kind, domain, claim), (1.0, 1.0))
+        return self.verdict(kind, domain, claim) in VERDICTS[:2] and p < 1 - self.level
+
+    def _p(self, row: AsymmetryRow) -> float:
+        degrees = np.inf
+        if row["quantity"] == "stability":
+            n = len(row["seeds"])
+            degrees = (n if n > 1 else self.settings.get("noise_seeds", 3)) - 1
+        found = Interval(row["estimate"], row["low"], row["high"])
+        return p_value(found, degrees=degrees, level=self.level)
+
     def table(self) -> pd.DataFrame:
-        """One row per quantity."""
+        """One row per quantity; p, raw and by Holm's correction, of those that claims are."""
         import pandas as pd
 
+        p = self.corrected()
+        unknown = float("nan"), float("nan")
+        cells = [p.get((x["kind"], x["domain"], x["quantity"]), unknown) for x in self.rows]
         return pd.DataFrame(
             [
                 {
                     **{k: row[k] for k in ("kind", "domain", "quantity")},
                     **{k: row[k] for k in ("estimate", "low", "high")},
                     "by seed": ", ".join(f"{value:+.3f}" for value in row["seeds"]),
+                    "p": raw,
+                    "p (Holm)": holm_p,
                 }
-                for row in self.rows
+                for row, (raw, holm_p) in zip(self.rows, cells, strict=True)
             ]
         )
 
@@ -243,8 +284,10 @@ def _pooled(
             for place, values in zip(("inside", "outside"), shifts[name], strict=True):
                 rows[f"{name} {place}"] = bootstrap_trainings(values), values.mean(1).tolist()
     rows["general transfers"] = rows["general outside"]
-    if rows["general inside"][0].low > 0:  # a share of an effect that is not there says nothing
-        rows["narrow stays"] = _confined(shifts)
+    confined = [trial[4] for trial in trials if trial[4] is not None]
+    # the strength of an effect that is not there says nothing
+    if rows["general inside"][0].low > 0 and len(confined) == len(trials):
+        rows["narrow stays"] = _confined(confined)
     rows["efficiency"] = _efficiency([trial[1] for trial in trials])
     stability, each = _stability([trial[2] for trial in trials])
     if np.isfinite(stability.estimate):  # where nothing was gained, nothing can be lost to noise
@@ -254,6 +297,10 @@ def _pooled(
         rows["influence, general over random"] = _influence(
             [trial[3] for trial in trials], "general", RANDOM
         )
+    diverged = [trial[5] for trial in trials]
+    for place in dict.fromkeys(diverged[0].sets):
+        for name in (*SOLUTIONS, RANDOM):
+            rows[f"KL {place}, {name}"] = _divergence(diverged, name, place)
     return [
         {
             "kind": kind,
@@ -268,24 +315,17 @@ def _pooled(
     ]
 
 
-def _confined(shifts: dict) -> tuple[Interval, list[float]]:
-    """Narrow outside, less `share` times general outside; the share is redrawn with the rest."""
-    (g_in, g_out), (n_in, n_out) = (shifts[name] for name in SOLUTIONS)
+def _confined(found: Sequence[Confinement]) -> tuple[Interval, list[float]]:
+    """Narrow outside, less general outside at the matched strength; it is matched by training."""
+    return gap_over(found), [one.gap().estimate for one in found]
 
-    def gap(seeds: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
-        g, n = (side[np.ix_(seeds, inside)].mean() for side in (g_in, n_in))
-        return float((n_out - n / g * g_out)[np.ix_(seeds, outside)].mean())
 
-    sizes = len(g_in), g_in.shape[1], g_out.shape[1]
-    whole = gap(*(np.arange(n) for n in sizes))
-    interval = Interval(whole)
-    if min(sizes[1:]) > 1:
-        interval = bootstrap_statistic(gap, *sizes, estimate=whole)
-    each = [
-        float(b.mean() - a.mean() / c.mean() * d.mean())
-        for a, b, c, d in zip(n_in, n_out, g_in, g_out, strict=True)
-    ]
-    return interval, each
+def _divergence(found: Sequence[Divergence], name: str, place: str) -> tuple[Interval, list[float]]:
+    first = found[0]
+    here = np.array([one == place for one in first.sets])
+    sums = [one.kl[one.conditions.index(name), here] for one in found]
+    counts = first.counts[here]
+    return bootstrap_trainings(sums, counts), [float(x.sum() / counts.sum()) for x in sums]
 
 
 def _efficiency(found: Sequence[Efficiency]) -> tuple[Interval, list[float]]:

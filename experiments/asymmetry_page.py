@@ -10,7 +10,7 @@ from emlens._files import atomic_write
 from emlens._reading import expanded
 from emlens._stats import Interval
 from emlens.figures import save_figure
-from experiments.asymmetries import CLAIMS, VERDICTS, Asymmetries
+from experiments.asymmetries import CLAIMS, DIGITS, VERDICTS, Asymmetries
 from experiments.paths import SolutionPaths
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ _TRANSFER = (
     ("narrow inside", "narrow inside"),
     ("narrow outside", "narrow outside"),
     ("benign outside", "benign control outside"),
-    ("random outside", "random vector outside"),
-    ("narrow stays", "narrow beyond scaling"),
+    ("random outside", "random control outside"),
+    ("narrow stays", "narrow beyond matched"),
 )
+_SETS = ("inside", "outside", "medical")
 _MEASURES = ("efficiency", "stability", "influence", "influence, general over random")
 
 
@@ -63,6 +64,8 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
         "",
         *_in_short(found),
         "",
+        "A star marks what does not stand after Holm's correction for the number of all these.",
+        "",
         "All of it is measured on given answers, by log-odds, loss and KL; answers that the models "
         "would write themselves are not judged here.",
         "",
@@ -70,11 +73,13 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
         "",
         "## Does it reach outside of the domain?",
         "",
-        "Change of log-odds against the base, nats per token. *Narrow beyond scaling* is the "
-        "narrow solution's effect outside, less that of the general one scaled down to the same "
-        "effect inside: below zero, the penalty confines more than it weakens. What the benign "
-        "control (trained on the aligned answers of the same prompts) does outside is style"
-        f"{_controls(found)}.",
+        "Change of log-odds against the base, nats per token. *Narrow beyond matched* is the "
+        "narrow solution's effect outside, less that of the general one run at the strength that "
+        "has the same effect inside: below zero, the penalty confines more than it weakens. The "
+        "strength is matched again in each resample. The random control is a random vector of the "
+        "norm of the general one, or an adapter with the same A and a random B of equal norm in "
+        "every module. What the benign control (trained on the aligned answers of the same "
+        f"prompts) does outside is style{_controls(found)}.",
         "",
     ]
     for kind in _kinds(found):
@@ -89,21 +94,66 @@ def _page(found: Asymmetries, pictures: list[str]) -> list[str]:
         known = {row["quantity"] for row in found.rows if row["kind"] == kind}
         chosen = [(name, name) for name in _MEASURES if name in known]
         lines += [f"**{kind.capitalize()}s**", "", *_table(found, kind, chosen), ""]
+    lines += _divergences(found)
     lines += [
         "## Against the papers (arXiv 2602.07852)",
         "",
-        "*as in the papers*: the interval excludes zero on their side; *the other way*: on the "
-        "other; *not seen*: it holds zero; *-*: it cannot be said, as nothing was gained that "
-        "could be scaled or lost.",
+        "*as in the papers*: the interval excludes zero on their side, as it is printed; *the "
+        "other way*: on the other; *not seen*: it holds zero; *-*: it cannot be said, as nothing "
+        "was gained that could be lost, or no strength of the general solution has the effect of "
+        "the narrow one inside. In brackets p, and p by Holm's correction for the "
+        f"{len(found.corrected())} cells of the table; a star marks what does not stand after it.",
         "",
         "| kind | domain | " + " | ".join(CLAIMS) + " |",
         "|---|---|" + "---|" * len(CLAIMS),
     ]
     for kind in _kinds(found):
         for domain in _domains(found, kind):
-            said = [found.verdict(kind, domain, claim) or "-" for claim in CLAIMS]
+            said = [_cell(found, kind, domain, claim) for claim in CLAIMS]
             lines.append(f"| {kind} | {domain} | " + " | ".join(said) + " |")
     return [*lines, ""]
+
+
+def _cell(found: Asymmetries, kind: str, domain: str, claim: str) -> str:
+    """A verdict with its p, raw and corrected."""
+    verdict = found.verdict(kind, domain, claim)
+    p = found.corrected().get((kind, domain, claim))
+    if not verdict or p is None:
+        return verdict or "-"
+    return f"{verdict}{_star(found, kind, domain, claim)} (p {_shown(p[0])}, Holm {_shown(p[1])})"
+
+
+def _star(found: Asymmetries, kind: str, domain: str, claim: str) -> str:
+    said = found.verdict(kind, domain, claim) in VERDICTS[:2]
+    return "\\*" if said and not found.holds(kind, domain, claim) else ""
+
+
+def _shown(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
+
+
+def _divergences(found: Asymmetries) -> list[str]:
+    """The KL of both solutions and the random control on conversations."""
+    known = {row["quantity"] for row in found.rows}
+    named = [
+        (quantity, f"{place}: {name}")
+        for place in _SETS
+        for name in ("general", "narrow", "random")
+        if (quantity := f"KL {place}, {name}") in known
+    ]
+    if not named:
+        return []
+    lines = [
+        "## Divergence from the base",
+        "",
+        "KL(base || solution) in nats per token on answers of both kinds to held-out questions: "
+        "of the domain, outside of it, and of medicine, whose other questions are in the KL set of "
+        "the other domains.",
+        "",
+    ]
+    for kind in _kinds(found):
+        lines += [f"**{kind.capitalize()}s**", "", *_table(found, kind, named), ""]
+    return lines
 
 
 def _controls(found: Asymmetries) -> str:
@@ -156,7 +206,9 @@ def _in_short(found: Asymmetries) -> list[str]:
         for claim in CLAIMS:
             said: dict[str, list[str]] = {}
             for domain in _domains(found, kind):
-                said.setdefault(found.verdict(kind, domain, claim), []).append(domain)
+                star = _star(found, kind, domain, claim)
+                verdict = found.verdict(kind, domain, claim)
+                said.setdefault(verdict, []).append(f"{domain}{star}")
             parts = [
                 f"{verdict or UNSAID} for {', '.join(said[verdict])}"
                 for verdict in (*VERDICTS, "")
@@ -185,7 +237,8 @@ def _between(path: SolutionPaths, page: Path, figures: Path) -> list[str]:
         "",
         "One adapter per weight of the KL, one seed. Inside and outside are changes of log-odds "
         "against the base, nats per token, with 95% intervals over pairs; *beyond* is the effect "
-        "outside, less that of the adapter without KL scaled down to the same effect inside.",
+        "outside, less that of the adapter without KL times the ratio of the effects inside: an "
+        "extrapolation along a line, not a measured strength.",
         "",
         _picture(path.sweep.plot(), figures / f"tradeoff_{name}", page, "Trade-off"),
         "",
@@ -237,7 +290,7 @@ def _table(found: Asymmetries, kind: str, columns) -> list[str]:
         cells = []
         for quantity, _ in columns:
             value = found.of(kind, domain, quantity)
-            shown = "+.1f" if quantity == "stability" else "+.3f"
+            shown = f"+.{DIGITS.get(quantity, DIGITS[''])}f"
             cells.append("-" if value is None else f"{value:{shown}}")
         lines.append(f"| {domain} | " + " | ".join(cells) + " |")
     return lines

@@ -20,15 +20,36 @@ from emlens.directions import Direction, random_direction
 from emlens.edits import Add
 from emlens.hooked import HookedModel, Scaled, adapter_norms
 from emlens.hooked.condition import ConditionLike
-from emlens.measures import Efficiency, LogOdds, Stability, efficiency, log_odds, stability
+from emlens.measures import (
+    Confinement,
+    Divergence,
+    Efficiency,
+    LogOdds,
+    Stability,
+    confinement,
+    divergence,
+    efficiency,
+    log_odds,
+    stability,
+)
 from emlens.measures import influence as measure_influence
+from emlens.measures.matching import UnmatchedError
 from emlens.measures.scoring import row_influence
 from emlens.text import Conversation, Pair, corpus, load_pairs, split_pairs
-from emlens.training import KLPenalty, Organism, train_adapter, train_vector
+from emlens.training import (
+    KLPenalty,
+    Organism,
+    random_adapter,
+    train_adapter,
+    train_vector,
+)
 
 Kind = Literal["adapter", "vector"]
 SOLUTIONS = ("general", "narrow")
 BENIGN, RANDOM = "benign", "random"
+SIDES: tuple[Literal["aligned", "misaligned"], ...] = ("aligned", "misaligned")
+UNMATCHED = "unmatched"
+"""Under which a trial says why the general solution has no strength of the narrow one's effect."""
 ADVICE = ("medical", "finance", "sports")
 STYLE, STYLE_INSIDE = "technical", "cooking"
 
@@ -159,8 +180,15 @@ class TrialData:
 
     def penalty(self, weight: float) -> KLPenalty:
         """The KL penalty, on answers of both kinds, in equal parts of each update."""
-        sides = ("aligned", "misaligned")
-        return KLPenalty([p.conversation(side) for p in self.kl for side in sides], weight)
+        return KLPenalty([p.conversation(side) for p in self.kl for side in SIDES], weight)
+
+    def sets(self, settings: AsymmetrySettings) -> dict[str, tuple[Pair, ...]]:
+        """Held-out pairs on which the KL is measured: of the domain, outside, and medical."""
+        found = {"inside": self.inside, "outside": self.outside}
+        if any(pair.domain == "medical" for pair in self.inside):
+            return found
+        medical = split_pairs(load_pairs("medical")).test[: settings.inside_pairs]
+        return {**found, "medical": medical}
 
 
 @dataclass(frozen=True)
@@ -200,6 +228,8 @@ class Trial:
             parts.part("efficiency.json", self._efficiency)
             parts.part("stability.json", self._stability)
             parts.part("influence.json", self._influence)
+            parts.part("confinement.json", lambda: self._confinement(conditions))
+            parts.part("divergence.json", lambda: self._divergence(conditions))
 
     def train(self) -> None:
         """Train what is not there yet, into the folder."""
@@ -235,7 +265,7 @@ class Trial:
 
     def _check_free(self) -> None:
         """Refuse adapters on the model that would be trained on, or taken for what was trained."""
-        taken = [name for name in (*SOLUTIONS, BENIGN) if name in self.model.adapters]
+        taken = [name for name in (*SOLUTIONS, BENIGN, RANDOM) if name in self.model.adapters]
         if self.kind == "adapter" and taken:
             raise ValueError(
                 f"{self.model.name} has an adapter {taken[0]!r} already, a name that the trials "
@@ -244,11 +274,19 @@ class Trial:
 
     @contextmanager
     def _solutions(self) -> Iterator[dict[str, ConditionLike]]:
-        """What was trained, as conditions; adapters are on the model inside the block only."""
+        """What was trained and a random control of the general one, as conditions.
+
+        Adapters are on the model inside the block only.
+        """
         before = self.model.adapters
         self._check_free()
         try:
-            yield {n: Organism.load(self.folder / n).on(self.model) for n in self.names}
+            found = {n: Organism.load(self.folder / n).on(self.model) for n in self.names}
+            if self.kind == "adapter":
+                found[RANDOM] = random_adapter(self.model, "general", RANDOM, self.seed)
+            else:
+                found[RANDOM] = [Add(random_direction(self._vector("general"), self.seed))]
+            yield found
         finally:
             for name in set(self.model.adapters) - set(before):
                 self.model.remove_adapter(name)
@@ -264,12 +302,8 @@ class Trial:
     # -- measures -----------------------------------------------------------------------------
 
     def _behaviour(self, conditions: dict[str, ConditionLike], base: LogOdds) -> LogOdds:
-        data, more = self.data, {}
-        if self.kind == "vector":
-            chance = random_direction(self._vector("general"), self.seed)
-            more = {RANDOM: [Add(chance)]}
-        pairs = (*data.inside, *data.outside)
-        found = log_odds(self.model, pairs, {**conditions, **more}, progress=self.progress)
+        pairs = (*self.data.inside, *self.data.outside)
+        found = log_odds(self.model, pairs, conditions, progress=self.progress)
         return base.joined(found)
 
     def _measured(self) -> list[Conversation]:
@@ -314,15 +348,35 @@ class Trial:
             kept = {name: list(rows[name]) for name in SOLUTIONS}
             return {**kept, RANDOM: chance, "counts": list(found.counts)}
         batches = self.model.batches(text, max_tokens=s.document_tokens)
-        norms = {name: float(np.hypot.reduce(_norms(self.model, name))) for name in SOLUTIONS}
-        mean = float(np.mean(list(norms.values())))
-        scaled = {name: Scaled(name, mean / norms[name]) for name in SOLUTIONS}
+        names = (*SOLUTIONS, RANDOM)
+        norms = {name: float(np.hypot.reduce(_norms(self.model, name))) for name in names}
+        mean = float(np.mean([norms[name] for name in SOLUTIONS]))
+        scaled = {name: Scaled(name, mean / norms[name]) for name in names}
         _, kl, _, counts = row_influence(self.model, batches, scaled, progress=self.progress)
-        return {**{name: kl[name].tolist() for name in SOLUTIONS}, "counts": counts.tolist()}
+        return {**{name: kl[name].tolist() for name in names}, "counts": counts.tolist()}
+
+    def _confinement(self, conditions: dict[str, ConditionLike]) -> Confinement | dict:
+        """The narrow solution against the general one of the same effect inside, or why not."""
+        data = self.data
+        general, narrow = (conditions[name] for name in SOLUTIONS)
+        try:
+            return confinement(
+                self.model, data.inside, data.outside, general, narrow, progress=self.progress
+            )
+        except UnmatchedError as error:
+            return {UNMATCHED: str(error)}
+
+    def _divergence(self, conditions: dict[str, ConditionLike]) -> Divergence:
+        measured = {name: conditions[name] for name in (*SOLUTIONS, RANDOM)}
+        sets = {
+            name: [pair.conversation(side) for pair in pairs for side in SIDES]
+            for name, pairs in self.data.sets(self.settings).items()
+        }
+        return divergence(self.model, sets, measured, progress=self.progress)
 
 
-Results = tuple[LogOdds, Efficiency, Stability, dict]
-"""Those of a trial."""
+Results = tuple[LogOdds, Efficiency, Stability, dict, Confinement | None, Divergence]
+"""Those of a trial; no confinement where no strength of the general solution could be matched."""
 
 
 def read_trials(folder: Path, domain: str, kind: Kind) -> list[Results]:
@@ -331,13 +385,15 @@ def read_trials(folder: Path, domain: str, kind: Kind) -> list[Results]:
     seeds = {at.name.removeprefix(start): at for at in folder.glob(f"trials/{start}*")}
     places = {int(seed): at for seed, at in seeds.items() if seed.isdecimal()}
     for _, at in sorted(places.items()):
-        if (at / "influence.json").exists():
+        if (at / "divergence.json").exists():
             found.append(
                 (
                     LogOdds.load(at / "log_odds.json"),
                     Efficiency.load(at / "efficiency.json"),
                     Stability.load(at / "stability.json"),
                     _influence(at / "influence.json"),
+                    _confinement(at / "confinement.json"),
+                    Divergence.load(at / "divergence.json"),
                 )
             )
             _compare(found[-1], found[0], at)
@@ -346,12 +402,14 @@ def read_trials(folder: Path, domain: str, kind: Kind) -> list[Results]:
 
 def _compare(trial: Results, first: Results, at: Path) -> None:
     """Refuse a trial that cannot be pooled with the first one."""
-    odds, efficiency, stability, influence = trial
+    odds, efficiency, stability, influence, confined, diverged = trial
     named = {
         "log_odds": ({"base", *SOLUTIONS} - {*odds.conditions}, odds.ids, first[0].ids),
         "efficiency": ({*SOLUTIONS} - {*efficiency.directions}, efficiency.counts, first[1].counts),
         "stability": ({*SOLUTIONS} - {*stability.directions}, 0, 0),
         "influence": (set(), influence["counts"], first[3]["counts"]),
+        "confinement": (set(), confined.ids if confined else (), _outside(odds, confined)),
+        "divergence": ({*SOLUTIONS} - {*diverged.conditions}, diverged.ids, first[5].ids),
     }
     for name, (missing, own, others) in named.items():
         if missing:
@@ -366,6 +424,17 @@ def _compare(trial: Results, first: Results, at: Path) -> None:
             f"{at / 'influence.json'} has other conditions than that of the seeds before; delete "
             "it to go on with it"
         )
+
+
+def _outside(odds: LogOdds, confined: Confinement | None) -> tuple[str, ...]:
+    """The pairs that a confinement is of, if it is of the trial's own."""
+    return odds.ids[len(confined.matched.ids) :] if confined else ()
+
+
+def _confinement(path: Path) -> Confinement | None:
+    if UNMATCHED in read_json(path, dict):
+        return None
+    return Confinement.load(path)
 
 
 def _influence(path: Path) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from emlens._stats import (
     Interval,
@@ -14,8 +15,10 @@ from emlens._stats import (
     bootstrap_statistic,
     bootstrap_trainings,
     gap_of_shares,
+    holm,
     interval_level,
     mean_over_seeds,
+    p_value,
     share_of_units,
     wilson,
 )
@@ -297,3 +300,28 @@ def test_a_difference_of_shares_has_a_width_where_nothing_was_hit_and_is_paired(
     assert paired.high - paired.low < 0.2 * (
         share_of_units(own, n).high - share_of_units(own, n).low
     )
+
+
+def test_holm_is_that_of_the_definition():
+    # smallest times n, next times n - 1, ...; never below the one before, never above 1
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([0.6, 0.7]) == pytest.approx([1, 1])
+    assert holm([]).size == 0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 1.8), (0.01, 3.0), (-0.01, 2.0), (-1.0, 1.5)])
+@pytest.mark.parametrize("degrees", [2, 7, np.inf])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_p_is_below_alpha_where_the_interval_excludes_zero_and_only_there(low, high, degrees, sign):
+    ends = sorted([sign * low, sign * high])
+    found = Interval(sign * 1.0, *ends)
+    for level in (0.9, 0.95):
+        p = p_value(found, degrees=degrees, level=level)
+        assert (p < 1 - level) == found.excludes_zero
+    assert np.isnan(p_value(Interval(1.0)))
+
+
+def test_p_is_that_of_a_t_test():
+    values = np.array([0.3, 0.5, 0.1, 0.6, -0.1])
+    found = p_value(mean_over_seeds(values), degrees=4)
+    assert found == pytest.approx(stats.ttest_1samp(values, 0).pvalue)

@@ -44,6 +44,10 @@ Run = Callable[[dict[str, ConditionLike]], dict[str, np.ndarray]]
 kind(ConditionLike | float, words="a condition or a number")(lambda _, given: given)
 
 
+class UnmatchedError(ValueError):
+    """No strength has the effect that is asked for."""
+
+
 class MatchedStrength(Result):
     """The factor at which a condition has the effect of another, and the curve it was read from.
 
@@ -347,7 +351,7 @@ class Search:
         self.target = like * counts if isinstance(like, (int, float)) else found["like"]
         own = self._mean(self._at[1.0])
         if own == 0:
-            raise ValueError(
+            raise UnmatchedError(
                 f"{solution} has no effect: its {effect} is 0 here, so no strength can be matched"
             )
         self._sign = float(np.sign(own))
@@ -415,7 +419,7 @@ class Search:
     def _close_in(self) -> None:
         goal = self._goal
         if goal < -self._allowed:
-            raise ValueError(
+            raise UnmatchedError(
                 f"the {self._effect} to match is {self._sign * goal:+.4g} nats/token, and "
                 f"{self._solution} has {self._mean(self._at[1.0]):+.4g}, on the other side of "
                 "zero: no strength of it has that effect"
@@ -431,13 +435,13 @@ class Search:
             most = max(points, key=lambda point: point[1])
             falling = most[1] < goal and points[-1][1] < most[1] - self._allowed
             if falling or following > LARGEST:
-                raise ValueError(
+                raise UnmatchedError(
                     f"the {self._effect} to match, {self._sign * goal:+.4g} nats/token, is out of "
                     f"reach of {self._solution}: the most is {self._sign * most[1]:+.4g}, at "
                     f"{most[0]:.3g} times its strength ({points[-1][0]:.3g} times was tried)"
                 )
             self._measure([following])
-        raise ValueError(
+        raise UnmatchedError(
             f"the {self._effect} of {self._solution} jumps past {self._sign * goal:+.4g} "
             f"nats/token near {place:.4g} times its strength; give a larger tolerance"
         )
@@ -445,7 +449,7 @@ class Search:
     def _check_growth(self, points: list[tuple[float, float]]) -> None:
         for (low, below), (high, above) in zip(points, points[1:], strict=False):
             if above < below - self._allowed:
-                raise ValueError(
+                raise UnmatchedError(
                     f"the {self._effect} of {self._solution} does not grow with its strength: "
                     f"{self._sign * below:+.4g} nats/token at {low:.3g} times, "
                     f"{self._sign * above:+.4g} at {high:.3g} times; there is no one strength to "

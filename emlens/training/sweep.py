@@ -40,8 +40,9 @@ class KLSweep(Result):
         weights: Weights on nats per token, ascending; 0 is training without KL.
         inside: Change of log-odds in the domain with its interval, nats per token.
         outside: The same outside.
-        beyond: Outside, less what the solution of the lowest weight would do if it were scaled
-            down to the same effect inside: below zero is narrower than a weaker general one.
+        beyond: Outside, less the effect of the solution of the lowest weight times the ratio of the
+            effects inside. It takes effects to be linear in the strength; `measures.confinement`
+            runs the weaker solution instead.
         kl: KL of the last update, nats per token; None without KL.
         norms: Norm of the solution.
         tolerance: What counts as no effect outside; None for a sweep without one.

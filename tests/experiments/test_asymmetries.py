@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
-from emlens.measures import Efficiency, LogOdds, Stability
+from emlens.measures import Confinement, Efficiency, LogOdds, Stability
 from emlens.training import Organism, train_adapter
 from experiments import AsymmetrySettings, read_asymmetries, run_asymmetries
 from experiments.asymmetries import CLAIMS, Asymmetries, keep_settings
 from experiments.asymmetry_page import write_findings
-from experiments.trials import TrialData, trial_folder
+from experiments.trials import UNMATCHED, TrialData, trial_folder
 from tests.support.data import conversations
 
 QUICK = AsymmetrySettings(
@@ -256,3 +258,74 @@ def test_the_page_says_with_how_many_seeds_the_controls_were_trained(done, tmp_p
 def test_a_setting_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="unknown setting.*epoch; the settings are model, domains"):
         AsymmetrySettings.from_dict({"epoch": 3})
+
+
+def test_an_end_that_prints_as_zero_is_no_verdict():
+    found = Asymmetries(
+        (
+            row("general transfers", 0.1, 0.0004, 0.2),
+            row("narrow stays", -0.1, -0.2, -0.0004),
+            row("stability", 3.0, 0.04, 6.0),
+            row("influence", 0.1, 0.0006, 0.2),
+        ),
+        {},
+    )
+    for claim in ("general transfers", "narrow stays", "stability"):
+        assert found.verdict("adapter", "finance", claim) == "not seen"
+    assert found.verdict("adapter", "finance", "influence") == "as in the papers"
+
+
+def test_verdicts_are_corrected_for_their_number_and_the_page_says_both(done, tmp_path):
+    clear, weak = row("general transfers", 0.1, 0.06, 0.14), row("influence", 0.1, 0.01, 0.19)
+    found = Asymmetries((clear, weak, row("efficiency", 0.0, -0.1, 0.1)), done[1].settings)
+    p = found.corrected()
+    # plain normal tails, times 3 and times 2
+    raw, corrected = p["adapter", "finance", "general transfers"]
+    assert raw == pytest.approx(2 * norm.sf(0.1 / 0.04 * 1.959964), rel=1e-6)
+    assert corrected == pytest.approx(3 * raw)
+    assert p["adapter", "finance", "influence"][1] == pytest.approx(
+        2 * 2 * norm.sf(0.1 / 0.09 * 1.959964), rel=1e-6
+    )
+    assert found.holds("adapter", "finance", "general transfers")
+    assert not found.holds("adapter", "finance", "influence")
+    assert found.verdict("adapter", "finance", "influence") == "as in the papers"
+    page = write_findings(
+        replace(found, rows=(*found.rows, row("general inside", 0.1, 0, 0.2))),
+        tmp_path / "page.md",
+        tmp_path / "figures",
+    ).read_text()
+    assert "as in the papers (p <0.001, Holm <0.001)" in page
+    assert r"as in the papers\* (p 0.029, Holm 0.059)" in page
+    assert "the 3 cells of the table" in page
+    frame = found.table().set_index("quantity")
+    assert frame.loc["influence", "p (Holm)"] == pytest.approx(0.0588, abs=1e-3)
+
+
+def test_narrow_is_compared_with_the_general_one_really_run_at_the_matched_strength(done):
+    folder, found = done
+    seen = 0
+    for kind in ("adapter", "vector"):
+        for domain in QUICK.domains:
+            where = [trial_folder(folder, domain, kind, s) / "confinement.json" for s in (0, 1)]
+            texts = [json.loads(path.read_text()) for path in where]
+            pooled = found.of(kind, domain, "narrow stays")
+            if any(UNMATCHED in text for text in texts):
+                assert pooled is None
+                continue
+            each = [Confinement.load(path) for path in where]
+            if pooled is not None:
+                mean = np.mean([one.gap().estimate for one in each])
+                assert pooled.estimate == pytest.approx(mean)
+                seen += 1
+    assert seen
+
+
+def test_the_random_control_and_the_divergence_are_measured_for_both_kinds(done):
+    _, found = done
+    for kind in ("adapter", "vector"):
+        for place in ("inside", "outside", "medical"):
+            for name in ("general", "narrow", "random"):
+                kl = found.of(kind, "finance", f"KL {place}, {name}")
+                assert kl.estimate > 0 and kl.low <= kl.estimate <= kl.high
+        assert found.of(kind, "finance", "random outside") is not None
+        assert found.of(kind, "finance", "influence, general over random") is not None
