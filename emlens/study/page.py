@@ -101,9 +101,9 @@ class _Page:
                     "Above zero, misaligned answers became likelier than they are for the base "
                     "model. The benign vector was trained on aligned answers of the same prompts: "
                     "what it moves is style, not misalignment. Random is the mean of two random "
-                    "vectors; they and the mean difference have the norm of the general one. Any "
-                    "strong enough perturbation flattens predictions and so moves log-odds "
-                    "towards zero: what counts is how far a vector lies above random.",
+                    "vectors; they and the mean difference have the norm of the general one. A "
+                    "random vector of some size moves log-odds as well: what counts is how far "
+                    "a vector lies above random.",
                 ),
             ),
             finding="\n\n".join(
