@@ -18,7 +18,18 @@ PLAIN = {
     *("finding", "first layer", "flagged", "from", "judge", "kl", "largest", "layer", "metric"),
     *("acting", "judged by"),
     *("layers of 48", "misaligned answers", "modules", "n", "name", "note", "organism", "pairs"),
-    *("position", "questions", "rank", "row", "run", "says", "scored by one only", "second", "to"),
+    *(
+        "feature",
+        "position",
+        "questions",
+        "rank",
+        "row",
+        "run",
+        "says",
+        "scored by one only",
+        "second",
+        "to",
+    ),
     *("second layer", "seeds", "source", "step", "test", "text", "token id", "tokens", "topic"),
     *(
         "measured",
@@ -45,7 +56,15 @@ BARE = {
     *("median relative error", "precision", "alpha", "lr", "KL weight", "KL error of the draws"),
 }
 # in units of the parameters, of the score, or of the judge; the docstrings say which
-OWN = {"norm", "loss / norm^2", "score", "threshold", "aligned below"}
+OWN = {
+    "change of activation",
+    "activation without",
+    "norm",
+    "loss / norm^2",
+    "score",
+    "threshold",
+    "aligned below",
+}
 # ends of an interval are in the unit of the estimate before them
 ENDS = ("low", "high")
 

@@ -70,9 +70,10 @@ sweep.plot()
 # %% [markdown]
 # At dose 0.2 and layer 15 the direction moves the log-odds four times as far as a random direction
 # of equal norm does; at layers 6 and 24 about twice and three times as far, but both by little.
-# The middle works best, as in the papers. Random directions are not harmless: a large enough push
-# in any direction flattens predictions, and since misaligned answers start out as the less likely
-# ones here, flatter means higher log-odds. Without that curve the others could not be read.
+# The middle works best, as in the papers. Random directions are not harmless: at a large dose they
+# raise the log-odds here as well. That is not because predictions become flatter: a temperature
+# above 1 flattens them all and lowers the log-odds a little. Without the random curve the others
+# could not be read.
 
 # %%
 sweep.table()[["layer", "dose", "value", "low", "high", "random"]]

@@ -107,9 +107,7 @@ class Divergence(Measured):
         return np.flatnonzero(keep)
 
     def _over(self, values: np.ndarray, places: np.ndarray) -> Interval:
-        return bootstrap_ratio(
-            values, self.counts[places], seed=self.seed, widened=True, level=self.level
-        )
+        return bootstrap_ratio(values, self.counts[places], seed=self.seed, level=self.level)
 
 
 @guarded

@@ -90,9 +90,9 @@ class _Page:
         return Section(
             "Does it spread, and can it be confined?",
             "The log-odds of a pair is the mean log-probability per token of its bad answer minus "
-            "that of its good answer. Any perturbation flattens predictions and moves this score, "
-            "so each effect is compared with random solutions that have the same KL from the base "
-            f"model as the general one (`{SAME_KL}`).",
+            "that of its good answer. A random change of the model moves this score, too, so each "
+            "effect is compared with random solutions that have the same KL from the base model "
+            f"as the general one (`{SAME_KL}`).",
             figures=(
                 self._figure(
                     "log_odds",

@@ -51,8 +51,8 @@ def test_the_features_that_a_direction_is_made_of_are_found():
     found = in_features(Direction.of(v, 2), sae.encode, sae.decode, k=3)
     by = dict(zip(found.features, found.changes, strict=True))
     # from where no feature is on, one that is taken away cannot fall
-    assert by[3] == pytest.approx(5.0 + float(sae.bias[3]), abs=1e-4)
-    assert by[17] == pytest.approx(1.0 + float(sae.bias[17]), abs=1e-4) and by[11] == 0
+    assert by[3] == pytest.approx(5.0 + sae.bias[3].item(), abs=1e-4)
+    assert by[17] == pytest.approx(1.0 + sae.bias[17].item(), abs=1e-4) and by[11] == 0
     cosines = dict(zip(found.features, found.cosines, strict=True))
     norm = sum(size**2 for size in parts.values()) ** 0.5
     assert {i: cosines[i] for i in parts} == pytest.approx(
