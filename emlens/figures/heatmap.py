@@ -89,7 +89,8 @@ def heatmap(
             f"{len(row_labels)} row labels and {len(col_labels)} column labels"
         )
     norm = _norm(values, limits)
-    ax = new_axes(width=WIDTH, height=_height(values.shape, col_labels)) if ax is None else ax
+    if ax is None:
+        ax = new_axes(width=_width(col_labels), height=_height(values.shape, col_labels))
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid=None)
     masked = np.ma.masked_invalid(values)
     ax.imshow(masked, cmap=SIGNED, norm=norm, aspect="auto", interpolation="nearest")
@@ -100,6 +101,8 @@ def heatmap(
     _ticks(ax, row_labels, col_labels)
     if blocks:
         _blocks(ax, blocks)
+    if blocks and _many(blocks):
+        ax.set_xlabel(wrapped(_key_of(blocks, x_label), 100), fontsize=7.5)
     if values.size <= PRINTED:
         _print(ax, values, inside, norm, digits)
     _bar(ax, norm, value_label, null_band)
@@ -119,6 +122,12 @@ def _height(shape: tuple[int, ...], col_labels: Sequence[str]) -> float:
     room = 0.06 * min(longest, 20) if longest > 4 else 0.2
     row = 0.34 if shape[0] <= 12 else 0.16
     return float(np.clip(0.9 + room + row * shape[0], 2.2, 7.0))
+
+
+def _width(col_labels: Sequence[str]) -> float:
+    """Wide enough for the names of up to 40 columns; those that are numbers are thinned."""
+    named = max(len(label) for label in col_labels) > 3
+    return WIDTH * float(np.clip(len(col_labels) / 22, 1.0, 1.8)) if named else WIDTH
 
 
 def _bounds(null_band: NullBand) -> tuple[np.ndarray, np.ndarray]:
@@ -163,12 +172,32 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
         spine.set_visible(False)
 
 
+def _many(blocks: Mapping[str, int]) -> bool:
+    """Whether the names of blocks have no room beside them."""
+    return len(blocks) > 4 or max(map(len, blocks)) * len(blocks) > 60
+
+
+def _key_of(blocks: Mapping[str, int], inside: str) -> str:
+    """What the numbers of blocks stand for; no entry is broken over two lines."""
+    named = (f"{i}\N{NO-BREAK SPACE}{name}" for i, name in enumerate(blocks, 1))
+    return f"{inside} within each block: " + ", ".join(
+        one.replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
+        for one in named
+    )
+
+
 def _blocks(ax: Axes, blocks: Mapping[str, int]) -> None:
     edges = np.cumsum([0, *blocks.values()]) - 0.5
+    many = _many(blocks)
     for edge in edges[1:-1]:
-        ax.axvline(edge, color=INK, linewidth=1.0, zorder=4)
-        ax.axhline(edge, color=INK, linewidth=1.0, zorder=4)
+        ax.axvline(edge, color=INK, linewidth=0.5 if many else 1.0, zorder=4)
+        ax.axhline(edge, color=INK, linewidth=0.5 if many else 1.0, zorder=4)
     middles = (edges[:-1] + edges[1:]) / 2
+    if many:
+        numbers = [str(i) for i in range(1, len(blocks) + 1)]
+        ax.set_xticks(middles, numbers)
+        ax.set_yticks(middles, numbers)
+        return
     above, beside = ax.secondary_xaxis("top"), ax.secondary_yaxis("right")
     above.set_xticks(middles, list(blocks))
     beside.set_yticks(middles, list(blocks), rotation=-90, va="center")
