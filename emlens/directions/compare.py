@@ -172,7 +172,7 @@ class Comparison(Result):
         look = {
             "null": (low, high),
             "y_label": "cosine without sampling error" if corrected else "cosine similarity",
-            "title": f"names after {shared}" if shared else None,
+            "title": f"all names begin with {shared}" if shared else None,
         }
         strange = [name for name in highlight or () if name not in self.names]
         if strange:
@@ -208,7 +208,7 @@ class Comparison(Result):
         values, low, high = (part[np.ix_(places, places)] for part in self._square(layer))
         where = "mean over layers" if layer is None else f"layer {layer}"
         shared, short = told_apart(order)
-        title = f"{self.site}, {where}" + (f", names after {shared}" if shared else "")
+        title = f"{self.site}, {where}" + (f"\nall names begin with {shared}" if shared else "")
         return heatmap(values, short, short, null_band=(low, high), title=title, ax=ax)
 
     def _edges(self, row: Mapping) -> tuple[float, float]:

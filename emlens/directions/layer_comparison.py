@@ -120,7 +120,7 @@ class LayerComparison(Result):
             [labels[place] for place in columns],
             null_band=(low, high),
             blocks=dict(zip(short, map(len, self.layers), strict=True)) if whole else None,
-            title=f"names after {shared}" if shared and whole else None,
+            title=f"all names begin with {shared}" if shared and whole else None,
             x_label="layer" if whole else f"layer of {second or 'all'}",
             y_label="layer" if whole else f"layer of {first or 'all'}",
             ax=ax,
