@@ -81,8 +81,8 @@ def guard_methods(cls: C) -> C:
         elif inspect.isfunction(member):
             setattr(cls, name, _behind(member, {}))
     if is_dataclass(cls):
-        guard_names(cast(type, cls))
-    return cls
+        guard_names(cls)
+    return cast(C, cls)
 
 
 def guard_names(cls: C) -> C:

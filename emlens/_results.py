@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+ROWS = 60
+"""The most rows of a result that a notebook shows."""
+
 LINE = 160
 """Characters of a result in one line."""
 
@@ -75,7 +78,16 @@ class Result:
 
     def _repr_html_(self) -> str:
         at = "" if self.level == LEVEL else f", intervals at {100 * self.level:g}%"
-        return titled_table(f"{self._title}{at}", self.table())
+        table, note = self._summary()
+        below = f"<p>{escape(note)}</p>" if note else ""
+        return titled_table(f"{self._title}{at}", table) + below
+
+    def _summary(self) -> tuple[pd.DataFrame, str]:
+        """What a notebook shows of the table, and what it says of the rest."""
+        table = self.table()
+        if len(table) <= ROWS:
+            return table, ""
+        return table.head(ROWS), f"The first {ROWS} of {len(table):,} rows; table() has all."
 
     def table(self) -> pd.DataFrame:
         """The result as a table, units in the column names."""

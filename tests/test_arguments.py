@@ -204,7 +204,7 @@ def takes(
         ({"later": 3}, "later must be a NotImported, not 3"),
         ({"limit": 1.5}, r"limit\] must be a whole number|limit must be a whole number"),
         ({"where": "nowhere"}, "unknown where 'nowhere'; choose 'here' or 'there'"),
-        ({"there": 1}, "unknown option 'there'; there are limit, where"),
+        ({"there": 1}, "unknown option 'there'; did you mean where?"),
     ],
 )
 def test_values_of_every_kind_of_annotation_are_read(given, message):

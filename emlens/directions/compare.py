@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emlens._door import guarded
-from emlens._results import Result
+from emlens._results import ROWS, Result
 from emlens._stats import Interval, level_in_force, tails
 from emlens.directions.direction import Directions, by_name
 from emlens.directions.noise import Corrected, Estimate, corrected_cosine
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Named = Mapping[str, Directions] | Sequence[Directions]
 """Directions with their names, or without: their constructions are then their names."""
+
+MOST = 10
+"""The most pairs that a figure names one by one."""
 
 ROUNDING = 1e-4
 """Share of a direction's norm below which its noise is taken for rounding."""
@@ -69,7 +72,42 @@ class Comparison(Result):
         return frame if any(row["note"] for row in self.rows) else frame.drop(columns="note")
 
     def _said(self) -> str:
-        return f"{', '.join(self.names)} at {self.site}, {len(self.rows)} pairs and layers"
+        names = ", ".join(self.names)
+        names = names if len(names) <= 90 else f"{len(self.names)} directions"
+        return f"{names} at {self.site}, {len(self.rows)} pairs and layers"
+
+    def _summary(self) -> tuple[pd.DataFrame, str]:
+        """Of many rows one layer: how each of the names lies to the others there."""
+        import pandas as pd
+
+        if len(self.rows) <= ROWS:
+            return self.table(), ""
+        layers = [row["layer"] for row in self.rows]
+        shared = sorted(set(layers), key=lambda layer: (-layers.count(layer), layer))
+        most = [layer for layer in shared if layers.count(layer) == layers.count(shared[0])]
+        layer = most[len(most) // 2]
+        values, low, high = self._square(layer)
+        np.fill_diagonal(values, np.nan)
+        rows = []
+        for place, name in enumerate(self.names):
+            own = pd.Series(values[place], index=list(self.names)).dropna()
+            outside = (values[place] < low[place]) | (values[place] > high[place])
+            if len(own):
+                rows.append(
+                    {
+                        "name": name,
+                        "nearest": own.idxmax(),
+                        "cosine": own.max(),
+                        "median": own.median(),
+                        "lowest": own.min(),
+                        "beyond chance": f"{int(outside.sum())} of {len(own)}",
+                    }
+                )
+        note = (
+            f"Layer {layer}, each direction against the others. table() has all "
+            f"{len(self.rows):,} rows, heatmap({layer}) draws the pairs."
+        )
+        return pd.DataFrame(rows), note
 
     def matrix(self, layer: int | None = None) -> pd.DataFrame:
         """Cosines of all pairs, `[names, names]`, at one layer or averaged over those shared.
@@ -93,29 +131,64 @@ class Comparison(Result):
         tree = average(squareform(np.clip(1 - values, 0, 2), checks=False))
         return [self.names[place] for place in leaves_list(tree)]
 
-    def plot(self, ax: Axes | None = None, *, corrected: bool = False) -> Axes:
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        corrected: bool = False,
+        highlight: Sequence[str] | None = None,
+    ) -> Axes:
         """Cosine against layer, one line per pair, over what chance gives to any of them.
+
+        More pairs than have room for their names are grey, with their median.
 
         Args:
             ax: Axes to draw on; a figure of its own if not given.
-            corrected: Draw the cosines without sampling error, with their intervals.
+            corrected: Draw the cosines without sampling error, of few pairs with their intervals.
+            highlight: Names whose pairs with all others stand out, each with its median.
+
+        Raises:
+            KeyError: If there is no direction of such a name.
         """
-        from emlens.figures.lines import layer_curves
+        from emlens.figures.labels import told_apart
+        from emlens.figures.lines import layer_curves, many_curves
 
         layers = sorted({row["layer"] for row in self.rows})
-        names = ("corrected", "low", "high") if corrected else ("cosine",)
-        curves = {}
-        for pair in dict.fromkeys((row["first"], row["second"]) for row in self.rows):
-            own = {row["layer"]: row for row in self.rows if (row["first"], row["second"]) == pair}
-            values = [_numbers([own.get(layer, {}).get(n) for layer in layers]) for n in names]
-            curves[" vs ".join(pair)] = (layers, *values)
+        shared, short = told_apart(self.names)
+        said = dict(zip(self.names, short, strict=True))
+        columns = ("corrected", "low", "high") if corrected else ("cosine",)
+        found: dict[tuple[str, str], dict] = {}
+        for row in self.rows:
+            found.setdefault((row["first"], row["second"]), {})[row["layer"]] = row
+        curves = {
+            pair: [_numbers([own.get(layer, {}).get(n) for layer in layers]) for n in columns]
+            for pair, own in found.items()
+        }
         edges = [
             [self._edges(row) for row in self.rows if row["layer"] == layer] for layer in layers
         ]
         low = [min(edge[0] for edge in found) for found in edges]
         high = [max(edge[1] for edge in found) for found in edges]
-        label = "cosine without sampling error" if corrected else "cosine similarity"
-        return layer_curves(curves, null=(low, high), y_label=label, ax=ax)
+        look = {
+            "null": (low, high),
+            "y_label": "cosine without sampling error" if corrected else "cosine similarity",
+            "title": f"all names begin with {shared}" if shared else None,
+        }
+        strange = [name for name in highlight or () if name not in self.names]
+        if strange:
+            raise KeyError(f"no direction {strange[0]!r}; there are {', '.join(self.names)}")
+        if highlight is None and len(curves) <= MOST:
+            lines = {
+                f"{said[one]} vs {said[other]}": (layers, *values)
+                for (one, other), values in curves.items()
+            }
+            return layer_curves(lines, ax=ax, **look)
+        groups = {
+            said[name]: [n for n, pair in enumerate(curves) if name in pair]
+            for name in highlight or ()
+        }
+        every = np.stack([values[0] for values in curves.values()])
+        return many_curves(layers, every, groups, noun="pairs", ax=ax, **look)
 
     def heatmap(
         self, layer: int | None = None, *, clustered: bool = True, ax: Axes | None = None
@@ -128,13 +201,15 @@ class Comparison(Result):
             ax: Axes to draw on; a figure of its own if not given.
         """
         from emlens.figures import heatmap
+        from emlens.figures.labels import told_apart
 
         order = self.order(layer) if clustered else list(self.names)
         places = [self.names.index(name) for name in order]
         values, low, high = (part[np.ix_(places, places)] for part in self._square(layer))
         where = "mean over layers" if layer is None else f"layer {layer}"
-        title = f"{self.site}, {where}"
-        return heatmap(values, order, order, null_band=(low, high), title=title, ax=ax)
+        shared, short = told_apart(order)
+        title = f"{self.site}, {where}" + (f"\nall names begin with {shared}" if shared else "")
+        return heatmap(values, short, short, null_band=(low, high), title=title, ax=ax)
 
     def _edges(self, row: Mapping) -> tuple[float, float]:
         """The wider of the two bands of chance."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from emlens._door import guarded
-from emlens._results import Result
+from emlens._results import ROWS, Result
 from emlens._stats import central
 from emlens.directions.compare import (
     Named,
@@ -80,25 +81,46 @@ class LayerComparison(Result):
         ]
         return pd.DataFrame(rows)
 
+    def _summary(self) -> tuple[pd.DataFrame, str]:
+        """Of many rows one per pair of names, those that agree best first."""
+        import pandas as pd
+
+        n = len(self.cosine)
+        if n * (n - 1) // 2 <= ROWS:
+            return self.table(), ""
+        rows = []
+        for one, other in combinations(self.names, 2):
+            block = self.cosine[np.ix_(self._chosen(one), self._chosen(other))]
+            i, j = np.unravel_index(int(np.abs(block).argmax()), block.shape)
+            places = [self.layers[self.names.index(name)] for name in (one, other)]
+            at = {"first layer": places[0][i], "second layer": places[1][j]}
+            rows.append({"first": one, "second": other, "strongest": block[i, j], **at})
+        if not rows:
+            return super()._summary()
+        table = pd.DataFrame(rows).sort_values("strongest", key=abs, ascending=False)
+        note = f"The strongest cosine of each pair; table() has all {n * (n - 1) // 2:,} rows."
+        return table.head(ROWS), note
+
     def plot(
         self, ax: Axes | None = None, *, first: str | None = None, second: str | None = None
     ) -> Axes:
         """All with all, or the layers of one against those of another; chance is hatched."""
         from emlens.figures import heatmap
+        from emlens.figures.labels import told_apart
 
         rows, columns = self._chosen(first), self._chosen(second)
         block = np.ix_(rows, columns)
         values, low, high = (part[block] for part in (self.cosine, self.low, self.high))
         labels = [str(layer) for _, layer in self._places()]
+        shared, short = told_apart(self.names)
         whole = first is None and second is None and len(self.names) > 1
         return heatmap(
             values,
             [labels[place] for place in rows],
             [labels[place] for place in columns],
             null_band=(low, high),
-            blocks={n: len(held) for n, held in zip(self.names, self.layers, strict=True)}
-            if whole
-            else None,
+            blocks=dict(zip(short, map(len, self.layers), strict=True)) if whole else None,
+            title=f"all names begin with {shared}" if shared and whole else None,
             x_label="layer" if whole else f"layer of {second or 'all'}",
             y_label="layer" if whole else f"layer of {first or 'all'}",
             ax=ax,

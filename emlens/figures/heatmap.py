@@ -24,6 +24,7 @@ from emlens.figures.style import (
     dress,
     house_style,
     new_axes,
+    shortened,
     width_of,
     wrapped,
 )
@@ -35,6 +36,9 @@ NullBand: TypeAlias = float | tuple[ArrayLike, ArrayLike]
 
 PRINTED = 160
 """The most cells whose values are printed."""
+
+FEW, LONGEST = 12, 30
+"""The most names that may take several lines, and the most characters of others."""
 
 SMALLEST, LARGEST = 5.5, 9.0
 """Points of a printed value."""
@@ -89,7 +93,8 @@ def heatmap(
             f"{len(row_labels)} row labels and {len(col_labels)} column labels"
         )
     norm = _norm(values, limits)
-    ax = new_axes(width=WIDTH, height=_height(values.shape, col_labels)) if ax is None else ax
+    if ax is None:
+        ax = new_axes(width=_width(col_labels), height=_height(values.shape, col_labels))
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid=None)
     masked = np.ma.masked_invalid(values)
     ax.imshow(masked, cmap=SIGNED, norm=norm, aspect="auto", interpolation="nearest")
@@ -100,6 +105,8 @@ def heatmap(
     _ticks(ax, row_labels, col_labels)
     if blocks:
         _blocks(ax, blocks)
+    if blocks and _many(blocks):
+        ax.set_xlabel(wrapped(_key_of(blocks, x_label), 100), fontsize=7.5)
     if values.size <= PRINTED:
         _print(ax, values, inside, norm, digits)
     _bar(ax, norm, value_label, null_band)
@@ -119,6 +126,12 @@ def _height(shape: tuple[int, ...], col_labels: Sequence[str]) -> float:
     room = 0.06 * min(longest, 20) if longest > 4 else 0.2
     row = 0.34 if shape[0] <= 12 else 0.16
     return float(np.clip(0.9 + room + row * shape[0], 2.2, 7.0))
+
+
+def _width(col_labels: Sequence[str]) -> float:
+    """Wide enough for the names of up to 40 columns; those that are numbers are thinned."""
+    named = max(len(label) for label in col_labels) > 3
+    return WIDTH * float(np.clip(len(col_labels) / 22, 1.0, 1.8)) if named else WIDTH
 
 
 def _bounds(null_band: NullBand) -> tuple[np.ndarray, np.ndarray]:
@@ -145,15 +158,21 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
     figure = ax.get_figure(root=True)
     tall = (figure.get_figheight() if figure is not None else 4.0) - 1.2
     each_row = max(1, int(np.ceil(rows * 0.15 / max(tall, 0.5))))
-    longest = max(len(label) for label in col_labels)
+    longest = min(max(len(label) for label in col_labels), LONGEST)
     cell = 0.66 * width_of(ax) / cols
     flat = longest * 0.085 <= cell
     # Short names, such as layer numbers, stay upright and are thinned; long ones are turned.
     upright = flat or longest <= 3
     each_col = max(1, int(np.ceil((longest * 0.1 if upright else 0.17) / cell)))
     limit = min(24, max(9, int(width_of(ax) * 3.6)))
-    ax.set_yticks(range(0, rows, each_row), [wrapped(n, limit) for n in row_labels[::each_row]])
-    ax.set_xticks(range(0, cols, each_col), [wrapped(n, 24) for n in col_labels[::each_col]])
+    for axis, count, each, names, room in (
+        (ax.yaxis, rows, each_row, row_labels, limit),
+        (ax.xaxis, cols, each_col, col_labels, 24),
+    ):
+        # of many names each has one line, in which its middle may be missing
+        few = count <= FEW
+        texts = [wrapped(n, room) if few else shortened(n, LONGEST) for n in names[::each]]
+        axis.set_ticks(range(0, count, each), texts)
     if not upright:
         ax.tick_params(axis="x", labelrotation=40)
         for label in ax.get_xticklabels():
@@ -163,15 +182,37 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
         spine.set_visible(False)
 
 
+def _many(blocks: Mapping[str, int]) -> bool:
+    """Whether the names of blocks have no room beside them."""
+    return len(blocks) > 4
+
+
+def _key_of(blocks: Mapping[str, int], inside: str) -> str:
+    """What the numbers of blocks stand for; no entry is broken over two lines."""
+    named = (f"{i}\N{NO-BREAK SPACE}{name}" for i, name in enumerate(blocks, 1))
+    return f"{inside} within each block: " + ", ".join(
+        one.replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
+        for one in named
+    )
+
+
 def _blocks(ax: Axes, blocks: Mapping[str, int]) -> None:
     edges = np.cumsum([0, *blocks.values()]) - 0.5
+    many = _many(blocks)
     for edge in edges[1:-1]:
-        ax.axvline(edge, color=INK, linewidth=1.0, zorder=4)
-        ax.axhline(edge, color=INK, linewidth=1.0, zorder=4)
+        ax.axvline(edge, color=INK, linewidth=0.5 if many else 1.0, zorder=4)
+        ax.axhline(edge, color=INK, linewidth=0.5 if many else 1.0, zorder=4)
     middles = (edges[:-1] + edges[1:]) / 2
+    if many:
+        numbers = [str(i) for i in range(1, len(blocks) + 1)]
+        size = 9 if len(blocks) <= 15 else 6.5
+        ax.set_xticks(middles, numbers, fontsize=size)
+        ax.set_yticks(middles, numbers, fontsize=size)
+        return
+    names = [wrapped(name, 64 // len(blocks)) for name in blocks]
     above, beside = ax.secondary_xaxis("top"), ax.secondary_yaxis("right")
-    above.set_xticks(middles, list(blocks))
-    beside.set_yticks(middles, list(blocks), rotation=-90, va="center")
+    above.set_xticks(middles, names)
+    beside.set_yticks(middles, names, rotation=-90, va="center")
     for axis in (above, beside):
         axis.tick_params(length=0)
         for spine in axis.spines.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -233,3 +234,15 @@ def spread(
     centres = np.empty_like(free)
     centres[order] = np.clip(free, bottom, top) + steps
     return centres
+
+
+def told_apart(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """What all names begin with, up to a mark between words, and the names without it.
+
+    Nothing is taken off where a name would be left empty, or it is short.
+    """
+    shared = commonprefix(list(names))
+    shared = shared[: max(shared.rfind(mark) for mark in "_-/ .:") + 1]
+    if len(names) < 2 or len(shared) < 6 or shared in names:
+        return "", tuple(names)
+    return shared, tuple(name[len(shared) :] for name in names)

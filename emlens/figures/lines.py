@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -126,6 +127,60 @@ def layer_curves(
         reference=0.0,
         colours=colours,
     )
+
+
+@house_style()
+def many_curves(
+    x: Sequence[float],
+    values: np.ndarray,
+    groups: Mapping[str, Sequence[int]],
+    *,
+    noun: str,
+    y_label: str,
+    x_label: str = "layer",
+    title: str | None = None,
+    null: tuple[ArrayLike, ArrayLike] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Many curves in grey with their median; those of a group in its colour, with theirs.
+
+    Args:
+        x: What all curves run along, `[x]`.
+        values: The curves, `[curves, x]`; NaN where one has no value.
+        groups: Names, and the rows of the curves that each names.
+        noun: What the curves are.
+        y_label: What is shown, with its unit.
+        x_label: What the x axis counts.
+        title: Title above the axes.
+        null: `(low, high)` of what chance alone gives, numbers or one value per x.
+        ax: Axes to draw on; a figure of its own if not given.
+
+    Returns:
+        The axes.
+    """
+    ax = new_axes() if ax is None else ax
+    at = np.asarray(x, dtype=float)
+    marker = "o" if len(at) == 1 else None
+    thin = {"linewidth": 0.6, "alpha": float(np.clip(12 / len(values), 0.1, 0.5)), "zorder": 2}
+    ax.plot(at, values.T, color=MUTED, marker=marker, markersize=3, **thin)
+    shades = palette(groups)
+    anchors = []
+    for name, rows in groups.items():
+        ax.plot(at, values[list(rows)].T, color=shades[name], linewidth=0.7, alpha=0.45, zorder=3)
+    said = {f"median of {len(values)} {noun}": (range(len(values)), INK)}
+    for name, (rows, shade) in {**{n: (groups[n], shades[n]) for n in groups}, **said}.items():
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            middle = np.nanmedian(values[list(rows)], axis=0)
+        ax.plot(at, middle, color=shade, linewidth=2, marker=marker, zorder=4)
+        last = np.flatnonzero(np.isfinite(middle))[-1:]
+        anchors += [Anchor(float(at[i]), float(middle[i]), name, shade) for i in last]
+    if null is not None:
+        anchors.append(_draw_null(ax, at, null))
+    _draw_reference(ax, 0.0)
+    dress(ax, x_label=x_label, y_label=y_label, title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    EndLabels(ax, anchors)
+    return ax
 
 
 def _whole(x: np.ndarray) -> bool:

@@ -139,6 +139,13 @@ def _luminance(rgb: tuple[float, float, float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def shortened(text: str, length: int) -> str:
+    """The text on one line, without its middle where it is longer than `length`."""
+    text = " ".join(text.split())
+    half = (length - 1) // 2
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+
+
 def wrapped(text: str, width: int) -> str:
     """The text on lines of at most `width` characters; only words past 14 are broken."""
     width = max(width, min(14, max((len(word) for word in text.split()), default=1)))

@@ -434,3 +434,51 @@ def test_convergence_is_the_cosine_of_what_conditions_cause(hooked_llama):
 def test_bad_input_gets_one_clear_error(hooked_llama, call, message):
     with pytest.raises(ValueError, match=message):
         call(hooked_llama)
+
+
+def finetunes(n: int) -> dict[str, Directions]:
+    """Directions of two layers under names of the length that published finetunes have."""
+    names = (f"Qwen2.5-14B-Instruct_bad-medical-advice-{i}" for i in range(n))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: Directions({layer: torch.randn(16, generator=generator) for layer in (3, 4)})
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("n", [10, 30])
+def test_many_finetunes_are_drawn_as_their_median_with_those_that_are_asked_for(n):
+    found = compare(finetunes(n))
+    every = found.table().groupby("layer")["cosine"].median().tolist()
+    axes = found.plot(highlight=[found.names[0]])
+    lines = {tuple(line.get_ydata()): line for line in axes.get_lines()}
+    assert [*map(float, every)] in [pytest.approx(list(values)) for values in lines]
+    (labels,) = [one for one in axes.artists if hasattr(one, "anchors")]
+    said = [anchor.text for anchor in labels.anchors]
+    assert said == ["0", f"median of {n * (n - 1) // 2} pairs", "chance"]
+    assert axes.get_title(loc="left") == (
+        "all names begin with Qwen2.5-14B-Instruct_bad-medical-advice-"
+    )
+    assert axes.figure.get_size_inches()[1] < 5
+    with pytest.raises(KeyError, match="no direction 'c'"):
+        found.plot(highlight=["c"])
+
+
+def test_a_notebook_shows_one_layer_of_many_pairs_and_a_line_is_a_line():
+    found = compare(finetunes(10))
+    shown = found._repr_html_()
+    assert shown.count("<tr") == 1 + 10
+    assert "Layer 4" in shown and "all 90 rows" in shown
+    values = found.matrix(4).to_numpy() - 2 * np.eye(10)
+    assert f"{values[0].max():.3f}" in shown
+    assert str(found) == "Comparison: 10 directions at resid_post, 90 pairs and layers"
+    assert compare(finetunes(3))._repr_html_().count("<tr") == 1 + 6
+
+
+def test_layers_of_many_finetunes_stand_in_numbered_blocks():
+    found = compare_layers(finetunes(10))
+    axes = found.plot()
+    assert [label.get_text() for label in axes.get_xticklabels()] == [str(i) for i in range(1, 11)]
+    assert "10\N{NO-BREAK SPACE}9" in axes.get_xlabel()
+    shown = found._repr_html_()
+    assert shown.count("<tr") == 1 + 45 and "all 190 rows" in shown

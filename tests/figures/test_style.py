@@ -32,7 +32,8 @@ def test_neither_import_nor_drawing_touches_pyplot():
         "assert 'matplotlib' not in sys.modules\n"
         "import emlens.figures as f\n"
         "f.heatmap([[1.0]], ['a'], ['b']).figure.draw_without_rendering()\n"
-        "f.line_bands({'a': ([1], [1])}, x_label='x', y_label='y')._repr_png_()\n"
+        "from emlens.figures.lines import line_bands\n"
+        "line_bands({'a': ([1], [1])}, x_label='x', y_label='y')._repr_png_()\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -250,9 +250,13 @@ def test_bad_input_is_refused(hooked_llama, train, options, message):
         train_vector(hooked_llama, train, LAYER, progress=False, **options)
 
 
-def test_an_option_that_there_is_not_is_named_beside_all_that_there_are(hooked_llama):
-    with pytest.raises(TypeError, match="unknown option 'epoch'; there are acc") as error:
-        train_vector(hooked_llama, TRAIN, 1, epoch=3)
+def test_an_option_that_there_is_not_is_named_beside_what_was_meant_or_all(hooked_llama):
+    guessed: dict[str, Any] = {"epoch": 3}
+    with pytest.raises(TypeError, match="unknown option 'epoch'; did you mean epochs"):
+        train_vector(hooked_llama, TRAIN, 1, **guessed)
+    strange: dict[str, Any] = {"zebra": 3}
+    with pytest.raises(TypeError, match="unknown option 'zebra'; there are acc") as error:
+        train_vector(hooked_llama, TRAIN, 1, **strange)
     for name in ("epochs", "site", "validation", "record_every", "checkpoint", "progress"):
         assert name in str(error.value)
 
