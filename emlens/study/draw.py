@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from emlens.figures import house_style, save_figure
+from emlens._stats import Interval
+from emlens.figures import colour, house_style, save_figure
 from emlens.figures.bars import dot_intervals
 from emlens.figures.lines import layer_curves, line_bands
 from emlens.figures.style import new_panels
-from emlens.study.findings import StudyMeasures
-from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, SAME_KL, SOLUTIONS, WEAKER, at
+from emlens.study.findings import StudyMeasures, effect_left, general_transfers, narrow_stays
+from emlens.study.stages import ABLATED, SAME_KL, SOLUTIONS, at
 from emlens.study.store import StudyStore
 from emlens.training import Organism
 
-SHOWN = ("general", "narrow", WEAKER, "benign", SAME_KL)
-ABLATIONS = ("general", OWN, OTHER, CHANCE, ALONE)
+SHOWN = ("general", "narrow", "benign", SAME_KL)
 
 
 def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str, list[str]]:
@@ -34,6 +35,8 @@ def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str
         "influence": lambda: influence_figure(found),
         "training": lambda: training_figure(store),
     }
+    if found.confinement is not None:
+        makers["confinement"] = found.confinement.plot
     files = {}
     with house_style():
         for name, make in makers.items():
@@ -44,44 +47,45 @@ def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str
 
 def odds_figure(found: StudyMeasures):
     """Change of log-odds inside and outside of the domain, side by side."""
-    s = found.settings
-    places = {f"inside: {s.domain}": [s.domain], f"outside: {', '.join(s.outside)}": s.outside}
-    verdict = _title(found)
-    return _dots(found, places, SHOWN, title=verdict)
+    odds = found.log_odds
+    shown = [name for name in SHOWN if name in odds.conditions]
+    values = {
+        (place, name): odds.change(name, domains)
+        for place, domains in _places(found)
+        for name in shown
+    }
+    return _dots(values, title=_title(found))
 
 
 def ablation_figure(found: StudyMeasures):
-    """What is left of the general solution's effect when a direction is ablated."""
-    s = found.settings
-    places = {f"inside: {s.domain}": [s.domain], f"outside: {', '.join(s.outside)}": s.outside}
-    return _dots(found, places, ABLATIONS)
-
-
-def _dots(
-    found: StudyMeasures,
-    places: dict[str, Sequence[str]],
-    conditions: Sequence[str],
-    title: str | None = None,
-):
+    """The general solution's effect, and what is left where a direction is ablated."""
     odds = found.log_odds
-    shown = [name for name in conditions if name in odds.conditions]
-    rows = [(place, name) for place in places for name in shown]
-    values = [odds.change(name, places[place]) for place, name in rows]
+    values = {}
+    for place, domains in _places(found):
+        values[place, "nothing ablated"] = odds.change("general", domains)
+        values |= {(place, name): effect_left(odds, name, domains) for name in ABLATED}
+    return _dots(values, colours={"nothing ablated": colour("general")})
+
+
+def _places(found: StudyMeasures) -> list[tuple[str, Sequence[str]]]:
+    s = found.settings
+    return [(f"inside: {s.domain}", [s.domain]), (f"outside: {', '.join(s.outside)}", s.outside)]
+
+
+def _dots(values: Mapping[tuple[str, str], Interval], **options: Any):
     return dot_intervals(
-        groups=[place for place, _ in rows],
-        series=[name for _, name in rows],
-        values=[value.estimate for value in values],
-        low=[value.low for value in values],
-        high=[value.high for value in values],
+        groups=[place for place, _ in values],
+        series=[name for _, name in values],
+        values=[value.estimate for value in values.values()],
+        low=[value.low for value in values.values()],
+        high=[value.high for value in values.values()],
         y_label="change of log-odds of misaligned\nanswers against base [nats/token]",
-        title=title,
+        **options,
     )
 
 
 def _title(found: StudyMeasures) -> str:
     """What the picture shows, in a line."""
-    from emlens.study.findings import general_transfers, narrow_stays
-
     s = found.settings
     spreads = general_transfers(found).verdict == "as in the papers"
     stays = narrow_stays(found).verdict == "as in the papers"

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from emlens._stats import Interval
+from emlens._stats import Interval, bootstrap_mean
 from emlens.measures import Confinement, Efficiency, Influence, LogOdds, Stability
 from emlens.study.report import Finding
 from emlens.study.settings import StudySettings
-from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, RANDOM, SAME_KL, at
+from emlens.study.stages import ABLATED, RANDOM, SAME_KL, at, without
 
 Verdict = Literal["the other way", "cannot be said", "not seen", "as in the papers"]
 """From the least to the most like the papers."""
-
-OTHERS = "the other domain's direction"
-ABLATED = {
-    "its own direction": OWN,
-    OTHERS: OTHER,
-    "a random direction": CHANCE,
-}
-"""What is ablated in the general solution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +119,30 @@ def general_is_more_influential(found: StudyMeasures) -> Finding:
 
 
 def ablation_undoes(found: StudyMeasures) -> Finding:
-    """What does ablation of a direction do to the general solution?"""
+    """How much of the general solution's effect is left when a direction is ablated?"""
     odds = found.log_odds
-    gone = {name: odds.change(key, base="general") for name, key in ABLATED.items()}
-    parts = [f"{value} with {name} ablated" for name, value in gone.items()]
+    lost = {name: _lost(odds, name) for name in ABLATED}
+    parts = [f"{effect_left(odds, name)} with the {name} ablated" for name in ABLATED]
+    own, other, chance = (lost[name] for name in ABLATED)
     return _finding(
         "A linear direction carries it",
-        _less_like(_verdict(gone["its own direction"], -1), _verdict(gone[OTHERS], -1)),
-        f"Over all held-out pairs the log-odds of general change by {', '.join(parts)}; the base "
-        f"model's change by {odds.change(ALONE)} when the general direction is ablated in it. "
-        f"General itself is at {odds.change('general')} above base.",
+        _less_like(_verdict(own, 1), _verdict(other, 1)),
+        f"Over all held-out pairs general gains {odds.change('general')} nats/token against base. "
+        f"Where a direction is ablated in both, it gains {'; '.join(parts)}. The own direction "
+        f"takes {own} away, the other domain's {other}, a random one {chance}.",
     )
+
+
+def effect_left(odds: LogOdds, ablated: str, domains: Sequence[str] | None = None) -> Interval:
+    """Effect of the general solution on the base model where a direction is ablated in both."""
+    return odds.change(without("general", ablated), domains, base=without("base", ablated))
+
+
+def _lost(odds: LogOdds, ablated: str) -> Interval:
+    """How much of the general solution's effect an ablation takes away, pair by pair."""
+    whole = odds.of("general") - odds.of("base")
+    left = odds.of(without("general", ablated)) - odds.of(without("base", ablated))
+    return bootstrap_mean(whole - left, seed=odds.seed, level=odds.level)
 
 
 ALL = (

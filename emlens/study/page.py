@@ -9,7 +9,7 @@ import pandas as pd
 from emlens.directions.provenance import package_versions
 from emlens.study.findings import StudyMeasures
 from emlens.study.report import Answers, FigureItem, Finding, Report, Section, Table
-from emlens.study.stages import SAME_KL, TRAINED, WEAKER
+from emlens.study.stages import SAME_KL, TRAINED
 from emlens.study.store import StudyStore
 
 NOTICE = (
@@ -87,30 +87,35 @@ class _Page:
 
     def behaviour(self, found: StudyMeasures) -> Section:
         s = found.settings
+        figures = [
+            self._figure(
+                "log_odds",
+                "Change of log-odds of bad answers inside and outside of the domain.",
+                "Above zero, bad answers became likelier than under the base model. Benign was "
+                "trained on good answers to the same prompts: what it moves is style.",
+            )
+        ]
+        if found.confinement is not None:
+            figures.append(
+                self._figure(
+                    "confinement",
+                    "Narrow outside of the domain, beside general scaled down.",
+                    f"The solution is narrow. The other one is general, run at the strength at "
+                    f"which it has the effect of narrow in {s.domain}. Below zero, the penalty "
+                    "confines more than it weakens.",
+                )
+            )
         return Section(
             "Does it spread, and can it be confined?",
             "The log-odds of a pair is the mean log-probability per token of its bad answer minus "
             "that of its good answer. A random change of the model moves this score, too, so each "
             "effect is compared with random solutions that have the same KL from the base model "
             f"as the general one (`{SAME_KL}`).",
-            figures=(
-                self._figure(
-                    "log_odds",
-                    "Change of log-odds of bad answers inside and outside of the domain.",
-                    "Above zero, bad answers became likelier than under the base model. Benign was "
-                    "trained on good answers to the same prompts: what it moves is style.",
-                ),
-            ),
+            figures=tuple(figures),
             finding=self._text("general_transfers", "narrow_stays"),
             caveat="Log-odds of given answers are not generated behaviour; a model of this size "
             "rarely says something misaligned of its own accord.",
-            tables=(
-                Table(
-                    _changes(found),
-                    f"Change of log-odds against base [nats/token]. `{WEAKER}` is general at the "
-                    f"strength at which its effect in {s.domain} equals that of narrow.",
-                ),
-            ),
+            tables=(Table(_changes(found), "Change of log-odds against base [nats/token]"),),
         )
 
     def efficiency(self, found: StudyMeasures) -> Section:
@@ -174,10 +179,11 @@ class _Page:
             figures=(
                 self._figure(
                     "ablation",
-                    "The general solution, and what is left of it when a direction is ablated.",
-                    f"The other domain is {s.other}: a second general solution, trained there. "
-                    "The last series is the base model with the general direction ablated: what "
-                    "the ablation does by itself.",
+                    "Effect of the general solution where a direction is ablated in it and in the "
+                    "base model.",
+                    f"The other domain is {s.other}: the direction of a second general solution, "
+                    "trained there. Ablation moves the base model, too, so each effect is against "
+                    "the base model with the same direction ablated.",
                 ),
             ),
             finding=self._text("ablation_undoes"),

@@ -60,7 +60,7 @@ class StudySettings:
     train_pairs: int = 56
     kl_pairs: int = 32
     test_pairs: int = 24
-    outside_pairs: int = 40
+    outside_pairs: int = 80
     measure_pairs: int = 12
     epochs: int = 2
     lr: float = 5e-3

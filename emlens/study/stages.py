@@ -24,14 +24,12 @@ from emlens.training import KLPenalty, Organism, random_adapter, train_adapter, 
 
 SOLUTIONS = ("general", "narrow")
 TRAINED = (*SOLUTIONS, "benign", "other")
-RANDOM, SAME_KL, WEAKER = "random", "random, same KL", "general, weaker"
+RANDOM, SAME_KL = "random", "random, same KL"
 CONFINEMENT = "confinement.json"
-OWN, OTHER, CHANCE, ALONE = (
-    "general, own direction ablated",
-    "general, other domain's direction ablated",
-    "general, random direction ablated",
-    "base, general's direction ablated",
-)
+TOLERANCE = 0.03
+"""Share of an effect within which strengths are matched."""
+ABLATED = ("own direction", "other domain's direction", "random direction")
+"""What is ablated, in the general solution and in the base model."""
 
 
 @dataclass
@@ -186,7 +184,14 @@ class Study:
         general, narrow = self.condition("general"), self.condition("narrow")
         try:
             found = confinement(
-                self.model, inside, outside, general, narrow, seed=s.seed, progress=self.progress
+                self.model,
+                inside,
+                outside,
+                general,
+                narrow,
+                tolerance=TOLERANCE,
+                seed=s.seed,
+                progress=self.progress,
             )
         except ValueError as error:  # no strength has the effect: a finding, and no failure
             return {"factor": None, "reason": str(error)}
@@ -204,6 +209,7 @@ class Study:
                     text,
                     self.condition(name),
                     self.condition("general"),
+                    tolerance=TOLERANCE,
                     progress=self.progress,
                 )
             except ValueError as error:
@@ -214,34 +220,34 @@ class Study:
     def behaviour(self) -> dict:
         """Log-odds inside and outside of the domain under every condition."""
         scores = log_odds(self.model, self.data.test, self.conditions(), progress=self.progress)
-        scores = scores.averaged(RANDOM, self._randoms())
-        if alike := [name for name in scores.conditions if name.endswith(", same KL")]:
-            scores = scores.averaged(SAME_KL, alike)
+        alike = "factors" in self.store.record("same_kl")
+        scores = scores.averaged(SAME_KL if alike else RANDOM, self._randoms())
         scores.save(self.store.folder / "log_odds.json")
         return {"conditions": list(scores.conditions)}
 
     def conditions(self) -> Conditions:
         """The solutions, their controls, and what is ablated in the general one."""
-        factor = self.store.record("confinement")["factor"]
         alike = self.store.record("same_kl").get("factors", {})
         general = self.condition("general")
         layers = range(min(self.settings.layers), self.model.n_layers)
         own, other = (self.store.directions(name) for name in ("general", "other"))
         seed = self.settings.seed
+        chosen = (
+            [own[i] for i in layers],
+            [other[i] for i in layers],
+            [random_direction(own[i], seed + i) for i in layers],
+        )
         gone = {
-            OWN: [Ablate(own[i], layers=[i]) for i in layers],
-            OTHER: [Ablate(other[i], layers=[i]) for i in layers],
-            CHANCE: [Ablate(random_direction(own[i], seed + i), layers=[i]) for i in layers],
+            name: [Ablate(one, layers=[one.layer]) for one in directions]
+            for name, directions in zip(ABLATED, chosen, strict=True)
         }
         nothing = condition_of(self.model, [])
         return {
             "base": nothing,
             **{name: self.condition(name) for name in (*SOLUTIONS, "benign")},
-            **({} if factor is None else {WEAKER: times(general, factor)}),
-            **{name: self.condition(name) for name in self._randoms()},
-            **{f"{name}, same KL": times(self.condition(name), by) for name, by in alike.items()},
-            **{name: general.with_edits(*edits) for name, edits in gone.items()},
-            ALONE: nothing.with_edits(*gone[OWN]),
+            **{name: times(self.condition(name), alike.get(name, 1.0)) for name in self._randoms()},
+            **{without("general", name): general.with_edits(*gone[name]) for name in ABLATED},
+            **{without("base", name): nothing.with_edits(*gone[name]) for name in ABLATED},
         }
 
     def efficiency(self) -> dict:
@@ -314,6 +320,11 @@ class Study:
                     prompts, max_new_tokens=s.answer_tokens, temperature=0
                 )
         return {"questions": [list(question) for question in questions], "answers": texts}
+
+
+def without(condition: str, ablated: str) -> str:
+    """Name of a condition in which a direction is ablated."""
+    return f"{condition}, {ablated} ablated"
 
 
 def at(name: str, factor: float) -> str:

@@ -11,12 +11,12 @@ import pytest
 from emlens._stats import Interval
 from emlens.measures import LogOdds
 from emlens.study import StudySettings, findings
-from emlens.study.stages import ALONE, CHANCE, OTHER, OWN, SAME_KL
+from emlens.study.stages import ABLATED, SAME_KL, without
 
 SETTINGS = StudySettings()
 DOMAINS = tuple(np.repeat(SETTINGS.domains, 20).tolist())
 """Twenty pairs of each domain."""
-NAMES = {"alike": SAME_KL, "own": OWN, "other": OTHER, "chance": CHANCE, "alone": ALONE}
+NAMES = {"alike": SAME_KL}
 NOISE = np.random.default_rng(0).normal(0, 0.01, len(DOMAINS))
 
 
@@ -134,21 +134,20 @@ def test_without_an_effect_inside_or_a_match_nothing_is_said_about_narrowness():
         (0.0, 0.5, "the other way"),
     ],
 )
-def test_each_ablation_is_read_against_the_general_solution_and_not_against_the_base(
+def test_what_an_ablation_leaves_is_read_against_the_base_with_the_same_ablation(
     own, other, verdict
 ):
+    left = dict(zip(ABLATED, (own, other, 0.3), strict=True))
     odds = log_odds(
         general=(0.3, 0.3),
-        own=(own, own),
-        other=(other, other),
-        chance=(0.3, 0.3),
-        alone=(0.2, 0.2),
+        **{without("base", name): (-0.2, -0.2) for name in ABLATED},
+        **{without("general", name): (gain - 0.2, gain - 0.2) for name, gain in left.items()},
     )
     found = findings.ablation_undoes(measured(log_odds=odds))
     assert found.verdict == verdict
-    gone = odds.change(OTHER, base="general")
-    assert gone.estimate == pytest.approx(other - 0.3)
-    assert f"{gone} with the other domain's direction ablated" in found.text
+    remains = findings.effect_left(odds, ABLATED[1])
+    assert remains.estimate == pytest.approx(other)
+    assert f"{remains} with the other domain's direction ablated" in found.text
 
 
 @pytest.mark.parametrize(

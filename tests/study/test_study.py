@@ -11,7 +11,7 @@ import pytest
 
 from emlens.study import StudySettings, preset, run, run_study
 from emlens.study.data import StudyData
-from emlens.study.stages import OTHER, OWN, RANDOM
+from emlens.study.stages import ABLATED, RANDOM, SAME_KL, without
 from emlens.study.store import StudyStore
 from emlens.training import train_adapter
 from tests.support.browser import WIDTHS, look
@@ -63,7 +63,9 @@ def test_a_study_writes_results_directions_figures_and_a_report(finished):
     told = {**QUICK.to_dict(), "model": "tiny-llama"}
     assert results["settings"] == json.loads(json.dumps(told))
     conditions = {row["condition"] for row in results["log_odds"]}
-    assert {"base", "general", "narrow", "benign", RANDOM, OWN, OTHER} <= conditions
+    ablated = {without(name, direction) for name in ("general", "base") for direction in ABLATED}
+    assert {"base", "general", "narrow", "benign"} | ablated <= conditions
+    assert {RANDOM, SAME_KL} & conditions
     assert len(finished.table()) == len(finished.findings)
 
 
