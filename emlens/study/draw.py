@@ -54,17 +54,18 @@ def odds_figure(found: StudyMeasures):
         for place, domains in _places(found)
         for name in shown
     }
-    return _dots(values, title=_title(found))
+    return _dots(values, title=_title(found), colours={SAME_KL: colour("random")})
 
 
 def ablation_figure(found: StudyMeasures):
     """The general solution's effect, and what is left where a direction is ablated."""
     odds = found.log_odds
     values = {}
+    shades = {"nothing ablated": colour("general"), ABLATED[-1]: colour("random")}
     for place, domains in _places(found):
         values[place, "nothing ablated"] = odds.change("general", domains)
         values |= {(place, name): effect_left(odds, name, domains) for name in ABLATED}
-    return _dots(values, colours={"nothing ablated": colour("general")})
+    return _dots(values, colours=shades)
 
 
 def _places(found: StudyMeasures) -> list[tuple[str, Sequence[str]]]:

@@ -256,7 +256,7 @@ class Study:
         found = efficiency(
             self.model,
             self.data.misaligned(s.measure_pairs),
-            self.solutions((*SOLUTIONS, self._randoms()[0])),
+            {**self.solutions(), RANDOM: self.solutions(self._randoms()[:1])[f"{RANDOM} 0"]},
             factors=(0.0, *s.factors),
             seed=s.seed,
             progress=self.progress,
