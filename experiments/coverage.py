@@ -356,8 +356,8 @@ of the data sets.
   takes 24 questions or more; fewer than four say next to nothing. Where questions are alike or
   misaligned answers rare, rates and their differences hold the truth more often than they say (97
   to 99%): the design effect of so few questions cannot be known, and it is taken to be one
-  or more. No hit in 400 answers to eight questions gives {zero}. The interval of a single question is
-  Wilson's over its answers, and says nothing of other questions.
+  or more. No hit in 400 answers to eight questions gives {zero}. The interval of a
+  single question is Wilson's over its answers, and says nothing of other questions.
 - **Wilson's interval** alone, in columns of that name and in `evals.topics`, takes answers as
   independent. Where questions differ it is far too narrow.
 - **Trainings** are random as well: three say how far another would be off, with wide intervals.
