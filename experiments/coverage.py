@@ -348,28 +348,32 @@ of the data sets.
 - **Units, not numbers, make an interval.** Units are pairs, documents, questions, prompts or
   trainings. With fewer than two there is no interval.
 - **Means** have studentised bootstrap intervals that are never narrower than t intervals. For
-  very skewed units (a standard deviation of the log of 1: a few documents carry the effect) they
-  hold the truth in about 90% of cases at 12 units; give 60.
+  very skewed units (a standard deviation of the log of 1: a few units carry the effect) 90 to 93%
+  hold the truth with 6 to 24 units, and 95% with 60; the others lie
+  below it.
 - **Rates** are over questions. Eight questions with 50 answers each are eight units: where
-  questions differ a lot, the interval of a rate of 13% spans 45 points. A claim about a rate
+  questions differ a lot, the interval of a rate of 13% spans 47 points. A claim about a rate
   takes 24 questions or more; fewer than four say next to nothing. Where questions are alike or
-  misaligned answers rare, the intervals hold the truth more often than they say: the design
-  effect of so few cannot be known, and it is taken to be at least 1. No hit in 400 answers to
-  eight questions gives {zero}. The interval of a single question is Wilson's over its answers,
-  and says nothing of other questions.
+  misaligned answers rare, rates and their differences hold the truth more often than they say (97
+  to 99%): the design effect of so few questions cannot be known, and it is taken to be one
+  or more. No hit in 400 answers to eight questions gives {zero}. The interval of a
+  single question is Wilson's over its answers, and says nothing of other questions.
 - **Wilson's interval** alone, in columns of that name and in `evals.topics`, takes answers as
   independent. Where questions differ it is far too narrow.
 - **Trainings** are random as well: three say how far another would be off, with wide intervals.
   Two have a t interval of 12.7 standard errors over trainings.
 - **AUROC** has a width at 1.0 too: 24 and 24 conversations without one in the wrong order give
-  {one}.
+  {one}. The formula behind it overstates the variance of normal scores near 1, so 98% hold the
+  truth there.
 - **A monitor's threshold** promises `(k + 1) / (n + 1)` false alarms among new conversations,
   where `k` of the `n` aligned prompts that it was set on score higher. For 5% it takes 19 of
   them; with 20 the promise is 4.8%, with 24 it is 4.0%, with 60 it is 4.9%. The share of one
   monitor varies around it, as the interval says: with 24 the truth lies between {alarms}. With
   ten prompts the highest score promises 9.1%, and `Monitor.fit` warns.
 - A promise holds for conversations like those that the threshold was set on. Set it on the
-  model's own answers with `Monitor.calibrated` before it watches the model.
+  model's own answers with `Monitor.calibrated` before it watches the model. Several answers to a
+  prompt count as one in it, which is careful: fewer new conversations raise an alarm than it
+  says.
 - Not simulated here: the intervals of cosines between directions and of Fisher profiles.
 
 ## The table
@@ -385,12 +389,13 @@ def write_intervals(found: pd.DataFrame, page: Path, simulations: int = SIMULATI
     """Write the page of intervals."""
     whole = np.ones(24)
     scores, truth = np.concatenate([whole, 0 * whole]), np.arange(48) < 24
+    alarms = promise(np.arange(24.0), np.arange(24), 23.0)
     text = TEXT.format(
         n=simulations,
         error=100 * np.sqrt(0.05 * 0.95 / simulations),
         zero=_percent(share_of_units(np.zeros(8), np.full(8, 50.0))),
         one=f"{auroc_interval(scores, truth, np.arange(48)):.2f}",
-        alarms=_percent(promise(np.arange(24.0), np.arange(24), 23.0)).split(" ", 1)[1],
+        alarms=f"{100 * alarms.low:.1f} and {100 * alarms.high:.1f}%",
     )
     shown = found.copy()
     shown["mark"] = [

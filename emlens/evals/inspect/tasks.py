@@ -151,7 +151,7 @@ def sampled() -> Solver:
 def shares() -> Metric:
     """Shares of the answers with their 95% intervals, as `emlens.evals.Rates` has them.
 
-    `wilson` takes each answer for itself, `clustered` draws whole questions. Answers without a
+    `wilson` takes each answer for itself, `clustered` is over questions. Answers without a
     score are in `unscored`, never in the rate.
     """
 
