@@ -296,7 +296,10 @@ def bootstrap_statistic(
     known = found[np.isfinite(found)]
     if len(known) < 2:
         return Interval(estimate)
-    tail = _tail_of_t(min(sizes), level)
+    several = [n for n in sizes if n > 1]  # a sample of one unit is always drawn as it is
+    if not several:
+        return Interval(estimate)
+    tail = _tail_of_t(min(several), level)
     return Interval(estimate, *map(float, np.quantile(known, [tail, 1 - tail])))
 
 

@@ -325,3 +325,15 @@ def test_p_is_that_of_a_t_test():
     values = np.array([0.3, 0.5, 0.1, 0.6, -0.1])
     found = p_value(mean_over_seeds(values), degrees=4)
     assert found == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+
+
+def test_a_sample_of_one_unit_adds_no_spread_and_takes_none_away():
+    units = np.random.default_rng(0).normal(size=12)
+
+    def mean(*places: np.ndarray) -> float:
+        return float(units[places[-1]].mean())
+
+    alone = bootstrap_statistic(mean, 12, estimate=float(units.mean()))
+    beside = bootstrap_statistic(mean, 1, 12, estimate=float(units.mean()))
+    assert (beside.low, beside.high) == pytest.approx((alone.low, alone.high), rel=0.1)
+    assert np.isnan(bootstrap_statistic(lambda place: 1.0, 1, estimate=1.0).low)

@@ -40,6 +40,7 @@ PLAIN = {
         "updates",
         "held out",
     ),
+    *("conversations", "factor", "matched", "set"),
     *("answers", "answers on topic", "best layer alone", "beyond chance", "by seed"),
 }
 # shares, correlations and ratios have none

@@ -223,9 +223,11 @@ class Adapters:
         if name in known:
             return
         if known:
-            raise ValueError(f"there is no adapter {name!r}; the adapters are {', '.join(known)}")
+            raise ValueError(
+                f"there is no adapter {str(name)!r}; the adapters are {', '.join(known)}"
+            )
         raise ValueError(
-            f"there is no adapter {name!r}: this model has none; load them with "
+            f"there is no adapter {str(name)!r}: this model has none; load them with "
             "emlens.load(base, adapters={name: folder or hub name})"
         )
 

@@ -162,6 +162,9 @@ class World:
             "train_adapter": Call(
                 emlens.train_adapter, {**trained, "name": "new", "layers": [2], "rank": 2}
             ),
+            "training.random_adapter": Call(
+                tr.random_adapter, {"model": self.model, "like": "one", "name": "new"}
+            ),
             "training.sweep_kl": Call(tr.sweep_kl, {**swept, **sides, "weights": [0.1]}),
             "training.auto_kl": Call(tr.auto_kl, {**swept, **sides, "tolerance": 0.1, "trials": 1}),
             "training.inoculated": Call(
@@ -278,8 +281,19 @@ class World:
         model, good, named = self.model, self.good, {"a": self.lone}
         tables = {"model": model, "behaviour": self.behaviour, "layer": 1, "randoms": 1}
         judged = {"responses": self.answers, "scores": self.scores}
+        scaled = {
+            **{"model": model, "condition": [Add(self.lone)], "like": [Add(self.lone * 0.5)]},
+            **{"tolerance": 0.5, "progress": False},
+        }
         return {
             "log_odds": {"model": model, "pairs": self.pairs, "progress": False},
+            "measures.match_strength": {**scaled, "pairs": self.pairs},
+            "measures.match_kl": {**scaled, "conversations": good},
+            "measures.confinement": {**scaled, "inside": self.pairs, "outside": self.pairs},
+            "measures.divergence": {
+                **{"model": model, "conversations": good, "conditions": {"one": "one"}},
+                "progress": False,
+            },
             "efficiency": {
                 **{"model": model, "conversations": good, "directions": named, "norms": [1.0]},
                 "progress": False,

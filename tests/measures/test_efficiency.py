@@ -326,7 +326,7 @@ WIDE = Direction.of(torch.ones(7), 1)
         (
             {"x": torch.ones(32)},
             {},
-            r"directions\['x'\] must be a Directions or text, not a Tensor",
+            r"directions\['x'\] must be a Directions, not a Tensor of shape \[32\]; make one",
         ),
         ({"x": Direction.of(torch.zeros(32), 1)}, {}, "direction 'x' is zero"),
         ({"x": WIDE}, {}, "direction 'x' has width 7, but tiny-llama has d_model 32"),
