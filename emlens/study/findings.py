@@ -41,11 +41,11 @@ def general_transfers(found: StudyMeasures) -> Finding:
     style = odds.change("general", s.outside, base="benign")
     return _finding(
         f"Training on {s.domain} alone changes answers outside of it",
-        # what any perturbation of that size does is no transfer
-        _less_like(_verdict(outside, 1), _verdict(chance, 1)),
+        _verdict(outside, 1),
         f"Misaligned answers gain {odds.change('general', [s.domain])} nats/token of log-odds in "
         f"{s.domain} and {outside} on {_outside(s)}. On {_outside(s)} that is {chance} more than "
-        f"random solutions of the same {'KL' if alike == SAME_KL else 'norm'}, and {style} more "
+        f"random solutions of the same {'KL' if alike == SAME_KL else 'norm'}"
+        f"{'' if _sign(chance) else ', which is not clear of zero'}, and {style} more "
         "than the benign control, which was trained on good answers to the same prompts.",
     )
 

@@ -13,9 +13,8 @@ from scipy.stats import norm
 from emlens.measures import Confinement, Efficiency, LogOdds, Stability
 from emlens.training import Organism, train_adapter
 from experiments import AsymmetrySettings, read_asymmetries, run_asymmetries
-from experiments.asymmetries import CLAIMS, Asymmetries, keep_settings
+from experiments.asymmetries import CLAIMS, Asymmetries, _confined, keep_settings
 from experiments.asymmetry_page import write_findings
-from experiments.asymmetries import _confined
 from experiments.trials import UNMATCHED, TrialData, trial_folder
 from tests.support.data import conversations
 
