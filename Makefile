@@ -21,7 +21,7 @@ SOURCES := emlens experiments tests tutorials benchmarks docs/*.py
 
 help:
 	@echo "make setup     create .venv with all that emlens and its checks need; the others do it, too"
-	@echo "make demo      run the whole experiment on the embedded model (about ten minutes)"
+	@echo "make demo      run the whole experiment on the embedded model (about 13 minutes)"
 	@echo "make assets    run the demo and copy its figures to where the README shows them"
 	@echo "make test      lint, types and tests, the real model and pages in Chromium included"
 	@echo "make fuzz      hand in thousands of damaged files and wrong arguments (CASES=5000), count the ends"

@@ -214,10 +214,10 @@ def share_of_units(
     least 1), with the reach that `bootstrap_ratio` gives in place of the normal quantile. It has a
     width where there is no hit as well. Units of one answer each have Wilson's own.
 
-    How many units a claim needs: eight that differ a lot (a rate of 13%, log-odds with a spread of
-    2) give 13% [4, 50]. Four are the fewest that are worth reporting. With two or three the
-    interval spans most of all shares; that of one unit is Wilson's over its answers, and says
-    nothing of other units.
+    How many units a claim needs: with eight that differ a lot (a rate of 13%, log-odds with a
+    spread of 2) the median interval is 47 points wide (`docs/intervals.md`). With two or three it
+    spans most of all shares; that of one unit is Wilson's over its answers, and says nothing of
+    other units.
 
     Args:
         hits: Hits per unit, `[n]`.
