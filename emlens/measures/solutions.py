@@ -48,7 +48,10 @@ def read_solutions(
     found: dict[str, Condition] = {}
     for name, value in given.items():
         if isinstance(value, str):
-            found[name] = condition_of(model, value)
+            try:
+                found[name] = condition_of(model, value)
+            except ValueError as error:
+                raise ValueError(f"directions[{str(name)!r}]: {error}") from None
             norm_of(model, found[name])
             continue
         if not isinstance(value, Directions):
