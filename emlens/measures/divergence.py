@@ -30,7 +30,7 @@ ALL = "conversations"
 class Divergence(Measured):
     """`KL(base || condition)` per conversation and condition.
 
-    Intervals are bootstrapped over conversations, widened as few of them need.
+    Intervals are bootstrapped over conversations.
 
     Attributes:
         conditions: Names of the conditions.

@@ -46,7 +46,7 @@ Kind = Literal["add", "ablate"]
 class Influence(OnGrid):
     """KL and change of next-token loss on a corpus when a direction is added.
 
-    Intervals are bootstrapped over documents, widened as few of them need.
+    Intervals are bootstrapped over documents.
 
     Attributes:
         directions: Names of the directions, then those of the controls, then other conditions.

@@ -15,11 +15,11 @@ from emlens.figures.bars import dot_intervals
 from emlens.figures.lines import layer_curves, line_bands
 from emlens.figures.style import new_panels
 from emlens.study.findings import StudyMeasures, effect_left, general_transfers, narrow_stays
-from emlens.study.stages import ABLATED, SAME_KL, SOLUTIONS, at
+from emlens.study.stages import ABLATED, RANDOM, SAME_KL, SOLUTIONS, at
 from emlens.study.store import StudyStore
 from emlens.training import Organism
 
-SHOWN = ("general", "narrow", "benign", SAME_KL)
+SHOWN = ("general", "narrow", "benign", SAME_KL, RANDOM)
 
 
 def draw_all(found: StudyMeasures, cosines: dict, store: StudyStore) -> dict[str, list[str]]:
@@ -91,7 +91,7 @@ def _title(found: StudyMeasures) -> str:
     spreads = general_transfers(found).verdict == "as in the papers"
     stays = narrow_stays(found).verdict == "as in the papers"
     first = f"Training on {s.domain} {'spreads' if spreads else 'is not seen to spread'}"
-    return f"{first}; {'a KL penalty confines it' if stays else 'a KL penalty weakens it'}"
+    return f"{first}; a KL penalty {'confines it' if stays else 'is not seen to confine it'}"
 
 
 def cosine_figure(cosines: dict):
@@ -111,17 +111,12 @@ def cosine_figure(cosines: dict):
 def influence_figure(found: StudyMeasures):
     """KL on pre-training text against strength, at equal norms."""
     influence, s = found.influence, found.settings
-    names = (*SOLUTIONS, "benign", *(f"random {i}" for i in range(s.controls)))
     x = np.array(sorted(s.factors))
     curves = {}
-    for name in names:
+    for name in (*SOLUTIONS, "benign", "random 0"):
         values = [influence.divergence(at(name, f), influence.doses[0]) for f in x]
-        if name.startswith("random") and name != "random 0":
-            continue
-        ends = [
-            np.array([getattr(v, part) for v in values]) for part in ("estimate", "low", "high")
-        ]
-        curves["random" if name == "random 0" else name] = (x, *ends)
+        bands = np.array([(value.estimate, value.low, value.high) for value in values]).T
+        curves[name.removesuffix(" 0")] = (x, *bands)
     return line_bands(
         curves,
         x_label="strength [factor on the common norm]",

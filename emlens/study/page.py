@@ -110,7 +110,7 @@ class _Page:
             "The log-odds of a pair is the mean log-probability per token of its bad answer minus "
             "that of its good answer. A random change of the model moves this score, too, so each "
             "effect is compared with random solutions that have the same KL from the base model "
-            f"as the general one (`{SAME_KL}`).",
+            f"as the general one (`{SAME_KL}`), on good answers to the training prompts.",
             figures=tuple(figures),
             finding=self._text("general_transfers", "narrow_stays"),
             caveat="Log-odds of given answers are not generated behaviour; a model of this size "

@@ -15,6 +15,7 @@ from emlens.edits import Ablate, Add
 from emlens.hooked import HookedModel
 from emlens.hooked.condition import Condition, ConditionLike, Conditions, condition_of
 from emlens.measures import confinement, efficiency, influence, log_odds, match_kl, stability
+from emlens.measures.matching import UnmatchedError
 from emlens.measures.solutions import norm_of, times
 from emlens.study.data import StudyData
 from emlens.study.settings import StudySettings
@@ -193,7 +194,7 @@ class Study:
                 seed=s.seed,
                 progress=self.progress,
             )
-        except ValueError as error:  # no strength has the effect: a finding, and no failure
+        except UnmatchedError as error:  # no strength has the effect: a finding, and no failure
             return {"factor": None, "reason": str(error)}
         found.save(self.store.folder / CONFINEMENT)
         return {"factor": found.matched.factor}
@@ -212,7 +213,7 @@ class Study:
                     tolerance=TOLERANCE,
                     progress=self.progress,
                 )
-            except ValueError as error:
+            except UnmatchedError as error:
                 return {"reason": str(error)}
             factors[name] = found.factor
         return {"factors": factors}

@@ -82,6 +82,7 @@ class ProjectionPenalty:
         check_fields(self, weight=POSITIVE)
 
 
+@guard_names
 @dataclass(frozen=True, slots=True)
 class AnchorPenalty:
     """A penalty on changing what is likely elsewhere: of given pairs or answers, not of all.
