@@ -12,6 +12,7 @@ from emlens.cli.common import table_text
 from emlens.study.folder import read_config
 from experiments import AsymmetrySettings, read_asymmetries, read_paths, run_asymmetries, run_paths
 from experiments.asymmetry_page import write_findings
+from experiments.narrowing import read_narrowings, run_narrowing
 
 app = typer.Typer(add_completion=False)
 
@@ -28,6 +29,9 @@ def asymmetries(
     paths: Annotated[
         bool, typer.Option(help="Also train between the solutions: trade-off and drift.")
     ] = True,
+    narrowing: Annotated[
+        bool, typer.Option(help="Also train narrow solutions with other penalties and data.")
+    ] = True,
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Write the page from finished trials; run nothing.")
     ] = False,
@@ -35,7 +39,8 @@ def asymmetries(
     """Train general and narrow solutions over domains and seeds, and measure the asymmetries.
 
     Finished trials are kept, so an interrupted run resumes. With --paths the way between the two
-    solutions of one domain is trained as well: medical, where it is among the domains.
+    solutions of one domain is trained as well: medical, where it is among the domains; with
+    --narrowing other ways to a narrow solution of it.
     """
     if read_only:
         found = read_asymmetries(out)
@@ -46,11 +51,18 @@ def asymmetries(
         if model is not None:
             settings = replace(settings, model=model)
         found = run_asymmetries(out, settings, made_by=f"python -m experiments --out {out}")
+        known = settings.domains
+        domain = "medical" if "medical" in known else known[0]
         if paths:
-            known = settings.domains
-            run_paths(out, settings, domain="medical" if "medical" in known else known[0])
+            run_paths(out, settings, domain=domain)
+        if narrowing:
+            run_narrowing(out, settings, domain=domain)
     written = write_findings(
-        found, page or out / "findings.md", figures or out / "figures", read_paths(out)
+        found,
+        page or out / "findings.md",
+        figures or out / "figures",
+        read_paths(out),
+        read_narrowings(out),
     )
     typer.echo(table_text(found.table()))
     typer.echo(f"written: {written}")

@@ -11,9 +11,12 @@ from emlens._reading import expanded
 from emlens._stats import Interval
 from emlens.figures import save_figure
 from experiments.asymmetries import CLAIMS, DIGITS, VERDICTS, Asymmetries
+from experiments.narrowing import Narrowing
+from experiments.narrowing_page import narrowing_section
 from experiments.paths import SolutionPaths
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 UNSAID = "cannot be said"
@@ -36,6 +39,7 @@ def write_findings(
     page: str | Path,
     figures: str | Path,
     paths: Sequence[SolutionPaths] = (),
+    narrowings: Sequence[tuple[Narrowing, pd.DataFrame | None]] = (),
 ) -> Path:
     """Write the page of findings in Markdown, and its figures beside it.
 
@@ -44,6 +48,7 @@ def write_findings(
         page: The file, e.g. `docs/findings.md`.
         figures: Folder of the figures; linked relative to the page where it lies below it.
         paths: What lies between the solutions, from `read_paths`.
+        narrowings: Ways to a narrow solution, from `read_narrowings`.
     """
     page, figures = expanded(page), expanded(figures)
     figures.mkdir(parents=True, exist_ok=True)
@@ -52,6 +57,10 @@ def write_findings(
         file = figures / f"asymmetries_{kind}"
         shown.append(_picture(found.plot(kind=kind), file, page, f"Change of log-odds, {kind}s"))
     between = [line for path in paths for line in _between(path, page, figures)]
+    for ways, scaled in narrowings:
+        file = figures / f"narrowing_{ways.domain}"
+        picture = _picture(ways.plot(), file, page, "Ways to a narrow solution")
+        between += narrowing_section(ways, scaled, picture)
     page.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(page, "\n".join([*_page(found, shown), *between]).encode())
     return page

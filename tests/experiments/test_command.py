@@ -56,7 +56,7 @@ def run(monkeypatch, tiny, tiny_tokenizer):
 
 def test_the_command_trains_between_the_solutions_unless_told_not_to(tried, run):
     path, out = tried
-    arguments = ("--config", path, "--out", out)
+    arguments = ("--config", path, "--out", out, "--no-narrowing")
     run(*arguments, "--no-paths")
     assert "Between general and narrow" not in (out / "findings.md").read_text()
     run(*arguments)

@@ -125,15 +125,18 @@ class TrainingPath:
         """The path of a run that was trained here.
 
         The gradient of a record is the one that led to it; the start has none, nor has an
-        end between two regular records.
+        end between two regular records. Where `patience` put back an earlier solution at the end,
+        that last record is left out: the path does not go there.
         """
+        n = len(run.path_steps) - _ends_with_an_earlier_state(run)
+        states = {name: state[:n] for name, state in run.states.items()}
         gradients = {}
         for name, gradient in run.gradients.items():
-            kept = torch.full_like(run.states[name], float("nan"))
+            kept = torch.full_like(states[name], float("nan"))
             kept[1 : len(gradient) + 1] = gradient
             gradients[name] = kept
         log = tuple(asdict(step) for step in run.steps)
-        return cls(tuple(run.path_steps), run.states, gradients, log, run.settings)
+        return cls(tuple(run.path_steps[:n]), states, gradients, log, run.settings)
 
     def save(self, path: str | Path) -> Path:
         """Write the path as one safetensors file, steps and log in its header; atomic."""
@@ -181,6 +184,16 @@ class TrainingPath:
             f"TrainingPath({len(self)} records, steps {self.steps[0]} to {self.steps[-1]}, "
             f"{len(self.states)} parameters with {size} values)"
         )
+
+
+def _ends_with_an_earlier_state(run: TrainingRun) -> bool:
+    """Whether the last record is the solution of the lowest validation loss, out of order."""
+    losses = {n: step.validation for n, step in enumerate(run.steps, 1)}
+    known = {n: loss for n, loss in losses.items() if loss is not None}
+    if run.settings.get("patience") is None or not known:
+        return False
+    repeated = len(run.path_steps) > 1 and run.path_steps[-1] == run.path_steps[-2]
+    return repeated or min(known, key=known.__getitem__) < len(run.steps)
 
 
 def chosen_names(

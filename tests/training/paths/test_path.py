@@ -64,6 +64,33 @@ def llama(hooked_llama):
 # -- a path ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("patience", [None, 1, 3])
+def test_a_path_rises_though_patience_puts_an_earlier_solution_back(hooked_llama, patience, every):
+    text = conversations(8)
+    # a learning rate that overshoots: the validation loss soon rises
+    _, run = train_vector(
+        hooked_llama,
+        text[:4],
+        1,
+        validation=text[4:],
+        patience=patience,
+        epochs=6,
+        lr=3.0,
+        batch_size=2,
+        record_every=every,
+        progress=False,
+    )
+    losses = [step.validation for step in run.steps if step.validation is not None]
+    if patience is not None:
+        assert losses.index(min(losses)) < len(losses) - 1, "the case needs a rising loss"
+    path = TrainingPath.of(run)
+    ends = [len(run.steps)] if patience is None and len(run.steps) % every else []
+    assert path.steps == (*range(0, len(run.steps) + 1, every), *ends)
+    for name, state in path.states.items():
+        assert torch.equal(state, run.states[name][: len(path)])
+
+
 def test_flat_states_are_those_of_each_parameter_beside_each_other():
     path = some_path()
     flat = path.flat()
