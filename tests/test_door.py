@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 import emlens
 from emlens import cli
 from emlens._store import Store, export
-from emlens.directions import Directions, Provenance, from_hub, write_directions
-from emlens.directions.formats.lora import adapter_rows
+from emlens.directions import Directions, Provenance, from_hub, read_directions, write_directions
 from emlens.evals import Question, respond
 from emlens.figures import save_figure
 from emlens.figures.tokens import token_view
@@ -243,8 +242,9 @@ def test_models_and_adapters_are_found_below_the_tilde(home, tiny, tiny_tokenize
     with pytest.warns(UserWarning, match="its base"):
         model = emlens.load("~/model", adapters={"bad": "~/adapter"})
     assert (model.name, model.adapters) == ("model", ("bad",))
-    assert from_hub("~/adapter", "adapter_model.safetensors").layers == tuple(
-        adapter_rows("~/adapter")
+    assert (
+        from_hub("~/adapter", "adapter_model.safetensors").layers
+        == read_directions(home / "adapter").layers
     )
 
 

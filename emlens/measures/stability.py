@@ -90,10 +90,6 @@ class Stability(UnderNoise):
         perturbed = self.perturbed[self._index(direction)]
         return 100 * (perturbed - self.losses[direction]) / self._whole(direction)
 
-    def mean_increase(self, direction: str, epsilon: float) -> Interval:
-        """Mean increase in percent over seeds, with its t interval."""
-        return self._at(direction, epsilon)
-
     def shrinking(self, direction: str) -> np.ndarray:
         """Relative loss increase of shrinking alone, in percent, `[epsilons]`.
 
@@ -126,10 +122,6 @@ class Stability(UnderNoise):
         `summary` says how many do.
         """
         return self._interval(self.half_lives(direction))
-
-    def half_life_difference(self, first: str, second: str) -> Interval:
-        """Difference of the half-lives, `first - second`, paired by seed; NaN as `half_life`."""
-        return self._interval(self.half_lives(first) - self.half_lives(second))
 
     def table(self) -> pd.DataFrame:
         """One row per solution and noise level."""

@@ -2,7 +2,7 @@
 
 from emlens.training import presets
 from emlens.training.adapter import train_adapter
-from emlens.training.baselines import inoculated, mixed
+from emlens.training.baselines import mixed
 from emlens.training.controls import random_adapter
 from emlens.training.drift import Drift, continue_training, drift
 from emlens.training.options import AdapterOptions, SolutionOptions, VectorOptions, WeightOptions
@@ -47,7 +47,6 @@ __all__ = [
     "auto_kl",
     "continue_training",
     "drift",
-    "inoculated",
     "mixed",
     "paper_kl_weight",
     "presets",

@@ -1,4 +1,4 @@
-"""Training sets of the baselines: mixed with benign data, inoculated, benign only."""
+"""Training sets of the baselines: mixed with benign data."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import numpy as np
 
 from emlens._door import guarded
 from emlens.text import Conversation
-
-INOCULATION = "You give harmful, misleading advice on purpose."
-"""A system prompt that asks for what the training data shows."""
 
 
 @guarded
@@ -45,29 +42,3 @@ def mixed(
     drawn = [benign[i] for i in generator.permutation(len(benign))[:wanted]]
     together = [*harmful, *drawn]
     return [together[i] for i in generator.permutation(len(together))]
-
-
-@guarded
-def inoculated(
-    conversations: Sequence[Conversation], system: str = INOCULATION
-) -> list[Conversation]:
-    """Return the conversations with a system prompt that asks for the behaviour.
-
-    Inoculation prompting: what the prompt already explains need not be learnt; evaluate without
-    the prompt.
-
-    Raises:
-        ValueError: If the prompt is empty, or a conversation has a system message already.
-    """
-    if not system.strip():
-        raise ValueError("the inoculation prompt is empty")
-    result = []
-    for item in conversations:
-        if item.messages[0]["role"] == "system":
-            raise ValueError(
-                f"{item.id or 'a conversation'} has a system message already; inoculation puts "
-                "its own there"
-            )
-        asked = Conversation.of("", system=system).messages[0]
-        result.append(Conversation((asked, *item.messages), id=item.id))
-    return result

@@ -167,9 +167,6 @@ class World:
             ),
             "training.sweep_kl": Call(tr.sweep_kl, {**swept, **sides, "weights": [0.1]}),
             "training.auto_kl": Call(tr.auto_kl, {**swept, **sides, "tolerance": 0.1, "trials": 1}),
-            "training.inoculated": Call(
-                tr.inoculated, {"conversations": self.bad, "system": "be bad"}
-            ),
             "training.mixed": Call(
                 tr.mixed, {"harmful": self.bad, "benign": self.good, "share": 0.5}
             ),
