@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from emlens._arguments import NOT_NEGATIVE, POSITIVE, number
 from emlens._door import check_fields, guard_methods
 from emlens._reading import read_json
 from emlens._runs import Parts
-from emlens._types import checked_fields
+from emlens._types import check_settings, checked_fields
 from emlens.directions import Direction, random_direction
 from emlens.edits import Add
 from emlens.hooked import HookedModel, Scaled, adapter_norms
@@ -123,12 +123,7 @@ class AsymmetrySettings:
             ValueError: If a setting does not exist (those that do are listed), or is of another
                 type.
         """
-        known = [item.name for item in fields(cls)]
-        unknown = sorted(set(record) - set(known))
-        if unknown:
-            raise ValueError(
-                f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(known)}"
-            )
+        check_settings(cls, record)
         return cls(**checked_fields(cls, record))
 
 

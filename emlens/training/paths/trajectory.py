@@ -14,8 +14,13 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._results import Result
 from emlens._types import checked_fields
-from emlens.training.paths.comparison import comparison_scores, cosines_with
-from emlens.training.paths.path import Part, TrainingPath, first_few
+from emlens.training.paths.path import (
+    Part,
+    TrainingPath,
+    comparison_scores,
+    cosines_with,
+    first_few,
+)
 from emlens.training.paths.transition import (
     MIN_MOVE,
     Transition,
