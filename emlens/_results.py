@@ -31,10 +31,47 @@ _KINDS: dict[str, type[Result]] = {}
 """All kinds of results by name: one may hold another."""
 
 
+class Shown:
+    """Base of everything with a table: one line as text, and the table in a notebook."""
+
+    _at = ""
+
+    def __str__(self) -> str:
+        return one_line(f"{type(self).__name__}: {self._said()}")
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def _repr_html_(self) -> str:
+        table, note = self._summary()
+        below = f"<p>{escape(note)}</p>" if note else ""
+        return titled_table(f"{self._title}{self._at}", table) + below
+
+    def _summary(self) -> tuple[pd.DataFrame, str]:
+        """What a notebook shows of the table, and what it says of the rest."""
+        table = self.table()
+        if len(table) <= ROWS:
+            return table, ""
+        return table.head(ROWS), f"The first {ROWS} of {len(table):,} rows; table() has all."
+
+    def table(self) -> pd.DataFrame:
+        """It as a table, units in the column names."""
+        raise NotImplementedError
+
+    @property
+    def _title(self) -> str:
+        """What stands above its table."""
+        return type(self).__name__
+
+    def _said(self) -> str:
+        """What a line says of it."""
+        return f"{len(self.table())} rows"
+
+
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
 @guard_methods
 @dataclass(frozen=True, eq=False, repr=False)
-class Result:
+class Result(Shown):
     """Base of the results that measures, comparisons and training return: frozen dataclasses.
 
     A subclass is made a dataclass without being decorated. Fields that are annotated as arrays,
@@ -69,29 +106,6 @@ class Result:
         if type(other) is not type(self):
             return NotImplemented
         return all(_same(getattr(self, x.name), getattr(other, x.name)) for x in fields(self))
-
-    def __str__(self) -> str:
-        return one_line(f"{type(self).__name__}: {self._said()}")
-
-    def __repr__(self) -> str:
-        return f"<{self}>"
-
-    def _repr_html_(self) -> str:
-        at = "" if self.level == LEVEL else f", intervals at {100 * self.level:g}%"
-        table, note = self._summary()
-        below = f"<p>{escape(note)}</p>" if note else ""
-        return titled_table(f"{self._title}{at}", table) + below
-
-    def _summary(self) -> tuple[pd.DataFrame, str]:
-        """What a notebook shows of the table, and what it says of the rest."""
-        table = self.table()
-        if len(table) <= ROWS:
-            return table, ""
-        return table.head(ROWS), f"The first {ROWS} of {len(table):,} rows; table() has all."
-
-    def table(self) -> pd.DataFrame:
-        """The result as a table, units in the column names."""
-        raise NotImplementedError
 
     def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
         """The result as a figure."""
@@ -150,15 +164,14 @@ class Result:
         """
 
     @property
-    def _title(self) -> str:
-        """What stands above its table."""
-        return type(self).__name__
+    def _at(self) -> str:
+        return "" if self.level == LEVEL else f", intervals at {100 * self.level:g}%"
 
     def _said(self) -> str:
         """What a line says of it: the names along its axes, or how many."""
         along = dict.fromkeys(axis for axes in _axes(type(self)).values() for axis in axes.split())
         held = {axis: getattr(self, axis) for axis in along if hasattr(self, axis)}
-        return ", ".join(_named(*one) for one in held.items()) or f"{len(self.table())} rows"
+        return ", ".join(_named(*one) for one in held.items()) or super()._said()
 
 
 def titled_table(title: str, table: pd.DataFrame) -> str:

@@ -80,11 +80,11 @@ def report(
 
     Writes report.html; for a study, draws the figures again.
     """
-    from emlens.study import rebuild_report
+    from emlens.study import StudyResult
     from emlens.study.evaluation import RESPONSES, evaluation_report
 
     if (folder / RESPONSES).is_file():
         written = evaluation_report(folder)
     else:
-        written = rebuild_report(folder).report
+        written = StudyResult.load(folder).write_report()
     call.result({"folder": folder, "report": written}, f"written: {written}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emlens._door import guard_methods, guarded
 from emlens._progress import bar
-from emlens._results import titled_table
+from emlens._results import Shown
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Condition, HookedModel, ReadOptions, pools
@@ -32,8 +32,8 @@ _ELSEWHERE: Mapping[Site, str] = dict.fromkeys(
 
 
 @guard_methods
-@dataclass(frozen=True)
-class AdapterScalars:
+@dataclass(frozen=True, repr=False)
+class AdapterScalars(Shown):
     """How strongly an adapter acts at each token.
 
     Attributes:
@@ -73,9 +73,9 @@ class AdapterScalars:
         ]
         return pd.concat(layers, ignore_index=True)
 
-    def _repr_html_(self) -> str:
-        table = self.table()
-        return titled_table(f"{self.adapter}: the first 10 of {len(table)} scalars", table.head(10))
+    def _said(self) -> str:
+        layers = ", ".join(map(str, self.scalars))
+        return f"{self.adapter} at {len(self.token_ids)} tokens, {self.site}, layers {layers}"
 
 
 @guarded

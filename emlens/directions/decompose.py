@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guard_methods, guarded
-from emlens._results import Result, titled_table
+from emlens._results import Result, Shown
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Directions
 from emlens.directions.fits import check_fits
@@ -27,8 +27,8 @@ SharedBy = Literal["mean", "component"]
 
 
 @guard_methods
-@dataclass(frozen=True)
-class Decomposition:
+@dataclass(frozen=True, repr=False)
+class Decomposition(Shown):
     """Several directions, split into what they share and what is each one's own.
 
     Attributes:
@@ -65,8 +65,8 @@ class Decomposition:
             curves[name] = (layers, [row["cosine with the others"] for row in own])
         return layer_curves(curves, null=self.null, y_label="cosine with the others", ax=ax)
 
-    def _repr_html_(self) -> str:
-        return titled_table(type(self).__name__, self.table())
+    def _said(self) -> str:
+        return f"{', '.join(self.specific)}, layers {', '.join(map(str, self.shared.layers))}"
 
 
 @guarded

@@ -1,6 +1,6 @@
 """The whole experiment, stage by stage, and its report."""
 
-from emlens.study.run import StudyResult, rebuild_report, run_study
+from emlens.study.run import StudyResult, run_study
 from emlens.study.settings import PRESETS, StudySettings, preset
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "StudyResult",
     "StudySettings",
     "preset",
-    "rebuild_report",
     "run_study",
 ]
 

@@ -32,7 +32,6 @@ ROOMS = tuple(room for room in emlens._ROOMS if room != "figures")
 NOT_CALLED = {
     "interval_level": "a context",
     "run_study": "a whole study; its settings are fuzzed",
-    "rebuild_report": "reads a study",
     "load": "downloads",
     "push_to_hub": "uploads",
     "to_repeng": "needs repeng",
