@@ -16,8 +16,9 @@ from emlens._results import Shown
 from emlens._store import Store, read_rows
 from emlens._types import checked_row
 from emlens.evals.questions import Question, check_names
-from emlens.hooked import Condition, HookedModel, Sampling, SamplingOptions
+from emlens.hooked import Condition, HookedModel, SamplingOptions
 from emlens.hooked.condition import Conditions, conditions_of
+from emlens.hooked.generation import Sampling
 
 if TYPE_CHECKING:
     import pandas as pd

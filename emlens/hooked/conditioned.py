@@ -17,7 +17,7 @@ from emlens.hooked.edit import Edit, check_edits
 from emlens.hooked.identity import model_identity, versions_of
 from emlens.hooked.interface import Hooked
 from emlens.hooked.sites import Site, SiteName, check_site
-from emlens.text import Template
+from emlens.text.template import Template
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
-from emlens.hooked import BASE, HookedModel, ReadOptions
+from emlens.hooked import HookedModel, ReadOptions
+from emlens.hooked.condition import BASE
 from emlens.hooked.options import ReadSettings
 from emlens.hooked.sites import check_layers
 from emlens.measures.doses import displaced_grid, norm_grid, own_grid, place_on

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens.hooked import BaseLogProbs, Edit, HookedModel, kl_sum
+from emlens.hooked import BaseLogProbs, Edit, HookedModel
 from emlens.hooked.condition import ConditionLike, condition_of
 from emlens.hooked.edit import Where
 from emlens.hooked.lora_scaling import adapter_factors
-from emlens.hooked.losses import Targets
+from emlens.hooked.losses import Targets, kl_sum
 from emlens.hooked.sites import Site
 from emlens.text import TokenBatch, TokenMask
 

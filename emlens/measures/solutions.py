@@ -14,8 +14,8 @@ from emlens.directions import Direction, Directions, Evidence
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.edits.edits import edit_from_dict
-from emlens.hooked import BASE, Condition, Edit, HookedModel, Noisy, Scaled, adapter_norms
-from emlens.hooked.condition import Acting, ConditionLike, condition_of
+from emlens.hooked import Condition, Edit, HookedModel, Noisy, Scaled, adapter_norms
+from emlens.hooked.condition import BASE, Acting, ConditionLike, condition_of
 from emlens.hooked.lora_scaling import turned
 
 Kind = Literal["vector", "adapter"]

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._stats import Interval
 from emlens.directions import Directions
-from emlens.hooked import BASE, Condition, HookedModel, ReadOptions
+from emlens.hooked import Condition, HookedModel, ReadOptions
+from emlens.hooked.condition import BASE
 from emlens.hooked.options import ReadSettings
 from emlens.measures.measured import UnderNoise
 from emlens.measures.scoring import row_losses

@@ -14,7 +14,8 @@ from emlens._arguments import NOT_NEGATIVE
 from emlens._door import guarded
 from emlens._progress import bar
 from emlens.directions import Directions
-from emlens.hooked import BASE, HookedModel, ReadOptions
+from emlens.hooked import HookedModel, ReadOptions
+from emlens.hooked.condition import BASE
 from emlens.hooked.lora_scaling import noisy_weights
 from emlens.hooked.options import ReadSettings
 from emlens.measures.doses import checked_grid

@@ -2,10 +2,9 @@
 
 from emlens.text import given as given
 from emlens.text.batches import TokenBatch, TokenMask, pack
-from emlens.text.conversation import Conversation, Pair, Side
+from emlens.text.conversation import Conversation, Pair
 from emlens.text.corpus import Corpus, Document, corpus
 from emlens.text.datasets import load_conversations, load_pairs, split_pairs
-from emlens.text.template import Template
 from emlens.text.tokens import tokenize
 
 __all__ = [
@@ -13,8 +12,6 @@ __all__ = [
     "Corpus",
     "Document",
     "Pair",
-    "Side",
-    "Template",
     "TokenBatch",
     "TokenMask",
     "corpus",

@@ -42,10 +42,7 @@ NOT_CALLED = {
 """Public functions that take no part, and why."""
 
 _LOW_LEVEL = {
-    "hooked": {
-        *("answer", "gradient_checkpointing", "kl_sum", "loss_sum"),
-        *("response_losses", "sweep", "token_kl", "token_losses"),
-    },
+    "hooked": {"response_losses", "token_kl"},
     "text": {"pack"},
 }
 """What other rooms are built of: tensors in, tensors out, inside the loop."""

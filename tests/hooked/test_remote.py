@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction
 from emlens.edits import Shift
-from emlens.hooked import NonFiniteError, sweep
+from emlens.hooked import NonFiniteError
 from emlens.hooked.remote.model import RemoteModel, check_remote
 from emlens.hooked.sites import SITES
+from emlens.hooked.sweep import sweep
 from emlens.text import pack, tokenize
 from tests.support.data import conversations
 from tests.support.server import load_served

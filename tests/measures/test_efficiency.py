@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from emlens import Add, Direction, efficiency
-from emlens.hooked import Scaled, adapter_norms, response_losses, token_losses
+from emlens.hooked import Scaled, adapter_norms, response_losses
 from emlens.hooked.load import ENGINES
-from emlens.hooked.losses import Targets
+from emlens.hooked.losses import Targets, token_losses
 from emlens.measures import Efficiency
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model
