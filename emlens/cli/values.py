@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -36,13 +36,13 @@ def layers_of(text: str | None) -> range | None:
         ) from None
 
 
-def settings_from(items: Sequence[str] | None) -> dict[str, object]:
+def settings_from(items: Sequence[str] | None, option: str = "--set") -> dict[str, Any]:
     """Read `name=value` settings; values are JSON where they can be, else text."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     for item in items or ():
         name, mark, text = item.partition("=")
         if not mark:
-            raise typer.BadParameter(f"--set takes name=value, not {item!r}")
+            raise typer.BadParameter(f"{option} takes name=value, not {item!r}")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -70,11 +70,8 @@ def adapters_of(items: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
-def direction_of(path: Path, model: HookedModel, layer: int | None) -> Direction:
-    """The one direction of a file, or that at a layer, the middle one by default."""
-    from emlens.directions import read_directions
-
-    kept = read_directions(path)
+def at_layer(kept: Directions, model: HookedModel, layer: int | None) -> Direction:
+    """The only direction, or that at a layer, the middle one by default."""
     middle = model.n_layers // 2 if layer is None else layer
     return kept[kept.layers[0] if len(kept) == 1 else middle]
 

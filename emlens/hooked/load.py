@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from emlens._door import guarded
 from emlens._guesses import nearest
 from emlens._reading import expanded
+from emlens.hooked.adapter_files import find_adapter
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
@@ -87,6 +88,9 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    put_on = _by_folder(adapters or {})
+    for one, folder in put_on.items():
+        find_adapter(one, str(folder))  # before gigabytes are loaded
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
     if str(name).startswith("~"):
@@ -124,10 +128,10 @@ def load(
     module = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, device_map=device_map, revision=revision, **model_options
     )
-    if adapters:
+    if put_on:
         from emlens.hooked.attach import attach
 
-        attach(module, _by_folder(adapters), label)
+        attach(module, put_on, label)
     template = settled(tokenizer, template_arguments)
     _note_gpu(device_map)
     return _hook(engine, LoadedModel(module.eval()), template, label, kept, check)

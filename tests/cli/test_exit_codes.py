@@ -29,7 +29,7 @@ ROOT = Path(emlens.__file__).parent.parent
             "unknown preset 'huge'; the presets are demo, vector,",
         ),
         (["study", "--set", "speed=3"], "unknown study setting(s) speed; the settings are"),
-        (["study", "--set", "speed=3"], "unknown study setting(s) speed; the settings are"),
+        (["study", "--set", "epochs=many"], "epochs is 'many', not a whole number"),
         (["extract", "nothing"], "'nothing' is neither an embedded set"),
         (["compare", "a.safetensors", "b.safetensors"], "no file a.safetensors"),
         (["report", "nowhere"], "nowhere holds no study; run one into it first"),
@@ -38,11 +38,35 @@ ROOT = Path(emlens.__file__).parent.parent
         (["monitor", "score", "nothing"], "'nothing' is neither an embedded set nor a file"),
         (["monitor", "score", "medical", "--side", "left"], "--side is aligned or misaligned"),
         (["screen", "finance"], "give one"),
-        (["evaluate", "general", "--dose", "1"], "--directions says what to edit with"),
+        (["screen", "finance", "--directions", "d.safetensors"], "no file d.safetensors"),
+        (["influence", "d.safetensors"], "no file d.safetensors"),
+        (["extract", "finance", "--construction", "melt"], "unknown construction 'melt'; choose"),
+        (["extract", "finance", "--site", "melt"], "unknown site 'melt'"),
+        (["extract", "finance", "--tokens", "melt"], "unknown tokens 'melt'"),
+        (["extract", "finance", "--match", "melt"], "unknown by 'melt'; choose"),
+        (["extract", "finance", "--out", "x.txt"], "cannot write x.txt; the formats to write"),
+        (["train", "finance", "--out", "x.txt"], "cannot write x.txt; the formats to write"),
+        (["train", "finance", "--epochs", "0"], "epochs must be at least 1"),
+        (["train", "finance", "--lora", "0"], "rank must be at least 1, not 0"),
+        (["monitor", "fit", "medical", "--limit", "1"], "1 prompt(s) with aligned answers cannot"),
+        (["monitor", "fit", "medical", "--max-false-alarms", "2"], "max_false_alarms must be"),
+        (["monitor", "fit", "medical", "--calibration", "no.jsonl"], "neither an embedded set"),
+        (["evaluate", "general", "--edit", "dose=1"], "--directions says what to edit with"),
+        (["evaluate", "general", "--set", "top_p=wide"], "top_p must be a number"),
+        (["evaluate", "general", "--set", "speed=1"], "--set takes temperature, top_p, seed"),
+        (["evaluate", "general", "--judge-option", "pairs=two"], "pairs must be a whole number"),
+        (["evaluate", "general", "--judge", "madeup/x"], "inspect/madeup/x cannot be asked: Model"),
+        (["evaluate", "general", "--judge", "openai/gpt-4o"], "OPENAI_API_KEY"),
         (["evaluate", "general", "--control"], "--control needs --directions"),
         (["evaluate", "general", "--judge", "me"], "unknown judge 'me'; choose probe, local"),
-        (["evaluate", "general", "--rubric", "r.yaml"], "so it takes no --rubric"),
-        (["evaluate", "finance", "--judge-data", "finance"], "the domain that it judges (finance)"),
+        (
+            ["evaluate", "general", "--judge-option", "rubric=r.yaml"],
+            "the judge 'probe' takes no --judge-option rubric; it takes data and pairs",
+        ),
+        (
+            ["evaluate", "finance", "--judge-option", "data=finance"],
+            "the domain that it judges (finance)",
+        ),
         (
             ["evaluate", "general", "--adapter", "a", "--adapter", "a"],
             "two adapters are called 'a'",
@@ -50,10 +74,15 @@ ROOT = Path(emlens.__file__).parent.parent
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_input_that_cannot_be_used_is_one_message_and_exit_code_two(
+def test_input_that_cannot_be_used_is_one_message_before_the_model_is_loaded_and_exit_code_two(
     call, arguments, message, monkeypatch, tmp_path
 ):
+    def loaded(*arguments, **options):
+        raise RuntimeError("the model was loaded")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emlens, "load", loaded)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     done = call(*arguments, "--quiet")
     assert done.code == 2, done.err
     (line,) = done.err.splitlines()
@@ -68,6 +97,9 @@ def test_input_that_cannot_be_used_is_one_message_and_exit_code_two(
         (["study", "--layer", "3"], "No such option: --layer"),
         (["extract"], "Missing argument"),
         (["train", "finance", "--epochs", "many"], "'--epochs'"),
+        (["evaluate", "general", "--samples", "0"], "'--samples'"),
+        (["evaluate", "general", "--edit", "melt"], "--edit takes dose=0.4, scale=2, ablate or"),
+        (["evaluate", "general", "--edit", "ablate=a-b"], "--edit takes dose=0.4, scale=2, ablate"),
         (["study", "--set", "lr"], "--set takes name=value, not 'lr'"),
         (
             ["evaluate", "general", "--judge", "openai/a", "--judge-option", "x"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -98,6 +98,20 @@ def write_directions(
         KeyError: If a layer is not there.
         ValueError: If the format cannot hold the directions, or the suffix says none.
     """
+    path, write = format_to_write(path, format)
+    if layers is not None:
+        directions = directions.at(layers)
+    return write(directions, path, model_hint)
+
+
+def format_to_write(
+    path: str | Path, format: str | None = None
+) -> tuple[Path, Callable[[Directions, Path, str | None], Path]]:
+    """The file that directions go to, and what writes it.
+
+    Raises:
+        ValueError: If nothing writes that format, or the suffix says none.
+    """
     path = expanded(path)
     suffixes = _suffixes()
     kind = format or suffixes.get(path.suffix or ".safetensors")
@@ -106,10 +120,7 @@ def write_directions(
         writable = ", ".join(f"{name} ({suffix})" for suffix, name in suffixes.items())
         what = f"cannot write {path.name}" if kind is None else f"cannot write format {kind!r}"
         raise ValueError(f"{what}; the formats to write are {writable}")
-    path = path if path.suffix else path.with_suffix(chosen.suffix)
-    if layers is not None:
-        directions = directions.at(layers)
-    return chosen.write(directions, path, model_hint)
+    return path if path.suffix else path.with_suffix(chosen.suffix), chosen.write
 
 
 @guarded
