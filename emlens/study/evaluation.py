@@ -72,8 +72,8 @@ def measured_rates(
         if rows and all(one.score is None for one in rows):
             why = next((one.note for one in rows if one.note), "it gave no reason")
             raise ValueError(
-                f"{judge} scored none of {len(rows)} answers for {metric!r}: {why}; judge them with "
-                "another judge (emlens judge)"
+                f"{judge} scored none of {len(rows)} answers for {metric!r}: {why}; try another "
+                "judge (emlens judge)"
             )
 
     folder, found = expanded(folder), {}
