@@ -92,7 +92,9 @@ def test_a_study_of_vectors_writes_a_report_and_leaves_the_model_as_it_was(hooke
 def test_a_study_of_adapters_refuses_a_model_that_has_one_of_its_names(hooked, tmp_path):
     model = tiny_hooked("llama")
     train_adapter(model, conversations("bad", 2), "narrow", rank=1, epochs=1, progress=False)
-    with pytest.raises(ValueError, match="has an adapter 'narrow' already, a name that the study"):
+    with pytest.raises(
+        ValueError, match="has an adapter 'narrow' already, a name that is needed"
+    ):
         run_study(QUICK, tmp_path, model=model, progress=False)
     with (
         model.adapter("narrow"),
