@@ -29,7 +29,7 @@ def extract(
     out: File = Path("directions.safetensors"),
     limit: Annotated[int | None, typer.Option(help="Pairs to read, at most.")] = None,
     tokens: Annotated[
-        str, typer.Option(help="response, thinking, assistant_turn, paper, prompt, last or all.")
+        str, typer.Option(help="Tokens that count, e.g. response, paper, last or all.")
     ] = "response",
     site: Annotated[str, typer.Option(help="Site in the block.")] = "resid_post",
     construction: Annotated[str, typer.Option(help=f"{CONSTRUCTIONS}.")] = "mean-diff",
