@@ -1,4 +1,4 @@
-"""Attaching saved LoRA adapters to a base model: all of it fits, or nothing is changed."""
+"""Attaching saved LoRA adapters to a base model; on any mismatch the model does not change."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: st
         model_name: Name of the base model, compared with the one an adapter records.
 
     Raises:
-        FileNotFoundError: If there is no adapter at a place.
+        FileNotFoundError: If an adapter does not exist.
         ValueError: If an adapter is not LoRA, would change the base, does not fit it, has weights
-            that find no place, or changes nothing. The module is then as it was.
+            that find no place, or changes nothing. The module is then unchanged.
     """
     what = " or ".join(f"adapter {name!r}" for name in adapters)
     with kept_gradients(module), untouched(module, what):
@@ -59,11 +59,11 @@ def inject(
 ) -> None:
     """Put one LoRA adapter into a model, in place; it does not act, and its weights are fp32.
 
-    What acts beside it goes on acting.
+    Other adapters keep acting.
 
     Args:
         module: The `...ForCausalLM` module.
-        name: What it is called.
+        name: Its name.
         config: PEFT's configuration.
         model_name: What errors call the model.
         weights: Its weights by the keys that PEFT saves them under; None for a new adapter.
