@@ -1,4 +1,4 @@
-"""What a LoRA adapter writes into the residual stream: its directions, and how much of each."""
+"""What a LoRA adapter writes into the residual stream: directions, and their strength per token."""
 
 from __future__ import annotations
 
@@ -84,9 +84,8 @@ def adapter_vectors(
 ) -> Directions:
     """Return the columns of `B` by which an adapter writes into the residual stream.
 
-    With the scale that the adapter applies, `alpha / r` or `alpha / sqrt(r)` (rsLoRA): what a
-    rank-1 adapter adds is `(A . h) * vector`, with `A . h` from `adapter_scalars`
-    (arXiv 2506.11618, section 4).
+    They include the adapter's scale, `alpha / r` or `alpha / sqrt(r)` (rsLoRA): a rank-1 adapter
+    adds `(A . h) * vector`, with `A . h` from `adapter_scalars` (arXiv 2506.11618, section 4).
 
     Args:
         model: A model with adapters.
@@ -99,7 +98,7 @@ def adapter_vectors(
 
     Raises:
         ValueError: If there is no such adapter, it writes nowhere or not directly into the
-            stream, is of higher rank and no column is named, or is no plain LoRA.
+            stream, has a higher rank and no column is given, or is not plain LoRA.
     """
     at, layers = _writers(model, adapter, site)
     vectors = {}
@@ -132,7 +131,7 @@ def adapter_scalars(
 ) -> AdapterScalars:
     """Return `A . h` at every counted token, for every layer that an adapter writes at.
 
-    Read with the adapter in force, so that the layers above see what those below have added.
+    Read with the adapter active, so that upper layers see what lower ones have added.
 
     Args:
         model: A model with adapters.

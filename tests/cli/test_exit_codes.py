@@ -218,7 +218,7 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(call, tmp_path):
     assert (mine.read_text(), empty.read_text()) == ('{"a": 1}', "")
 
 
-def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_folder, tmp_path):
+def test_a_process_that_is_interrupted_ends_with_130_and_resumes_later(tiny_folder, tmp_path):
     program = textwrap.dedent(
         """
         import signal, sys, time
@@ -265,11 +265,11 @@ def test_a_process_that_is_interrupted_ends_with_130_and_goes_on_later(tiny_fold
     assert "Traceback" not in said
     kept = list(read(store))
     again = start("0")
-    out, said = again.communicate(timeout=300)
-    assert again.returncode == 0, said
+    _, said = again.communicate(timeout=300)
+    # an untrained model is no judge, but all answers are there
+    assert again.returncode == 2 and "local/tiny-llama scored none of 4 answers" in said
     assert list(read(store))[:2] == kept
     assert len(list(read(store))) == 4
-    assert "judge: local/tiny-llama" in out
 
 
 def test_a_pipe_that_breaks_elsewhere_is_an_error(call, monkeypatch):
