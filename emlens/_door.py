@@ -127,8 +127,8 @@ def _check_names(
         by_place = ", ".join(name for name in placed if name not in ("self", "cls"))
         by_name = listed([f"{name}=" for name in own if name not in kwargs])
         raise TypeError(
-            f"{what}({by_place}) takes nothing else by place; name what {shown(args[len(placed)])} "
-            f"is: {by_name}"
+            f"{what}({by_place}) takes no other positional arguments; name what "
+            f"{shown(args[len(placed)])} is: {by_name}"
         )
 
 

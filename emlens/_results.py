@@ -131,7 +131,7 @@ class Result(Shown):
         path = expanded(path)
         if path.suffix not in (".json", ""):
             raise ValueError(
-                f"a {type(self).__name__} is written as JSON, which {path.name} does not say; name "
+                f"a {type(self).__name__} is written as JSON, not as {path.name}; name "
                 f"it {path.with_suffix('.json').name}"
             )
         write_json(path, _plain(self))

@@ -417,7 +417,7 @@ def _influence(path: Path) -> dict[str, list[float]]:
     for name, values in found.items():
         numbers = isinstance(values, list) and all(isinstance(n, (int, float)) for n in values)
         if not numbers or len(values) != size:
-            raise ValueError(f"{path}: {name} is no list of a number for each of its counts")
+            raise ValueError(f"{path}: {name} is not a list of a number for each of its counts")
     return found
 
 

@@ -95,7 +95,7 @@ def conversations_of(source: str, side: str, limit: int | None = None) -> list[C
     """Conversations of an embedded set, of stored responses, or of a JSON Lines file.
 
     Raises:
-        ValueError: If the side is unknown, or a row is no conversation (file and line are named).
+        ValueError: If the side is unknown, or a row is not a conversation (file and line given).
         FileNotFoundError: If there is no such file.
     """
     from emlens.text import Conversation, load_pairs

@@ -79,7 +79,7 @@ def monitor_fit(
     from emlens.watch.monitor_fit import HELD_OUT, Labelled, check_choice
 
     if out.exists():
-        raise FileExistsError(f"{out} is there already; give --out the name of a new file")
+        raise FileExistsError(f"{out} already exists; give --out the name of a new file")
     known, chosen = directions_of(directions), layers_of(layers)
     check_given(Monitor.fit, best=best, max_false_alarms=max_false_alarms, seed=seed)
     check_choice(best, pooled)

@@ -61,7 +61,7 @@ class Directions(Vectors):
 
     def __array__(self, *args: object, **kwargs: object) -> Never:
         raise TypeError(
-            f"{self!r} is no array, but vectors with a site and provenance; take one of "
+            f"{self!r} is not an array, but vectors with a site and provenance; take one of "
             ".vectors, e.g. directions.vectors[15].numpy()"
         )
 

@@ -52,7 +52,7 @@ def find_adapter(name: str, source: str) -> tuple[str, dict[str, Any]]:
         _check_files(name, local)
         return str(local), {}
     if source.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"adapter {name!r}: there is no folder {source}")
+        raise FileNotFoundError(f"adapter {name!r}: there is not a folder {source}")
     if source.count("/") > 1:
         owner, repository, subfolder = source.split("/", 2)
         return f"{owner}/{repository}", {"subfolder": subfolder}
@@ -146,7 +146,7 @@ def _has_weights(folder: Path) -> bool:
 def _unreadable(name: str, what: str, source: str, error: Exception) -> ValueError:
     return ValueError(
         f"adapter {name!r}: its {what} in {source} are not readable "
-        f"({str(error).partition(chr(10))[0]}); were they fetched as a whole?"
+        f"({str(error).partition(chr(10))[0]}); were they downloaded completely?"
     )
 
 

@@ -81,8 +81,9 @@ def inject(
         )
     if weights is None and config.init_lora_weights == "eva":
         raise ValueError(
-            f"adapter {name!r} has init_lora_weights='eva', a start that is computed from data; "
-            "make it with PEFT's initialize_lora_eva_weights and give the model to emlens.wrap"
+            f"adapter {name!r} has init_lora_weights='eva', an initialisation that is computed "
+            "from data; make it with PEFT's initialize_lora_eva_weights and give the model to "
+            "emlens.wrap"
         )
     with kept_gradients(module), untouched(module, f"adapter {name!r}"):
         _put(module, name, deepcopy(config), weights, model_name)
@@ -156,13 +157,13 @@ def _check_places(module: nn.Module, name: str) -> None:
         inside = path.removeprefix(f"{blocks}.")
         if f"{blocks}.".startswith(f"{path}.") or (inside != path and inside.isdigit()):
             raise ValueError(
-                f"adapter {name!r} replaces {path} as a whole (modules_to_save), which holds "
+                f"adapter {name!r} replaces {path} entirely (modules_to_save), which holds "
                 "decoder blocks; emlens reads these from the base's own modules"
             )
         nested = [other for other in paths if other.startswith(f"{path}.")]
         if nested:
             raise ValueError(
-                f"adapter {name!r} replaces {path} as a whole (modules_to_save), and another "
+                f"adapter {name!r} replaces {path} entirely (modules_to_save), and another "
                 f"adapter works inside of it, at {nested[0]}; load them on two models"
             )
 

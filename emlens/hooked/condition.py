@@ -155,7 +155,7 @@ def by_name(given: Any) -> Mapping[Any, ConditionLike]:
     """Conditions by name; one without is called after its adapters, its edits `edited`.
 
     Raises:
-        TypeError: If it is no condition, or several adapters, which may act together or apart.
+        TypeError: If it is not a condition, or several adapters, which may act together or apart.
     """
     if isinstance(given, Mapping):
         return given

@@ -173,7 +173,7 @@ def wrap(
         RuntimeError: If the self-check fails.
     """
     if isinstance(model, HookedModel):
-        raise TypeError("this model is already hooked; use it as it is")
+        raise TypeError("this model is already hooked; use it directly")
     brought = unwrap(model)
     if brought.bridge is not None and engine not in (None, "transformer_lens"):
         raise ValueError(
@@ -288,7 +288,7 @@ def _note_gpu(device_map: str | dict | None) -> None:
     if device_map is None and torch.cuda.is_available():
         warnings.warn(
             "there is a GPU, and the model is on the CPU; load(..., device_map='cuda') puts it "
-            "there, and device_map='cpu' says that the CPU is meant",
+            "there, and device_map='cpu' silences this note",
             stacklevel=4,
         )
 

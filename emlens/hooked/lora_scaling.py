@@ -58,7 +58,7 @@ def adapter_norms(model: HookedModel, name: str) -> dict[str, float]:
         name: The adapter.
 
     Raises:
-        ValueError: If there is no such adapter, it is no plain LoRA, has weights that are not
+        ValueError: If there is no such adapter, it is not plain LoRA, has weights that are not
             finite, or changes nothing.
     """
     return {path: factors.norm for path, factors in adapter_factors(model, name).items()}
@@ -264,7 +264,7 @@ def adapter_factors(model: HookedModel, name: str) -> dict[str, Factors]:
     """The factors of an adapter by the path of each module.
 
     Raises:
-        ValueError: If there is no such adapter, it is no plain LoRA, has weights that are not
+        ValueError: If there is no such adapter, it is not plain LoRA, has weights that are not
             finite, or changes nothing.
     """
     from emlens.hooked.attach import check_weights
@@ -334,7 +334,7 @@ def _check_plain(module: nn.Module, name: str, layers: Mapping[str, Any]) -> Non
         variant = getattr(layer, "lora_variant", {}).get(name)
         if variant is not None or getattr(layer, "use_dora", {}).get(name):
             raise ValueError(
-                f"adapter {name!r} is no plain LoRA at {path} ({type(variant).__name__}): it does "
+                f"adapter {name!r} is not plain LoRA at {path} ({type(variant).__name__}): it does "
                 "more than add scale * B A, so its strength cannot be set by the scale"
             )
         if getattr(layer, "lora_bias", {}).get(name):
@@ -343,8 +343,8 @@ def _check_plain(module: nn.Module, name: str, layers: Mapping[str, Any]) -> Non
             )
         if name not in layer.lora_A or type(layer).__name__ == "ParamWrapper":
             raise ValueError(
-                f"adapter {name!r} adapts {path}, which is no linear module (an embedding, or the "
-                "stacked weights of experts); only linear ones have one norm of scale * B A"
+                f"adapter {name!r} adapts {path}, which is not a linear module (an embedding, or "
+                "the stacked weights of experts); only linear ones have one norm of scale * B A"
             )
         if layer.lora_A[name].weight.ndim != 2:
-            raise ValueError(f"adapter {name!r} adapts {path}, which is no linear module")
+            raise ValueError(f"adapter {name!r} adapts {path}, which is not a linear module")

@@ -91,7 +91,7 @@ def _check_numbered(site: str, layer: int, layers: Iterable[int] | None) -> None
         asked = "no layer is" if wanted is None else f"layers {sorted(wanted)} are"
         raise ValueError(
             f"site {site!r} names layer {layer}, but {asked} asked for; write "
-            f"'hook_{site.rsplit('hook_')[-1]}' and give the layers apart"
+            f"'hook_{site.rsplit('hook_')[-1]}' and give the layers separately"
         )
 
 

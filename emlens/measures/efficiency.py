@@ -284,7 +284,7 @@ def efficiency(
 
     Raises:
         ValueError: If there is nothing to compare, a direction is zero or of another width, an
-            adapter does not exist or is no plain LoRA, a norm is negative or not finite, norms of
+            adapter does not exist or is not plain LoRA, a norm is negative or not finite, norms of
             vectors and adapters are to be matched, or a displacement is out of reach.
         TypeError: If something is neither directions nor the name of an adapter.
     """

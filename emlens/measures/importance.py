@@ -58,7 +58,7 @@ def slopes_by_token(
         tokens: Tokens whose predictions count.
 
     Raises:
-        ValueError: If an adapter is no plain LoRA.
+        ValueError: If an adapter is not plain LoRA.
     """
     found = condition_of(model, condition)
     targets = Targets.of(batch, tokens).to(model.device)

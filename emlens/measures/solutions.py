@@ -122,7 +122,7 @@ def scalable(model: HookedModel, given: ConditionLike) -> Condition:
     """The condition that was meant, if it has one strength: vectors that are added, or adapters.
 
     Raises:
-        ValueError: If it is the base, an adapter does not exist, is no plain LoRA or is changed
+        ValueError: If it is the base, an adapter does not exist, is not plain LoRA or is changed
             in another way than by one factor, or an edit is not `Add`.
     """
     found = condition_of(model, given)

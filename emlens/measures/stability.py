@@ -214,7 +214,7 @@ def stability(
 
     Raises:
         ValueError: If there is nothing to perturb, a direction is zero or of another width, an
-            adapter does not exist or is no plain LoRA, an epsilon is outside of 0..1, there are
+            adapter does not exist or is not plain LoRA, an epsilon is outside of 0..1, there are
             no seeds, or the directions of the noise leave none beside the perturbed one.
         TypeError: If something is neither directions nor the name of an adapter.
     """

@@ -27,7 +27,7 @@ def conversations_of(given: Any, name: str = "conversations") -> list[Conversati
         name: What errors call them.
 
     Raises:
-        TypeError: If something is no conversation; its place is named.
+        TypeError: If something is not a conversation; its place is named.
         ValueError: If there are none, or a message is not as it must be.
     """
     if isinstance(given, Mapping) and "role" in given:

@@ -106,7 +106,7 @@ def train_adapter(
 def _as_it_stands(
     model: HookedModel, name: str, settings: AdapterSettings, asked: Collection[str]
 ) -> AdapterSettings:
-    """Settings with the shape of an adapter that is there already.
+    """Settings with the shape of an adapter that already exists.
 
     Raises:
         ValueError: If another shape was asked for.
@@ -127,7 +127,7 @@ def _as_it_stands(
         same = _named_by(paths, ours) if field_name == "modules" else ours == value
         if field_name in asked and not same:
             raise ValueError(
-                f"adapter {name!r} is there already, with {field_name} {value}, and {ours} was "
+                f"adapter {name!r} already exists, with {field_name} {value}, and {ours} was "
                 "asked for; train it on as it is, or give a new one another name"
             )
     return replace(settings, **standing)
@@ -179,7 +179,7 @@ def random_adapter(model: HookedModel, like: str, name: str = "random", seed: in
         Its name: a condition for measures.
 
     Raises:
-        ValueError: If there is no adapter `like`, it is no plain LoRA or changes nothing, or the
+        ValueError: If there is no adapter `like`, it is not plain LoRA or changes nothing, or the
             name is taken.
 
     Example:

@@ -162,7 +162,7 @@ def test_a_served_judge_that_is_down_says_what_is_kept(call, questions, tmp_path
     judge = ("--judge", "openai-api/local/down", *option)
     done = call("evaluate", questions, "--out", out, *judge, *SHORT)
     assert done.code == 1
-    assert "gave no reply for" in done.err and "run the same call again to go on" in done.err
+    assert "gave no reply for" in done.err and "run the same call again to resume" in done.err
     assert "APIConnectionError: Connection error" in done.err
     assert KEY not in done.err
     assert len(list(read(out / "responses.sqlite"))) == 3

@@ -100,7 +100,7 @@ def test_a_monitor_does_not_replace_a_file(call, few_pairs, tmp_path):
     out = tmp_path / "monitor.safetensors"
     out.write_text("mine")
     done = call("monitor", "fit", few_pairs, "--out", out)
-    assert done.code == 2 and "is there already; give --out the name of a new file" in done.err
+    assert done.code == 2 and "already exists; give --out the name of a new file" in done.err
     assert out.read_text() == "mine"
 
 

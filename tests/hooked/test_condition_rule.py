@@ -208,7 +208,7 @@ def test_the_row_called_base_is_the_base_of_a_model_that_was_brought_with_an_ada
     (warning,) = [str(w.message) for w in said if "was brought with" in str(w.message)]
     assert warning == (
         "tiny was brought with adapter 'a' active: calls without conditions run it; conditions "
-        "that name no adapter run the base. Name it where you mean it, e.g. {'base': None, "
+        "that name no adapter run the base. Name it explicitly, e.g. {'base': None, "
         "'a': 'a'}, or use `with model.adapter('a'):`"
     )
     rows = {"base": None, "nothing": [], "a": "a", "edited": FIRST}

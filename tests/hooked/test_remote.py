@@ -321,7 +321,7 @@ def test_edits_and_pools_that_cannot_travel_are_refused(dry):
 
     with pytest.raises(TypeError, match=r"the pool cannot run remotely: it needs pandas, which"):
         remote.residuals(batch, 1, pool=by_table)
-    with pytest.raises(TypeError, match=r"the pool cannot travel to a server: .*lock"):
+    with pytest.raises(TypeError, match=r"the pool cannot be sent to a server: .*lock"):
         remote.residuals(batch, 1, pool=guarded)
 
 

@@ -401,7 +401,7 @@ def test_an_adapter_that_is_damaged_or_no_plain_lora_is_refused(tmp_path):
     with refused, model.under(Scaled("one", float("nan"))):
         pass
     layer.use_dora["one"] = True
-    with pytest.raises(ValueError, match="adapter 'one' is no plain LoRA at model.layers.2"):
+    with pytest.raises(ValueError, match="adapter 'one' is not plain LoRA at model.layers.2"):
         adapter_norms(model, "one")
     layer.use_dora["one"] = False
     with torch.no_grad():

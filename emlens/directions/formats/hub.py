@@ -39,7 +39,7 @@ def push_to_hub(
 ) -> str:
     """Upload directions and their section of the model card, in one commit.
 
-    Of a card that is there already, only the section of this file is replaced.
+    Of a card that already exists, only the section of this file is replaced.
 
     Args:
         directions: What to upload.

@@ -57,7 +57,7 @@ def from_steering_vectors(obj: Any, *, n_layers: int | None = None) -> Direction
         if place < 0 or place in numbered or (n_layers is not None and place >= n_layers):
             raise ValueError(
                 f"SteeringVector has layers {sorted(layers)}: layer {layer} is not one of "
-                f"{n_layers}, or is there twice"
+                f"{n_layers}, or occurs twice"
             )
         numbered[int(place)] = vector
     return _directions(numbered, _SITES[kind], "SteeringVector", {"layer_type": kind})
