@@ -1,4 +1,4 @@
-"""What every result can do: show itself, draw itself, be kept, and be read back."""
+"""The base of all results: display, figures, saving and loading."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KINDS: dict[str, type[Result]] = {}
 
 
 class Shown:
-    """Base of everything with a table: one line as text, and the table in a notebook."""
+    """Base of everything with a table: one line as text, the table in a notebook."""
 
     _at = ""
 
@@ -55,7 +55,7 @@ class Shown:
         return table.head(ROWS), f"The first {ROWS} of {len(table):,} rows; table() has all."
 
     def table(self) -> pd.DataFrame:
-        """It as a table, units in the column names."""
+        """Return a table, with units in the column names."""
         raise NotImplementedError
 
     @property
@@ -75,12 +75,12 @@ class Result(Shown):
     """Base of the results that measures, comparisons and training return: frozen dataclasses.
 
     A subclass is made a dataclass without being decorated. Fields that are annotated as arrays,
-    `Float[np.ndarray, "conditions ids"]`, take anything that NumPy does and hold read-only arrays.
-    Their dimensions are the names of other fields, or stand for one length each; `AXES` says the
-    same of fields of other types. Two results are equal if all their values are, NaN to NaN.
+    `Float[np.ndarray, "conditions ids"]`, accept anything that NumPy does and hold read-only
+    arrays. Their dimensions are names of other fields, or lengths; `AXES` declares the same for
+    fields of other types. Results are equal if all values are, with NaN equal to NaN.
 
     Attributes:
-        level: Level of its intervals; by default the one in force where it is made.
+        level: Level of its intervals; by default the current one.
     """
 
     AXES: ClassVar[Mapping[str, str]] = {}
@@ -108,14 +108,14 @@ class Result(Shown):
         return all(_same(getattr(self, x.name), getattr(other, x.name)) for x in fields(self))
 
     def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
-        """The result as a figure."""
+        """Draw the result."""
         raise NotImplementedError
 
     def at_level(self, level: float) -> Self:
-        """The same with its intervals at another level, e.g. 0.9.
+        """Return the same result with intervals at another level, e.g. 0.9.
 
         Raises:
-            ValueError: If the ends of its intervals are all that it holds.
+            ValueError: If it holds only the ends of its intervals.
         """
         if level != self.level and self.HOLDS_ENDS:
             raise ValueError(
@@ -139,9 +139,9 @@ class Result(Shown):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; a field that has a default may be missing.
+        """Read what `save` wrote; fields with a default may be missing.
 
-        A figure may be NaN, which says that it is not known; it is never infinite.
+        Numbers may be NaN, for unknown, but not infinite.
 
         Raises:
             OSError: If the file cannot be read.

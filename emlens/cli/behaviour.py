@@ -1,4 +1,4 @@
-"""Behaviour: `evaluate`, `judge`; and `export` of what they keep."""
+"""Behaviour: `evaluate` and `judge`, and `export` of their stores."""
 
 from __future__ import annotations
 
@@ -197,9 +197,9 @@ def judge(
 ) -> None:
     """Score stored responses, by another judge or rubric too; nothing is generated again.
 
-    Scores are added to those that are there, and told apart by judge and rubric. What this judge
-    has scored with this rubric is not asked again, unless --rescore is given: its old scores then
-    move to scores.before.jsonl. Judges of the same answers are compared.
+    Scores are added to the existing ones, by judge and rubric. Answers that this judge has scored
+    with this rubric are skipped, unless --rescore is given: its old scores then move to
+    scores.before.jsonl. Judges of the same answers are compared.
     """
     from emlens.evals import human_labels
     from emlens.evals import judge as judge_all
@@ -299,7 +299,7 @@ def print_rates(
     compared: pd.DataFrame | None = None,
     missing: Sequence[str] = (),
 ) -> None:
-    """Give rates, with what is known of the judge beside them, and what could not be compared."""
+    """Print rates, with the judge's own evidence and the comparisons that failed."""
     trust = trusted(judge, metrics)
     record = {**written, "judge": judge.id, "trust": trust, "rates": rows_of(table)}
     if compared is not None:
@@ -373,9 +373,9 @@ def export(
     store: Annotated[Path, typer.Argument(help="Store of answers, of scores or of a screen.")],
     out: Annotated[Path, typer.Argument(help="JSON Lines file to write; a new one.")],
 ) -> None:
-    """Write a store as JSON Lines; the store stays as it is.
+    """Write a store as JSON Lines; the store does not change.
 
-    Stores in JSON Lines that an earlier version wrote can be given, too.
+    Stores in JSON Lines from earlier versions work, too.
     """
     from emlens._store import export as write
 

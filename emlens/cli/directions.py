@@ -86,7 +86,7 @@ def compare(
     call: Call,
     files: Annotated[list[Path], typer.Argument(help="Two or more files of directions.")],
 ) -> None:
-    """Print the signed cosine of every pair of directions, layer by layer, and what chance gives.
+    """Print the signed cosine of every pair of directions by layer, and the chance band.
 
     Files may be of any format that emlens reads.
     """
@@ -110,7 +110,7 @@ def convert(
     ],
     layers: Layers = None,
 ) -> None:
-    """Write directions in another format; what that cannot hold is refused."""
+    """Write directions in another format, if it can hold them."""
     from emlens.directions import from_hub, write_directions
 
     directions = from_hub(source)

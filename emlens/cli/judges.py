@@ -51,7 +51,7 @@ Ready = Callable[["HookedModel | None"], "Judge"]
 
 @dataclass(frozen=True, slots=True)
 class JudgeChoice:
-    """A judge as it was asked for: `--judge`, and `--judge-option` by name."""
+    """A requested judge: `--judge`, and `--judge-option` by name."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class JudgeChoice:
         Args:
             call: The call.
             domains: Domains that are judged.
-            told: Rubrics that the questions bring, by metric; a `rubric` goes first.
+            told: Rubrics in the questions, by metric; a `rubric` option takes precedence.
 
         Raises:
             ValueError: If there is no such judge, or something does not go with it.
@@ -129,7 +129,7 @@ class JudgeChoice:
 def probe_judge(
     choice: JudgeChoice, *, domains: Sequence[str], progress: bool, **_: object
 ) -> Ready:
-    """A probe on the model, fitted to pairs of other domains than those that are judged.
+    """A probe on the model, fitted to pairs of domains that are not judged.
 
     Raises:
         ValueError: If the pairs are of a domain that is judged.
@@ -161,7 +161,7 @@ def local_judge(choice: JudgeChoice, *, told: Mapping[str, str] | None, **_: obj
 
 
 def own_rubrics(questions: Sequence[Question]) -> dict[str, str]:
-    """The judge prompts that questions bring, which must be the same for all of them.
+    """The judge prompts in the questions, which must be the same for all of them.
 
     Raises:
         ValueError: If they differ: one rubric judges all answers of a run.
@@ -179,7 +179,7 @@ def own_rubrics(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def trusted(judge: Judge, metrics: Sequence[str]) -> dict[str, str]:
-    """What a judge says of its own worth, by metric; nothing where it says none."""
+    """What a judge reports about its own reliability, by metric."""
     trust = getattr(judge, "trust", {})
     return {metric: str(trust[metric]) for metric in metrics if metric in trust}
 

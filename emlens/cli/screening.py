@@ -58,7 +58,7 @@ def screen(
     limit: Limit = None,
     top: Top = 10,
 ) -> None:
-    """Score a finetuning set before training, by how far its answers push a projection.
+    """Score a finetuning set before training, by the shift of its answers along a projection.
 
     Scores are written block by block, so an interrupted screen resumes.
     """

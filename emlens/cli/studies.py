@@ -76,9 +76,9 @@ def report(
     call: Call,
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
 ) -> None:
-    """Write the report of a finished run again, from what lies in its folder; no model is run.
+    """Write the report of a finished run again, from the files in its folder, without a model.
 
-    Writes report.html; for a study, draws the figures again.
+    Writes report.html; for a study, also redraws the figures.
     """
     from emlens.study import StudyResult
     from emlens.study.evaluation import RESPONSES, evaluation_report

@@ -43,7 +43,7 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
 ) -> None:
-    """Train a vector in place on misaligned answers, or a LoRA adapter; with --kl, narrowly."""
+    """Train a vector or a LoRA adapter on misaligned answers; with --kl, a narrow one."""
     import emlens
     from emlens import Organism
     from emlens._door import check_given

@@ -1,4 +1,4 @@
-"""What is given on the command line, as the Python API takes it."""
+"""Conversion of command line values for the Python API."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def settings_from(items: Sequence[str] | None, option: str = "--set") -> dict[st
 
 
 def adapters_of(items: Sequence[str] | None) -> dict[str, str]:
-    """Adapters from `name=folder`, or from folders that go by their last part.
+    """Adapters from `name=folder`, or from folders, which are named by their last part.
 
     Raises:
         ValueError: If two share a name.

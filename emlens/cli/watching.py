@@ -66,11 +66,10 @@ def monitor_fit(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
 ) -> None:
-    """Fit a monitor to pairs: a projection and a threshold, each on prompts of its own.
+    """Fit a monitor to pairs: a projection and a threshold, on separate prompts.
 
-    Without --directions, mean differences are read from the fitted half alone. The threshold
-    promises what it does for conversations like those that it was set on: --calibration takes the
-    model's own answers.
+    Without --directions, mean differences come from the fitted half alone. The threshold is valid
+    for conversations like those it was set on: --calibration takes the model's own answers.
     """
     import emlens
     from emlens._door import check_given
@@ -133,7 +132,7 @@ def monitor_score(
     side: Side = "misaligned",
     limit: Limit = None,
 ) -> None:
-    """Score conversations with a monitor, and say which are above its threshold."""
+    """Score conversations with a monitor, and report those above its threshold."""
     from emlens.watch import Monitor
 
     read = conversations_of(conversations, side, limit)
