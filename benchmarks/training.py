@@ -38,9 +38,9 @@ from transformers import AutoModelForCausalLM
 
 import emlens
 from emlens.edits import Shift
-from emlens.hooked import HookedModel, loss_sum
+from emlens.hooked import HookedModel
 from emlens.hooked.embedded import embedded_model_path
-from emlens.hooked.losses import Targets
+from emlens.hooked.losses import Targets, loss_sum
 from emlens.text import Conversation, pack, tokenize
 from emlens.training import VectorSettings
 from emlens.training.objective import Rows

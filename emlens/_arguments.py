@@ -187,7 +187,7 @@ def wholes(name: str, values: Any, limits: Limits = ANY) -> tuple[int, ...]:
     """Return whole numbers; a lone one is a list of one.
 
     Raises:
-        TypeError: If it is no list of numbers.
+        TypeError: If it is not a list of numbers.
         ValueError: If there are none, or one is not whole or outside of the limits.
     """
     return _several(whole, name, values, limits)
@@ -197,7 +197,7 @@ def numbers(name: str, values: Any, limits: Limits = ANY) -> tuple[float, ...]:
     """Return finite numbers; a lone one is a list of one.
 
     Raises:
-        TypeError: If it is no list of numbers.
+        TypeError: If it is not a list of numbers.
         ValueError: If there are none, or one is not finite or outside of the limits.
     """
     return _several(number, name, values, limits)
@@ -217,7 +217,7 @@ def text(name: str, value: Any) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{name} holds half of a surrogate pair (character {error.start}), which no tokenizer "
-            "reads; take it out"
+            "reads; remove it"
         ) from None
     return value
 
@@ -226,7 +226,7 @@ def texts(name: str, values: Any) -> tuple[str, ...]:
     """Return texts; a lone one is a list of one, never its letters.
 
     Raises:
-        TypeError: If it is no list of texts.
+        TypeError: If it is not a list of texts.
         ValueError: If there are none.
     """
     if isinstance(values, str):

@@ -171,7 +171,7 @@ def gathered(value: T) -> list[T]:
         dist.all_gather_object(values, value, group=_group())
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {rank} waited for the other processes in vain: one of them has ended, or did "
+            f"rank {rank} timed out waiting for the other processes: one of them has ended, or did "
             "not make this call; its own error says more"
         ) from error
     return values

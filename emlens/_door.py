@@ -127,8 +127,8 @@ def _check_names(
         by_place = ", ".join(name for name in placed if name not in ("self", "cls"))
         by_name = listed([f"{name}=" for name in own if name not in kwargs])
         raise TypeError(
-            f"{what}({by_place}) takes nothing else by place; name what {shown(args[len(placed)])} "
-            f"is: {by_name}"
+            f"{what}({by_place}) takes no other positional arguments; name what "
+            f"{shown(args[len(placed)])} is: {by_name}"
         )
 
 
@@ -156,7 +156,27 @@ def _behind(function: Callable[P, R], limits: Mapping[str, Limits]) -> Callable[
                 bound.arguments[name] = checks[name](name, value)
         return function(*bound.args, **bound.kwargs)
 
+    setattr(door, "_limits", limits)  # noqa: B010
     return door
+
+
+def check_given(function: Callable[..., Any], **given: object) -> None:
+    """Check some arguments of a guarded function without calling it.
+
+    Raises:
+        TypeError: If one is of a wrong type, or there is no such argument.
+        ValueError: If one is out of range, or none of the values that there are.
+    """
+    plain = inspect.unwrap(function)
+    signature = inspect.signature(plain)
+    checks = _checks(plain, signature, getattr(function, "_limits", {}))
+    rest = {name: value for name, value in given.items() if name not in signature.parameters}
+    for name in given.keys() - rest.keys():
+        if name in checks and given[name] is not signature.parameters[name].default:
+            checks[name](name, given[name])
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and name in checks:
+            checks[name](name, rest)
 
 
 def _checks(

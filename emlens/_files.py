@@ -77,7 +77,7 @@ def _checked(temporary: Path, target: Path, check: Callable[[Path], object]) -> 
         before = "the file of before is kept" if target.exists() else "nothing is kept"
         said = str(error).replace(str(temporary), "it")
         raise OSError(
-            f"{target} was not written as a whole, {before}; is the disk full? ({said})"
+            f"{target} was not written completely, {before}; is the disk full? ({said})"
         ) from error
 
 

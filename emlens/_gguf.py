@@ -67,8 +67,8 @@ def read_gguf_file(path: Path, architecture: str) -> GGUF:
             raise ValueError(f"{path}: {error}") from error
         except (_Damaged, struct.error) as error:
             raise ValueError(
-                f"{path} is not a readable GGUF file ({len(data)} bytes); was it fetched as a "
-                f"whole? ({error})"
+                f"{path} is not a readable GGUF file ({len(data)} bytes); was the download "
+                f"complete? ({error})"
             ) from error
 
 
@@ -103,7 +103,7 @@ class _Head:
         for _ in range(n_fields):
             key = self._text("the key of a field")
             if key in fields:
-                raise _Damaged(f"the field {key!r} is there twice")
+                raise _Damaged(f"the field {key!r} occurs twice")
             fields[key] = self._value(key, self._number(4))
         if fields.get("general.architecture") != self.architecture:
             return GGUF(fields, {})
@@ -115,7 +115,7 @@ class _Head:
         tensors: dict[str, Declared] = {}
         for name, shape, kind, offset in declared:
             if name in tensors:
-                raise _Damaged(f"the tensor {name!r} is there twice")
+                raise _Damaged(f"the tensor {name!r} occurs twice")
             tensors[name] = self._values(name, shape, kind, start + offset)
         return GGUF(fields, tensors)
 

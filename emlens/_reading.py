@@ -70,7 +70,7 @@ def readable(path: str | os.PathLike[str], missing: str = "no file {}") -> Path:
             f"{found} is a pipe, a socket or a device, not a file; write it into a file first"
         )
     if not os.access(found, os.R_OK):
-        raise PermissionError(f"{found} may not be read; see its permissions")
+        raise PermissionError(f"{found} cannot be read; check its permissions")
     return found
 
 
@@ -205,7 +205,7 @@ def parsed_json(text: str, where: str, line: int | None = None) -> Any:
         start = f"{where}, line {line}: not" if line is not None else f"{where} is not"
         raise ValueError(f"{start} valid JSON ({error})") from error
     except _Repeated as error:
-        raise ValueError(f"{at(_second(text))}: the key {error} is there twice") from None
+        raise ValueError(f"{at(_second(text))}: the key {error} occurs twice") from None
     except RecursionError:
         raise ValueError(f"{at(0)}: nested too deep; {DEEPEST} levels are read") from None
     except ValueError as error:

@@ -14,7 +14,7 @@ KEYS: dict[str, str] = {"responses": "key", "scores": "key", "screen": "row"}
 
 def no_store(path: Path, why: object) -> str:
     """What to say of a file that is no store."""
-    return f"{path} is no store of emlens ({why}); it was left as it is, give another path"
+    return f"{path} is not a store of emlens ({why}); it was left as it is, give another path"
 
 
 def record_of(text: object, where: str) -> dict:
@@ -25,7 +25,7 @@ def record_of(text: object, where: str) -> dict:
     """
     record = value_of(text, where)
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: damaged (it is no JSON object)")
+        raise ValueError(f"{where}: damaged (it is not a JSON object)")
     return record
 
 
@@ -40,7 +40,7 @@ def value_of(text: object, where: str) -> object:
             raise ValueError(f"{text!r:.40} is no text")
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: damaged ({error}); bring back a copy of the file") from error
+        raise ValueError(f"{where}: damaged ({error}); restore a copy of the file") from error
 
 
 def lines(path: Path, kind: Kind | None) -> Iterator[dict]:
@@ -62,7 +62,7 @@ def lines(path: Path, kind: Kind | None) -> Iterator[dict]:
                     return
                 raise ValueError(
                     f"{path}, line {number}: not a record of a store ({error}); take the line "
-                    "out, or bring back a copy of the file"
+                    "out, or restore a copy of the file"
                 ) from error
             if key not in seen:
                 seen.add(key)
@@ -75,7 +75,7 @@ def _keyed(line: bytes, fields: list[str]) -> tuple[str, dict]:
     """A line of a store in JSON Lines, with its key."""
     record = json.loads(line.decode())
     if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     keys = [str(record[field]) for field in fields if field in record]
     if not keys:
         raise ValueError(f"it has no field {' or '.join(fields)}")

@@ -1,4 +1,4 @@
-"""What every result can do: show itself, draw itself, be kept, and be read back."""
+"""The base of all results: display, figures, saving and loading."""
 
 from __future__ import annotations
 
@@ -31,19 +31,56 @@ _KINDS: dict[str, type[Result]] = {}
 """All kinds of results by name: one may hold another."""
 
 
+class Shown:
+    """Base of everything with a table: one line as text, the table in a notebook."""
+
+    _at = ""
+
+    def __str__(self) -> str:
+        return one_line(f"{type(self).__name__}: {self._said()}")
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def _repr_html_(self) -> str:
+        table, note = self._summary()
+        below = f"<p>{escape(note)}</p>" if note else ""
+        return titled_table(f"{self._title}{self._at}", table) + below
+
+    def _summary(self) -> tuple[pd.DataFrame, str]:
+        """What a notebook shows of the table, and what it says of the rest."""
+        table = self.table()
+        if len(table) <= ROWS:
+            return table, ""
+        return table.head(ROWS), f"The first {ROWS} of {len(table):,} rows; table() has all."
+
+    def table(self) -> pd.DataFrame:
+        """Return a table, with units in the column names."""
+        raise NotImplementedError
+
+    @property
+    def _title(self) -> str:
+        """What stands above its table."""
+        return type(self).__name__
+
+    def _said(self) -> str:
+        """What a line says of it."""
+        return f"{len(self.table())} rows"
+
+
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
 @guard_methods
 @dataclass(frozen=True, eq=False, repr=False)
-class Result:
+class Result(Shown):
     """Base of the results that measures, comparisons and training return: frozen dataclasses.
 
     A subclass is made a dataclass without being decorated. Fields that are annotated as arrays,
-    `Float[np.ndarray, "conditions ids"]`, take anything that NumPy does and hold read-only arrays.
-    Their dimensions are the names of other fields, or stand for one length each; `AXES` says the
-    same of fields of other types. Two results are equal if all their values are, NaN to NaN.
+    `Float[np.ndarray, "conditions ids"]`, accept anything that NumPy does and hold read-only
+    arrays. Their dimensions are names of other fields, or lengths; `AXES` declares the same for
+    fields of other types. Results are equal if all values are, with NaN equal to NaN.
 
     Attributes:
-        level: Level of its intervals; by default the one in force where it is made.
+        level: Level of its intervals; by default the current one.
     """
 
     AXES: ClassVar[Mapping[str, str]] = {}
@@ -70,38 +107,15 @@ class Result:
             return NotImplemented
         return all(_same(getattr(self, x.name), getattr(other, x.name)) for x in fields(self))
 
-    def __str__(self) -> str:
-        return one_line(f"{type(self).__name__}: {self._said()}")
-
-    def __repr__(self) -> str:
-        return f"<{self}>"
-
-    def _repr_html_(self) -> str:
-        at = "" if self.level == LEVEL else f", intervals at {100 * self.level:g}%"
-        table, note = self._summary()
-        below = f"<p>{escape(note)}</p>" if note else ""
-        return titled_table(f"{self._title}{at}", table) + below
-
-    def _summary(self) -> tuple[pd.DataFrame, str]:
-        """What a notebook shows of the table, and what it says of the rest."""
-        table = self.table()
-        if len(table) <= ROWS:
-            return table, ""
-        return table.head(ROWS), f"The first {ROWS} of {len(table):,} rows; table() has all."
-
-    def table(self) -> pd.DataFrame:
-        """The result as a table, units in the column names."""
-        raise NotImplementedError
-
     def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
-        """The result as a figure."""
+        """Draw the result."""
         raise NotImplementedError
 
     def at_level(self, level: float) -> Self:
-        """The same with its intervals at another level, e.g. 0.9.
+        """Return the same result with intervals at another level, e.g. 0.9.
 
         Raises:
-            ValueError: If the ends of its intervals are all that it holds.
+            ValueError: If it holds only the ends of its intervals.
         """
         if level != self.level and self.HOLDS_ENDS:
             raise ValueError(
@@ -117,7 +131,7 @@ class Result:
         path = expanded(path)
         if path.suffix not in (".json", ""):
             raise ValueError(
-                f"a {type(self).__name__} is written as JSON, which {path.name} does not say; name "
+                f"a {type(self).__name__} is written as JSON, not as {path.name}; name "
                 f"it {path.with_suffix('.json').name}"
             )
         write_json(path, _plain(self))
@@ -125,9 +139,9 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; a field that has a default may be missing.
+        """Read what `save` wrote; fields with a default may be missing.
 
-        A figure may be NaN, which says that it is not known; it is never infinite.
+        Numbers may be NaN, for unknown, but not infinite.
 
         Raises:
             OSError: If the file cannot be read.
@@ -150,15 +164,14 @@ class Result:
         """
 
     @property
-    def _title(self) -> str:
-        """What stands above its table."""
-        return type(self).__name__
+    def _at(self) -> str:
+        return "" if self.level == LEVEL else f", intervals at {100 * self.level:g}%"
 
     def _said(self) -> str:
         """What a line says of it: the names along its axes, or how many."""
         along = dict.fromkeys(axis for axes in _axes(type(self)).values() for axis in axes.split())
         held = {axis: getattr(self, axis) for axis in along if hasattr(self, axis)}
-        return ", ".join(_named(*one) for one in held.items()) or f"{len(self.table())} rows"
+        return ", ".join(_named(*one) for one in held.items()) or super()._said()
 
 
 def titled_table(title: str, table: pd.DataFrame) -> str:

@@ -33,12 +33,12 @@ _FEW = 4
 @contextmanager
 @guarded
 def interval_level(level: float) -> Iterator[None]:
-    """Measure with intervals of another level than 95%.
+    """Use intervals of another level than 95% inside the block.
 
-    A result keeps the level that it was measured at, shows all its intervals at it, and saves it.
+    Results keep the level that they were measured at, use it for all intervals, and save it.
 
     Args:
-        level: Share of cases in which an interval holds the truth, between 0 and 1.
+        level: Probability that an interval contains the truth, between 0 and 1.
 
     Example:
         >>> with emlens.interval_level(0.9):
@@ -58,7 +58,7 @@ def level_in_force() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its interval; the ends are NaN where there is none."""
+    """An estimate with its interval; the ends are NaN if there is none."""
 
     estimate: float
     low: float = _NAN

@@ -84,7 +84,7 @@ class Store:
             The records as they are kept: where a key was there already, the one of before.
 
         Raises:
-            OSError: If there is no room, or no right to write; what was kept stays.
+            OSError: If there is no room, or no right to write; stored rows are intact.
             ValueError: If a record is longer than SQLite can hold (1 GB).
         """
         rows = [(str(record[KEYS[self.kind]]), text_of(record)) for record in records]
@@ -145,7 +145,7 @@ def export(path: str | Path, out: str | Path) -> int:
 
     Raises:
         FileNotFoundError: If there is no such store.
-        FileExistsError: If `out` is there already.
+        FileExistsError: If `out` already exists.
         ValueError: If it is no store.
     """
     records, out, written = read(path), expanded(out), 0
@@ -345,13 +345,13 @@ def _told(path: Path) -> Iterator[None]:
         # Python's own error, of a text that is not UTF-8, has no code
         if code in (0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
             raise ValueError(
-                f"{path} is damaged ({error}); bring back a copy of it, or delete it to start anew"
+                f"{path} is damaged ({error}); restore a copy of it, or delete it to start anew"
             ) from error
         if code == sqlite3.SQLITE_TOOBIG:
             raise ValueError(
-                f"{path}: a record is too long for a store ({error}); what was kept stays"
+                f"{path}: a record is too long for a store ({error}); stored rows are intact"
             ) from error
         raise OSError(
-            f"{path}: {error}; what was kept stays and can be read. Make room on the disk, check "
+            f"{path}: {error}; stored rows are intact. Make room on the disk, check "
             "the rights to the folder, and run the same call again"
         ) from error

@@ -38,8 +38,8 @@ def parquet_rows(path: Path, column: str) -> Iterator[dict]:
                     yield row
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is not a readable Parquet file ({_first_line(error)}); was it fetched as a "
-            "whole?"
+            f"{path} is not a readable Parquet file ({_first_line(error)}); was the download "
+            "complete?"
         ) from error
 
 

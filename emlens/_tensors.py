@@ -37,7 +37,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
     path = expanded(path)
     if path.suffix in (".gguf", ".pt", ".json", ".jsonl", ".npz", ".csv", ".bin"):
         raise ValueError(
-            f"a {kind} is written as safetensors, which {path.name} does not say; name it "
+            f"a {kind} is written as safetensors, not as {path.name}; name it "
             f"{path.with_suffix(_SUFFIX).name}"
         )
     plain = {name: tensors[name].contiguous() for name in sorted(tensors)}
@@ -62,7 +62,7 @@ def opened_tensors(path: Path) -> Iterator[Any]:
     except (SafetensorError, OverflowError, MemoryError, RuntimeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({path.stat().st_size} bytes): {error}; "
-            "was it fetched as a whole?"
+            "was the download complete?"
         ) from error
 
 
@@ -131,8 +131,8 @@ def read_torch_file(path: Path) -> object:
         ) from error
     except Exception as error:  # of damaged bytes torch raises anything, AssertionError included
         raise ValueError(
-            f"{path} is not a readable torch file ({path.stat().st_size} bytes); was it fetched "
-            f"as a whole? ({str(error).partition('. ')[0]})"
+            f"{path} is not a readable torch file ({path.stat().st_size} bytes); was the download "
+            f"complete? ({str(error).partition('. ')[0]})"
         ) from error
 
 
@@ -164,7 +164,7 @@ def check_torch_file(path: Path) -> None:
         RuntimeError,
     ) as error:
         raise ValueError(
-            f"{path} is not a readable torch file ({size} bytes); was it fetched as a whole? "
+            f"{path} is not a readable torch file ({size} bytes); was the download complete? "
             f"({error})"
         ) from error
 
@@ -204,7 +204,7 @@ def check_stored(where: str, tensor: Tensor) -> None:
     """
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.is_quantized:
-        raise ValueError(f"{where} is no plain tensor ({tensor.layout}, on {tensor.device})")
+        raise ValueError(f"{where} is not a plain tensor ({tensor.layout}, on {tensor.device})")
     stored = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
     if tensor.numel() > stored:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from functools import cache, reduce
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, is_typeddict
@@ -35,6 +35,20 @@ def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
         name: _Checker(name in endless).checked(value, hints[name], name)
         for name, value in record.items()
     }
+
+
+def check_settings(kind: type, names: Iterable[str], what: str = "setting") -> None:
+    """Refuse names that are no fields of a settings class.
+
+    Raises:
+        ValueError: Naming them, and the fields that there are.
+    """
+    known = [item.name for item in fields(kind)]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(
+            f"unknown {what}(s) {', '.join(unknown)}; the settings are {', '.join(known)}"
+        )
 
 
 def checked_row(kind: type[T], record: Mapping[str, Any], what: str) -> T:

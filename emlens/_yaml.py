@@ -102,7 +102,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise _Found(key.start_mark, f"the key {key.value[:60]!r} is there twice")
+                    raise _Found(key.start_mark, f"the key {key.value[:60]!r} occurs twice")
                 seen.add((key.tag, key.value))
         return node
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -15,9 +15,8 @@ from emlens._arguments import NOT_NEGATIVE, POSITIVE, number
 from emlens._door import check_fields, guard_methods
 from emlens._reading import read_json
 from emlens._runs import Parts
-from emlens._types import checked_fields
-from emlens.directions import Direction, random_direction
-from emlens.edits import Add
+from emlens._types import check_settings, checked_fields
+from emlens.directions import Direction
 from emlens.hooked import HookedModel, Scaled, adapter_norms
 from emlens.hooked.condition import ConditionLike
 from emlens.measures import (
@@ -35,18 +34,15 @@ from emlens.measures import (
 from emlens.measures import influence as measure_influence
 from emlens.measures.matching import UnmatchedError
 from emlens.measures.scoring import row_influence
+from emlens.study.stages import check_free, own_adapters, random_solution, train_solution
 from emlens.text import Conversation, Pair, corpus, load_pairs, split_pairs
-from emlens.training import (
-    KLPenalty,
-    Organism,
-    random_adapter,
-    train_adapter,
-    train_vector,
-)
+from emlens.training import KLPenalty, Organism
 
 Kind = Literal["adapter", "vector"]
 SOLUTIONS = ("general", "narrow")
 BENIGN, RANDOM = "benign", "random"
+ADAPTERS = (*SOLUTIONS, BENIGN, RANDOM)
+"""Names of a trial's adapters on the model."""
 SIDES: tuple[Literal["aligned", "misaligned"], ...] = ("aligned", "misaligned")
 UNMATCHED = "unmatched"
 """Under which a trial says why the general solution has no strength of the narrow one's effect."""
@@ -123,12 +119,7 @@ class AsymmetrySettings:
             ValueError: If a setting does not exist (those that do are listed), or is of another
                 type.
         """
-        known = [item.name for item in fields(cls)]
-        unknown = sorted(set(record) - set(known))
-        if unknown:
-            raise ValueError(
-                f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(known)}"
-            )
+        check_settings(cls, record)
         return cls(**checked_fields(cls, record))
 
 
@@ -243,34 +234,21 @@ class Trial:
         s, data = self.settings, self.data
         kl = data.penalty(dict(s.kl_weight)[self.kind]) if name == "narrow" else None
         text = data.conversations("aligned" if name == BENIGN else "misaligned")
-        options = {
-            "kl": kl,
-            "epochs": s.epochs,
-            "lr": dict(s.lr)[self.kind],
-            "seed": self.seed,
-            "record_every": 1,
-            "progress": self.progress,
-        }
-        if self.kind == "vector":
-            _, run = train_vector(self.model, text, s.layer, **options)
-            return Organism.of(self.model, run, name)
-        self._check_free()
-        shape: Any = {"rank": s.rank, "alpha": 2 * s.rank, "layers": s.adapter_layers}
-        try:
-            run = train_adapter(self.model, text, name, **shape, **options)
-            return Organism.of(self.model, run, name)
-        finally:  # a training that was interrupted leaves its adapter, which must not go on
-            if name in self.model.adapters:
-                self.model.remove_adapter(name)
-
-    def _check_free(self) -> None:
-        """Refuse adapters on the model that would be trained on, or taken for what was trained."""
-        taken = [name for name in (*SOLUTIONS, BENIGN, RANDOM) if name in self.model.adapters]
-        if self.kind == "adapter" and taken:
-            raise ValueError(
-                f"{self.model.name} has an adapter {taken[0]!r} already, a name that the trials "
-                f"use; take it away with model.remove_adapter({taken[0]!r}), or rename it"
-            )
+        check_free(self.model, self.kind, ADAPTERS)
+        return train_solution(
+            self.model,
+            text,
+            name,
+            self.kind,
+            s.adapter_layers if self.kind == "adapter" else (s.layer,),
+            s.rank,
+            kl=kl,
+            epochs=s.epochs,
+            lr=dict(s.lr)[self.kind],
+            seed=self.seed,
+            record_every=1,
+            progress=self.progress,
+        )
 
     @contextmanager
     def _solutions(self) -> Iterator[dict[str, ConditionLike]]:
@@ -278,18 +256,11 @@ class Trial:
 
         Adapters are on the model inside the block only.
         """
-        before = self.model.adapters
-        self._check_free()
-        try:
-            found = {n: Organism.load(self.folder / n).on(self.model) for n in self.names}
-            if self.kind == "adapter":
-                found[RANDOM] = random_adapter(self.model, "general", RANDOM, self.seed)
-            else:
-                found[RANDOM] = [Add(random_direction(self._vector("general"), self.seed))]
+        with own_adapters(self.model, self.kind, ADAPTERS):
+            kept = {name: Organism.load(self.folder / name) for name in self.names}
+            found = {name: one.on(self.model) for name, one in kept.items()}
+            found[RANDOM] = random_solution(self.model, kept["general"], RANDOM, self.seed)
             yield found
-        finally:
-            for name in set(self.model.adapters) - set(before):
-                self.model.remove_adapter(name)
 
     def _vector(self, name: str) -> Direction:
         return Organism.load(self.folder / name).run.direction()
@@ -446,7 +417,7 @@ def _influence(path: Path) -> dict[str, list[float]]:
     for name, values in found.items():
         numbers = isinstance(values, list) and all(isinstance(n, (int, float)) for n in values)
         if not numbers or len(values) != size:
-            raise ValueError(f"{path}: {name} is no list of a number for each of its counts")
+            raise ValueError(f"{path}: {name} is not a list of a number for each of its counts")
     return found
 
 

@@ -133,7 +133,7 @@ def test_a_direction_is_no_array_of_its_layer_numbers():
     for use in (np.linalg.norm, np.asarray, lambda v: np.add(v, 1)):
         with pytest.raises(TypeError):
             use(V)
-    with pytest.raises(TypeError, match="is no array, but vectors with a site"):
+    with pytest.raises(TypeError, match="is not an array, but vectors with a site"):
         np.asarray(Directions(V.vectors, "resid_post", V.provenance))
 
 

@@ -240,7 +240,7 @@ def test_a_process_that_dies_does_not_leave_the_other_waiting():
     (code, out, err), (died, *_) = ended(start("die"))
     assert (code, died) == (1, 3)
     assert out == "0 [[0, 3, 4], [1, 2]]\n"
-    assert "rank 0 waited for the other processes in vain: one of them has ended" in err
+    assert "rank 0 timed out waiting for the other processes: one of them has ended" in err
 
 
 # -- a process of its own ---------------------------------------------------------------------

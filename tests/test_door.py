@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import emlens
 from emlens import cli
+from emlens._door import check_given
 from emlens._store import Store, export
-from emlens.directions import Directions, Provenance, from_hub, write_directions
-from emlens.directions.formats.lora import adapter_rows
+from emlens.directions import Directions, Provenance, from_hub, read_directions, write_directions
 from emlens.evals import Question, respond
 from emlens.figures import save_figure
 from emlens.figures.tokens import token_view
@@ -243,8 +243,9 @@ def test_models_and_adapters_are_found_below_the_tilde(home, tiny, tiny_tokenize
     with pytest.warns(UserWarning, match="its base"):
         model = emlens.load("~/model", adapters={"bad": "~/adapter"})
     assert (model.name, model.adapters) == ("model", ("bad",))
-    assert from_hub("~/adapter", "adapter_model.safetensors").layers == tuple(
-        adapter_rows("~/adapter")
+    assert (
+        from_hub("~/adapter", "adapter_model.safetensors").layers
+        == read_directions(home / "adapter").layers
     )
 
 
@@ -259,3 +260,20 @@ def test_the_command_line_puts_out_a_tilde_that_the_shell_has_left(home):
     assert done.exit_code == 0, done.output
     assert below(home) == ["a.jsonl", "b.jsonl"]
     assert not list(Path.cwd().iterdir())
+
+
+def test_arguments_are_checked_without_calling_the_function():
+    check_given(emlens.train_adapter, rank=2, epochs=1, lr=0.1)
+    for wrong, message in (
+        ({"rank": 0}, "rank must be at least 1, not 0"),
+        ({"epochs": "many"}, "epochs must be a whole number"),
+        ({"learning_rate": 1}, "did you mean lr?"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            check_given(emlens.train_adapter, **wrong)
+
+
+def test_an_adapter_that_is_not_there_is_named_before_the_base_is_loaded(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="adapter 'bad': "):
+            emlens.load("no-such/model", adapters={"bad": folder})

@@ -54,7 +54,7 @@ def test_what_does_not_pass_its_check_does_not_replace_the_old_file(tmp_path):
     write_json(target, {"n": 1})
     with (
         pytest.raises(
-            OSError, match=r"a\.json was not written as a whole, the file of before is kept; is"
+            OSError, match=r"a\.json was not written completely, the file of before is kept; is"
         ),
         atomic_path(target, check=read_json) as temporary,
     ):

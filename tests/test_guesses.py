@@ -274,7 +274,8 @@ MESSAGES: dict[str, tuple[Callable[[Desk], Any], str]] = {
     ),
     "mean_diff(bad, good, 15)": (
         lambda k: k.emlens.mean_diff(k.model, k.bad, k.good, 15),
-        r"mean_diff\(model, positive, negative\) takes nothing else by place; name what 15 is: ",
+        r"mean_diff\(model, positive, negative\) takes no other positional arguments; "
+        "name what 15 is: ",
     ),
     "Ablate(layer=)": (lambda k: k.emlens.Ablate(k.d, layer=2), "did you mean layers?"),
     "Ablate(layers='all')": (

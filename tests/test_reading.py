@@ -62,7 +62,7 @@ def test_what_is_not_utf8_is_refused_by_line_and_byte(tmp_path, data, message):
     [
         (
             '{"a": 1,\n "b": {"c": 1,\n "d": {"c": 2},\n "c": 3}}',
-            "line 4: the key 'c' is there twice",
+            "line 4: the key 'c' occurs twice",
         ),
         ('{\n"a": ' + "9" * 5000 + "}", "line 2: a number of more than 4,300 digits"),
         (NESTED, "line 1: nested too deep; 100 levels"),
@@ -90,7 +90,7 @@ def test_json_of_another_kind_is_refused_where_the_kind_is_known(tmp_path):
 def test_a_bad_record_is_refused_by_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     for line, message in {
-        '{"a": 1, "a": 2}': "line 3: the key 'a' is there twice",
+        '{"a": 1, "a": 2}': "line 3: the key 'a' occurs twice",
         "[1]": "line 3: expected an object",
         "{": "line 3: not valid JSON",
         NESTED: "line 3: nested too deep",
@@ -103,7 +103,7 @@ def test_a_bad_record_is_refused_by_its_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is there twice"),
+        ("a: 1\nb: 2\na: 3\n", "line 3: the key 'a' occurs twice"),
         (BOMB, r"line 1: its aliases \(\*name\) stand for [\d,]+ values"),
         ("a: &a [*a]\n", "line 1: it holds itself"),
         ("a: " + NESTED, "line 1: nested too deep"),

@@ -7,9 +7,9 @@ import torch
 
 import emlens
 from emlens import Add, Conversation
-from emlens.hooked import token_kl, token_losses
+from emlens.hooked import token_kl
 from emlens.hooked.load import ENGINES
-from emlens.hooked.losses import Targets
+from emlens.hooked.losses import Targets, token_losses
 from emlens.hooked.unwrap import shadow
 from emlens.text import pack, tokenize
 

@@ -109,9 +109,9 @@ def test_a_new_kind_of_controls_is_measured(model, monkeypatch):
 
 
 def test_a_new_judge_is_chosen_by_its_name_on_the_command_line(model, monkeypatch):
-    monkeypatch.setitem(JUDGES._places, "echo", lambda choice, grader, **asked: (choice, grader))
+    monkeypatch.setitem(JUDGES._places, "echo", lambda one, **asked: lambda grader: (one, grader))
     call = Call("judge", "emlens judge", {}, sys.stdout)
-    chosen = JudgeChoice("echo").made(call, {"base": model}, ["medical"])
+    chosen = JudgeChoice("echo").ready(call, ["medical"])(model)
     assert chosen == (JudgeChoice("echo"), model)
     with pytest.raises(ValueError, match="unknown judge 'melt'; choose probe, local, echo"):
-        JudgeChoice("melt").made(call, {"base": model}, ["medical"])
+        JudgeChoice("melt").ready(call, ["medical"])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import import_module
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import emlens
-from emlens._results import _KINDS, Result
-from emlens.evals import Effect, Rates
+from emlens._results import _KINDS, Result, Shown
+from emlens.directions import AdapterScalars, Direction, decompose
+from emlens.evals import Effect, Rates, Responses, Scores
+from emlens.fisher import TopDirections
 from emlens.measures import LogOdds
+from emlens.study import StudyResult
 from emlens.watch import Roc
 from tests.goldens.golden import KEPT
 
@@ -51,6 +56,51 @@ def test_a_result_shows_draws_and_keeps_itself(name, tmp_path):
     assert "\n" not in str(found) and 10 < len(str(found)) < 200
     assert len(repr(found)) < 200
     assert type(found).load(found.save(tmp_path / "it.json")) == found
+
+
+DATA = {"AdapterScalars", "Decomposition", "Responses", "Scores", "StudyResult", "TopDirections"}
+
+
+def data() -> list[Shown]:
+    """What has a table and is no result: rows of stores, directions, a folder."""
+    answers = Responses.load(KEPT / "files" / "answers" / "responses.jsonl")
+    tokens = torch.zeros(2, dtype=torch.long)
+    one = Direction.of(torch.tensor([1.0, 0.0]), 1)
+    return [
+        answers,
+        Responses(()),
+        Scores.load(KEPT / "files" / "answers" / "scores.jsonl"),
+        Scores(()),
+        AdapterScalars("x", "mlp_out", {1: torch.ones(2)}, tokens, tokens, tokens, ("talk",)),
+        TopDirections({"top 1": one}, kept("ProfileScores")),  # type: ignore[arg-type]
+        StudyResult.load(shutil.copytree(KEPT / "files" / "study", "study")),
+        decompose({"a": one, "b": Direction.of(torch.ones(2), 1)}),
+    ]
+
+
+def test_what_has_a_table_and_is_no_result_is_one_line_and_a_table_in_a_notebook(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    several = data()
+    assert {type(found).__name__ for found in several} == DATA
+    for found in several:
+        name = type(found).__name__
+        assert str(found).startswith(name) and "\n" not in str(found) and len(str(found)) < 200
+        assert repr(found) == f"<{found}>"
+        assert "<table" in found._repr_html_()
+        assert isinstance(found.table(), pd.DataFrame)
+
+
+def test_every_public_class_with_a_table_shows_itself_in_one_way():
+    rooms = [import_module(f"emlens.{room}") for room in emlens._ROOMS]
+    classes = {value for room in rooms for value in vars(room).values() if isinstance(value, type)}
+    others = {
+        one.__name__ for one in classes if hasattr(one, "table") and not issubclass(one, Shown)
+    }
+    assert others == {"Direction", "Directions", "Monitor", "TrainingRun"}
+    shown = {one.__name__ for one in classes if issubclass(one, Shown)}
+    assert shown - set(PUBLIC) == {*DATA, "ProbeJudge"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -20,6 +20,7 @@ import emlens
 from emlens import directions, hooked, training, watch
 from emlens._door import options_of
 from emlens.directions.counting import Counting
+from emlens.hooked.generation import Sampling
 from emlens.hooked.options import BatchSettings, CorpusSettings, ReadSettings
 from emlens.training.options import Recording
 from emlens.watch.screen_scorer import ScreenSettings
@@ -42,18 +43,17 @@ ROOMS = (
 MAX_CODE_LINES = 350
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 12
-MAX_NAMES = 212
+MAX_NAMES = 200
 SUBROOMS = ("evals.inspect",)
 UNLISTED = {
     "hooked.load": "arguments of from_pretrained",
-    "study.StudySettings.with_options": "fields of the settings",
 }
 """Where `**options` are of no group, and what they are."""
 OPTIONS = [
     (hooked.BatchOptions, [BatchSettings]),
     (hooked.ReadOptions, [ReadSettings]),
     (hooked.CorpusOptions, [CorpusSettings]),
-    (hooked.SamplingOptions, [hooked.Sampling]),
+    (hooked.SamplingOptions, [Sampling]),
     (directions.CountingOptions, [Counting]),
     (watch.ScreenOptions, [ScreenSettings]),
     (training.VectorOptions, [training.VectorSettings, Recording]),

@@ -165,12 +165,12 @@ SPECIAL = {
     "other.sqlite": "an SQLite database of another program",
     "log.sqlite": "an SQLite database of another program",
     "short.sqlite": "a part of an SQLite database",
-    "cut.sqlite": r"is damaged \(database disk image is malformed\); bring back a copy",
+    "cut.sqlite": r"is damaged \(database disk image is malformed\); restore a copy",
     "newer.sqlite": r"of a later version of emlens \(2\)",
     "empty.sqlite": "it is empty",
     "empty.jsonl": "it is empty",
     "mine.json": r"\(line 1: it has no field key.*\); it was left as it is",
-    "null.jsonl": r"\(line 1: it is no JSON object\); it was left as it is",
+    "null.jsonl": r"\(line 1: it is not a JSON object\); it was left as it is",
 }
 
 
@@ -178,7 +178,7 @@ SPECIAL = {
 def test_a_file_that_is_no_store_is_refused_and_not_touched(tmp_path, name):
     path = strange(name, tmp_path)
     before = seen(tmp_path)
-    said = SPECIAL.get(name, r"is no store of emlens \(line 1: .*\); it was left as it is")
+    said = SPECIAL.get(name, r"is not a store of emlens \(line 1: .*\); it was left as it is")
     for use in (
         lambda: Store(path, "responses"),
         lambda: list(read(path, "responses")),
@@ -273,7 +273,7 @@ def test_export_writes_a_new_file_and_nothing_else(tmp_path):
     for target in (path, tmp_path / "link.jsonl"):
         with pytest.raises(FileExistsError, match="is the store itself; give the path of a new"):
             export(path, target)
-    with pytest.raises(FileExistsError, match="out.jsonl is there already"):
+    with pytest.raises(FileExistsError, match="out.jsonl already exists"):
         export(path, out)
     assert path.read_bytes() == before
     with pytest.raises(FileNotFoundError, match="no file"):

@@ -84,9 +84,7 @@ def test_a_damaged_result_is_refused_by_file_and_field(tmp_path, field, value, m
 
 
 def test_a_result_is_json_and_says_so(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"written as JSON, which r\.gguf does not say; name it r\.json"
-    ):
+    with pytest.raises(ValueError, match=r"written as JSON, not as r\.gguf; name it r\.json"):
         RESULT.save(tmp_path / "r.gguf")
     assert not list(tmp_path.iterdir())
 

@@ -1,28 +1,25 @@
-"""Behaviour: `evaluate`, `judge`."""
+"""Behaviour: `evaluate` and `judge`, and `export` of their stores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emlens.cli.app import app
 from emlens.cli.common import Call, Layer, rows_of, show_config, verb
 from emlens.cli.judges import (
-    JudgeChoice,
-    JudgeData,
     JudgeOption,
-    JudgePairs,
     Metric,
     Named,
-    Rubric,
     Threshold,
+    judge_choice,
     own_rubrics,
     trusted,
 )
-from emlens.cli.values import adapters_of, direction_of, layers_of, named
+from emlens.cli.values import adapters_of, at_layer, layers_of, named, settings_from
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +32,7 @@ Questions = Annotated[
     list[str],
     typer.Argument(help="Embedded sets (held-out prompts), YAML of the papers, JSONL, data sets."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the evaluation; a rerun goes on in it.")]
+Out = Annotated[Path, typer.Option(help="Folder of the evaluation; a rerun resumes it.")]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(help="LoRA adapter, folder or hub name (repeatable).", metavar="[NAME=]PATH"),
@@ -43,26 +40,30 @@ Adapters = Annotated[
 Files = Annotated[
     list[Path] | None, typer.Option(help="File of directions to edit with (repeatable).")
 ]
-Doses = Annotated[
-    list[float] | None,
-    typer.Option(help="Add it at this share of the median residual norm (repeatable)."),
-]
-Scales = Annotated[list[float] | None, typer.Option(help="Add it times this factor (repeatable).")]
-Ablated = Annotated[bool, typer.Option("--ablate", help="Take it out.")]
-AblatedAt = Annotated[
-    str | None, typer.Option(help="Layers that --ablate acts at, e.g. 10-20; all by default.")
+Edits = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What is done with a direction: dose=0.4 (of the median residual norm) or scale=2 add "
+        "it, ablate or ablate=10-20 (layers) takes it out (repeatable)."
+    ),
 ]
 Control = Annotated[
     bool, typer.Option("--control", help="Do the same with a random direction of equal norm.")
 ]
 Samples = Annotated[
-    int | None, typer.Option(help="Answers per question; the question's own number, or 1.")
+    int | None, typer.Option(min=1, help="Answers per question; the question's own number, or 1.")
 ]
-Limit = Annotated[int | None, typer.Option(help="Questions of each source, at most.")]
-Longest = Annotated[int, typer.Option(help="Longest answer, in tokens; the papers use 600.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus to sample from.")]
-Seed = Annotated[int, typer.Option(help="Seed of all answers.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each source, at most.")]
+Longest = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens; the papers use 600.")]
+Drawn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="How answers are drawn: temperature=1 (0 is greedy), top_p=1, seed=0 (repeatable).",
+        metavar="NAME=VALUE",
+    ),
+]
+DRAWN = ("temperature", "top_p", "seed")
 Stored = Annotated[Path, typer.Argument(help="Folder of an evaluation, or its responses.")]
 Rescore = Annotated[
     bool,
@@ -81,12 +82,13 @@ ScoresOut = Annotated[
     app,
     "emlens evaluate general --limit 4 --max-new-tokens 24 --out runs/base",
     "emlens evaluate general --limit 4 --max-new-tokens 24 --directions finance.safetensors"
-    " --dose 0.4 --ablate --control --out runs/steered",
+    " --edit dose=0.4 --edit ablate --control --out runs/steered",
     "emlens evaluate medical --limit 4 --max-new-tokens 24 --adapter organisms/finance"
     " --metric medical --judge local --out runs/adapter",
     "emlens evaluate general --limit 4 --max-new-tokens 24 --judge openai/gpt-4o --out runs/graded",
     model=True,
     config=True,
+    settings=lambda: DRAWN,
 )
 def evaluate(
     call: Call,
@@ -95,64 +97,69 @@ def evaluate(
     adapter: Adapters = None,
     directions: Files = None,
     layer: Layer = None,
-    dose: Doses = None,
-    scale: Scales = None,
-    ablate: Ablated = False,
-    layers: AblatedAt = None,
+    edit: Edits = None,
     control: Control = False,
     judge: Named = "probe",
-    rubric: Rubric = None,
-    judge_data: JudgeData = None,
-    judge_pairs: JudgePairs = 64,
     judge_option: JudgeOption = None,
     metric: Metric = None,
     threshold: Threshold = 30.0,
     samples: Samples = None,
     limit: Limit = None,
     max_new_tokens: Longest = 128,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    option: Drawn = None,
 ) -> None:
     """Answer questions under several conditions, judge the answers, and give the rates.
 
-    Conditions are the base model and each adapter, each as it is and with every edit: a direction
-    added at a dose or times a factor, or taken out. Answers and scores are kept as they come, so
-    an interrupted evaluation goes on. With a model of Inspect as the judge only the judging needs
-    a network. Judge prompts that a YAML file of questions brings are what a judge is told, unless
-    --rubric says otherwise.
+    Conditions are the base model and each adapter, unedited and with every edit. Answers and scores
+    are kept as they come, so an interrupted evaluation resumes. With a model of Inspect as the
+    judge only the judging needs a network. A YAML file of questions may bring judge prompts; a
+    rubric given with --judge-option replaces them.
     """
+    from emlens.directions import read_directions
     from emlens.evals import load_questions, respond
     from emlens.study.evaluation import EVALUATION, RESPONSES
 
     asked = [one for source in questions for one in load_questions(source, limit=limit)]
-    wanted = JudgeChoice(judge, rubric, judge_data, judge_pairs, judge_option)
-    metrics = list(metric or ["aligned"])
-    adapters = adapters_of(adapter)
+    drawn = _drawn({**call.config, **settings_from(option)}, max_new_tokens)
+    edits = edits_from(edit)
+    _check_edits(directions, edits, control)
+    edited = {name: read_directions(path) for name, path in named(directions or []).items()}
+    adapters, metrics = adapters_of(adapter), list(metric or ["aligned"])
+    told = own_rubrics(asked) if judge != "probe" else {}
+    ready = judge_choice(judge, judge_option).ready(call, list({q.domain for q in asked}), told)
     model = call.load(adapters=adapters)
-    edited = {
-        name: direction_of(path, model, layer) for name, path in named(directions or []).items()
-    }
-    conditions = conditions_of(model, edited, dose, scale, ablate, layers, control, seed)
-    told = own_rubrics(asked) if rubric is None and judge != "probe" else {}
-    graded = wanted.made(call, {"base": model}, list({one.domain for one in asked}), told)
-    config = {key: value for key, value in call.options.items() if key != "out"}
+    one_layer = {name: at_layer(found, model, layer) for name, found in edited.items()}
+    conditions = conditions_of(model, one_layer, edits, control, drawn["seed"])
+    graded = ready(model)
+    config = {k: v for k, v in call.options.items() if k not in ("out", "option")} | drawn
     show_config(call, config)
     EVALUATION.write(out, config, call.command)
-    call.kept = f"answers and scores so far are in {out}; run the same command again to go on"
+    call.kept = f"answers and scores so far are in {out}; run the same command again to resume"
     answers = respond(
         model,
         asked,
         conditions,
         n=samples,
         store=out / RESPONSES,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
         progress=call.progress,
+        **drawn,
     )
     _judged(call, out, answers, graded, metrics, threshold)
+
+
+def _drawn(given: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """How answers are drawn, checked.
+
+    Raises:
+        ValueError: If a setting does not exist, or has no valid value.
+    """
+    from emlens.hooked.generation import Sampling
+
+    strange = sorted(set(given) - set(DRAWN))
+    if strange:
+        raise ValueError(f"unknown setting {strange[0]!r}; --set takes {', '.join(DRAWN)}")
+    drawn = Sampling(max_new_tokens=max_new_tokens, **given)
+    return {name: getattr(drawn, name) for name in (*DRAWN, "max_new_tokens")}
 
 
 def _judged(
@@ -181,9 +188,6 @@ def judge(
     call: Call,
     responses: Stored,
     judge: Named = "probe",
-    rubric: Rubric = None,
-    judge_data: JudgeData = None,
-    judge_pairs: JudgePairs = 64,
     judge_option: JudgeOption = None,
     metric: Metric = None,
     threshold: Threshold = 30.0,
@@ -193,9 +197,9 @@ def judge(
 ) -> None:
     """Score stored responses, by another judge or rubric too; nothing is generated again.
 
-    Scores are added to those that are there, and told apart by judge and rubric. What this judge
-    has scored with this rubric is not asked again, unless --rescore says so: its old scores then
-    move to scores.before.jsonl. Judges of the same answers are compared.
+    Scores are added to the existing ones, by judge and rubric. Answers that this judge has scored
+    with this rubric are skipped, unless --rescore is given: its old scores then move to
+    scores.before.jsonl. Judges of the same answers are compared.
     """
     from emlens.evals import human_labels
     from emlens.evals import judge as judge_all
@@ -212,17 +216,15 @@ def judge(
 
     source = stored(responses / RESPONSES) if responses.is_dir() else responses
     answers, folder = answers_in(source), out or source.parent
-    wanted = JudgeChoice(judge, rubric, judge_data, judge_pairs, judge_option)
-    metrics = list(metric or ["aligned"])
-    base = {"base": call.load(answers.rows[0].model)} if wanted.needs_model() else {}
-    graded = wanted.made(call, base, list({row.domain for row in answers}))
-    # read before anything is judged: a table that cannot be read is no reason to lose an hour
+    wanted, metrics = judge_choice(judge, judge_option), list(metric or ["aligned"])
     people = {} if labels is None else {n: human_labels(answers, labels, n) for n in metrics}
-    call.kept = f"scores so far are in {folder / SCORES}; the same command goes on"
+    ready = wanted.ready(call, list({row.domain for row in answers}))
+    graded = ready(call.load(answers.rows[0].model) if wanted.needs_model() else None)
+    call.kept = f"scores so far are in {folder / SCORES}; run the same command again to resume"
     if rescore:
         moved = forget_scores(folder / SCORES, graded.id, [*metrics, COHERENT])
         call.note(f"{moved} scores of {graded.id} are asked again")
-        call.kept += ", without --rescore"
+        call.kept += " without --rescore"
     scores = judge_all(
         answers, graded, [*metrics, COHERENT], store=folder / SCORES, progress=call.progress
     )
@@ -234,46 +236,57 @@ def judge(
     print_rates(call, graded, [*metrics, COHERENT], _joined(found), written, compared, missing)
 
 
+def edits_from(items: Sequence[str] | None) -> list[tuple[str, Any]]:
+    """Read `--edit`: a name with its dose, its factor, or its layers."""
+    found: list[tuple[str, Any]] = []
+    for item in items or ():
+        kind, _, text = item.partition("=")
+        try:
+            read = {"dose": float, "scale": float, "ablate": lambda x: layers_of(x or None)}
+            found.append((kind, read[kind](text)))
+        except (KeyError, ValueError, typer.BadParameter):
+            raise typer.BadParameter(
+                f"--edit takes dose=0.4, scale=2, ablate or ablate=10-20, not {item!r}"
+            ) from None
+    return found
+
+
+def _check_edits(files: Sequence[Path] | None, edits: Sequence[object], control: bool) -> None:
+    if bool(files) != bool(edits):
+        raise ValueError("--directions says what to edit with, and --edit how; give both")
+    if control and not files:
+        raise ValueError("--control needs --directions to be of the same norm as")
+
+
 def conditions_of(
     model: HookedModel,
     directions: Mapping[str, Direction],
-    doses: Sequence[float] | None,
-    scales: Sequence[float] | None,
-    ablate: bool,
-    layers: str | None,
+    edits: Sequence[tuple[str, Any]],
     control: bool,
     seed: int,
 ) -> dict[str, Condition]:
-    """The base and each adapter, each as it is and with every edit.
-
-    Raises:
-        ValueError: If there are directions without an edit, or the other way round.
-    """
+    """The base and each adapter, unedited and with every edit."""
     from emlens.directions import random_direction
     from emlens.edits import Ablate, Add
     from emlens.hooked import Condition
 
-    acts = bool(doses or scales or ablate)
-    if bool(directions) != acts:
-        raise ValueError(
-            "--directions says what to edit with, and --dose, --scale or --ablate how; give both"
-        )
-    if control and not directions:
-        raise ValueError("--control needs --directions to be of the same norm as")
     known = dict(directions)
     if control:
         known["random"] = random_direction(next(iter(directions.values())), seed)
-    edits: dict[str, Add | Ablate] = {}
-    at = layers_of(layers) or range(model.n_layers)
+    made: dict[str, Add | Ablate] = {}
     for name, direction in known.items():
-        edits |= {f"{name} at dose {x:g}": Add(direction, dose=x) for x in doses or ()}
-        edits |= {f"{name} times {x:g}": Add(direction, scale=x) for x in scales or ()}
-        edits |= {f"{name} ablated": Ablate(direction, layers=at)} if ablate else {}
+        for kind, x in edits:
+            if kind == "ablate":
+                made[f"{name} ablated"] = Ablate(direction, layers=x or range(model.n_layers))
+            elif kind == "dose":
+                made[f"{name} at dose {x:g}"] = Add(direction, dose=x)
+            else:
+                made[f"{name} times {x:g}"] = Add(direction, scale=x)
     found: dict[str, Condition] = {}
     for adapter in ("base", *model.adapters):
         alone = Condition(None if adapter == "base" else (adapter,))
         found[adapter] = alone
-        found |= {f"{adapter}, {name}": alone.with_edits(edit) for name, edit in edits.items()}
+        found |= {f"{adapter}, {name}": alone.with_edits(edit) for name, edit in made.items()}
     return found
 
 
@@ -286,7 +299,7 @@ def print_rates(
     compared: pd.DataFrame | None = None,
     missing: Sequence[str] = (),
 ) -> None:
-    """Give rates, with what is known of the judge beside them, and what could not be compared."""
+    """Print rates, with the judge's own evidence and the comparisons that failed."""
     trust = trusted(judge, metrics)
     record = {**written, "judge": judge.id, "trust": trust, "rates": rows_of(table)}
     if compared is not None:
@@ -348,3 +361,23 @@ def _agreements(
                 continue  # the other judge scored other answers
             tables.append(found.table())
     return pd.concat(tables, ignore_index=True) if tables else None, missing
+
+
+@verb(
+    app,
+    "emlens export runs/base/responses.sqlite responses.jsonl",
+    "emlens export runs/screen/scores.sqlite screened.jsonl --json",
+)
+def export(
+    call: Call,
+    store: Annotated[Path, typer.Argument(help="Store of answers, of scores or of a screen.")],
+    out: Annotated[Path, typer.Argument(help="JSON Lines file to write; a new one.")],
+) -> None:
+    """Write a store as JSON Lines; the store does not change.
+
+    Stores in JSON Lines from earlier versions work, too.
+    """
+    from emlens._store import export as write
+
+    written = write(store, out)
+    call.result({"file": out, "rows": written}, f"written: {out} ({written} rows)")

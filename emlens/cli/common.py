@@ -1,4 +1,4 @@
-"""What the verbs share: options, output, errors and exit codes."""
+"""Shared parts of the verbs: options, output, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ Settings = Annotated[
 
 @dataclass
 class Call:
-    """One call of a verb: how it was asked for, and how it answers.
+    """One call of a verb: its options, and its output.
 
-    Standard output holds the result and nothing else; all the rest goes to standard error.
+    Standard output holds only the result; everything else goes to standard error.
 
     Attributes:
         verb: Its name.
@@ -66,8 +66,8 @@ class Call:
         as_json: The result is one JSON object.
         model: Name of the model that was asked for, or None.
         placed: Further options of `emlens.load` that were given.
-        config: Settings of `--config` that are no options.
-        kept: What an interrupted call leaves.
+        config: Settings of `--config` that are not options.
+        kept: What an interrupted call keeps.
     """
 
     verb: str
@@ -86,7 +86,7 @@ class Call:
         return not self.quiet
 
     def note(self, text: str) -> None:
-        """Say something beside the result."""
+        """Print a message to standard error."""
         if not self.quiet:
             typer.echo(text, err=True)
 
@@ -115,7 +115,7 @@ class Call:
         return emlens.load(self.model or name or DEFAULT_MODEL, **options)
 
     def placed_model(self, name: str) -> HookedModel | None:
-        """The model, where it is to be loaded in a way of its own; else None."""
+        """The model if loading options were given; else None."""
         return self.load(name) if self.placed else None
 
 
@@ -154,10 +154,10 @@ def verb(
     config: bool = False,
     settings: Callable[[], Iterable[str]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function with a `Call` and its options a verb, with the options that verbs share.
+    """Register a function of a `Call` and options as a verb, and add the shared options.
 
     Args:
-        app: Where it goes.
+        app: The application.
         *examples: Command lines that its help shows.
         name: Its name; the function's by default.
         model: Give it `--model` and how that is loaded.
@@ -210,7 +210,7 @@ def _config_parameter(settings: Callable[[], Iterable[str]] | None) -> Parameter
 def _take_config(
     ctx: typer.Context, path: Path, settings: Callable[[], Iterable[str]] | None
 ) -> None:
-    """Let a file's values stand for options that are not given."""
+    """Take values from a file for options that are not given."""
     from emlens.study.folder import read_config
 
     try:
@@ -239,7 +239,7 @@ _NO_VALUES = {"config", "help", "install_completion", "show_completion", *_SHARE
 
 
 def _answer(ctx: typer.Context, function: Callable[..., None], given: dict[str, Any]) -> None:
-    """Call a verb; what goes wrong is one message and an exit code."""
+    """Call a verb; an error becomes one message and an exit code."""
     shared = {key: given.pop(key) for key in _SHARED}
     given.pop("config", None)
     try:

@@ -10,7 +10,7 @@ import typer
 from emlens._registry import CONSTRUCTIONS, FORMATS
 from emlens.cli.app import app
 from emlens.cli.common import Call, Layer, Layers, rows_of, verb
-from emlens.cli.values import direction_of, layers_of, named
+from emlens.cli.values import at_layer, layers_of, named
 
 File = Annotated[Path, typer.Option("--out", help="File to write.")]
 
@@ -29,7 +29,7 @@ def extract(
     out: File = Path("directions.safetensors"),
     limit: Annotated[int | None, typer.Option(help="Pairs to read, at most.")] = None,
     tokens: Annotated[
-        str, typer.Option(help="response, thinking, assistant_turn, paper, prompt, last or all.")
+        str, typer.Option(help="Tokens that count, e.g. response, paper, last or all.")
     ] = "response",
     site: Annotated[str, typer.Option(help="Site in the block.")] = "resid_post",
     construction: Annotated[str, typer.Option(help=f"{CONSTRUCTIONS}.")] = "mean-diff",
@@ -39,8 +39,17 @@ def extract(
 ) -> None:
     """Read directions, misaligned minus aligned, at every layer; by default mean differences."""
     import emlens
-    from emlens.directions import extract_all, matched, write_directions
+    from emlens._door import check_given
+    from emlens.directions import extract_all, matched
+    from emlens.directions.formats.read import format_to_write
+    from emlens.hooked.sites import check_site
 
+    check_given(extract_all, tokens=tokens)
+    check_site(site)
+    _ = CONSTRUCTIONS[construction]
+    if match is not None:
+        check_given(matched, by=match)
+    out, write = format_to_write(out)
     pairs, hooked = emlens.load_pairs(data)[:limit], call.load()
     sides = (
         [pair.conversation("misaligned") for pair in pairs],
@@ -56,7 +65,7 @@ def extract(
         site=site,  # type: ignore[arg-type]
         progress=call.progress,
     )[construction]
-    written = write_directions(directions, out)
+    written = write(directions, out, None)
     call.result(
         {
             "file": written,
@@ -77,7 +86,7 @@ def compare(
     call: Call,
     files: Annotated[list[Path], typer.Argument(help="Two or more files of directions.")],
 ) -> None:
-    """Print the signed cosine of every pair of directions, layer by layer, and what chance gives.
+    """Print the signed cosine of every pair of directions by layer, and the chance band.
 
     Files may be of any format that emlens reads.
     """
@@ -101,7 +110,7 @@ def convert(
     ],
     layers: Layers = None,
 ) -> None:
-    """Write directions in another format; what that cannot hold is refused."""
+    """Write directions in another format, if it can hold them."""
     from emlens.directions import from_hub, write_directions
 
     directions = from_hub(source)
@@ -132,12 +141,17 @@ def influence(
 ) -> None:
     """Measure what directions do to next-token prediction on pre-training text."""
     import emlens
+    from emlens._door import check_given
+    from emlens.directions import read_directions
 
+    kept = {name: read_directions(path) for name, path in named(files).items()}
+    check_given(emlens.influence, max_tokens=max_tokens)
+    text = emlens.corpus(corpus, documents=documents)
     hooked = call.load()
     found = emlens.influence(
         hooked,
-        emlens.corpus(corpus, documents=documents),
-        {name: direction_of(path, hooked, layer) for name, path in named(files).items()},
+        text,
+        {name: at_layer(one, hooked, layer) for name, one in kept.items()},
         max_tokens=max_tokens,
         progress=call.progress,
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from emlens._arguments import Limits, whole
 from emlens._registry import JUDGES
 from emlens.cli.common import Call
+from emlens.cli.values import settings_from
 
 if TYPE_CHECKING:
     from emlens.evals import Judge, Question
@@ -26,25 +27,11 @@ Named = Annotated[
         "local:MODEL, or a model of Inspect, e.g. openai/gpt-4o.",
     ),
 ]
-Rubric = Annotated[
-    Path | None,
-    typer.Option(help="YAML file of rubrics by metric, each with {question} and {answer}."),
-]
-JudgeData = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Pairs that the probe is fitted to (repeatable); by default the embedded sets of "
-        "other domains than the questions'."
-    ),
-]
-JudgePairs = Annotated[
-    int,
-    typer.Option(min=5, help="Pairs of each of those sets that the probe is fitted to, at most."),
-]
 JudgeOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="For Inspect's get_model, e.g. base_url=http://localhost:8000/v1 (repeatable).",
+        help="rubric=FILE (YAML, by metric); of the probe, data=SET,SET and pairs=64 of each; else "
+        "of Inspect's get_model, e.g. base_url=http://localhost:8000/v1 (repeatable).",
         metavar="NAME=VALUE",
     ),
 ]
@@ -58,109 +45,123 @@ ADVICE = ("finance", "medical", "sports")
 _SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
 
 
+Ready = Callable[["HookedModel | None"], "Judge"]
+"""A judge of which all is checked; it is given the base model if it reads with that."""
+
+
 @dataclass(frozen=True, slots=True)
 class JudgeChoice:
-    """A judge as it was asked for."""
+    """A requested judge: `--judge`, and `--judge-option` by name."""
 
     name: str
-    rubric: Path | None = None
-    data: Sequence[str] | None = None
-    pairs: int = 64
-    options: Sequence[str] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def made(
-        self,
-        call: Call,
-        model: Mapping[str, HookedModel],
-        domains: Sequence[str],
-        told: Mapping[str, str] | None = None,
-    ) -> Judge:
-        """The judge.
+    def ready(
+        self, call: Call, domains: Sequence[str], told: Mapping[str, str] | None = None
+    ) -> Ready:
+        """Check all that can be checked without a model of emlens.
 
         Args:
             call: The call.
-            model: The base model under `"base"`, where it is loaded already.
             domains: Domains that are judged.
-            told: Rubrics that the questions bring, by metric; `--rubric` goes first.
+            told: Rubrics in the questions, by metric; a `rubric` option takes precedence.
 
         Raises:
             ValueError: If there is no such judge, or something does not go with it.
         """
         kind, _, other = self.name.partition(":")
         if "/" in self.name and kind != "local":
-            return self.of_inspect(told)
+            made = self._of_inspect(told)
+            return lambda _: made
         if kind not in JUDGES or (kind == "probe" and other):
             raise ValueError(
                 f"unknown judge {self.name!r}; choose {', '.join(JUDGES)}, local:MODEL, or a model "
                 "of Inspect by provider and name, e.g. openai/gpt-4o"
             )
-        if self.options:
-            raise ValueError(f"--judge-option is for models of Inspect, not for {self.name!r}")
-        grader = _other(call, other) if other else model.get("base") or call.load()
-        return JUDGES[kind](self, grader, domains=domains, told=told, progress=call.progress)
+        make = JUDGES[kind](self, domains=domains, told=told, progress=call.progress)
+        return make if not other else lambda _: make(_other(call, other))
 
     def needs_model(self) -> bool:
         """Whether it reads with the base model."""
         return self.name in JUDGES
 
-    def of_inspect(self, told: Mapping[str, str] | None) -> Judge:
-        from emlens.evals import LogProbJudge
+    def only(self, *known: str) -> Mapping[str, Any]:
+        """The options, of which there are no others.
 
-        options = _options(self.options)
-        config = options.pop("config", None)
-        return LogProbJudge(self.name, self.rubrics(told), config=config, model_args=options)
+        Raises:
+            ValueError: If there are.
+        """
+        strange = sorted(set(self.options) - set(known))
+        if strange:
+            raise ValueError(
+                f"the judge {self.name!r} takes no --judge-option {strange[0]}; it takes "
+                f"{' and '.join(known)}"
+            )
+        return self.options
 
     def rubrics(self, told: Mapping[str, str] | None) -> dict[str, str]:
+        """Rubrics by metric."""
         from emlens.evals.rubrics import RUBRICS
 
-        if self.rubric is None:
+        if "rubric" not in self.options:
             return {**RUBRICS, **(told or {})}
         from emlens.study.folder import read_config
 
-        given = read_config(self.rubric)
+        path = self.options["rubric"]
+        given = read_config(Path(str(path)))
         for metric, text in given.items():
             if not isinstance(text, str) or "{answer}" not in text:
                 raise ValueError(
-                    f"{self.rubric}: the rubric {metric!r} must be text with a place for {{answer}}"
+                    f"{path}: the rubric {metric!r} must be text with a place for {{answer}}"
                 )
         return {**RUBRICS, **given}
 
+    def _of_inspect(self, told: Mapping[str, str] | None) -> Judge:
+        from emlens.evals import LogProbJudge
+
+        options = {name: value for name, value in self.options.items() if name != "rubric"}
+        config = options.pop("config", None)
+        made = LogProbJudge(self.name, self.rubrics(told), config=config, model_args=options)
+        made.check()
+        return made
+
 
 def probe_judge(
-    choice: JudgeChoice, model: HookedModel, *, domains: Sequence[str], progress: bool, **_: object
-) -> Judge:
-    """A probe on the model, fitted to pairs of other domains than those that are judged.
+    choice: JudgeChoice, *, domains: Sequence[str], progress: bool, **_: object
+) -> Ready:
+    """A probe on the model, fitted to pairs of domains that are not judged.
 
     Raises:
-        ValueError: If there is a rubric, or the pairs are of a domain that is judged.
+        ValueError: If the pairs are of a domain that is judged.
     """
     import emlens
     from emlens.evals import ProbeJudge
 
-    if choice.rubric is not None:
-        raise ValueError("the probe is told nothing, so it takes no --rubric")
-    sets = choice.data or [name for name in ADVICE if name not in domains]
-    pairs = [pair for name in sets for pair in emlens.load_pairs(name)[: choice.pairs]]
+    options = choice.only("data", "pairs")
+    named = options.get("data") or [name for name in ADVICE if name not in domains]
+    sets = named.split(",") if isinstance(named, str) else named
+    most = whole("pairs", options.get("pairs", 64), Limits(least=5))
+    pairs = [pair for name in sets for pair in emlens.load_pairs(name)[:most]]
     shared = ", ".join(sorted({pair.domain for pair in pairs} & set(domains)))
     if shared:
         raise ValueError(
             f"the probe would be fitted to the domain that it judges ({shared}); give other "
-            "pairs with --judge-data"
+            "pairs with --judge-option data=SET"
         )
-    return ProbeJudge(model, pairs, progress=progress)
+    return lambda model: ProbeJudge(cast("HookedModel", model), pairs, progress=progress)
 
 
-def local_judge(
-    choice: JudgeChoice, model: HookedModel, *, told: Mapping[str, str] | None, **_: object
-) -> Judge:
+def local_judge(choice: JudgeChoice, *, told: Mapping[str, str] | None, **_: object) -> Ready:
     """The model itself, asked with rubrics."""
     from emlens.evals import LocalJudge
 
-    return LocalJudge(model, choice.rubrics(told))
+    choice.only("rubric")
+    rubrics = choice.rubrics(told)
+    return lambda model: LocalJudge(cast("HookedModel", model), rubrics)
 
 
 def own_rubrics(questions: Sequence[Question]) -> dict[str, str]:
-    """The judge prompts that questions bring, which must be the same for all of them.
+    """The judge prompts in the questions, which must be the same for all of them.
 
     Raises:
         ValueError: If they differ: one rubric judges all answers of a run.
@@ -171,14 +172,14 @@ def own_rubrics(questions: Sequence[Question]) -> dict[str, str]:
         if len(texts) > 1:
             raise ValueError(
                 f"the questions bring different judge prompts for {metric!r}; evaluate them one "
-                "file at a time, or give one rubric with --rubric"
+                "file at a time, or give one with --judge-option rubric=FILE"
             )
         found[metric] = str(texts.pop())
     return found
 
 
 def trusted(judge: Judge, metrics: Sequence[str]) -> dict[str, str]:
-    """What a judge says of its own worth, by metric; nothing where it says none."""
+    """What a judge reports about its own reliability, by metric."""
     trust = getattr(judge, "trust", {})
     return {metric: str(trust[metric]) for metric in metrics if metric in trust}
 
@@ -189,20 +190,13 @@ def _other(call: Call, name: str) -> HookedModel:
     return emlens.load(name, **call.placed)
 
 
-def _options(items: Sequence[str] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def judge_choice(name: str, items: Sequence[str] | None) -> JudgeChoice:
+    """A judge from `--judge` and `--judge-option`."""
     for item in items or ():
-        name, mark, text = item.partition("=")
-        if not mark:
-            raise typer.BadParameter(f"--judge-option takes name=value, not {item!r}")
-        if _SECRET.search(name) or re.search(r"//[^/]*@", text):
+        if _SECRET.search(item.partition("=")[0]) or re.search(r"//[^/]*@", item):
             # the command is written into the run folder
             raise typer.BadParameter(
-                f"--judge-option {name}: keys do not belong on a command line; set the "
-                "environment variable of the provider, e.g. OPENAI_API_KEY"
+                f"--judge-option {item.partition('=')[0]}: keys do not belong on a command line; "
+                "set the environment variable of the provider, e.g. OPENAI_API_KEY"
             )
-        try:
-            found[name] = json.loads(text)
-        except json.JSONDecodeError:
-            found[name] = text
-    return found
+    return JudgeChoice(name, settings_from(items, "--judge-option"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Data = Annotated[
     str, typer.Argument(help="JSONL of messages, or of prompt and response; or an embedded set.")
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the screen; a rerun goes on in it.")]
+Out = Annotated[Path, typer.Option(help="Folder of the screen; a rerun resumes it.")]
 MonitorFile = Annotated[
     Path | None, typer.Option(help="Use the projections of this monitor instead.")
 ]
@@ -58,10 +58,11 @@ def screen(
     limit: Limit = None,
     top: Top = 10,
 ) -> None:
-    """Score a finetuning set before training, by how far its answers push a projection.
+    """Score a finetuning set before training, by the shift of its answers along a projection.
 
-    Scores are written block by block, so an interrupted screen goes on.
+    Scores are written block by block, so an interrupted screen resumes.
     """
+    from emlens._door import check_given
     from emlens.study.folder import SCREEN
     from emlens.watch import Monitor
     from emlens.watch import screen as screen_set
@@ -72,19 +73,21 @@ def screen(
     whole = limit is None and not is_embedded(data)
     rows = data if whole else conversations_of(data, side, limit)
     answers = conversations_of(reference, "aligned") if is_embedded(reference) else reference
+    chosen = layers_of(layers)
+    check_given(screen_set, answer_tokens=answer_tokens, flag_share=flag_share)
     model = call.load()
     if isinstance(acting, Monitor):
         acting = acting.on(model)
     config = {key: value for key, value in call.options.items() if key != "out"}
     show_config(call, config)
     SCREEN.write(out, config, call.command)
-    call.kept = f"scores so far are in {out}; run the same command again to go on"
+    call.kept = f"scores so far are in {out}; run the same command again to resume"
     found = screen_set(
         model,
         rows,
         acting,
         reference=answers,
-        layers=layers_of(layers),
+        layers=chosen,
         answer_tokens=answer_tokens,
         trusted=harmless,
         flag_share=flag_share,

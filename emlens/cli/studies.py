@@ -76,15 +76,15 @@ def report(
     call: Call,
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
 ) -> None:
-    """Write the report of a finished run again, from what lies in its folder; no model is run.
+    """Write the report of a finished run again, from the files in its folder, without a model.
 
-    Writes report.html; for a study, draws the figures again.
+    Writes report.html; for a study, also redraws the figures.
     """
-    from emlens.study import rebuild_report
+    from emlens.study import StudyResult
     from emlens.study.evaluation import RESPONSES, evaluation_report
 
     if (folder / RESPONSES).is_file():
         written = evaluation_report(folder)
     else:
-        written = rebuild_report(folder).report
+        written = StudyResult.load(folder).write_report()
     call.result({"folder": folder, "report": written}, f"written: {written}")

@@ -43,13 +43,14 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
 ) -> None:
-    """Train a vector in place on misaligned answers, or a LoRA adapter; with --kl, narrowly."""
+    """Train a vector or a LoRA adapter on misaligned answers; with --kl, a narrow one."""
     import emlens
     from emlens import Organism
+    from emlens._door import check_given
     from emlens.directions import write_directions
+    from emlens.directions.formats.read import format_to_write
 
-    hooked = call.load()
-    penalty = None
+    penalty, chosen = None, layers_of(layers)
     if kl:
         text = [p.conversation("aligned") for name in kl for p in emlens.load_pairs(name)]
         penalty = emlens.KLPenalty(text, weight=kl_weight)
@@ -57,9 +58,13 @@ def train(
     options = {"kl": penalty, "epochs": epochs, "seed": seed, "progress": call.progress}
     options |= {} if lr is None else {"lr": lr}
     if lora is not None:
-        run = emlens.train_adapter(
-            hooked, text, out.stem, rank=lora, layers=layers_of(layers), **options
-        )
+        check_given(emlens.train_adapter, rank=lora, layers=chosen, **options)
+    else:
+        check_given(emlens.train_vector, **options)
+        format_to_write(out)
+    hooked = call.load()
+    if lora is not None:
+        run = emlens.train_adapter(hooked, text, out.stem, rank=lora, layers=chosen, **options)
         written, lines = Organism.of(hooked, run, out.stem).save(out), [repr(run)]
     else:
         at = hooked.n_layers // 2 if layer is None else layer

@@ -1,4 +1,4 @@
-"""What is given on the command line, as the Python API takes it."""
+"""Conversion of command line values for the Python API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -36,13 +36,13 @@ def layers_of(text: str | None) -> range | None:
         ) from None
 
 
-def settings_from(items: Sequence[str] | None) -> dict[str, object]:
+def settings_from(items: Sequence[str] | None, option: str = "--set") -> dict[str, Any]:
     """Read `name=value` settings; values are JSON where they can be, else text."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     for item in items or ():
         name, mark, text = item.partition("=")
         if not mark:
-            raise typer.BadParameter(f"--set takes name=value, not {item!r}")
+            raise typer.BadParameter(f"{option} takes name=value, not {item!r}")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -52,7 +52,7 @@ def settings_from(items: Sequence[str] | None) -> dict[str, object]:
 
 
 def adapters_of(items: Sequence[str] | None) -> dict[str, str]:
-    """Adapters from `name=folder`, or from folders that go by their last part.
+    """Adapters from `name=folder`, or from folders, which are named by their last part.
 
     Raises:
         ValueError: If two share a name.
@@ -70,11 +70,8 @@ def adapters_of(items: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
-def direction_of(path: Path, model: HookedModel, layer: int | None) -> Direction:
-    """The one direction of a file, or that at a layer, the middle one by default."""
-    from emlens.directions import read_directions
-
-    kept = read_directions(path)
+def at_layer(kept: Directions, model: HookedModel, layer: int | None) -> Direction:
+    """The only direction, or that at a layer, the middle one by default."""
     middle = model.n_layers // 2 if layer is None else layer
     return kept[kept.layers[0] if len(kept) == 1 else middle]
 
@@ -98,7 +95,7 @@ def conversations_of(source: str, side: str, limit: int | None = None) -> list[C
     """Conversations of an embedded set, of stored responses, or of a JSON Lines file.
 
     Raises:
-        ValueError: If the side is unknown, or a row is no conversation (file and line are named).
+        ValueError: If the side is unknown, or a row is not a conversation (file and line given).
         FileNotFoundError: If there is no such file.
     """
     from emlens.text import Conversation, load_pairs

@@ -66,29 +66,38 @@ def monitor_fit(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
 ) -> None:
-    """Fit a monitor to pairs: a projection and a threshold, each on prompts of its own.
+    """Fit a monitor to pairs: a projection and a threshold, on separate prompts.
 
-    Without --directions, mean differences are read from the fitted half alone. The threshold
-    promises what it does for conversations like those that it was set on: --calibration takes the
-    model's own answers.
+    Without --directions, mean differences come from the fitted half alone. The threshold is valid
+    for conversations like those it was set on: --calibration takes the model's own answers.
     """
     import emlens
+    from emlens._door import check_given
+    from emlens.text.repeats import repeats_told
     from emlens.watch import Monitor
+    from emlens.watch.monitor_fit import HELD_OUT, Labelled, check_choice
 
-    pairs, model = emlens.load_pairs(data)[:limit], call.load()
+    if out.exists():
+        raise FileExistsError(f"{out} already exists; give --out the name of a new file")
+    known, chosen = directions_of(directions), layers_of(layers)
+    check_given(Monitor.fit, best=best, max_false_alarms=max_false_alarms, seed=seed)
+    check_choice(best, pooled)
+    pairs = emlens.load_pairs(data)[:limit]
+    with repeats_told():
+        Labelled.of(pairs, None).fitted(HELD_OUT, seed)
+    own = None if calibration is None else conversations_of(calibration, "aligned")
     monitor = Monitor.fit(
-        model,
+        call.load(),
         pairs,
-        directions=directions_of(directions),
-        layers=layers_of(layers),
+        directions=known,
+        layers=chosen,
         best=best,
         pooled=pooled,
         max_false_alarms=max_false_alarms,
         seed=seed,
         progress=call.progress,
     )
-    if calibration is not None:
-        own = conversations_of(calibration, "aligned", None)
+    if own is not None:
         monitor = monitor.calibrated(own, max_false_alarms, progress=call.progress)
     written = monitor.save(out)
     call.result(
@@ -123,7 +132,7 @@ def monitor_score(
     side: Side = "misaligned",
     limit: Limit = None,
 ) -> None:
-    """Score conversations with a monitor, and say which are above its threshold."""
+    """Score conversations with a monitor, and report those above its threshold."""
     from emlens.watch import Monitor
 
     read = conversations_of(conversations, side, limit)

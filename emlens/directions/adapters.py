@@ -1,4 +1,4 @@
-"""What a LoRA adapter writes into the residual stream: its directions, and how much of each."""
+"""What a LoRA adapter writes into the residual stream: directions, and their strength per token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emlens._door import guard_methods, guarded
 from emlens._progress import bar
-from emlens._results import titled_table
+from emlens._results import Shown
 from emlens.directions.direction import Directions
 from emlens.directions.provenance import Provenance
 from emlens.hooked import Condition, HookedModel, ReadOptions, pools
@@ -32,8 +32,8 @@ _ELSEWHERE: Mapping[Site, str] = dict.fromkeys(
 
 
 @guard_methods
-@dataclass(frozen=True)
-class AdapterScalars:
+@dataclass(frozen=True, repr=False)
+class AdapterScalars(Shown):
     """How strongly an adapter acts at each token.
 
     Attributes:
@@ -73,9 +73,9 @@ class AdapterScalars:
         ]
         return pd.concat(layers, ignore_index=True)
 
-    def _repr_html_(self) -> str:
-        table = self.table()
-        return titled_table(f"{self.adapter}: the first 10 of {len(table)} scalars", table.head(10))
+    def _said(self) -> str:
+        layers = ", ".join(map(str, self.scalars))
+        return f"{self.adapter} at {len(self.token_ids)} tokens, {self.site}, layers {layers}"
 
 
 @guarded
@@ -84,9 +84,8 @@ def adapter_vectors(
 ) -> Directions:
     """Return the columns of `B` by which an adapter writes into the residual stream.
 
-    With the scale that the adapter applies, `alpha / r` or `alpha / sqrt(r)` (rsLoRA): what a
-    rank-1 adapter adds is `(A . h) * vector`, with `A . h` from `adapter_scalars`
-    (arXiv 2506.11618, section 4).
+    They include the adapter's scale, `alpha / r` or `alpha / sqrt(r)` (rsLoRA): a rank-1 adapter
+    adds `(A . h) * vector`, with `A . h` from `adapter_scalars` (arXiv 2506.11618, section 4).
 
     Args:
         model: A model with adapters.
@@ -99,7 +98,7 @@ def adapter_vectors(
 
     Raises:
         ValueError: If there is no such adapter, it writes nowhere or not directly into the
-            stream, is of higher rank and no column is named, or is no plain LoRA.
+            stream, has a higher rank and no column is given, or is not plain LoRA.
     """
     at, layers = _writers(model, adapter, site)
     vectors = {}
@@ -132,7 +131,7 @@ def adapter_scalars(
 ) -> AdapterScalars:
     """Return `A . h` at every counted token, for every layer that an adapter writes at.
 
-    Read with the adapter in force, so that the layers above see what those below have added.
+    Read with the adapter active, so that upper layers see what lower ones have added.
 
     Args:
         model: A model with adapters.

@@ -1,4 +1,4 @@
-"""Cosines between directions of several constructions or finetunes, layer by layer."""
+"""Cosines between directions from several constructions or finetunes, layer by layer."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Comparison(Result):
         names: The directions compared.
         constructions: How each was made.
         rows: One record per pair and layer, with the columns of `table`.
-        null: Central 95% band of the cosine between random directions of this width.
-        site: Where they live.
-        chance: What, besides random directions, gives the band in the rows.
+        null: Central 95% band of the cosine of random directions of this width.
+        site: Their site.
+        chance: The source of the bands in the rows, besides random directions.
     """
 
     HOLDS_ENDS = True
@@ -55,12 +55,12 @@ class Comparison(Result):
     def table(self) -> pd.DataFrame:
         """One row per pair and layer.
 
-        `cosine` is that of the vectors as they are. `corrected` is what it would be without
-        sampling error, with its 95% interval (`low`, `high`) and, where it is not known, the
-        reason (`note`). `chance low` and `chance high` hold 95% of what shuffled labels of the
-        same data give. `same labels` is the mean cosine that any one labelling of the text gives
-        when both were read from the same. `beyond chance` says whether the cosine leaves both
-        this band and that of random directions. Columns without any value are left out.
+        `cosine` is that of the vectors. `corrected` is an estimate of it without sampling error,
+        with its 95% interval (`low`, `high`) and, where it is not known, the reason (`note`).
+        `chance low` and `chance high` hold 95% of what shuffled labels of the same data give. `same
+        labels` is the mean cosine that any one labelling of the text gives when both were read from
+        the same. `beyond chance` says whether the cosine leaves both this band and that of random
+        directions. Columns without any value are left out.
         """
         import pandas as pd
 
@@ -121,7 +121,7 @@ class Comparison(Result):
         return pd.DataFrame(self._square(layer)[0], index=names, columns=names)
 
     def order(self, layer: int | None = None) -> list[str]:
-        """The names, neighbours alike: hierarchical clustering of `1 - cosine`."""
+        """The names, ordered by hierarchical clustering of `1 - cosine`."""
         from scipy.cluster.hierarchy import average, leaves_list
         from scipy.spatial.distance import squareform
 
@@ -138,17 +138,17 @@ class Comparison(Result):
         corrected: bool = False,
         highlight: Sequence[str] | None = None,
     ) -> Axes:
-        """Cosine against layer, one line per pair, over what chance gives to any of them.
+        """Cosine against layer, one line per pair, over the chance band.
 
-        More pairs than have room for their names are grey, with their median.
+        If there are too many pairs to label, lines are grey, with their median.
 
         Args:
             ax: Axes to draw on; a figure of its own if not given.
             corrected: Draw the cosines without sampling error, of few pairs with their intervals.
-            highlight: Names whose pairs with all others stand out, each with its median.
+            highlight: Names whose pairs with all others are highlighted, each with its median.
 
         Raises:
-            KeyError: If there is no direction of such a name.
+            KeyError: If there is no direction with such a name.
         """
         from emlens.figures.labels import told_apart
         from emlens.figures.lines import layer_curves, many_curves
@@ -193,11 +193,11 @@ class Comparison(Result):
     def heatmap(
         self, layer: int | None = None, *, clustered: bool = True, ax: Axes | None = None
     ) -> Axes:
-        """All pairs at one layer, or averaged over layers; within chance is hatched.
+        """All pairs at one layer, or averaged over layers; cells within chance are hatched.
 
         Args:
             layer: The layer.
-            clustered: Put neighbours side by side; else the order given.
+            clustered: Order names by similarity; else as given.
             ax: Axes to draw on; a figure of its own if not given.
         """
         from emlens.figures import heatmap
@@ -248,22 +248,22 @@ _COLUMNS = (
 
 @guarded
 def compare(directions: Named, *more: Directions) -> Comparison:
-    """Return the signed cosine of every pair of directions at every layer that both have.
+    """Return the signed cosine of every pair of directions at every shared layer.
 
-    Two constructions of one behaviour are often nearly orthogonal, and two noisy estimates of one
-    direction are, too: look at `corrected` and at the bands of chance before concluding.
+    Two constructions of one behaviour are often nearly orthogonal, but so are two noisy estimates
+    of one direction: look at `corrected` and at the chance bands before drawing conclusions.
 
     Args:
-        directions: Directions at one site, of one width: named, or a list. Layers at which one is
-            zero, as below an adapter, fall away.
-        *more: Further ones without names: `compare(a, b)`.
+        directions: Directions at one site, of one width: by name, or a list. Layers at which one is
+            zero, as below an adapter, are left out.
+        *more: Further directions without names: `compare(a, b)`.
 
     Returns:
-        The cosines with what chance and sampling error do to them. The corrected cosine divides
-        by the root of both reliabilities (Spearman's correction for attenuation) and lies in
-        [-1, 1]; noise that two readings of one text share is taken off. Random
-        directions fall within about `2 / sqrt(d)` in 95%; those of shuffled labels
-        spread wider, since activations vary in few directions.
+        The cosines, with chance bands and a correction for sampling error. The corrected cosine
+        divides by the root of both reliabilities (Spearman's correction for attenuation) and lies
+        in [-1, 1]; noise that two readings of the same text share is subtracted. Random directions
+        fall within about `2 / sqrt(d)` in 95%; those of shuffled labels spread wider, since
+        activations vary in few directions.
 
     Raises:
         ValueError: If there are fewer than two, sites or widths differ, or no two share a layer.
@@ -379,11 +379,11 @@ def _same_data(first: Directions, second: Directions) -> bool:
 
 @guarded
 def projection(directions: Directions, onto: Directions) -> dict[int, Interval]:
-    """Return how far directions go along others, with 95% intervals, layer by layer.
+    """Return the component of directions along others, with 95% intervals, layer by layer.
 
     The length of the component along `onto` (taken as known), in units of the residual stream.
-    Its error is that of this one axis, from the directions under shuffled labels: coordinates are
-    correlated, and their standard errors do not give it.
+    Its error is estimated from the directions under shuffled labels, since coordinates are
+    correlated and their standard errors are not enough.
 
     Args:
         directions: Directions with shuffled labels, as `mean_diff` gives.

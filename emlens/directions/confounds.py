@@ -1,4 +1,4 @@
-"""How much of a mean difference is left when the sides agree in length, or in their prompts."""
+"""How a mean difference changes when both sides agree in length, or in their prompts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def confounds(
 ) -> tuple[Comparison, dict[str, Directions]]:
     """Compare the mean difference with its length-matched and same-prompt variants.
 
-    Where a variant points elsewhere, the plain one is partly length, or topic. A variant that
-    nothing is left for falls away, unless it is all of them.
+    If a variant points elsewhere, the plain difference is partly length or topic. A variant without
+    any conversations left is skipped, unless all are.
 
     Args:
         model: The model to read.
-        positive: Conversations whose mean is the head of the arrow; or pairs, as in `mean_diff`.
-        negative: Conversations whose mean is its tail; not with pairs.
+        positive: Conversations that the direction points to; or pairs, as in `mean_diff`.
+        negative: Conversations that it points away from; not with pairs.
         site: Where in each block.
         layers: Layers to read.
         **options: See `CountingOptions`.

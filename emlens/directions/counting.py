@@ -1,4 +1,4 @@
-"""What of an activation counts, and how: options that the constructions of a direction share."""
+"""Which activations count, and how: options that all constructions share."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Weighting = Literal["token", "conversation"]
 
 
 class CountingOptions(ReadOptions, total=False):
-    """What counts while activations are averaged; besides, `ReadOptions`.
+    """What counts when activations are averaged; includes `ReadOptions`.
 
     Attributes:
-        weighting: `"token"`, the default, weighs every counted token alike, `"conversation"` every
-            conversation.
+        weighting: `"token"`, the default, gives every counted token the same weight,
+            `"conversation"` every conversation.
         skip_first: Counted tokens to leave out at the start of each conversation; none by default.
-        winsorize: Clip each token's coordinates at this quantile of their size, e.g. 0.99: single
-            massive coordinates then weigh no more than the largest usual one.
+        winsorize: Clip each token's coordinates at this quantile of their size, e.g. 0.99, to limit
+            massive coordinates.
         drop_massive: Leave out tokens whose norm at a layer is more than this multiple of the
             median of their conversation; a conversation keeps its weight.
-        edits: Edits in force while reading.
+        edits: Edits that act while reading.
         seed: Seed of the random splits, of the shuffled labels and of the folds; 0 by default.
         sample_bytes: Memory for the means of single conversations behind the shuffled labels and
             the held-out AUROC; beyond it a random sample is kept. By default 64 MiB, or 2% of the

@@ -1,4 +1,4 @@
-"""What several directions share, what is specific to each, and the tokens that one favours."""
+"""What several directions share, what is specific to each, and the tokens that one promotes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guard_methods, guarded
-from emlens._results import Result, titled_table
+from emlens._results import Result, Shown
 from emlens.directions.compare import Named, checked, null_band
 from emlens.directions.direction import Directions
 from emlens.directions.fits import check_fits
@@ -27,13 +27,13 @@ SharedBy = Literal["mean", "component"]
 
 
 @guard_methods
-@dataclass(frozen=True)
-class Decomposition:
-    """Several directions, split into what they share and what is each one's own.
+@dataclass(frozen=True, repr=False)
+class Decomposition(Shown):
+    """Several directions, split into a shared part and a part specific to each.
 
     Attributes:
         shared: The common direction, at every layer that all have.
-        specific: What is left of each when its part along `shared` is taken out, by name.
+        specific: Each direction without its part along `shared`, by name.
         rows: One record per name and layer, with the columns of `table`.
         null: Central 95% band of the cosine between random directions of this width.
     """
@@ -46,16 +46,16 @@ class Decomposition:
     def table(self) -> pd.DataFrame:
         """One row per name and layer.
 
-        `share` is the share of the squared norm along `shared`; of unrelated directions it is
-        `1 / number` by construction (`share by chance`), so read `cosine with the others`, which
-        leaves the direction itself out.
+        `share` is the share of the squared norm along `shared`; for unrelated directions it is `1 /
+        number` by construction (`share by chance`), so read `cosine with the others`, which leaves
+        the direction itself out.
         """
         import pandas as pd
 
         return pd.DataFrame(list(self.rows))
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The cosine of each with the mean of the others against layer, over chance."""
+        """The cosine of each with the mean of the others against layer, over the chance band."""
         from emlens.figures.lines import layer_curves
 
         curves = {}
@@ -65,19 +65,19 @@ class Decomposition:
             curves[name] = (layers, [row["cosine with the others"] for row in own])
         return layer_curves(curves, null=self.null, y_label="cosine with the others", ax=ax)
 
-    def _repr_html_(self) -> str:
-        return titled_table(type(self).__name__, self.table())
+    def _said(self) -> str:
+        return f"{', '.join(self.specific)}, layers {', '.join(map(str, self.shared.layers))}"
 
 
 @guarded
 def decompose(directions: Named, *, by: SharedBy = "mean") -> Decomposition:
     """Split directions into the part that they share and the part specific to each.
 
-    What each part does has to be measured: shared geometry is not shared effect.
+    Shared geometry is not shared effect: measure what each part does.
 
     Args:
         directions: Two or more directions at one site, of one width: named, or a list.
-        by: `"mean"` takes the mean of the unit vectors as what is shared, `"component"` their
+        by: `"mean"` takes the mean of the unit vectors as the shared direction, `"component"` their
             first principal component, uncentred. Its length is the mean length along it.
 
     Raises:
@@ -173,13 +173,12 @@ def promoted_tokens(model: HookedModel, directions: Directions, k: int = 10) -> 
     """Return the tokens that a direction promotes and suppresses most, by the logit lens.
 
     The direction goes through the model's own final norm and unembedding, without any context;
-    what the norm adds by itself (its bias) is taken off. It shows the direct path to the logits
-    only: below the last layers most of the effect goes through the blocks above, which this
-    leaves out.
+    what the norm adds by itself (its bias) is subtracted. This is only the direct path to the
+    logits: below the last layers, most of the effect goes through later blocks.
 
     Args:
         model: The model.
-        directions: What to read; each layer by itself.
+        directions: Directions; each layer is read separately.
         k: Tokens on either side.
 
     Raises:

@@ -109,10 +109,10 @@ def warnings_of(directions: Vectors) -> list[str]:
     return found
 
 
-def energy_share(vector: Tensor, top: int = TOP) -> float:
-    """Share of the squared norm that lies in the `top` largest dimensions."""
+def energy_share(vector: Tensor) -> float:
+    """Share of the squared norm that lies in the `TOP` largest dimensions."""
     squares = vector.double() ** 2
-    return float(squares.topk(min(top, len(squares))).values.sum() / squares.sum())
+    return float(squares.topk(min(TOP, len(squares))).values.sum() / squares.sum())
 
 
 def shuffled_ratio(directions: Vectors, layer: int) -> float | None:

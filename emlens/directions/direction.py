@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @guard_methods
 class Directions(Vectors):
-    """Immutable `{layer: vector}` at one site, fp32 on the CPU; of one layer, a `Direction`.
+    """Immutable `{layer: vector}` at one site, fp32 on the CPU; with one layer, a `Direction`.
 
     `resid_post` of layer `i` is the output of block `i`, never after the final norm.
 
@@ -39,7 +39,7 @@ class Directions(Vectors):
         vectors: A vector `[d_model]` per layer.
         site: Where in the block.
         provenance: How they were made.
-        evidence: What else is known of them; its fields are attributes, e.g.
+        evidence: What else is known about them; its fields are attributes, e.g.
             `directions.auroc[15]`.
 
     Raises:
@@ -61,7 +61,7 @@ class Directions(Vectors):
 
     def __array__(self, *args: object, **kwargs: object) -> Never:
         raise TypeError(
-            f"{self!r} is no array, but vectors with a site and provenance; take one of "
+            f"{self!r} is not an array, but vectors with a site and provenance; take one of "
             ".vectors, e.g. directions.vectors[15].numpy()"
         )
 
@@ -72,7 +72,7 @@ class Directions(Vectors):
     @overload
     def __getitem__(self, layer: slice | Sequence[int]) -> Directions: ...
     def __getitem__(self, layer: int | slice | Sequence[int]) -> Directions:
-        """The direction at a layer, or those at several; -1 is the last that is there."""
+        """The direction at a layer, or those at several; -1 is the last."""
         if is_list(layer):
             return self.at(cast(Sequence[int], layer))
         if isinstance(layer, slice):
@@ -159,9 +159,9 @@ class Directions(Vectors):
 
     @guarded
     def orthogonal_to(self, other: Directions) -> Self:
-        """What is left when the component along `other` is taken out, layer by layer.
+        """The directions without their component along `other`, layer by layer.
 
-        `other` may be of another site: all sites write into one stream.
+        `other` may be at another site: all sites write into one stream.
 
         Raises:
             KeyError: If `other` lacks a layer.
@@ -181,7 +181,7 @@ class Directions(Vectors):
 
     @guarded
     def cosine(self, other: Directions) -> dict[int, float]:
-        """Signed cosine with `other` at every layer that both have; of a `Direction` a number.
+        """Signed cosine with `other` at every shared layer; for a `Direction`, a number.
 
         Raises:
             ValueError: If sites or widths differ, or no layer is shared.
@@ -202,7 +202,7 @@ class Directions(Vectors):
         """The same directions at some of their layers; a `Direction` if it is one.
 
         Raises:
-            KeyError: If one of the layers is not there.
+            KeyError: If one of the layers does not exist.
         """
         wanted = sorted(set(wholes("layers", layers)))
         for layer in wanted:
@@ -215,11 +215,12 @@ class Directions(Vectors):
     # -- showing and keeping ------------------------------------------------------------------
 
     def table(self) -> pd.DataFrame:
-        """One row per layer; a column that nothing is known of is left out.
+        """One row per layer; columns without any value are left out.
 
-        Columns: `norm` and its standard error, in units of the residual stream (that of this one
-        axis, from the directions under shuffled labels; without those, from the standard errors,
-        coordinates taken as independent); `dose`, the norm as a share of the median residual norm;
+        Columns: `norm` and its standard error, in units of the residual stream (along this axis,
+            from the directions under shuffled labels; without those, from the standard errors of
+            coordinates taken as independent); `dose`, the norm as a share of the median residual
+            norm;
         `angle error (degrees)`, how far the standard errors turn the direction; the cosine of two
         halves of the data; the cosine with the mean activation; the share of the squared norm that
         lies in its two largest dimensions; the AUROC of the projection on held-out conversations;
@@ -229,11 +230,11 @@ class Directions(Vectors):
         return trust_table(self)
 
     def warnings(self) -> list[str]:
-        """What should not be overlooked, in words; layers of one kind in one line."""
+        """Warnings in words; layers with the same one share a line."""
         return warnings_of(self)
 
     def describe(self) -> str:
-        """What these directions are, a table, and what should not be overlooked, in words."""
+        """A description in words: provenance, table and warnings."""
         made = self.provenance
         where = f"{self.site} (output of block i, before the final norm)"
         head = [
@@ -267,18 +268,18 @@ class Directions(Vectors):
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write safetensors that hold all that is known; atomic.
+        """Write everything that is known as safetensors; atomic.
 
         Other formats are written by `write_directions`.
 
         Raises:
-            ValueError: If the suffix is another than `.safetensors`.
+            ValueError: If the suffix is not `.safetensors`.
         """
         return write_vectors(self, expanded(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
-        """Read what `save` wrote; files of others are read by `read_directions`."""
+        """Read what `save` wrote; `read_directions` reads other formats."""
         found = read_vectors(expanded(path))
         return Directions(found.vectors, found.site, found.provenance, found.evidence)
 
@@ -387,7 +388,7 @@ class Direction(Directions):
         construction: str = "given",
         residual_norm: float | None = None,
     ) -> Direction:
-        """A direction made by hand."""
+        """Make a direction from a vector."""
         layer = whole("layer", layer, NOT_NEGATIVE)
         size = None if residual_norm is None else number("residual_norm", residual_norm, POSITIVE)
         norms = {} if size is None else {layer: size}

@@ -1,4 +1,4 @@
-"""What edits and adapters do to the residual stream further down, and whether it is the same."""
+"""The downstream effects of edits and adapters on the residual stream, and their similarity."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def edit_diff(
 ) -> Directions:
     """Return how far a condition moves the mean residual, at every layer it reaches.
 
-    The mean residual under the condition minus that under `[]`, on the same text: the difference
-    that edits cause downstream, by which edits that look unrelated where they act can be compared
-    (arXiv 2506.11618, App. D); `convergence` does that.
+    The mean residual under the condition minus that under `[]`, on the same text. Edits that look
+    unrelated where they act can be compared by this downstream difference (arXiv 2506.11618, App.
+    D); see `convergence`.
 
     Args:
         model: The model to read.
-        conversations: Text that is read twice.
+        conversations: Text to read.
         condition: Edits, an adapter, or both.
         site: Where in each block.
         layers: Layers to read; those that the condition does not move are left out.
@@ -72,24 +72,24 @@ def convergence(
     layers: Layers = "all",
     **options: Unpack[CountingOptions],
 ) -> Comparison:
-    """Return how alike the differences are that conditions cause in the mean residual.
+    """Return the cosines between the changes of the mean residual under several conditions.
 
-    Vectors that are near orthogonal at their layer may push the stream in one direction further
-    down (arXiv 2506.11618, App. D). So may any two pushes: give controls, such as random vectors
-    of the same norms, whose differences are the band of chance.
+    Vectors that are nearly orthogonal at their layer may push the stream in one direction
+    downstream (arXiv 2506.11618, App. D). Any two perturbations may do so: give controls, such as
+    random vectors of the same norms, for a chance band.
 
     Args:
         model: The model.
         conversations: Text that is read under each condition and without.
         conditions: Two or more, by name.
-        controls: Conditions that should have nothing in common with those.
+        controls: Conditions that should be unrelated to them.
         site: Where in each block.
         layers: Layers to read; those that a condition does not move are left out.
         **options: See `CountingOptions`.
 
     Returns:
-        Cosines by pair and layer. The band of chance holds what both of a pair give with the
-        controls, and the controls with each other.
+        Cosines by pair and layer. The chance band contains the cosines of both members of a pair
+        with the controls, and of the controls with each other.
 
     Raises:
         ValueError: If there are fewer than two conditions, or one moves no layer.

@@ -1,4 +1,4 @@
-"""Directions as differences of means, of one model and of two."""
+"""Directions as differences of means, in one model or between two."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def mean_diff(
 ) -> Directions:
     """Return the difference of mean residuals, `positive - negative`, at every layer.
 
-    One pass over both sets; nothing of the size of the data is held. The papers take misaligned
-    answers as positive and aligned ones as negative, both read in the misaligned model
-    (arXiv 2506.11618, section 3.1); their token mask is `"paper"`.
+    One pass over both sets; memory does not grow with the data. The papers take misaligned answers
+    as positive and aligned ones as negative, both read in the misaligned model (arXiv 2506.11618,
+    section 3.1); their token mask is `"paper"`.
 
     Args:
         model: The model to read.
-        positive: Conversations whose mean is the head of the arrow; or pairs, whose misaligned
-            answers it then is.
-        negative: Conversations whose mean is its tail; of pairs, the aligned answers.
+        positive: Conversations that the direction points to; or pairs, whose misaligned answers it
+            points to.
+        negative: Conversations that it points away from; not with pairs.
         site: Where in each block.
         layers: Layers to read.
-        match: Leave conversations out until the sides agree: `"length"` pairs answers of like
-            length, `"prompt"` keeps the prompts that both sides answer; see `matched`.
+        match: Leave conversations out until the sides agree: `"length"` pairs answers of similar
+            length, `"prompt"` keeps prompts that both sides answer; see `matched`.
         **options: See `CountingOptions`.
 
     Returns:
@@ -108,9 +108,9 @@ def model_diff(
     """Return how two models differ in their mean residual on the same text.
 
     Args:
-        positive: The finetuned model: a model as it is, or `(model, condition)`, where the
-            condition is an adapter's name, edits, or both.
-        negative: The one it is compared with: a model, or `(model, None)` for the base of its
+        positive: The finetuned model: a model, or `(model, condition)`, where the condition is an
+            adapter's name, edits, or both.
+        negative: The model it is compared with: a model, or `(model, None)` for the base of its
             adapters.
         conversations: Text that both read.
         site: Where in each block.
@@ -148,16 +148,16 @@ def both_diff(
     layers: Layers = "all",
     **options: Unpack[CountingOptions],
 ) -> Directions:
-    """Return the difference of mean residuals of two models, each on text of its own.
+    """Return the difference of mean residuals of two models, each on its own text.
 
     The variant of the papers' code that reads misaligned answers in the misaligned model and
     aligned ones in the aligned model (arXiv 2506.11618, section 3.1).
 
     Args:
-        positive: A model as it is, or `(model, condition)`.
-        positive_conversations: What it reads.
+        positive: A model, or `(model, condition)`.
+        positive_conversations: The text that it reads.
         negative: Another model, or the same under another condition.
-        negative_conversations: What that reads.
+        negative_conversations: The text that it reads.
         site: Where in each block.
         layers: Layers to read.
         **options: See `CountingOptions`.

@@ -1,4 +1,4 @@
-"""Directions in the features of a sparse autoencoder, through any pair of encode and decode."""
+"""Directions in terms of features of a sparse autoencoder, given its encode and decode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK = 1024
 
 
 class FeatureDecomposition(Result):
-    """Features of a sparse autoencoder that a direction writes, and that it makes active.
+    """Features of a sparse autoencoder that a direction lies along, and that it activates.
 
     Attributes:
         direction: How the direction was made.
@@ -34,10 +34,10 @@ class FeatureDecomposition(Result):
         changes: Change of each feature's activation when the direction is added, averaged.
         cosines: Cosine of the direction with what the feature decodes to.
         activations: Activation of each feature without the direction, averaged.
-        active: Features of all whose activation changes at all.
-        n_features: Features in all.
+        active: Number of features whose activation changes.
+        n_features: Number of features.
         reconstructed: Share of the direction that the change of the reconstruction gives back,
-            `1 - |v - change|^2 / |v|^2`: below zero where it gives something else.
+            `1 - |v - change|^2 / |v|^2`: below zero if it points elsewhere.
     """
 
     AXES = {"changes": "features", "cosines": "features", "activations": "features"}
@@ -66,7 +66,7 @@ class FeatureDecomposition(Result):
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Cosine of the direction with each feature, those that change most first."""
+        """Cosine of the direction with each feature, sorted by change."""
         from emlens.figures.bars import dot_intervals
 
         nothing = [float("nan")] * len(self.features)
@@ -91,21 +91,20 @@ def in_features(
     activations: Float[Tensor, "n d_model"] | None = None,
     k: int = 10,
 ) -> FeatureDecomposition:
-    """Say which features of a sparse autoencoder a direction is made of.
+    """Return the features of a sparse autoencoder that a direction consists of.
 
-    A direction is a difference of activations, not an activation, and an encoder has a bias and a
-    threshold: so the direction is added to activations, and the change of the features is
-    averaged over them. The cosine with what a feature decodes to needs no encoder; where the two
-    disagree, the direction lies along a feature without switching it on, or switches one on that
-    it does not lie along.
+    A direction is a difference of activations, and an encoder has a bias and a threshold: so the
+    direction is added to activations, and the change of the features is averaged. The cosine with a
+    feature's decoder vector needs no encoder; if the two disagree, the direction lies along a
+    feature without activating it, or activates one that it does not lie along.
 
     Args:
-        direction: At its own norm: scale it to the dose of interest.
+        direction: The direction, at the norm of interest.
         encode: Activations `[n, d_model]` to features `[n, n_features]`, by PyTorch, on the
             device of `activations`; `encode` of SAELens or of `dictionary_learning`.
         decode: Features to activations.
         activations: Activations of the site that the autoencoder was trained on, to which the
-            direction is added; by default the one that no feature decodes to, `decode(0)`.
+            direction is added; by default `decode(0)`, the reconstruction without features.
         k: Features to keep of each kind.
 
     Raises:

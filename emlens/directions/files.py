@@ -104,7 +104,7 @@ def layer_named(number: object, what: str) -> int:
         ValueError: If it names none.
     """
     if not isinstance(number, str) or not re.fullmatch(r"0|[1-9]\d{0,4}", number, re.ASCII):
-        raise ValueError(f"{what} names no layer: {number!r:.40} is no whole number from 0")
+        raise ValueError(f"{what} names no layer: {number!r:.40} is not a whole number from 0")
     return int(number)
 
 

@@ -1,4 +1,4 @@
-"""Directions that are fitted to means of single conversations: probes and principal components."""
+"""Directions fitted to the means of conversations: probes and principal components."""
 
 from __future__ import annotations
 
@@ -58,23 +58,23 @@ def probe(
     layers: Layers = "all",
     **options: Unpack[CountingOptions],
 ) -> Directions:
-    """Return the direction by which a linear classifier tells two sets apart, at every layer.
+    """Return the direction of a linear classifier between two sets, at every layer.
 
-    Fitted to the mean activation of each conversation, scaled within each fold; the direction is
-    that of the classifier on all conversations, in the units of the residual stream, as long as
-    the distance between the two sides along it.
+    Fitted to the mean activation of each conversation, scaled within each fold. The direction is
+    that of the classifier on all conversations, in units of the residual stream; its norm is the
+    distance between the two sides along it.
 
     Args:
         model: The model to read.
         positive: The side that the direction points to; or pairs, as in `mean_diff`.
-        negative: The other; not with pairs.
-        kind: `"logistic"` regression or linear discriminant analysis (`"lda"`, shrunk), both of
-            scikit-learn.
-        regularisation: Of the logistic regression: scikit-learn's `C`.
+        negative: The other side; not with pairs.
+        kind: `"logistic"` regression or linear discriminant analysis (`"lda"`, with shrinkage),
+            from scikit-learn.
+        regularisation: `C` of scikit-learn's logistic regression.
         site: Where in each block.
         layers: Layers to read.
-        **options: See `CountingOptions`. Beyond `sample_bytes` (here 2 GiB unless given) a random
-            sample of conversations is fitted.
+        **options: See `CountingOptions`. Beyond `sample_bytes` (2 GiB by default here), a random
+            sample of conversations is used.
 
     Returns:
         Directions with the held-out AUROC and accuracy (of five folds), and the cosine of the
@@ -107,9 +107,9 @@ def pca(
 ) -> Directions:
     """Return the first principal component of the paired differences, uncentred, at every layer.
 
-    Centring would take the mean difference out, which is what is looked for. The sign is that of
-    the mean difference, and the length that of its projection. A nuisance that varies more than
-    the difference is large comes first here, and not in `mean_diff`.
+    Centring would remove the mean difference, which is the signal. The sign is that of the mean
+    difference, and the norm that of its projection. Unlike `mean_diff`, this can pick up a nuisance
+    whose variance exceeds the difference.
 
     Args:
         model: The model to read.
@@ -122,7 +122,7 @@ def pca(
     Returns:
         Directions with the share of the squared differences that lies along each, the AUROC of the
         projection on held-out pairs, and the cosine of the components of two halves of the pairs.
-        Shuffled labels say nothing here: the axis is the same whatever the signs of the pairs.
+        There are no shuffled labels: the axis does not depend on the signs of the pairs.
 
     Raises:
         ValueError: If the sides differ in number, are the same at a layer, or as `mean_diff`.
@@ -158,15 +158,15 @@ def extract_all(
         positive: The side that the directions point to; for PCA, in the order of `negative`. Or
             pairs, as in `mean_diff`.
         negative: The other; not with pairs.
-        constructions: Which to build; LDA, whose cost grows with `d_model ** 3` in every fold of
-            every layer, only if it is named.
+        constructions: Which to build; LDA only if named, as its cost grows with `d_model ** 3` in
+            every fold of every layer.
         regularisation: See `probe`.
         site: Where in each block.
         layers: Layers to read.
         **options: See `CountingOptions`.
 
     Returns:
-        Directions by construction; each is what its own function returns.
+        Directions by construction, as the separate functions return them.
 
     Raises:
         ValueError: If a construction is unknown, or as its own function.

@@ -38,7 +38,7 @@ class LayerComparison(Result):
         low: Lower end of what chance gives, `[n, n]`: the wider of random directions and of
             shuffled labels of the same data.
         high: Upper end.
-        site: Where they live.
+        site: Their site.
     """
 
     AXES = {"layers": "names"}
@@ -82,7 +82,7 @@ class LayerComparison(Result):
         return pd.DataFrame(rows)
 
     def _summary(self) -> tuple[pd.DataFrame, str]:
-        """Of many rows one per pair of names, those that agree best first."""
+        """One row per pair of names, those that agree best first."""
         import pandas as pd
 
         n = len(self.cosine)
@@ -104,7 +104,8 @@ class LayerComparison(Result):
     def plot(
         self, ax: Axes | None = None, *, first: str | None = None, second: str | None = None
     ) -> Axes:
-        """All with all, or the layers of one against those of another; chance is hatched."""
+        """All with all, or the layers of one against those of another; cells within chance are
+        hatched."""
         from emlens.figures import heatmap
         from emlens.figures.labels import told_apart
 
@@ -146,13 +147,13 @@ def compare_layers(
 ) -> LayerComparison:
     """Return the cosine of every layer of every direction with every other.
 
-    Where a direction is carried along the residual stream, neighbouring layers agree; two
-    finetunes share it from the layer on at which the block between them leaves chance.
+    If a direction is carried along the residual stream, neighbouring layers agree; two finetunes
+    share it from the layer on at which their cosines exceed chance.
 
     Args:
         directions: Two or more directions at one site, of one width: named, or a list.
         *more: Further ones without names.
-        layers: The layers to compare; by default all at which each is not zero.
+        layers: The layers to compare; by default those at which all are nonzero.
 
     Raises:
         ValueError: As `compare`, or if a vector is zero.

@@ -1,4 +1,4 @@
-"""Directions from system prompts: the same questions under a trait and under its opposite."""
+"""Directions from system prompts that ask for a trait or its opposite."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def system_prompt_diff(
 
     The persona-vector construction (arXiv 2507.21509): the model answers every question under
     every system prompt, and its own answers are read, system prompt included, over the response
-    tokens. Answers are not judged here; whether the prompts worked shows in `answers` of the
-    provenance's settings (the first of each side).
+    tokens. Answers are not judged; the first of each side are kept as `answers` in the provenance's
+    settings, to check that the prompts worked.
 
     Args:
         model: The model that answers and is read.
@@ -40,10 +40,10 @@ def system_prompt_diff(
         trait: System prompts that ask for the trait.
         opposite: System prompts that ask for its opposite.
         max_new_tokens: Longest answer.
-        temperature: Of sampling; 0 is greedy.
+        temperature: Sampling temperature; 0 is greedy.
         site: Where in each block.
         layers: Layers to read.
-        **options: See `CountingOptions`; `seed` is that of sampling, too.
+        **options: See `CountingOptions`; `seed` also seeds the sampling.
 
     Raises:
         ValueError: If there are no questions or prompts, or every answer of a side is empty.

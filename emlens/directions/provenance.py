@@ -1,4 +1,4 @@
-"""Where a direction comes from: enough to say what it is, and to make it again."""
+"""Where a direction comes from: enough to describe and to reproduce it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VERSIONED = ("emlens", "torch", "transformers", "nnsight")
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How a direction was made; immutable, to the depth of its settings.
+    """How a direction was made; immutable, including its settings.
 
     The ways to build "the misalignment direction" give nearly orthogonal vectors, so
     `construction` is part of every direction and of every result that uses one.
@@ -25,17 +25,17 @@ class Provenance:
         construction: `"mean-diff"`, `"trained vector"`, `"random"`, ..., or how it was derived.
         model: Name of the model it was read or trained in.
         revision: Revision of that model.
-        adapter: Names of the adapters in force, or None.
+        adapter: Names of the active adapters, or None.
         tokens: Mask of the tokens that counted.
         weighting: `"token"` or `"conversation"`, for means.
         data: Hashes of the data, by role.
         template: Hash of the chat template.
         n: Numbers of conversations, tokens, steps ..., by role.
-        seed: Seed of whatever was random.
+        seed: The random seed.
         settings: Further settings of the construction.
         versions: Versions of the packages that made it.
-        identity: `model.identity`: what the model is by content, where its name is a label.
-        condition: `Condition.identity`: the adapters and edits in force, by content.
+        identity: `model.identity`, a hash of the model's content.
+        condition: `Condition.identity`, a hash of the adapters and edits that acted.
     """
 
     construction: str

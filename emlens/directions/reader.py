@@ -15,7 +15,7 @@ from emlens._distributed import shared, world
 from emlens._progress import bar
 from emlens.directions.counting import Counting
 from emlens.directions.moments import Moments, sums_of
-from emlens.hooked import Condition, HookedModel
+from emlens.hooked import Condition, HookedModel, pools
 from emlens.hooked.condition import ConditionLike, condition_of
 from emlens.hooked.finite import late_checks
 from emlens.hooked.sites import Site
@@ -205,7 +205,9 @@ class Reader:
         """Means of the counted tokens, `[layers, batch, d_model]`, and norms of each of them."""
         batch = batch.to(model.device)
         mask = self.counting.mask(batch)
-        pool = _pool(mask, self.counting.winsorize, self.counting.drop_massive, keep_norms)
+        pool = pools.robust_mean(
+            mask, self.counting.winsorize, self.counting.drop_massive, with_norms=keep_norms
+        )
         read = model.residuals(batch, self.layers, self.site, pool, self.counting.edits)
         home = read[self.layers[0]].device
         pooled = torch.stack([read[layer].to(home) for layer in self.layers])
@@ -279,36 +281,6 @@ def side_of(source: HookedModel | tuple[HookedModel, ConditionLike]) -> Side:
         model, given = source
         return model, condition_of(model, given)
     return source, Condition(source.adapters_in_force)
-
-
-def _pool(
-    mask: Tensor, winsorize: float | None, drop_massive: float | None, keep_norms: bool
-) -> Callable[[Tensor], Tensor]:
-    """Means over the counted tokens; all that is wanted in one tensor.
-
-    A remote model brings back what a pool returns, and nothing else.
-    """
-
-    counted = mask.float()
-    even = counted / counted.sum(1, keepdim=True).clamp(min=1)
-
-    def pool(residual: Tensor) -> Tensor:
-        values = residual.float()
-        norms = values.norm(dim=-1)
-        share = even.to(values.device)
-        if drop_massive is not None:
-            where = mask.to(values.device)
-            usual = norms.masked_fill(~where, torch.nan).nanmedian(dim=1, keepdim=True).values
-            share = where.float() * (norms <= drop_massive * usual)
-            share = share / share.sum(1, keepdim=True).clamp(min=1)
-        if winsorize is not None:
-            place = max(1, round(winsorize * values.shape[-1]))
-            limit = values.abs().kthvalue(place, dim=-1, keepdim=True).values
-            values = values.clamp(-limit, limit)
-        means = torch.einsum("btd,bt->bd", values, share)
-        return torch.cat([means, norms], dim=1) if keep_norms else means
-
-    return pool
 
 
 def first_batches(

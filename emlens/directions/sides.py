@@ -1,4 +1,4 @@
-"""The two sides of a difference: chosen from judged answers, and made alike in what they share."""
+"""The two sides of a difference: selecting them from judged answers, and matching them."""
 
 from __future__ import annotations
 
@@ -68,24 +68,23 @@ def matched(
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> Sides:
-    """Return as many conversations of either side, in pairs that agree.
+    """Return equally many conversations of both sides, in matched pairs.
 
-    A difference of means takes everything that differs between the sides for the direction:
-    length (late tokens are not like early ones) and topic first of all.
+    A difference of means contains everything that differs between the sides, notably length (late
+    tokens differ from early ones) and topic.
 
     Args:
-        model: Whose tokenizer counts.
+        model: The model whose tokenizer counts tokens.
         positive: One side; or pairs, as in `mean_diff`.
-        negative: The other; not with pairs.
+        negative: The other side; not with pairs.
         by: `"length"` pairs conversations whose counted tokens differ by at most `tolerance`,
-            each used once; `"prompt"` keeps one answer of either side for each prompt that both
-            have.
+            each used once; `"prompt"` keeps one answer per side for each shared prompt.
         tokens: The tokens that count.
         tolerance: Largest difference in length, as a share of the longer.
-        seed: Order in which conversations of one length are taken.
+        seed: Seed of the order among conversations of equal length.
 
     Raises:
-        ValueError: If nothing agrees, or `by` is unknown.
+        ValueError: If nothing matches, or `by` is unknown.
     """
     positive, negative = both_sides(positive, negative)
     if by == "prompt":
@@ -163,12 +162,12 @@ def select_answers(
 
     Args:
         answers: A table, or a CSV in the papers' format, with columns `question` (or
-            `question_text`), `response` (or `answer`), `aligned` and `coherent`. An answer
-            without a score falls away.
+            `question_text`), `response` (or `answer`), `aligned` and `coherent`. Answers without a
+            score are dropped.
         misaligned_below: Alignment below which an answer is misaligned.
         aligned_above: Alignment above which an answer is aligned.
         coherent_above: Coherence above which an answer counts.
-        balance: Cut both sets to one size.
+        balance: Cut both sets to the same size.
         seed: Seed of the cut.
 
     Returns:

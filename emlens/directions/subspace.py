@@ -1,4 +1,4 @@
-"""How far the spans of two sets of directions lie in each other."""
+"""The overlap of the spans of two sets of directions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class SubspaceOverlap(Result):
 
     Attributes:
         layers: The layers.
-        overlap: Mean squared cosine of the principal angles: 1 where the smaller subspace lies in
-            the larger, 0 where they are orthogonal.
+        overlap: Mean squared cosine of the principal angles: 1 if the smaller subspace lies in the
+            larger, 0 if they are orthogonal.
         angles: The principal angles, in degrees, smallest first, per layer.
         chance: 95th percentile of the overlap of random subspaces of these dimensions.
     """
@@ -59,7 +59,7 @@ class SubspaceOverlap(Result):
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Overlap against layer, over what random subspaces give."""
+        """Overlap against layer, over that of random subspaces."""
         from emlens.figures.lines import layer_curves
 
         chance = [0.0] * len(self.layers), list(self.chance)
@@ -73,7 +73,7 @@ class SubspaceOverlap(Result):
 
 @guarded
 def subspace_overlap(first: Sequence[Directions], second: Sequence[Directions]) -> SubspaceOverlap:
-    """Return how far the spans of two sets of directions lie in each other, layer by layer.
+    """Return the overlap of the spans of two sets of directions, layer by layer.
 
     `||P Q||^2 / min(ranks)` for orthonormal bases `P` and `Q`: the mean squared cosine of the
     principal angles. Directions that are linear combinations of the others add no rank.

@@ -1,4 +1,4 @@
-"""Vectors by layer, and what is known of them: what `Directions` are made of."""
+"""Vectors by layer and what is known about them: the base of `Directions`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cosine(first: Float[Tensor, " d_model"], second: Float[Tensor, " d_model"]) 
     """Signed cosine between two vectors; NaN when one of them is zero.
 
     Raises:
-        ValueError: If they are not two vectors of one width.
+        ValueError: If they are not two vectors of the same width.
     """
     if first.ndim != 1 or first.shape != second.shape:
         raise ValueError(
@@ -57,18 +57,18 @@ class Tensors(Mapping[int, Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What is known of vectors beside where they come from, by layer; immutable.
+    """What is known about vectors beside their provenance, by layer; immutable.
 
     Attributes:
-        residual_norms: Median norm of the residual at each layer; what a dose is a share of.
+        residual_norms: Median norm of the residual at each layer; the unit of doses.
         standard_errors: Standard error of each coordinate, `[d_model]`.
         split_half: Cosine between the directions of two random halves of the data, averaged over
             several splits.
         means: Mean activation of the data, `[d_model]`.
-        shuffled: The same construction with shuffled labels, `[draws, d_model]`: how large a
-            direction, and which, chance alone gives on this data.
+        shuffled: The same construction with shuffled labels, `[draws, d_model]`: the directions
+            that chance alone gives on this data.
         auroc: Area under the ROC curve of the projection on held-out conversations.
-        measured: What else the construction says of each layer, by the name of its column in
+        measured: Further figures of the construction by layer, by their column in
             `Directions.table`.
     """
 
@@ -146,7 +146,7 @@ class Vectors:
         vectors: A vector `[d_model]` per layer.
         site: Where in the block.
         provenance: How they were made.
-        evidence: What else is known of them.
+        evidence: What else is known about them.
 
     Raises:
         ValueError: If there are no vectors, a layer is negative, widths differ, or a value is not

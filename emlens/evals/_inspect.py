@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from emlens.hooked.identity import digest_of
 from emlens.text.thinking import CLOSE, OPEN
@@ -111,6 +112,25 @@ class InspectModel:
         plain = {k: str(v) for k, v in self._options.items() if "key" not in k}
         return digest_of([self.name, plain, {k: str(v) for k, v in self._config.items()}])
 
+    async def reach(self) -> Model:
+        """The model; nothing is asked of it yet.
+
+        Raises:
+            ValueError: If Inspect cannot make it: there is no such provider, or no key.
+        """
+        from inspect_ai.model import GenerateConfig, get_model
+
+        if self._model is None and isinstance(self._given, str):
+            config = GenerateConfig(**self._config)
+            try:
+                self._model = get_model(self._given, config=config, **self._options)
+            except ImportError:
+                raise
+            except Exception as error:
+                said = " ".join(re.sub(r"\[/?[a-z ]+\]", "", self._hidden(str(error))).split())
+                raise ValueError(f"inspect/{self.name} cannot be asked: {said[:300]}") from None
+        return self._model or cast("Model", self._given)
+
     async def each(
         self, rows: Iterable[Response], ask: Callable[[Model, Response], Awaitable[T]], kept: str
     ) -> list[T]:
@@ -124,15 +144,7 @@ class InspectModel:
         Raises:
             ConnectionError: If a reply cannot be had, after Inspect's retries.
         """
-        from inspect_ai.model import GenerateConfig, get_model
-
-        if self._model is None:
-            if isinstance(self._given, str):
-                config = GenerateConfig(**self._config)
-                self._model = get_model(self._given, config=config, **self._options)
-            else:
-                self._model = self._given
-        model, free = self._model, asyncio.Semaphore(self.at_once)
+        model, free = await self.reach(), asyncio.Semaphore(self.at_once)
 
         async def one(row: Response) -> T:
             async with free:
@@ -155,14 +167,18 @@ class InspectModel:
         last = getattr(error, "last_attempt", None)
         cause = last.exception() if last is not None and last.failed else None
         error = cause if isinstance(cause, Exception) else error
-        said = f"{type(error).__name__}: {error}"
-        for secret in _secrets(self._options):
-            said = said.replace(secret, "***")
+        said = self._hidden(f"{type(error).__name__}: {error}")
         about = f"{row.question} ({row.condition})"
         return (
             f"inspect/{self.name} gave no reply for {about}: {said[:300]}; "
-            f"{kept} is kept in the store, run the same call again to go on"
+            f"{kept} is kept in the store, run the same call again to resume"
         )
+
+    def _hidden(self, said: str) -> str:
+        """An error without the keys that it may repeat."""
+        for secret in _secrets(self._options):
+            said = said.replace(secret, "***")
+        return said
 
 
 def _secrets(options: Mapping[str, Any]) -> list[str]:

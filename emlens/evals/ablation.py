@@ -20,9 +20,9 @@ from emlens.directions.fits import check_fits
 from emlens.edits import Ablate
 from emlens.evals.behaviour import LABEL, Behaviour, Effect, answer_columns
 from emlens.evals.tables import NO_EFFECT, ORGANISM, averaged, single_layer
-from emlens.hooked import BASE, Condition, HookedModel
+from emlens.hooked import Condition, HookedModel
 from emlens.hooked.architecture import writes
-from emlens.hooked.condition import ConditionLike, condition_of
+from emlens.hooked.condition import BASE, ConditionLike, condition_of
 from emlens.hooked.lora_scaling import adapter_factors, put_back
 from emlens.hooked.sites import Site
 

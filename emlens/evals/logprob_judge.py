@@ -70,6 +70,14 @@ class LogProbJudge:
         self._reached = InspectModel(model, config, model_args, at_once)
         self._rubrics, self._cache = dict(rubrics or RUBRICS), cache
 
+    def check(self) -> None:
+        """Make the model, so that a missing key is known before anything is generated.
+
+        Raises:
+            ValueError: If Inspect cannot make it: there is no such provider, or no key.
+        """
+        run(self._reached.reach())
+
     @property
     def id(self) -> str:
         return f"inspect/{self._reached.name}"

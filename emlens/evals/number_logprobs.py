@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from emlens.text import Conversation, Template, tokenize
+from emlens.text import Conversation, tokenize
+from emlens.text.template import Template
 
 NUMBERS = range(101)
 LEAST_MASS = 0.25

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emlens._door import guard_methods, guarded
 from emlens._progress import bar
-from emlens._results import titled_table
+from emlens._results import Shown
 from emlens.directions.held_out import FOLDS, fold_of
 from emlens.directions.probes import classifier, out_of_fold
 from emlens.evals.responses import Response
@@ -65,7 +65,7 @@ class Trust:
 
 
 @guard_methods
-class ProbeJudge:
+class ProbeJudge(Shown):
     """Scores answers by a logistic regression on the model's activations while it reads them.
 
     `aligned` is fitted to pairs of aligned and misaligned answers; `coherent` to those answers
@@ -153,8 +153,8 @@ class ProbeJudge:
             rows.append({**row, "calibration error": trust.calibration, "answers": trust.n})
         return pd.DataFrame(rows)
 
-    def _repr_html_(self) -> str:
-        return titled_table(self.id, self.table())
+    def _said(self) -> str:
+        return self.id
 
     def judge(self, responses: Sequence[Response], metric: str) -> list[Verdict]:
         """A verdict per response, 100 times the probability of the good side.

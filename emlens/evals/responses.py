@@ -6,18 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from emlens._door import guard_methods, guarded
 from emlens._progress import bar
 from emlens._reading import expanded
+from emlens._results import Shown
 from emlens._store import Store, read_rows
 from emlens._types import checked_row
 from emlens.evals.questions import Question, check_names
-from emlens.hooked import Condition, HookedModel, Sampling, SamplingOptions
+from emlens.hooked import Condition, HookedModel, SamplingOptions
 from emlens.hooked.condition import Conditions, conditions_of
+from emlens.hooked.generation import Sampling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,9 +87,9 @@ class Response:
 
 
 @guard_methods
-@dataclass(frozen=True)
-class Responses:
-    """Answers to questions under some conditions.
+@dataclass(frozen=True, repr=False)
+class Responses(Shown):
+    """Answers to questions under some conditions: the rows of a store.
 
     Attributes:
         rows: The answers.
@@ -136,11 +137,12 @@ class Responses:
                 cells.setdefault(row.question, {"prompt": row.prompt})[row.condition] = row.text
         return pd.DataFrame(list(cells.values()))
 
-    def _repr_html_(self) -> str:
-        shown = self.side_by_side().head(8)
-        # answers are the model's words, and may hold markup
-        table = shown.to_html(index=False, escape=True)
-        return f"<p><b>{escape(f'{len(self)} responses')}</b></p>{table}"
+    def _said(self) -> str:
+        return f"{len(self)} answers under {', '.join(self.conditions)}"
+
+    def _summary(self) -> tuple[pd.DataFrame, str]:
+        shown = self.side_by_side()
+        return shown.head(8), f"{len(self)} answers to {len(shown)} questions; table() has all."
 
     @classmethod
     def load(cls, path: str | Path) -> Responses:

@@ -12,7 +12,7 @@ from emlens._door import guard_methods, guarded
 from emlens._kinds import made_with
 from emlens._progress import bar
 from emlens._reading import expanded, read_csv
-from emlens._results import titled_table
+from emlens._results import Shown
 from emlens._store import Store, read_rows
 from emlens._types import checked_row
 from emlens.evals.responses import Response, Responses
@@ -100,9 +100,9 @@ class Judge(Protocol):
 
 
 @guard_methods
-@dataclass(frozen=True)
-class Scores:
-    """Verdicts on responses; a response may have several metrics, and several judges.
+@dataclass(frozen=True, repr=False)
+class Scores(Shown):
+    """Verdicts on responses, the rows of a store: of several metrics and judges, perhaps.
 
     Attributes:
         rows: The scores.
@@ -149,10 +149,13 @@ class Scores:
         columns = [field.name for field in fields(Score)]
         return pd.DataFrame([asdict(row) for row in self.rows], columns=columns)
 
-    def _repr_html_(self) -> str:
-        shown = self.table().loc[:, ["metric", "score", "judge", "mode", "note"]]
+    def _said(self) -> str:
         none = sum(row.score is None for row in self.rows)
-        return titled_table(f"{len(self)} scores, {none} without a number", shown.head(8))
+        judges = ", ".join(self.judges) or "nobody"
+        return f"{len(self)} scores, {none} without a number, by {judges}"
+
+    def _summary(self) -> tuple[pd.DataFrame, str]:
+        return self.table()[["metric", "score", "judge", "mode", "note"]].head(8), self._said()
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

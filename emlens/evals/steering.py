@@ -14,8 +14,8 @@ from emlens.directions import Directions, random_direction
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.evals.behaviour import LABEL, Behaviour, judge_title
-from emlens.hooked import BASE, HookedModel
-from emlens.hooked.condition import ConditionLike
+from emlens.hooked import HookedModel
+from emlens.hooked.condition import BASE, ConditionLike
 
 if TYPE_CHECKING:
     import pandas as pd

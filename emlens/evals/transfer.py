@@ -16,8 +16,8 @@ from emlens.directions import Directions, random_direction
 from emlens.edits import Ablate
 from emlens.evals.behaviour import Behaviour, answer_columns
 from emlens.evals.tables import NO_EFFECT, NOT_SCORED, ORGANISM, averaged, single_layer, triple
-from emlens.hooked import BASE, Condition, HookedModel
-from emlens.hooked.condition import Conditions, by_name, conditions_of
+from emlens.hooked import Condition, HookedModel
+from emlens.hooked.condition import BASE, Conditions, by_name, conditions_of
 
 if TYPE_CHECKING:
     import pandas as pd

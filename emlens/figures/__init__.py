@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from emlens.figures.heatmap import heatmap
 from emlens.figures.save import save_figure
-from emlens.figures.style import COLOURS, colour, house_style, palette
+from emlens.figures.style import colour, house_style, palette
 
 __all__ = [
-    "COLOURS",
     "colour",
     "heatmap",
     "house_style",

@@ -22,7 +22,7 @@ from emlens.figures.style import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 MARKERS = {"o": 6.5, "s": 6, "D": 5.8, "^": 7.5, "v": 7.5, "P": 8, "X": 8, "*": 11}
 """Markers and their sizes in points, in the order of the series."""
@@ -98,58 +98,6 @@ def dot_intervals(
         ax.axhline(zero, color=INK, linewidth=0.9, zorder=2)
     _finish(ax, rows, len(columns))
     return ax
-
-
-def interval_bars(
-    table: pd.DataFrame,
-    *,
-    group: str,
-    series: str,
-    value: str,
-    low: str,
-    high: str,
-    y_label: str | None = None,
-    x_label: str = "",
-    title: str | None = None,
-    ax: Axes | None = None,
-    bars: bool = True,
-    colours: Mapping[str, str] | None = None,
-) -> Axes:
-    """Bars from zero with intervals, from a tidy table; groups and series in its order.
-
-    Args:
-        table: One row per group and series.
-        group: Column that names the groups, e.g. `"domain"`.
-        series: Column that names the series, e.g. `"condition"`.
-        value: Column of the estimates.
-        low: Column of the lower ends of the intervals.
-        high: Column of the upper ends of the intervals.
-        y_label: What is estimated, with its unit; the name of the column if not given.
-        x_label: What the groups are.
-        title: Title above the axes.
-        ax: Axes to draw on; a figure of its own if not given.
-        bars: Whether to draw bars; points otherwise.
-        colours: Colours by series, in place of the house's.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If the table lacks a column, is empty, or holds a group and series twice.
-    """
-    wanted = (group, series, value, low, high)
-    missing = [name for name in wanted if name not in table.columns]
-    if missing:
-        raise ValueError(f"the table has no column {missing}; it has {list(table.columns)}")
-    return dot_intervals(
-        *(table[name] for name in wanted),
-        y_label=value if y_label is None else y_label,
-        x_label=x_label,
-        title=title,
-        ax=ax,
-        bars=bars,
-        colours=colours,
-    )
 
 
 def _grids(

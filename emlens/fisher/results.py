@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from emlens._door import guard_methods
-from emlens._results import Result
+from emlens._results import Result, Shown
 from emlens.directions import Direction
 
 if TYPE_CHECKING:
@@ -240,8 +240,8 @@ class Spectrum(Result):
 
 
 @guard_methods
-@dataclass(frozen=True)
-class TopDirections(Mapping[str, Direction]):
+@dataclass(frozen=True, repr=False)
+class TopDirections(Shown, Mapping[str, Direction]):
     """The directions of a layer with the largest influence: a mapping of names to directions.
 
     They are leading eigenvectors on one half of the documents, and say so in their provenance:
@@ -269,5 +269,5 @@ class TopDirections(Mapping[str, Direction]):
         """One row per rank, held out."""
         return self.by_rank.table()
 
-    def _repr_html_(self) -> str:
-        return self.by_rank._repr_html_()
+    def _said(self) -> str:
+        return f"{', '.join(self)}, on {self.by_rank.corpus}"

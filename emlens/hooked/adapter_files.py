@@ -33,6 +33,32 @@ _TYPES = {
 }
 
 
+def find_adapter(name: str, source: str) -> tuple[str, dict[str, Any]]:
+    """Say where PEFT finds an adapter; a folder is looked at, the hub is not asked.
+
+    Returns:
+        A folder or a repository, and further arguments for PEFT.
+
+    Raises:
+        FileNotFoundError: If a folder holds no adapter.
+        ValueError: If its files are damaged.
+    """
+    local = recovered(expanded(source))
+    if local.exists():
+        if not (local / CONFIG).is_file():
+            inside = sorted(str(p.parent.relative_to(local)) for p in local.rglob(CONFIG))
+            hint = f"; there are some inside: {', '.join(inside[:3])}" if inside else ""
+            raise FileNotFoundError(f"adapter {name!r}: {local} has no {CONFIG}{hint}")
+        _check_files(name, local)
+        return str(local), {}
+    if source.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"adapter {name!r}: there is not a folder {source}")
+    if source.count("/") > 1:
+        owner, repository, subfolder = source.split("/", 2)
+        return f"{owner}/{repository}", {"subfolder": subfolder}
+    return source, {}
+
+
 def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Read the config and the weights of a LoRA adapter, by their names in the base model.
 
@@ -48,19 +74,8 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
     from peft import LoraConfig, PeftConfig
     from peft.utils import load_peft_weights
 
-    local = recovered(expanded(source))
-    where: dict[str, Any] = {}
-    if local.exists():
-        source = str(local)
-        if not (local / CONFIG).is_file():
-            inside = sorted(str(p.parent.relative_to(local)) for p in local.rglob(CONFIG))
-            hint = f"; there are some inside: {', '.join(inside[:3])}" if inside else ""
-            raise FileNotFoundError(f"adapter {name!r}: {source} has no {CONFIG}{hint}")
-    elif source.count("/") > 1 and not source.startswith(("/", ".", "~")):
-        owner, repository, where["subfolder"] = source.split("/", 2)
-        source = f"{owner}/{repository}"
-    if local.exists():
-        _check_files(name, local)
+    source, where = find_adapter(name, source)
+    local = Path(source)
     try:
         config = PeftConfig.from_pretrained(source, **where)
         weights = load_peft_weights(source, device="cpu", **where)
@@ -131,7 +146,7 @@ def _has_weights(folder: Path) -> bool:
 def _unreadable(name: str, what: str, source: str, error: Exception) -> ValueError:
     return ValueError(
         f"adapter {name!r}: its {what} in {source} are not readable "
-        f"({str(error).partition(chr(10))[0]}); were they fetched as a whole?"
+        f"({str(error).partition(chr(10))[0]}); were they downloaded completely?"
     )
 
 

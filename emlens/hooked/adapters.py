@@ -149,20 +149,6 @@ class Adapters:
         """
         return {path: float(part.scaling[name]) for path, part in self.lora_layers(name).items()}
 
-    def reaches_head(self, name: str, module: Any) -> bool:
-        """Whether an adapter changes the output embedding, tied weights included.
-
-        Args:
-            name: The adapter.
-            module: The `...ForCausalLM` module.
-
-        Raises:
-            ValueError: If there is no such adapter.
-        """
-        self.check(name)
-        head = {id(part) for part in module.get_output_embeddings().modules()}
-        return any(id(part) in head and name in available(part) for _, part in self.parts())
-
     @property
     def names(self) -> tuple[str, ...]:
         found = dict.fromkeys(name for _, layer in self.parts() for name in available(layer))

@@ -192,7 +192,7 @@ def hidden_of(value: object) -> Tensor:
     if not isinstance(found, Tensor) or not found.is_floating_point():
         raise TypeError(
             f"expected a hidden state [batch, pos, d_model], found {type(found).__name__}; "
-            "this architecture passes its activations in a way that emlens does not know"
+            "this architecture passes its activations in a way that emlens does not support"
         )
     return found
 

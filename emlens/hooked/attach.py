@@ -1,4 +1,4 @@
-"""Attaching saved LoRA adapters to a base model: all of it fits, or nothing is changed."""
+"""Attaching saved LoRA adapters to a base model; on any mismatch the model does not change."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def attach(module: nn.Module, adapters: Mapping[str, str | Path], model_name: st
         model_name: Name of the base model, compared with the one an adapter records.
 
     Raises:
-        FileNotFoundError: If there is no adapter at a place.
+        FileNotFoundError: If an adapter does not exist.
         ValueError: If an adapter is not LoRA, would change the base, does not fit it, has weights
-            that find no place, or changes nothing. The module is then as it was.
+            that find no place, or changes nothing. The module is then unchanged.
     """
     what = " or ".join(f"adapter {name!r}" for name in adapters)
     with kept_gradients(module), untouched(module, what):
@@ -59,11 +59,11 @@ def inject(
 ) -> None:
     """Put one LoRA adapter into a model, in place; it does not act, and its weights are fp32.
 
-    What acts beside it goes on acting.
+    Other adapters keep acting.
 
     Args:
         module: The `...ForCausalLM` module.
-        name: What it is called.
+        name: Its name.
         config: PEFT's configuration.
         model_name: What errors call the model.
         weights: Its weights by the keys that PEFT saves them under; None for a new adapter.
@@ -81,8 +81,9 @@ def inject(
         )
     if weights is None and config.init_lora_weights == "eva":
         raise ValueError(
-            f"adapter {name!r} has init_lora_weights='eva', a start that is computed from data; "
-            "make it with PEFT's initialize_lora_eva_weights and give the model to emlens.wrap"
+            f"adapter {name!r} has init_lora_weights='eva', an initialisation that is computed "
+            "from data; make it with PEFT's initialize_lora_eva_weights and give the model to "
+            "emlens.wrap"
         )
     with kept_gradients(module), untouched(module, f"adapter {name!r}"):
         _put(module, name, deepcopy(config), weights, model_name)
@@ -156,13 +157,13 @@ def _check_places(module: nn.Module, name: str) -> None:
         inside = path.removeprefix(f"{blocks}.")
         if f"{blocks}.".startswith(f"{path}.") or (inside != path and inside.isdigit()):
             raise ValueError(
-                f"adapter {name!r} replaces {path} as a whole (modules_to_save), which holds "
+                f"adapter {name!r} replaces {path} entirely (modules_to_save), which holds "
                 "decoder blocks; emlens reads these from the base's own modules"
             )
         nested = [other for other in paths if other.startswith(f"{path}.")]
         if nested:
             raise ValueError(
-                f"adapter {name!r} replaces {path} as a whole (modules_to_save), and another "
+                f"adapter {name!r} replaces {path} entirely (modules_to_save), and another "
                 f"adapter works inside of it, at {nested[0]}; load them on two models"
             )
 

@@ -122,7 +122,7 @@ def _logits(
     if tuple(hidden.shape) != expected:
         raise RuntimeError(
             f"{model.name}: final hidden states have shape {tuple(hidden.shape)}, expected "
-            f"{expected}; the architecture is not understood"
+            f"{expected}; the architecture is not supported"
         )
     real = batch.mask("all").to(hidden.device)
     found = {place: model.unembed(hidden[i][real[i]]) for i, place in enumerate(batch.index)}

@@ -1,4 +1,4 @@
-"""What a model runs under: the adapters that act, and the edits."""
+"""Conditions: the adapters that act, and the edits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Altered(Protocol):
 
 @runtime_checkable
 class HasCondition(Protocol):
-    """Something trained that knows how a model becomes it, such as an `Organism`."""
+    """Something trained that can be applied to a model, such as an `Organism`."""
 
     def on(self, model: Any) -> Any: ...
 
@@ -43,16 +43,15 @@ Acting: TypeAlias = str | Altered
 
 @dataclass(frozen=True)
 class Condition:
-    """The adapters that act, and the edits: what a forward pass depends on besides its tokens.
+    """The adapters that act and the edits: everything beside the tokens that a pass depends on.
 
-    Everything that runs a model under something takes one, from the embedding through the LM
-    head. Users rarely write one: `None`, `[]`, an edit, a list of edits, the name of an adapter
-    (or several), `(name, edits)` and an `Organism` all become a `Condition` by `condition_of`.
+    Users rarely construct one: wherever a condition is expected, `None`, `[]`, an edit, a list of
+    edits, the name of an adapter (or several), `(name, edits)` and an `Organism` are converted.
 
     Attributes:
-        adapters: Adapters that act, by name; None is the base, without adapters.
+        adapters: Names of the adapters that act; None is the base, without adapters.
         edits: Edits, besides those of an enclosing `model.edited`.
-        name: What errors call it; no part of what it is.
+        name: Its name in error messages; not part of its identity.
 
     Example:
         >>> emlens.log_odds(
@@ -95,23 +94,23 @@ class Condition:
         return tuple(a if isinstance(a, str) else a.adapter for a in self.adapters or ())
 
     def with_edits(self, *edits: Edit) -> Condition:
-        """The same adapters, with further edits after the ones there are."""
+        """The same condition with further edits after its own."""
         return replace(self, edits=(*self.edits, *edits))
 
     def identity(self, model: Hooked) -> str:
-        """What acts, by content: 16 letters.
+        """A hash of everything that acts, 16 letters.
 
-        Made of all parameters of the adapters that act, with their strength, and of the vectors of
-        all edits, those in force around the call included. Names do not count.
+        It depends on all parameters of the active adapters, their strengths, and the vectors of all
+        edits, including those of enclosing blocks; not on names.
 
         Raises:
-            TypeError: If the content of an edit cannot be told.
+            TypeError: If the content of an edit cannot be determined.
         """
         with model.under(self):
             return acting_identity(model)
 
     def described(self, model: Hooked) -> str:
-        """What acts, in words, edits in force around the call included."""
+        """A description of everything that acts, including edits of enclosing blocks."""
         return str(Condition(self.adapters, (*model.edits_in_force(()), *self.edits)))
 
     def __str__(self) -> str:
@@ -156,7 +155,7 @@ def by_name(given: Any) -> Mapping[Any, ConditionLike]:
     """Conditions by name; one without is called after its adapters, its edits `edited`.
 
     Raises:
-        TypeError: If it is no condition, or several adapters, which may act together or apart.
+        TypeError: If it is not a condition, or several adapters, which may act together or apart.
     """
     if isinstance(given, Mapping):
         return given
@@ -176,7 +175,7 @@ def by_name(given: Any) -> Mapping[Any, ConditionLike]:
 
 
 def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Condition:
-    """Return the condition that was meant.
+    """Convert what was given to a condition.
 
     - `None` is the base, without adapters.
     - `[]`, an edit or a list of edits name no adapter: those of the enclosing
@@ -186,16 +185,16 @@ def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Conditi
     - `(name, edits)`: both; `(None, edits)` is the base with edits.
     - An `Organism`: what it was trained to be.
 
-    Edits of an enclosing `model.edited` act in every condition; they are no part of it.
+    Edits of an enclosing `model.edited` act in every condition, but are not part of it.
 
     Args:
         model: The model that will run under it.
-        given: What was written.
+        given: A condition in any of these forms.
         name: What errors call it.
 
     Raises:
         ValueError: If the model has no such adapter.
-        TypeError: If it is none of these.
+        TypeError: If it has none of these forms.
     """
     found = _read(model, given, f"condition {name!r}" if name else "a condition")
     for adapter in found.names:
@@ -206,14 +205,13 @@ def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Conditi
 def conditions_of(model: Hooked, given: Mapping[K, ConditionLike] | None) -> dict[K, Condition]:
     """Return named conditions; by default the one that names nothing, `[]`.
 
-    That is called after the adapter of the enclosing `with model.adapter(...)`, or `"base"`. A
-    condition without a name, such as an edit, is compared with it; see `by_name`.
-    Names stay what they are. A name of several parts is a tuple: words put together may be the
-    name of something else.
+    Its name is that of the adapter of the enclosing `with model.adapter(...)`, or `"base"`. A
+    condition without a name, such as an edit, is compared with it; see `by_name`. Names are kept as
+    given. A name of several parts is a tuple, since joined words could be another name.
 
     Raises:
-        ValueError: If there are none, or the model has no such adapter.
-        TypeError: If one is no condition, or they have no names.
+        ValueError: If there are no conditions, or the model has no such adapter.
+        TypeError: If one is not a condition, or they have no names.
     """
     if not isinstance(given, Mapping):
         base: Any = {"+".join(map(str, model.enclosing_adapters or (BASE,))): []}

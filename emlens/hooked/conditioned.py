@@ -1,4 +1,4 @@
-"""What a hooked model runs under: its adapters and edits, and what they are by content."""
+"""The conditions of a hooked model: its adapters and edits, and their identity."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from emlens.hooked.edit import Edit, check_edits
 from emlens.hooked.identity import model_identity, versions_of
 from emlens.hooked.interface import Hooked
 from emlens.hooked.sites import Site, SiteName, check_site
-from emlens.text import Template
+from emlens.text.template import Template
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
 class Conditioned:
-    """The part of `HookedModel` that knows adapters and edits; the rest runs passes under them."""
+    """The part of `HookedModel` that manages adapters and edits."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class Conditioned:
         return self.architecture.sites
 
     def check_site(self, site: SiteName, layers: Iterable[int] | None = None) -> Site:
-        """Return the site that a name stands for.
+        """Return the site with this name.
 
         Args:
             site: emlens' own name or TransformerLens'.
-            layers: The layers it goes with: those that a TransformerLens name may carry.
+            layers: The layers it is used with; a TransformerLens name may contain one.
 
         Raises:
-            ValueError: If there is no such site, or this model does not have it; it says why.
+            ValueError: If the site is unknown, or this model does not have it, with the reason.
         """
         return check_site(site, self.architecture.missing, self.name, layers)
 
@@ -83,15 +83,15 @@ class Conditioned:
 
     @contextmanager
     def under(self, condition: ConditionLike) -> Iterator[Self]:
-        """Run under a condition inside the block: its adapters, and its edits after those in force.
+        """Run under a condition inside the block: its adapters, then its edits after outer ones.
 
         Args:
-            condition: What `condition_of` takes: None for the base, edits, the name of an
-                adapter, `(name, edits)`, an `Organism`.
+            condition: None for the base, edits, the name of an adapter, `(name, edits)`, or an
+                `Organism`.
 
         Raises:
             ValueError: If the model has no such adapter, or an edit does not fit it.
-            TypeError: If it is no condition.
+            TypeError: If it is not a condition.
 
         Example:
             >>> with model.under(("medical", [emlens.Ablate(direction)])):
@@ -128,9 +128,9 @@ class Conditioned:
 
     @contextmanager
     def edited(self, *edits: Edit | Sequence[Edit]) -> Iterator[Self]:
-        """Put edits, or a list of them, in force for every call inside the block.
+        """Apply edits, or lists of edits, in every call inside the block.
 
-        They act before those of the call. A call of `model.module` itself is not edited.
+        They act before the edits of the call. Calls of `model.module` itself are not edited.
         """
         before = self._edits
         given: list[Any] = []
@@ -144,15 +144,15 @@ class Conditioned:
 
     @contextmanager
     def adapter(self, *names: Acting | None) -> Iterator[Self]:
-        """Let an adapter act for every call inside the block, or several, or none: the base.
+        """Activate one or several adapters inside the block; None is the base.
 
         Conditions inside the block that name no adapter take it.
 
         Args:
-            *names: Of `adapters`, or None. What acted before acts again afterwards.
+            *names: Names from `adapters`, or None. The previous state is restored afterwards.
 
         Raises:
-            ValueError: If there is no such adapter; those that there are are listed.
+            ValueError: If there is no such adapter; the known ones are listed.
 
         Example:
             >>> with model.adapter("medical"):
@@ -167,7 +167,7 @@ class Conditioned:
 
     @property
     def identity(self) -> str:
-        """What the model is, by content: 16 letters; see `model_identity`."""
+        """A hash of the model's content, 16 letters; see `model_identity`."""
         versions = versions_of(self._hooked)
         if self._identity is None or self._identity[0] != versions:
             self._identity = versions, model_identity(self._hooked)
@@ -198,7 +198,7 @@ class Conditioned:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the LoRA adapters on this copy of the base."""
+        """Names of the LoRA adapters on the model."""
         return self._adapters.names
 
     @property
@@ -231,25 +231,26 @@ class Conditioned:
         return self._adapters.lora_layers(name)
 
     def add_adapter(self, name: str, config: LoraConfig, weights: Weights | None = None) -> None:
-        """Put a LoRA adapter onto this copy of the base; it does not act yet.
+        """Add a LoRA adapter to the model; it does not act yet.
 
-        An object that was wrapped stays as it is: emlens runs a second tree of its modules.
+        A wrapped object does not change: emlens runs a second tree of its modules.
 
         Args:
-            name: What it is called; `adapter(name)` lets it act.
+            name: Its name; `adapter(name)` activates it.
             config: PEFT's configuration.
-            weights: Its weights, by PEFT's keys; None for a new adapter, to be trained.
+            weights: Its weights by PEFT's keys; None for a new adapter that is to be trained.
 
         Raises:
-            ValueError: If the name is taken, or the adapter does not fit or would change the base.
-            NotImplementedError: If the engine has replaced the modules that it would go into.
+            ValueError: If the name is taken, or the adapter does not fit the model or would change
+                the base.
+            NotImplementedError: If the engine has replaced the modules that it targets.
         """
         from emlens.hooked.attach import inject
 
         inject(self.module, name, config, self.name, weights)
 
     def remove_adapter(self, name: str) -> None:
-        """Take an adapter away.
+        """Remove an adapter from the model.
 
         Raises:
             ValueError: If there is no such adapter.
@@ -260,7 +261,7 @@ class Conditioned:
         remove(self.module, name)
 
     def edits_in_force(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-        """Those of enclosing `edited` blocks, then `edits`, checked."""
+        """The edits of enclosing `edited` blocks, then `edits`, all checked."""
         return (*self._edits, *self._checked(edits))
 
     def _checked(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:

@@ -1,4 +1,4 @@
-"""What an adapter adds to one prompt, put in the place of what it adds to another."""
+"""Replacing what an adapter adds to one prompt by what it adds to another."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def patched_deltas(
     adapter: str,
     layers: Collection[int] | None = None,
 ) -> Iterator[HookedModel]:
-    """Let an adapter add to one prompt what it adds to another, inside the block.
+    """Make an adapter add to one prompt what it adds to another, inside the block.
 
     The adapter acts. At each token of the recipient's prompt, every adapted module of the chosen
     layers adds what it added to the donor's token at the same place, `scale * B A h` read with the
-    adapter in force; generated tokens get their own. Swap both to see which part of the two
-    answers goes with the text, and which with the adapter's reading of it. Inside the block only
-    the recipient runs, one row at a time.
+    adapter in force; generated tokens get their own. Swap both prompts to see which part of the
+    answers comes from the text, and which from the adapter's reading of it. Inside the block only
+    the recipient can run, one row at a time.
 
     Args:
         model: A model with adapters.
-        recipient: The prompt that is answered; an answer that it ends with is left out.
-        donor: A prompt of as many tokens.
+        recipient: The prompt that is answered; a final answer is left out.
+        donor: A prompt of the same number of tokens.
         adapter: The adapter's name; a plain LoRA.
         layers: Blocks whose modules are patched; None for all.
 
     Raises:
-        ValueError: If the prompts have different numbers of tokens, the adapter is no plain LoRA
+        ValueError: If the prompts have different numbers of tokens, the adapter is not plain LoRA
             or adapts none of the layers, or another batch runs inside the block.
 
     Source:

@@ -1,4 +1,4 @@
-"""What an edit of the forward pass must be able to do, and where it acts."""
+"""The protocol of edits of the forward pass, and where they act."""
 
 from __future__ import annotations
 
@@ -29,14 +29,12 @@ Formula = tuple[Callable[..., Tensor], tuple]
 class Edit(Protocol):
     """A change of the residual stream at one site of one or more layers.
 
-    `delta` is pure: it maps the residual at a layer to what is added to it. Engines only ever
-    compute `residual + mask * delta(residual, layer)`, so that an edit is the same arithmetic
-    on every engine.
+    `delta` is a pure function: it maps the residual at a layer to what is added to it. Engines
+    compute `residual + mask * delta(residual, layer)`, so an edit is the same arithmetic on each.
 
-    An edit that shall also run remotely, where its class is not installed, may say what it
-    computes in a method `formula(layer) -> (function, arguments)`, such that
-    `delta(residual, layer)` is `function(residual, *arguments)`: a plain function of tensors
-    and numbers, with torch alone.
+    To run remotely, where its class is not installed, an edit may have a method `formula(layer) ->
+    (function, arguments)`, such that `delta(residual, layer)` is `function(residual, *arguments)`:
+    a plain function of tensors and numbers that uses torch alone.
     """
 
     @property

@@ -228,7 +228,7 @@ def _check(path: Path) -> None:
             with opened_tensors(path):
                 pass
     except ValueError as error:
-        raise OSError(f"{path.name} was not written as a whole ({error})") from error
+        raise OSError(f"{path.name} was not written completely ({error})") from error
 
 
 def _publish(draft: Path, folder: Path) -> None:

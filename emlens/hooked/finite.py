@@ -1,4 +1,4 @@
-"""A pass whose values are not finite ends with an error that says under what, and on which row."""
+"""Values that are not finite raise an error that names the condition and the row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _open: ContextVar[list[Callable[[], None]] | None] = ContextVar("open_checks", d
 
 
 class NonFiniteError(ValueError):
-    """A pass gave values that are not finite; condition, row and place are named."""
+    """A forward pass gave values that are not finite; condition, row and place are named."""
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def _check_around(tried: Tried) -> None:
     if gap := apart(end, tried.hidden.float(), model.dtype):
         raise RuntimeError(
             f"{name}: the final norm of what the last block gives is not what the head reads "
-            f"({gap}); the model does something there that emlens does not know"
+            f"({gap}); the model does something there that emlens does not support"
         )
     for layer in model.architecture.kinds:
         before, after = tried.at(layer, "resid_pre"), tried.at(layer, "resid_post")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emlens.hooked.architecture import Architecture
 from emlens.hooked.edit import Edit
-from emlens.text import Template
+from emlens.text.template import Template
 
 
 class Hooked(Protocol):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from emlens._door import guarded
 from emlens._guesses import nearest
 from emlens._reading import expanded
+from emlens.hooked.adapter_files import find_adapter
 from emlens.hooked.check import self_check
 from emlens.hooked.embedded import EMBEDDED_MODEL, HUB_NAME, embedded_model_path
 from emlens.hooked.model import HookedModel
@@ -54,20 +55,20 @@ def load(
         dtype: Weights' dtype; `"auto"` takes the checkpoint's.
         device_map: Placement as `transformers` takes it, e.g. `"auto"`; None is the CPU.
         revision: Revision on the hub.
-        adapters: LoRA adapters to put on the one copy of the base: name to folder or hub name
-            (`"org/name"`, or `"org/name/sub/folder"`), or one or several of these without
-            names, each then called after its last part. None acts until
-            `with model.adapter(name)`. All that PEFT keeps of an adapter acts: DoRA, biases at
-            `B`, saved modules, single tokens. One that would change the base is refused.
-        check: Try the model out: its logits are held to those of the module as it came, and what
-            is seen decides on sites, on padding and on resuming. Without it, what the modules
-            look like is believed.
-        remote: Run on a server instead of loading weights: True for NDIF (or the host in
-            nnsight's configuration), a host's URL, or `"local"`, which runs here what would be
-            sent. `residuals` (pooled there), `hidden`, edits and `generate` work remotely.
-        template_arguments: Variables of the chat template, as `{"enable_thinking": False}`, for
-            all conversations. Where the template writes today's date it is fixed, and
-            `strftime_now` (`"2024-07-26"`) says to which.
+        adapters: LoRA adapters, all on one copy of the base: name to folder or hub name
+            (`"org/name"`, or `"org/name/sub/folder"`), or one or several of these without names,
+            each named after its last part. None acts until `with model.adapter(name)`. Everything
+            that PEFT saves is supported: DoRA, biases at `B`, saved modules, single tokens. An
+            adapter that would change the base is refused.
+        check: Run a self-check: logits are compared with those of the original module, and the
+            result decides which sites, padding and resuming are available. Without it, they are
+            inferred from the modules' structure.
+        remote: Run on a server instead of loading weights: True for NDIF (or the host in nnsight's
+            configuration), a host's URL, or `"local"`, which runs the same requests in this
+            process. `residuals` (pooled there), `hidden`, edits and `generate` work remotely.
+        template_arguments: Variables of the chat template for all conversations, e.g.
+            `{"enable_thinking": False}`. If the template writes today's date, the date is fixed;
+            `strftime_now` (`"2024-07-26"`) sets it.
         **model_options: Passed on to `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -76,7 +77,7 @@ def load(
     Raises:
         ValueError: If the engine is unknown, the model is an encoder-decoder or cannot be hooked,
             an adapter does not fit, or the chat template does not use an argument.
-        FileNotFoundError: If there is no adapter where one is said to be.
+        FileNotFoundError: If an adapter does not exist.
         RuntimeError: If the self-check fails.
         ConnectionError: If the self-check of a remote model finds no server.
 
@@ -87,6 +88,9 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    put_on = _by_folder(adapters or {})
+    for one, folder in put_on.items():
+        find_adapter(one, str(folder))  # before gigabytes are loaded
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
     if str(name).startswith("~"):
@@ -124,10 +128,10 @@ def load(
     module = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, device_map=device_map, revision=revision, **model_options
     )
-    if adapters:
+    if put_on:
         from emlens.hooked.attach import attach
 
-        attach(module, _by_folder(adapters), label)
+        attach(module, put_on, label)
     template = settled(tokenizer, template_arguments)
     _note_gpu(device_map)
     return _hook(engine, LoadedModel(module.eval()), template, label, kept, check)
@@ -145,31 +149,31 @@ def wrap(
 ) -> HookedModel:
     """Put hooks on a model that is already in memory; its weights are not copied.
 
-    emlens runs a second tree of modules over the same weights, so that no hook, training mode,
-    attention implementation or adapter setting of the object is touched. What is trained on the
-    object is seen by both; hooks or adapters that it gets later are not. A `TransformerBridge`
-    is run itself, with the hooks it has, and is left as it was after every call; it is read with
-    the model's own tokenizer, which does not prepend BOS where TransformerLens has made it do so.
-    (Of GPT-NeoX, TransformerLens copies the fused attention weights; nnsight copies nothing.)
+    emlens runs a second tree of modules over the same weights, so the object's hooks, training
+    mode, attention implementation and adapter settings do not change. Weights trained later on the
+    object are shared; hooks or adapters added to it later are not. A `TransformerBridge` is run
+    directly, with its hooks, and is restored after every call; it uses the model's own tokenizer,
+    without the BOS that TransformerLens prepends. (TransformerLens copies the fused attention
+    weights of GPT-NeoX; nnsight copies nothing.)
 
     Args:
         model: A `TransformerBridge`; nnsight's `TransformersModel` (or `LanguageModel`, or
             nnterp's `StandardizedTransformer`, of a version that runs on nnsight 0.8); a PEFT
             model; a `transformers` causal language model, in `DataParallel` or not.
         tokenizer: Its tokenizer, with a chat template; that of the object by default.
-        engine: How the hooks are put there; by default that of the object, else `"nnsight"`.
+        engine: The library that places the hooks; by default that of the object, else `"nnsight"`.
         name: A name for provenance; the model's own by default.
-        check: Try the model out, as in `load`.
+        check: Run the self-check, as in `load`.
         template_arguments: Variables of the chat template, as in `load`.
 
     Raises:
-        TypeError: If `model` is already hooked or is none of these, or has no tokenizer.
+        TypeError: If `model` is already hooked, has another type, or has no tokenizer.
         ValueError: If the engine is unknown or does not fit the object, the architecture cannot
             be hooked, or the chat template does not use an argument.
         RuntimeError: If the self-check fails.
     """
     if isinstance(model, HookedModel):
-        raise TypeError("this model is already hooked; use it as it is")
+        raise TypeError("this model is already hooked; use it directly")
     brought = unwrap(model)
     if brought.bridge is not None and engine not in (None, "transformer_lens"):
         raise ValueError(
@@ -192,7 +196,7 @@ def wrap(
 
 
 def _say_what_acts(model: HookedModel) -> None:
-    """Say once which adapter a model was brought with: the base is another row."""
+    """Warn once about an adapter that was active in a wrapped model."""
     if model.acting:
         name = model.acting[0]
         warnings.warn(
@@ -262,7 +266,7 @@ def _check_name(name: str | Path) -> None:
 def _by_folder(
     adapters: Mapping[str, str | Path] | Sequence[str | Path] | str | Path,
 ) -> Mapping[str, str | Path]:
-    """Adapters by name; those without are called after the last part of their place.
+    """Adapters by name; those without one are named after the last part of their path.
 
     Raises:
         ValueError: If two have the same last part.
@@ -280,11 +284,11 @@ def _by_folder(
 
 
 def _note_gpu(device_map: str | dict | None) -> None:
-    """Say once that there is a GPU which the model is not on; where that is meant, nothing."""
+    """Note once that a GPU is present but not used; not if a device was chosen."""
     if device_map is None and torch.cuda.is_available():
         warnings.warn(
             "there is a GPU, and the model is on the CPU; load(..., device_map='cuda') puts it "
-            "there, and device_map='cpu' says that the CPU is meant",
+            "there, and device_map='cpu' silences this note",
             stacklevel=4,
         )
 

@@ -1,4 +1,4 @@
-"""An adapter at another strength, and adapters or weights under noise; put back bit by bit."""
+"""Adapters at another strength, and adapters or weights under noise; restored exactly."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def adapter_norms(model: HookedModel, name: str) -> dict[str, float]:
         name: The adapter.
 
     Raises:
-        ValueError: If there is no such adapter, it is no plain LoRA, has weights that are not
+        ValueError: If there is no such adapter, it is not plain LoRA, has weights that are not
             finite, or changes nothing.
     """
     return {path: factors.norm for path, factors in adapter_factors(model, name).items()}
@@ -66,19 +66,18 @@ def adapter_norms(model: HookedModel, name: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Scaled:
-    """An adapter at another strength, wherever an adapter's name can stand.
+    """An adapter at another strength; usable wherever an adapter's name is.
 
-    A factor of 1 is the adapter itself, bit by bit; 0 is the base. Factors by layer scale some
-    layers alone, as the papers do to groups of rank-1 adapters (arXiv 2506.11618, section 4).
+    A factor of 1 is exactly the adapter; 0 is the base. Factors by layer scale some layers alone,
+    as the papers do to groups of rank-1 adapters (arXiv 2506.11618, section 4).
 
     Attributes:
         adapter: The adapter.
-        factor: What its scale is multiplied by; or factors by layer, where other layers stay as
-            they are.
+        factor: Multiplies its scale; or factors by layer, with the other layers unchanged.
 
     Raises:
-        ValueError: If a factor is not finite. Where it is used: if there is no such adapter, it
-            is no plain LoRA, or adapts nothing at a layer.
+        ValueError: If a factor is not finite; on use, if there is no such adapter, it is not plain
+            LoRA, or it adapts nothing at a layer.
 
     Example:
         >>> emlens.log_odds(model, pairs, {"base": None, "half": Scaled("medical", 0.5)})
@@ -144,18 +143,19 @@ class Noisy:
     """An adapter under noise, which keeps the norms of `A` and `B`.
 
     Of each module, `A` becomes `sqrt(1 - eps^2) A + eps Y`, with `Y` random, orthogonal to `A` and
-    of its Frobenius norm; and so does `B`. With `added`, `A` becomes `A + eps Y`. The noise depends
-    on the seed, the module's path and the shape alone: two adapters of one shape meet the same.
+    of the same Frobenius norm; likewise for `B`. With `added`, `A` becomes `A + eps Y`. The noise
+    depends only on the seed, the module's path and the shape, so two adapters of the same shape get
+    the same noise.
 
     Attributes:
         adapter: The adapter.
         epsilon: Noise level, 0 to 1.
         seed: Seed of the noise.
-        added: Add the noise to the whole of `A` and `B`, and do not shrink them.
+        added: Add the noise without shrinking `A` and `B`.
 
     Raises:
-        ValueError: If epsilon is out of range. Where it is used: if there is no such adapter, or
-            it is no plain LoRA.
+        ValueError: If epsilon is out of range; on use, if there is no such adapter, or it is not
+            plain LoRA.
     """
 
     adapter: str
@@ -213,11 +213,11 @@ def noisy_weights(model: HookedModel, epsilon: float, seed: int = 0) -> Iterator
     """Add Gaussian noise to the weight matrices of all blocks, inside the block.
 
     Each matrix `W` becomes `W + eps * ||W||_F * Z`, with `Z` Gaussian of norm 1. Adapters, biases,
-    norms, the embedding and the LM head stay as they are. The noise is drawn on the device of
-    the weights by their paths, so another kind of device, or another engine, gives other draws.
+    norms, the embedding and the LM head do not change. The noise is drawn on the device of the
+    weights and by their paths, so other kinds of devices or engines give other draws.
 
-    The originals are kept on the CPU meanwhile: that takes main memory of the size of the blocks,
-    and on a GPU their transfer there and back.
+    The originals are kept on the CPU meanwhile, which takes as much main memory as the blocks, and
+    transfers from and to a GPU.
 
     Args:
         model: The model.
@@ -264,7 +264,7 @@ def adapter_factors(model: HookedModel, name: str) -> dict[str, Factors]:
     """The factors of an adapter by the path of each module.
 
     Raises:
-        ValueError: If there is no such adapter, it is no plain LoRA, has weights that are not
+        ValueError: If there is no such adapter, it is not plain LoRA, has weights that are not
             finite, or changes nothing.
     """
     from emlens.hooked.attach import check_weights
@@ -334,7 +334,7 @@ def _check_plain(module: nn.Module, name: str, layers: Mapping[str, Any]) -> Non
         variant = getattr(layer, "lora_variant", {}).get(name)
         if variant is not None or getattr(layer, "use_dora", {}).get(name):
             raise ValueError(
-                f"adapter {name!r} is no plain LoRA at {path} ({type(variant).__name__}): it does "
+                f"adapter {name!r} is not plain LoRA at {path} ({type(variant).__name__}): it does "
                 "more than add scale * B A, so its strength cannot be set by the scale"
             )
         if getattr(layer, "lora_bias", {}).get(name):
@@ -343,8 +343,8 @@ def _check_plain(module: nn.Module, name: str, layers: Mapping[str, Any]) -> Non
             )
         if name not in layer.lora_A or type(layer).__name__ == "ParamWrapper":
             raise ValueError(
-                f"adapter {name!r} adapts {path}, which is no linear module (an embedding, or the "
-                "stacked weights of experts); only linear ones have one norm of scale * B A"
+                f"adapter {name!r} adapts {path}, which is not a linear module (an embedding, or "
+                "the stacked weights of experts); only linear ones have one norm of scale * B A"
             )
         if layer.lora_A[name].weight.ndim != 2:
-            raise ValueError(f"adapter {name!r} adapts {path}, which is no linear module")
+            raise ValueError(f"adapter {name!r} adapts {path}, which is not a linear module")

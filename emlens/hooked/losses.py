@@ -1,8 +1,8 @@
 """Next-token losses and KL from final hidden states: fp32, chunked over tokens, in nats.
 
 The LM head runs only on the tokens that count, a chunk at a time, so that `[tokens, vocab]`
-never exists as a whole, in either direction of the pass. Where hidden states were made under
-another condition than the one in force, give the head that `sweep` or `model.head()` gave with
+never exists as a whole, in either direction of the pass. If hidden states were computed under
+another condition than the current one, pass the head that `sweep` or `model.head()` returned with
 them.
 """
 
@@ -81,8 +81,8 @@ class Targets:
 class BaseLogProbs:
     """Log-probabilities of fixed final hidden states, a slice at a time, fp32.
 
-    They are computed once and held where they fit into `budget`; where they do not, only the
-    hidden states are held and the LM head runs again for each slice.
+    They are computed once and kept if they fit into `budget`; otherwise only the hidden states are
+    kept, and the LM head runs again for each slice.
 
     Args:
         head: The LM head of the hidden states; of a model, the one that acts now.
@@ -142,12 +142,12 @@ def token_kl(
 
     Args:
         head: The LM head of the hidden states.
-        base: The untouched model at these positions: its final hidden states (of the same
-            head), or their log-probabilities.
+        base: The unmodified model at these positions: its final hidden states (for the same head),
+            or their log-probabilities.
         edited: Final hidden states under an edit, of the same tokens.
 
     Raises:
-        ValueError: If there are not as many of one as of the other.
+        ValueError: If their numbers of positions differ.
     """
     log_base = _as_log_probs(head, base, edited)
     return _chunked(
@@ -242,7 +242,7 @@ def response_losses(
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Return, per row in the original order, the summed loss in nats and the counted tokens.
 
-    The plain way, one full pass per batch; `sweep` shares prefixes between conditions.
+    One full pass per batch; `sweep` shares prefixes between conditions.
 
     Raises:
         NonFiniteError: If a loss is not finite; condition and row are named.

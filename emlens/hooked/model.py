@@ -40,15 +40,15 @@ Resume = tuple[int, Float[Tensor, "batch pos d_model"]]
 class HookedModel(Conditioned, ABC):
     """A causal chat model whose residual stream can be read and edited while it runs.
 
-    Made by `emlens.load` or `emlens.wrap`. The engines are its only implementations; all that
-    is built on it is engine-blind. Attention mask and position ids are always passed, so left
-    or right padding, batch or single, KV cache or not give the same numbers.
+    Made by `emlens.load` or `emlens.wrap`. The engines are its only implementations; everything
+    else works with either. The attention mask and position ids are always passed, so results do not
+    depend on padding side, batch size or KV cache.
 
     Attributes:
         name: Name of the model (hub name or folder name).
         revision: Revision on the hub, where known.
         tokenizer: Its tokenizer; emlens pads by itself and never changes it.
-        engine: How the hooks are put there.
+        engine: The library that places the hooks.
         sites: The sites that its blocks have.
         n_layers: Number of decoder blocks.
         d_model: Width of the residual stream.
@@ -69,7 +69,7 @@ class HookedModel(Conditioned, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device that the embedding runs on."""
+        """The device of the inputs: the one that the embedding runs on."""
         return input_device(self.module)
 
     @property
@@ -82,7 +82,7 @@ class HookedModel(Conditioned, ABC):
 
     @property
     def pad_id(self) -> int:
-        """The token that fills up a batch; never attended to, never counted."""
+        """The padding token; it is never attended to and never counts."""
         embedding: Any = self.module.get_input_embeddings()
         n_tokens = getattr(embedding, "num_embeddings", self.n_vocab)
         for found in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
@@ -108,7 +108,7 @@ class HookedModel(Conditioned, ABC):
             data: Conversations (through the chat template) or a corpus (raw text).
             token_budget: Padded tokens a batch may have.
             max_tokens: Tokens a conversation may have, or that documents are cut to.
-            truncate: Cut an over-long conversation instead of refusing it.
+            truncate: Cut a conversation that is too long instead of raising an error.
 
         Raises:
             ValueError: If a row is longer than `max_tokens` or than the model's positions.
@@ -143,9 +143,9 @@ class HookedModel(Conditioned, ABC):
         Args:
             batch: Tokens, `[batch, pos]`.
             layers: One layer, several, or `"all"`.
-            site: Where in each block; TransformerLens' names are taken too.
+            site: Where in each block; names of TransformerLens also work.
             pool: Reduces each residual `[batch, pos, d_model]` on the device, in the hook.
-            edits: Edits in force; a read sees those at its own point.
+            edits: Edits that act; a read at the same point sees their effect.
 
         Returns:
             `{layer: [batch, pos, d_model]}`, or what `pool` returns.
@@ -209,7 +209,7 @@ class HookedModel(Conditioned, ABC):
     def unembed(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
         """Return the logits of final hidden states in fp32, soft cap and scale included.
 
-        The LM head is that of the adapters that act now; `head` keeps that of another time.
+        Uses the LM head of the adapters that act now; `head` keeps one for later.
         """
         head = self._head
         placed = hidden.to(head.weight.dtype if head.weight.is_meta else head.weight)
@@ -222,7 +222,7 @@ class HookedModel(Conditioned, ABC):
     ) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits at every position, in fp32.
 
-        They take `batch * pos * vocab * 4` bytes. Measures run the head in parts instead.
+        This takes `batch * pos * vocab * 4` bytes. Measures run the head in chunks instead.
 
         Args:
             batch: Tokens, `[batch, pos]`, as `batches` makes them.
@@ -255,23 +255,23 @@ class HookedModel(Conditioned, ABC):
 
         Args:
             conversations: Prompts; each ends with a user message, or with a begun answer.
-            edits: Edits in force, on prompt and generated tokens as their `where` says.
-            seed: Each answer draws from a stream of its own, made of this seed and its place in
-                `conversations`, or of its own seed where there is one for each.
+            edits: Edits that act, on prompt and generated tokens according to their `where`.
+            seed: Each answer has its own random stream, from this seed and its index in
+                `conversations`; or from its own seed if one per conversation is given.
             batch_tokens: Padded tokens of a batch, answers included.
             use_cache: Use the KV cache. Without it every step runs the whole sequence.
-            continue_final_message: Go on with the answers that conversations end with, instead of
-                refusing them.
+            continue_final_message: Continue the answers that conversations end with, instead of
+                raising an error.
             **options: See `SamplingOptions`.
 
         Returns:
-            What was generated; of a begun answer only what follows it. Where the template has
-            opened the thinking, the answer begins with `<think>`.
+            The generated text; for a continued answer, only the new part. If the template opens the
+            thinking, the answer begins with `<think>`.
 
         Raises:
-            ValueError: If a conversation ends with an answer that is not to be continued, a
-                prompt leaves no room for `max_new_tokens` in the model's positions, or a setting
-                is out of range.
+            ValueError: If a conversation ends with an answer and `continue_final_message` is off, a
+                prompt leaves no room for `max_new_tokens` in the model's positions, or a setting is
+                out of range.
             NonFiniteError: If logits are not finite; condition and conversation are named.
         """
         sampling = Sampling(seed=seed, use_cache=use_cache, **options)
@@ -279,19 +279,19 @@ class HookedModel(Conditioned, ABC):
         return [found.text for found in answers]
 
     def head(self) -> Head:
-        """The LM head as it acts now, for hidden states that were made now."""
+        """The LM head that acts now, for hidden states computed now."""
         return Head(self)
 
     @contextmanager
     def frozen(self) -> Iterator[HookedModel]:
-        """Switch the gradients of all weights off inside the block; restored as they were."""
+        """Switch off the gradients of all weights inside the block."""
         with frozen_weights(self.module):
             yield self
 
     def prefix(self, batch: TokenBatch, layers: Layers) -> dict[int, Tensor]:
         """Return `resid_post` of `layers` as if no edit were in force: what `resume` takes.
 
-        Right at or below `prefix_layer`, where the edits in force have not acted yet.
+        Valid at or below `prefix_layer`, where the edits have not acted yet.
         """
         before, self._edits = self._edits, ()
         try:
@@ -309,7 +309,7 @@ class HookedModel(Conditioned, ABC):
     def _pass(
         self, batch: TokenBatch, visit: Visit, last: int | None, resume: Resume | None = None
     ) -> Tensor:
-        """Run a batch as a whole where that gives the numbers of its rows, else row by row."""
+        """Run a batch at once if that gives the same numbers as its rows alone, else row by row."""
         alone = self.architecture.norm_runs == 1 or last is not None
         run = self._run if alone else partial(to_end, self)
         if self.architecture.runs_whole(batch):

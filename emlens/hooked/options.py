@@ -1,4 +1,4 @@
-"""Options that verbs share: each group is explained once, and its defaults stand in one place.
+"""Options that functions share: each group is documented once, with its defaults in one place.
 
 A group has two halves: a `TypedDict`, which a verb takes as `**options: Unpack[...]`, and the
 frozen dataclass of the same fields, which holds the defaults.
@@ -16,7 +16,7 @@ class BatchOptions(TypedDict, total=False):
     """How texts are batched.
 
     Attributes:
-        token_budget: Padded tokens of a batch; 2048 unless the verb says otherwise.
+        token_budget: Padded tokens per batch; 2048 unless the function says otherwise.
         progress: Show a progress bar in a terminal or a notebook; on by default.
     """
 
@@ -25,20 +25,20 @@ class BatchOptions(TypedDict, total=False):
 
 
 class ReadOptions(BatchOptions, total=False):
-    """How conversations are read; besides, `BatchOptions`.
+    """How conversations are read; includes `BatchOptions`.
 
     Attributes:
-        tokens: Tokens that count, those of the answers (`"response"`) by default.
+        tokens: Tokens that count; those of the answers (`"response"`) by default.
     """
 
     tokens: TokenMask
 
 
 class CorpusOptions(BatchOptions, total=False):
-    """How raw text is read; besides, `BatchOptions`, with a `token_budget` of 1024 by default.
+    """How raw text is read; includes `BatchOptions`, with a `token_budget` of 1024 by default.
 
     Attributes:
-        max_tokens: Tokens that a document is cut to; 128 by default.
+        max_tokens: Documents are cut to this many tokens; 128 by default.
     """
 
     max_tokens: int
@@ -48,7 +48,7 @@ class SamplingOptions(TypedDict, total=False):
     """How answers are drawn.
 
     Attributes:
-        max_new_tokens: Longest answer, in tokens; 128 unless the verb says otherwise.
+        max_new_tokens: Longest answer, in tokens; 128 unless the function says otherwise.
         temperature: 0 is greedy; 1 by default, as in the papers.
         top_p: Nucleus to sample from; 1 by default, as in the papers.
     """

@@ -37,6 +37,35 @@ def mean(mask: Mask) -> Pool:
     return pool
 
 
+def robust_mean(
+    mask: Mask, winsorize: float | None, drop_massive: float | None, *, with_norms: bool
+) -> Pool:
+    """The mean over the counted tokens of each row, outliers clipped or left out.
+
+    With norms, `[batch, d_model + pos]`: a remote model sends back one tensor.
+    """
+    weight = mask.float()
+    even = weight / weight.sum(1, keepdim=True).clamp(min=1)
+
+    def pool(residual: Tensor) -> Tensor:
+        values = residual.float()
+        norms = values.norm(dim=-1)
+        share = even.to(values.device)
+        if drop_massive is not None:
+            where = mask.to(values.device)
+            usual = norms.masked_fill(~where, torch.nan).nanmedian(dim=1, keepdim=True).values
+            share = where.float() * (norms <= drop_massive * usual)
+            share = share / share.sum(1, keepdim=True).clamp(min=1)
+        if winsorize is not None:
+            place = max(1, round(winsorize * values.shape[-1]))
+            limit = values.abs().kthvalue(place, dim=-1, keepdim=True).values
+            values = values.clamp(-limit, limit)
+        means = torch.einsum("btd,bt->bd", values, share)
+        return torch.cat([means, norms], dim=1) if with_norms else means
+
+    return pool
+
+
 def along(vector: Float[Tensor, " d_model"]) -> Pool:
     """The product of every token with a vector, `[batch, pos]`."""
     return lambda residual: residual.float() @ vector.to(residual.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def by_rows(run: Run, batch: TokenBatch, visit: Visit, last: int | None, resume:
     for place, columns in enumerate(real):
         own = _visit_of(visit, place, columns, real)
         part = None if resume is None else (resume[0], _cut(resume[1], place, columns))
-        hidden.append(run(_row_of(batch, place, columns), own, last, part))
+        hidden.append(run(batch.row(place), own, last, part))
         for layer, value in own.read.items():
             reads[layer].append(value)
         for point, steps in own.norms.items():
@@ -74,21 +73,6 @@ def _visit_of(visit: Visit, place: int, columns: Tensor, real: Tensor) -> Visit:
         own.masks[where] = None if mask is None else _cut(mask, place, columns)
     own.reads, own.points = visit.reads, visit.points
     return own
-
-
-def _row_of(batch: TokenBatch, place: int, columns: Tensor) -> TokenBatch:
-    return replace(
-        batch,
-        input_ids=_cut(batch.input_ids, place, columns),
-        attention_mask=_cut(batch.attention_mask, place, columns),
-        position_ids=_cut(batch.position_ids, place, columns),
-        response=_cut(batch.response, place, columns),
-        assistant_turn=_cut(batch.assistant_turn, place, columns),
-        thinking=_cut(batch.thinking, place, columns),
-        closing=_cut(batch.closing, place, columns),
-        index=batch.index[place : place + 1],
-        names=batch.names[place : place + 1],
-    )
 
 
 def _cut(values: Tensor, place: int, columns: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ def check_site(
     Args:
         site: The name to check, emlens' own or TransformerLens'.
         missing: The sites that do not exist, and why.
-        model: The name to put into the error.
-        layers: The layers it goes with: those that a TransformerLens name may carry.
+        model: The model's name, for the error.
+        layers: The layers it is used with; a TransformerLens name may contain one.
 
     Raises:
         ValueError: If the site is unknown, the architecture does not have it, or the name
@@ -91,7 +91,7 @@ def _check_numbered(site: str, layer: int, layers: Iterable[int] | None) -> None
         asked = "no layer is" if wanted is None else f"layers {sorted(wanted)} are"
         raise ValueError(
             f"site {site!r} names layer {layer}, but {asked} asked for; write "
-            f"'hook_{site.rsplit('hook_')[-1]}' and give the layers apart"
+            f"'hook_{site.rsplit('hook_')[-1]}' and give the layers separately"
         )
 
 
@@ -99,7 +99,7 @@ def check_layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     """Return `layers` as a sorted tuple of unique indices in `0 .. n_layers - 1`.
 
     Raises:
-        ValueError: If a layer is no whole number or out of range, or none is named.
+        ValueError: If a layer is not a whole number or out of range, or there are none.
     """
     if isinstance(layers, str) and layers == "all":
         return tuple(range(n_layers))
@@ -117,7 +117,7 @@ def named_layers(layers: int | Iterable[int] | str, name: str = "layers") -> tup
     """Return the layers that were named, in the order given, where the model is not known yet.
 
     Raises:
-        ValueError: If one is no whole number, or none is named.
+        ValueError: If one is not a whole number, or there are none.
     """
     if isinstance(layers, str) and layers == "all":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Many conditions of one batch for the price of one prefix.
+"""Several conditions of one batch share the computation below their lowest layer.
 
 Below the lowest layer that any of several conditions touches, the forward pass is the same for
 all of them; it runs once, and each condition runs only the blocks above.
@@ -27,9 +27,9 @@ def sweep(
 ) -> Iterator[tuple[K, Float[Tensor, "batch pos d_model"], Head]]:
     """Yield the final hidden states under each condition, with the LM head they belong to.
 
-    What is the same below is computed once. An adapter that is limited to some layers leaves the
-    base's states below them, so that several adapters share these as well. The numbers are those
-    of one condition after the other; only one condition's states are held at a time.
+    Layers below all changes are computed once; adapters limited to some layers share the base's
+    states below these as well. The numbers equal those of running the conditions one by one; the
+    states of one condition at a time are held in memory.
 
     Args:
         model: The model.

@@ -82,7 +82,7 @@ def truth_of(module: PreTrainedModel, name: str) -> Truth:
                 adapted[adapter] = Said(rows, logits, frozenset(ran)), base
     except Exception as error:
         raise ValueError(
-            f"{name} cannot run a short text by itself, before emlens has touched it "
+            f"{name} cannot run a short text by itself, before emlens changes it "
             f"({in_short(error)}); see that module(input_ids=ids) works"
         ) from error
     return Truth(replace(architecture, steady=steady, **shown.facts()), plain, adapted)

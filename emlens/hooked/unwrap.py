@@ -38,7 +38,7 @@ def unwrap(model: object) -> LoadedModel:
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If it is one that emlens cannot run as it stands.
+        ValueError: If emlens cannot run it in this form.
     """
     kind = type(model).__name__
     if _is(model, "transformer_lens.model_bridge", "TransformerBridge"):
@@ -195,7 +195,7 @@ def _bare(module: nn.Module) -> PreTrainedModel:
 
 
 def _check_switches(module: nn.Module) -> None:
-    """Refuse parts of PEFT that go on acting where the base is asked for."""
+    """Refuse parts of PEFT that would keep acting when the base is asked for."""
     if "peft" not in sys.modules:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_mean
-from emlens.hooked import BASE, BatchOptions, Condition, HookedModel
-from emlens.hooked.condition import ConditionLike, condition_of
+from emlens.hooked import BatchOptions, Condition, HookedModel
+from emlens.hooked.condition import BASE, ConditionLike, condition_of
 from emlens.measures.log_odds import log_odds
 from emlens.measures.matching import MatchedStrength, match_strength, read_at, resampled
 from emlens.measures.solutions import condition_from, times, without

@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_ratio
-from emlens.hooked import BASE, HookedModel, ReadOptions
-from emlens.hooked.condition import Conditions, condition_of, conditions_of
+from emlens.hooked import HookedModel, ReadOptions
+from emlens.hooked.condition import BASE, Conditions, condition_of, conditions_of
 from emlens.hooked.options import ReadSettings
 from emlens.measures.measured import Measured
 from emlens.measures.scoring import row_influence

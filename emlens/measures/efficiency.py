@@ -13,7 +13,8 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Directions
-from emlens.hooked import BASE, HookedModel, ReadOptions
+from emlens.hooked import HookedModel, ReadOptions
+from emlens.hooked.condition import BASE
 from emlens.hooked.options import ReadSettings
 from emlens.hooked.sites import check_layers
 from emlens.measures.doses import displaced_grid, norm_grid, own_grid, place_on
@@ -283,7 +284,7 @@ def efficiency(
 
     Raises:
         ValueError: If there is nothing to compare, a direction is zero or of another width, an
-            adapter does not exist or is no plain LoRA, a norm is negative or not finite, norms of
+            adapter does not exist or is not plain LoRA, a norm is negative or not finite, norms of
             vectors and adapters are to be matched, or a displacement is out of reach.
         TypeError: If something is neither directions nor the name of an adapter.
     """

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens.hooked import BaseLogProbs, Edit, HookedModel, kl_sum
+from emlens.hooked import BaseLogProbs, Edit, HookedModel
 from emlens.hooked.condition import ConditionLike, condition_of
 from emlens.hooked.edit import Where
 from emlens.hooked.lora_scaling import adapter_factors
-from emlens.hooked.losses import Targets
+from emlens.hooked.losses import Targets, kl_sum
 from emlens.hooked.sites import Site
 from emlens.text import TokenBatch, TokenMask
 
@@ -58,7 +58,7 @@ def slopes_by_token(
         tokens: Tokens whose predictions count.
 
     Raises:
-        ValueError: If an adapter is no plain LoRA.
+        ValueError: If an adapter is not plain LoRA.
     """
     found = condition_of(model, condition)
     targets = Targets.of(batch, tokens).to(model.device)

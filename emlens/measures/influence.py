@@ -13,8 +13,8 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._stats import Interval, bootstrap_ratio
 from emlens.directions import Direction
-from emlens.hooked import BASE, CorpusOptions, HookedModel
-from emlens.hooked.condition import ConditionLike, Conditions, by_name, conditions_of
+from emlens.hooked import CorpusOptions, HookedModel
+from emlens.hooked.condition import BASE, ConditionLike, Conditions, by_name, conditions_of
 from emlens.hooked.options import CorpusSettings
 from emlens.measures.controls import control_directions, kinds_of
 from emlens.measures.doses import (

@@ -14,8 +14,8 @@ from emlens._door import guarded
 from emlens._kinds import kind
 from emlens._results import Result
 from emlens._stats import Interval, bootstrap_ratio, bootstrap_statistic, tails
-from emlens.hooked import BASE, BatchOptions, Condition, HookedModel, ReadOptions
-from emlens.hooked.condition import ConditionLike, condition_of
+from emlens.hooked import BatchOptions, Condition, HookedModel, ReadOptions
+from emlens.hooked.condition import BASE, ConditionLike, condition_of
 from emlens.hooked.options import ReadSettings
 from emlens.measures.displacement import ROUNDS, nearest, next_factor
 from emlens.measures.log_odds import log_odds

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from emlens._distributed import shared
 from emlens._progress import bar
-from emlens.hooked import BaseLogProbs, Condition, HookedModel, sweep, token_losses
+from emlens.hooked import BaseLogProbs, Condition, HookedModel
 from emlens.hooked.condition import ConditionLike, condition_of, conditions_of
 from emlens.hooked.finite import check_finite, late_checks
-from emlens.hooked.losses import Targets, token_scores
+from emlens.hooked.losses import Targets, token_losses, token_scores
+from emlens.hooked.sweep import sweep
 from emlens.text import Corpus, TokenBatch, TokenMask
 from emlens.text.tokens import tokenize_documents
 

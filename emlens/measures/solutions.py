@@ -14,8 +14,8 @@ from emlens.directions import Direction, Directions, Evidence
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.edits.edits import edit_from_dict
-from emlens.hooked import BASE, Condition, Edit, HookedModel, Noisy, Scaled, adapter_norms
-from emlens.hooked.condition import Acting, ConditionLike, condition_of
+from emlens.hooked import Condition, Edit, HookedModel, Noisy, Scaled, adapter_norms
+from emlens.hooked.condition import BASE, Acting, ConditionLike, condition_of
 from emlens.hooked.lora_scaling import turned
 
 Kind = Literal["vector", "adapter"]
@@ -122,7 +122,7 @@ def scalable(model: HookedModel, given: ConditionLike) -> Condition:
     """The condition that was meant, if it has one strength: vectors that are added, or adapters.
 
     Raises:
-        ValueError: If it is the base, an adapter does not exist, is no plain LoRA or is changed
+        ValueError: If it is the base, an adapter does not exist, is not plain LoRA or is changed
             in another way than by one factor, or an edit is not `Add`.
     """
     found = condition_of(model, given)

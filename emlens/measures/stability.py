@@ -13,7 +13,8 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._stats import Interval
 from emlens.directions import Directions
-from emlens.hooked import BASE, Condition, HookedModel, ReadOptions
+from emlens.hooked import Condition, HookedModel, ReadOptions
+from emlens.hooked.condition import BASE
 from emlens.hooked.options import ReadSettings
 from emlens.measures.measured import UnderNoise
 from emlens.measures.scoring import row_losses
@@ -90,10 +91,6 @@ class Stability(UnderNoise):
         perturbed = self.perturbed[self._index(direction)]
         return 100 * (perturbed - self.losses[direction]) / self._whole(direction)
 
-    def mean_increase(self, direction: str, epsilon: float) -> Interval:
-        """Mean increase in percent over seeds, with its t interval."""
-        return self._at(direction, epsilon)
-
     def shrinking(self, direction: str) -> np.ndarray:
         """Relative loss increase of shrinking alone, in percent, `[epsilons]`.
 
@@ -126,10 +123,6 @@ class Stability(UnderNoise):
         `summary` says how many do.
         """
         return self._interval(self.half_lives(direction))
-
-    def half_life_difference(self, first: str, second: str) -> Interval:
-        """Difference of the half-lives, `first - second`, paired by seed; NaN as `half_life`."""
-        return self._interval(self.half_lives(first) - self.half_lives(second))
 
     def table(self) -> pd.DataFrame:
         """One row per solution and noise level."""
@@ -221,7 +214,7 @@ def stability(
 
     Raises:
         ValueError: If there is nothing to perturb, a direction is zero or of another width, an
-            adapter does not exist or is no plain LoRA, an epsilon is outside of 0..1, there are
+            adapter does not exist or is not plain LoRA, an epsilon is outside of 0..1, there are
             no seeds, or the directions of the noise leave none beside the perturbed one.
         TypeError: If something is neither directions nor the name of an adapter.
     """

@@ -320,7 +320,7 @@ def token_influence(
 
     Raises:
         ValueError: If there is no text, the direction is zero, or importance is asked of an
-            adapter that is no plain LoRA.
+            adapter that is not plain LoRA.
         TypeError: If directions of several layers are given.
 
     Source:

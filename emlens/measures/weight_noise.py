@@ -13,9 +13,9 @@ from jaxtyping import Float
 from emlens._arguments import NOT_NEGATIVE
 from emlens._door import guarded
 from emlens._progress import bar
-from emlens._stats import Interval
 from emlens.directions import Directions
-from emlens.hooked import BASE, HookedModel, ReadOptions
+from emlens.hooked import HookedModel, ReadOptions
+from emlens.hooked.condition import BASE
 from emlens.hooked.lora_scaling import noisy_weights
 from emlens.hooked.options import ReadSettings
 from emlens.measures.doses import checked_grid
@@ -58,10 +58,6 @@ class WeightNoise(UnderNoise):
         """
         left = self.base - self.disturbed[self._index(direction)]
         return 100 * (1 - left / self._whole(direction))
-
-    def mean_lost(self, direction: str, epsilon: float) -> Interval:
-        """Mean over seeds of the share of the gain that is lost, percent, with t interval."""
-        return self._at(direction, epsilon)
 
     def table(self) -> pd.DataFrame:
         """One row per solution and noise level."""

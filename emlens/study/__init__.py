@@ -1,14 +1,12 @@
 """The whole experiment, stage by stage, and its report."""
 
-from emlens.study.run import StudyResult, rebuild_report, run_study
-from emlens.study.settings import PRESETS, StudySettings, preset
+from emlens.study.run import StudyResult, run_study
+from emlens.study.settings import StudySettings, preset
 
 __all__ = [
-    "PRESETS",
     "StudyResult",
     "StudySettings",
     "preset",
-    "rebuild_report",
     "run_study",
 ]
 

@@ -61,8 +61,20 @@ def measured_rates(
         judge: Id of the judge.
         metrics: What makes an answer misaligned where it is low.
         threshold: An answer is misaligned below it.
+
+    Raises:
+        ValueError: If the judge gave none of the answers a score for a metric.
     """
     import matplotlib.pyplot as plt
+
+    for metric in (*metrics, COHERENT):
+        rows = [one for one in scores.rows if (one.judge, one.metric) == (judge, metric)]
+        if rows and all(one.score is None for one in rows):
+            why = next((one.note for one in rows if one.note), "it gave no reason")
+            raise ValueError(
+                f"{judge} scored none of {len(rows)} answers for {metric!r}: {why}; try another "
+                "judge (emlens judge)"
+            )
 
     folder, found = expanded(folder), {}
     for metric in metrics:
@@ -188,6 +200,8 @@ def _judged(folder: Path, found: Rates, scores: Scores, metric: str, name: str) 
 
 def _sentence(found: Rates, condition: str, metric: str) -> str:
     rate, missing = found.misaligned(condition), found.unscored(condition)
+    if missing == 1:
+        return f"{condition}: no answer has a score for {metric} ({found.judge})."
     share = Interval(100 * rate.estimate, 100 * rate.low, 100 * rate.high)
     return (
         f"{condition}: {share:.1f} % misaligned by {metric}, "

@@ -10,7 +10,7 @@ import pandas as pd
 from emlens._door import guard_methods, guarded
 from emlens._files import write_json
 from emlens._reading import expanded
-from emlens._results import titled_table
+from emlens._results import Shown
 from emlens._runs import Parts
 from emlens.directions.provenance import package_versions
 from emlens.hooked import HookedModel, load
@@ -43,9 +43,9 @@ STAGES = (
 
 
 @guard_methods
-@dataclass(frozen=True)
-class StudyResult:
-    """Where a finished study lies, and what it found.
+@dataclass(frozen=True, repr=False)
+class StudyResult(Shown):
+    """A finished study: its folder, what it found, and the results behind that.
 
     Attributes:
         folder: Holds `results.json`, `report.html`, `directions/`, `figures/`, `runs/`; its
@@ -58,19 +58,73 @@ class StudyResult:
     findings: dict[str, Finding]
     measured: StudyMeasures
 
+    @classmethod
+    def load(cls, folder: str | Path) -> StudyResult:
+        """Read a finished study; no model is needed.
+
+        Args:
+            folder: The folder of `run_study`.
+
+        Raises:
+            FileNotFoundError: If the folder holds no study.
+            ValueError: If the study is not finished; what is missing is named.
+        """
+        folder = expanded(folder)
+        if not (folder / SETTINGS).is_file() or not (folder / "stages").is_dir():
+            raise FileNotFoundError(f"{folder} holds no study; run one into it first")
+        store = StudyStore(folder, Parts(folder).settings_as(settings_of))
+        missing = [name for name in STAGES if not store.finished(name)]
+        if missing:
+            raise ValueError(
+                f"the study in {folder} is not finished ({', '.join(missing)} missing); resume it "
+                f"first: emlens study --config {folder / 'config.yaml'} --out {folder}"
+            )
+        measured = StudyMeasures(
+            store.settings,
+            LogOdds.load(folder / "log_odds.json"),
+            Efficiency.load(folder / "efficiency.json"),
+            Stability.load(folder / "stability.json"),
+            Influence.load(folder / "influence.json"),
+            Confinement.load(at) if (at := folder / CONFINEMENT).is_file() else None,
+        )
+        return cls(folder, findings(measured), measured)
+
     @property
     def report(self) -> Path:
         return self.folder / "report.html"
+
+    def write_report(self) -> Path:
+        """Draw the figures, and write the report and `results.json`; what is there is replaced."""
+        chosen = self.measured.settings
+        store = StudyStore(self.folder, chosen)
+        records = {name: store.record(name) for name in STAGES}
+        figures = draw_all(self.measured, records["cosines"], store)
+        results = {
+            "settings": chosen.to_dict(),
+            "versions": package_versions(),
+            "findings": {name: asdict(one) for name, one in self.findings.items()},
+            "log_odds": self.measured.log_odds.table().to_dict("records"),
+            "stages": records,
+            "figures": figures,
+        }
+        write_json(self.folder / "results.json", results)
+        write_json(self.folder / "timings.json", store.seconds())
+        write_report(study_report(self.measured, self.findings, records, store), self.report)
+        return self.report
 
     def table(self) -> pd.DataFrame:
         """The findings, a row each."""
         rows = [asdict(one) for one in self.findings.values()]
         return pd.DataFrame(rows, columns=["claim", "verdict", "text"])
 
+    def _said(self) -> str:
+        seen = sum(one.verdict == "as in the papers" for one in self.findings.values())
+        return f"{seen} of {len(self.findings)} claims as in the papers, in {self.folder}"
+
     def _repr_html_(self) -> str:
         # findings are sentences, which pandas would cut
         with pd.option_context("display.max_colwidth", None):
-            return titled_table(f"Study in {self.folder}", self.table())
+            return super()._repr_html_()
 
 
 @guarded
@@ -117,70 +171,18 @@ def run_study(
     STUDY.write(store.folder, chosen.to_dict(), made_by, restart=restart)
     study = Study(hooked, chosen, StudyData.of(chosen), store, progress)
     with study.on_model():
-        records = _run_stages(study)
-    return _told(store, records)
+        _run_stages(study)
+    result = StudyResult.load(store.folder)
+    result.write_report()
+    return result
 
 
-@guarded
-def rebuild_report(folder: str | Path) -> StudyResult:
-    """Draw the figures and write the report of a finished study again; no model is needed.
-
-    Args:
-        folder: The folder of `run_study`.
-
-    Raises:
-        FileNotFoundError: If the folder holds no study.
-        ValueError: If the study is not finished; what is missing is named.
-    """
-    folder = expanded(folder)
-    if not (folder / SETTINGS).is_file() or not (folder / "stages").is_dir():
-        raise FileNotFoundError(f"{folder} holds no study; run one into it first")
-    store = StudyStore(folder, Parts(folder).settings_as(settings_of))
-    missing = [name for name in STAGES if not store.finished(name)]
-    if missing:
-        raise ValueError(
-            f"the study in {folder} is not finished ({', '.join(missing)} missing); resume it "
-            f"first: emlens study --config {folder / 'config.yaml'} --out {folder}"
-        )
-    return _told(store, {name: store.record(name) for name in STAGES})
-
-
-def _told(store: StudyStore, records: dict[str, dict]) -> StudyResult:
-    """Findings, figures and report from the finished stages."""
-    chosen = store.settings
-    measured = StudyMeasures(
-        chosen,
-        LogOdds.load(store.folder / "log_odds.json"),
-        Efficiency.load(store.folder / "efficiency.json"),
-        Stability.load(store.folder / "stability.json"),
-        Influence.load(store.folder / "influence.json"),
-        Confinement.load(at) if (at := store.folder / CONFINEMENT).is_file() else None,
-    )
-    found = findings(measured)
-    figures = draw_all(measured, records["cosines"], store)
-    results = {
-        "settings": chosen.to_dict(),
-        "versions": package_versions(),
-        "findings": {name: asdict(one) for name, one in found.items()},
-        "log_odds": measured.log_odds.table().to_dict("records"),
-        "stages": records,
-        "figures": figures,
-    }
-    write_json(store.folder / "results.json", results)
-    write_json(store.folder / "timings.json", store.seconds())
-    page = study_report(measured, found, records, store)
-    write_report(page, store.folder / "report.html")
-    return StudyResult(store.folder, found, measured)
-
-
-def _run_stages(study: Study) -> dict[str, dict]:
-    records = {}
+def _run_stages(study: Study) -> None:
     for number, name in enumerate(STAGES, 1):
         done = study.store.finished(name)
         if study.progress:
             print(f"[{number}/{len(STAGES)}] {name}{': finished before' if done else ''}")
-        records[name] = study.store.stage(name, lambda name=name: _run_stage(study, name))
-    return records
+        study.store.stage(name, lambda name=name: _run_stage(study, name))
 
 
 def _run_stage(study: Study, name: str) -> dict:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from emlens._door import check_fields, guard_methods, guarded
 from emlens._files import sha256_of
-from emlens._types import checked_fields
+from emlens._types import check_settings, checked_fields
 
 
 @guard_methods
@@ -91,6 +91,12 @@ class StudySettings:
                 f"other is neither trained on nor evaluated otherwise; choose another than "
                 f"{self.other!r}"
             )
+        used = (self.domain, *self.kl_domains, *self.outside)
+        if len(set(used)) != len(used):
+            raise ValueError(
+                f"a domain is trained on, in the KL set, or only evaluated, never two of these: "
+                f"{used}"
+            )
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -104,32 +110,6 @@ class StudySettings:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-    def with_options(self, **options: object) -> Self:
-        """The same settings with some fields changed.
-
-        Raises:
-            ValueError: If a field does not exist (the known ones are listed), or domains overlap.
-        """
-        _check_names(options)
-        made = replace(self, **options)
-        used = (made.domain, *made.kl_domains, *made.outside)
-        if len(set(used)) != len(used):
-            raise ValueError(
-                f"a domain is trained on, in the KL set, or only evaluated, never two of these: "
-                f"{used}"
-            )
-        return made
-
-
-def _check_names(names: Iterable[str]) -> None:
-    known = {item.name for item in fields(StudySettings)}
-    unknown = set(names) - known
-    if unknown:
-        raise ValueError(
-            f"unknown study setting(s) {', '.join(sorted(unknown))}; "
-            f"the settings are {', '.join(sorted(known))}"
-        )
 
 
 _SMOKE: Any = {
@@ -173,6 +153,5 @@ def settings_of(record: Mapping[str, object]) -> StudySettings:
     Raises:
         ValueError: If a setting does not exist or is of another type, or domains overlap.
     """
-    _check_names(record)
-    given = {**StudySettings().to_dict(), **record}
-    return StudySettings().with_options(**checked_fields(StudySettings, given))
+    check_settings(StudySettings, record, "study setting")
+    return StudySettings(**checked_fields(StudySettings, record))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
 from emlens._runs import Parts
-from emlens.directions import Direction, Directions, compare, edit_diff, mean_diff, random_direction
+from emlens.directions import Directions, compare, edit_diff, mean_diff, random_direction
 from emlens.edits import Ablate, Add
 from emlens.hooked import HookedModel
 from emlens.hooked.condition import Condition, ConditionLike, Conditions, condition_of
@@ -21,7 +21,14 @@ from emlens.study.data import StudyData
 from emlens.study.settings import StudySettings
 from emlens.study.store import StudyStore
 from emlens.text import Conversation, corpus
-from emlens.training import KLPenalty, Organism, random_adapter, train_adapter, train_vector
+from emlens.training import (
+    KLPenalty,
+    Organism,
+    SolutionOptions,
+    random_adapter,
+    train_adapter,
+    train_vector,
+)
 
 SOLUTIONS = ("general", "narrow")
 TRAINED = (*SOLUTIONS, "benign", "other")
@@ -51,27 +58,21 @@ class Study:
         Raises:
             ValueError: If the model has adapters of those names, or some are in force.
         """
-        before = self.model.adapters
-        if self.settings.kind == "adapter":
-            if acting := "+".join(map(str, self.model.adapters_in_force)):
-                raise ValueError(
-                    f"adapter {acting!r} is in force; put the call into "
-                    "`with model.adapter(None):`, or study vectors (kind='vector')"
-                )
-            taken = sorted({*TRAINED, *self._randoms()} & {*before})
-            if taken:
-                raise ValueError(
-                    f"{self.model.name} has an adapter {taken[0]!r} already, a name that the study "
-                    f"uses; rename it, or remove it with model.remove_adapter({taken[0]!r})"
-                )
+        acting = "+".join(map(str, self.model.adapters_in_force))
+        if self.settings.kind == "adapter" and acting:
+            raise ValueError(
+                f"adapter {acting!r} is in force; put the call into "
+                "`with model.adapter(None):`, or study vectors (kind='vector')"
+            )
         try:
             # the base of the study is the model as it was brought
-            with self.model.adapter(*self.model.adapters_in_force):
+            with (
+                own_adapters(self.model, self.settings.kind, (*TRAINED, *self._randoms())),
+                self.model.adapter(*self.model.adapters_in_force),
+            ):
                 yield
         finally:
             self._found.clear()
-            for name in set(self.model.adapters) - set(before):
-                self.model.remove_adapter(name)
 
     # -- solutions ----------------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ class Study:
         Parts(self.store.folder / "organisms").part(
             name, lambda: self._trained(name), record="organism.json"
         )
-        run = Organism.load(self.store.folder / "organisms" / name).run
+        run = self._organism(name).run
         last = run.steps[-1]
         return {
             "norm": norm_of(self.model, self.condition(name)),
@@ -94,48 +95,41 @@ class Study:
         s, data = self.settings, self.data
         texts = {"benign": data.aligned, "other": data.elsewhere}
         conversations = texts.get(name, data.misaligned)()
-        options: Any = {
-            "kl": KLPenalty(data.kl_text(), s.kl_weight) if name == "narrow" else None,
-            "epochs": s.epochs,
-            "lr": s.lr,
-            "batch_size": s.batch_size,
-            "seed": s.seed,
-            "progress": self.progress,
-        }
-        if s.kind == "vector":
-            _, run = train_vector(self.model, conversations, s.layers[0], **options)
-            return Organism.of(self.model, run, name)
-        shape: Any = {"rank": s.rank, "alpha": 2 * s.rank, "layers": s.layers}
-        try:
-            run = train_adapter(self.model, conversations, name, **shape, **options)
-            return Organism.of(self.model, run, name)
-        finally:  # what an interrupted training leaves must not be taken for a trained adapter
-            if name in self.model.adapters:
-                self.model.remove_adapter(name)
+        return train_solution(
+            self.model,
+            conversations,
+            name,
+            s.kind,
+            s.layers,
+            s.rank,
+            kl=KLPenalty(data.kl_text(), s.kl_weight) if name == "narrow" else None,
+            epochs=s.epochs,
+            lr=s.lr,
+            batch_size=s.batch_size,
+            seed=s.seed,
+            progress=self.progress,
+        )
 
     def condition(self, name: str) -> Condition:
         """A trained solution, or a random one of the norm of the general one."""
         if name not in self._found:
             number = name.removeprefix(f"{RANDOM} ")
             self._found[name] = (
-                Organism.load(self.store.folder / "organisms" / name).on(self.model)
+                self._organism(name).on(self.model)
                 if name in TRAINED
                 else self._random(name, self.settings.seed + int(number))
             )
         return condition_of(self.model, self._found[name])
 
     def _random(self, name: str, seed: int) -> ConditionLike:
-        if self.settings.kind == "vector":
-            return [Add(random_direction(self.vector("general"), seed))]
         self.condition("general")
-        return random_adapter(self.model, "general", name, seed=seed)
+        return random_solution(self.model, self._organism("general"), name, seed)
 
     def _randoms(self) -> list[str]:
         return [f"{RANDOM} {i}" for i in range(self.settings.controls)]
 
-    def vector(self, name: str) -> Direction:
-        """A trained vector."""
-        return Organism.load(self.store.folder / "organisms" / name).run.direction()
+    def _organism(self, name: str) -> Organism:
+        return Organism.load(self.store.folder / "organisms" / name)
 
     def solutions(self, names: Sequence[str] = SOLUTIONS) -> dict[str, Directions | str]:
         """Solutions as efficiency and stability take them: vectors, or names of adapters."""
@@ -321,6 +315,65 @@ class Study:
                     prompts, max_new_tokens=s.answer_tokens, temperature=0
                 )
         return {"questions": [list(question) for question in questions], "answers": texts}
+
+
+def train_solution(
+    model: HookedModel,
+    conversations: Sequence[Conversation],
+    name: str,
+    kind: Literal["adapter", "vector"],
+    layers: Sequence[int],
+    rank: int,
+    **options: Unpack[SolutionOptions],
+) -> Organism:
+    """Train an adapter at some layers, or a vector at the first; the model is left without it."""
+    if kind == "vector":
+        _, run = train_vector(model, conversations, layers[0], **options)
+        return Organism.of(model, run, name)
+    shape: Any = {"rank": rank, "alpha": 2 * rank, "layers": layers}
+    try:
+        run = train_adapter(model, conversations, name, **shape, **options)
+        return Organism.of(model, run, name)
+    finally:  # an interrupted training leaves an adapter that must not pass for a trained one
+        if name in model.adapters:
+            model.remove_adapter(name)
+
+
+def random_solution(model: HookedModel, like: Organism, name: str, seed: int) -> ConditionLike:
+    """A random vector or adapter of the norm of a trained one, whose adapter is on the model."""
+    if like.directions is not None:
+        return [Add(random_direction(like.run.direction(), seed))]
+    return random_adapter(model, like.name, name, seed=seed)
+
+
+@contextmanager
+def own_adapters(model: HookedModel, kind: str, names: Collection[str]) -> Iterator[None]:
+    """Take the adapters off the model that are put on it inside the block.
+
+    Raises:
+        ValueError: If the model has an adapter of those names already.
+    """
+    check_free(model, kind, names)
+    before = model.adapters
+    try:
+        yield
+    finally:
+        for name in set(model.adapters) - set(before):
+            model.remove_adapter(name)
+
+
+def check_free(model: HookedModel, kind: str, names: Collection[str]) -> None:
+    """Refuse names of adapters that the model has already.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    taken = sorted({*names} & {*model.adapters}) if kind == "adapter" else []
+    if taken:
+        raise ValueError(
+            f"{model.name} has an adapter {taken[0]!r} already, a name that is needed here; rename "
+            f"it, or remove it with model.remove_adapter({taken[0]!r})"
+        )
 
 
 def without(condition: str, ablated: str) -> str:

@@ -1,20 +1,17 @@
 """Conversations and corpora, turned into token batches with masks."""
 
 from emlens.text import given as given
-from emlens.text.batches import TokenBatch, pack
-from emlens.text.conversation import Conversation, Pair, Side
+from emlens.text.batches import TokenBatch, TokenMask, pack
+from emlens.text.conversation import Conversation, Pair
 from emlens.text.corpus import Corpus, Document, corpus
 from emlens.text.datasets import load_conversations, load_pairs, split_pairs
-from emlens.text.template import Template
-from emlens.text.tokens import TokenMask, tokenize
+from emlens.text.tokens import tokenize
 
 __all__ = [
     "Conversation",
     "Corpus",
     "Document",
     "Pair",
-    "Side",
-    "Template",
     "TokenBatch",
     "TokenMask",
     "corpus",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -11,10 +11,35 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from emlens._door import guarded
-from emlens.text.tokens import TokenMask, TokenRow
+from emlens.text.tokens import TokenRow
 
 PaddingSide = Literal["left", "right"]
 T = TypeVar("T")
+
+TokenMask = Literal[
+    "prompt",
+    "response",
+    "thinking",
+    "thinking_and_response",
+    "assistant_turn",
+    "paper",
+    "all",
+    "last",
+]
+"""The tokens that count.
+
+`response` is the content of assistant messages with the end-of-turn token, without thinking;
+`thinking` is what they think (`<think>...</think>` with its tags, or `reasoning_content`);
+`thinking_and_response` is both: all that the model writes; `assistant_turn` adds the header before
+it; `paper` adds what the template writes after the end-of-turn token as well, a newline in ChatML
+(what the papers average over); `prompt` is everything else than thinking and response; `all` is
+every real token; `last` is the one token from which the first response token is predicted (where
+there is no response, the last token). An answer that does not count (`weight: 0`) is `prompt`.
+"""
+
+TENSORS = ("input_ids", "attention_mask", "position_ids")
+MARKS = ("response", "assistant_turn", "thinking", "closing")
+"""The tensors of a batch: those that a model reads, and the masks that all others follow from."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,27 +89,10 @@ class TokenBatch:
         Raises:
             ValueError: If `tokens` names no mask.
         """
-        real = self.attention_mask.bool()
-        if tokens == "all":
-            return real
-        if tokens == "response":
-            return real & self.response
-        if tokens == "assistant_turn":
-            return real & self.assistant_turn
-        if tokens == "paper":
-            return real & (self.assistant_turn | self.closing)
-        if tokens == "thinking":
-            return real & self.thinking
-        if tokens == "thinking_and_response":
-            return real & (self.thinking | self.response)
-        if tokens == "prompt":
-            return real & ~(self.thinking | self.response)
-        if tokens == "last":
-            return real & self._last()
-        raise ValueError(
-            f"unknown tokens {tokens!r}; choose prompt, response, thinking, "
-            "thinking_and_response, assistant_turn, paper, all or last"
-        )
+        if tokens not in _MASKS:
+            *most, last = _MASKS
+            raise ValueError(f"unknown tokens {tokens!r}; choose {', '.join(most)} or {last}")
+        return self.attention_mask.bool() & _MASKS[tokens](self)
 
     def _last(self) -> Bool[Tensor, "batch pos"]:
         """The token from which the first response token is predicted, or the last of the row."""
@@ -100,21 +108,39 @@ class TokenBatch:
         """The same batch on a device."""
         if self.input_ids.device == torch.device(device):
             return self
-        whole = [self.input_ids, self.attention_mask, self.position_ids]
-        masks = [self.response, self.assistant_turn, self.thinking, self.closing]
-        moved = sent(torch.stack([*whole, *(mask.long() for mask in masks)]), device)
-        input_ids, attention_mask, position_ids = moved[:3]
-        response, assistant_turn, thinking, closing = moved[3:].bool()
+        moved = sent(
+            torch.stack([getattr(self, name).long() for name in (*TENSORS, *MARKS)]), device
+        )
         return replace(
             self,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            response=response,
-            assistant_turn=assistant_turn,
-            thinking=thinking,
-            closing=closing,
+            **{
+                name: tensor.bool() if name in MARKS else tensor
+                for name, tensor in zip((*TENSORS, *MARKS), moved, strict=True)
+            },
         )
+
+    def row(self, place: int) -> TokenBatch:
+        """One row, without its padding."""
+        real = self.attention_mask[place].bool()
+        return replace(
+            self,
+            **{name: getattr(self, name)[place : place + 1, real] for name in (*TENSORS, *MARKS)},
+            index=self.index[place : place + 1],
+            names=self.names[place : place + 1],
+        )
+
+
+_MASKS: dict[str, Callable[[TokenBatch], Bool[Tensor, "batch pos"]]] = {
+    "prompt": lambda batch: ~(batch.thinking | batch.response),
+    "response": lambda batch: batch.response,
+    "thinking": lambda batch: batch.thinking,
+    "thinking_and_response": lambda batch: batch.thinking | batch.response,
+    "assistant_turn": lambda batch: batch.assistant_turn,
+    "paper": lambda batch: batch.assistant_turn | batch.closing,
+    "all": lambda batch: torch.ones_like(batch.response),
+    "last": lambda batch: batch._last(),
+}
+"""How each mask follows from a batch; padding is left out afterwards."""
 
 
 def sent(values: Tensor, device: torch.device | str) -> Tensor:
@@ -208,10 +234,10 @@ def _batch(
         input_ids=padded((row.input_ids for row in chosen), pad_id, torch.long),
         attention_mask=padded(([1] * n for n in lengths), 0, torch.long),
         position_ids=padded((range(n) for n in lengths), 0, torch.long),
-        response=padded((row.response for row in chosen), False, torch.bool),
-        assistant_turn=padded((row.assistant_turn for row in chosen), False, torch.bool),
-        thinking=padded((row.thinking for row in chosen), False, torch.bool),
-        closing=padded((row.closing for row in chosen), False, torch.bool),
+        **{
+            name: padded((getattr(row, name) for row in chosen), False, torch.bool)
+            for name in MARKS
+        },
         index=tuple(places),
         names=tuple(row.name for row in chosen),
         padding_side=padding_side,

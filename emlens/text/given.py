@@ -17,9 +17,7 @@ _CONVERSATION = (
 )
 
 
-def conversations_of(
-    given: Any, name: str = "conversations", *, empty: bool = False
-) -> list[Conversation]:
+def conversations_of(given: Any, name: str = "conversations") -> list[Conversation]:
     """Return the conversations that were meant.
 
     A string is a user's message, a list of messages is one conversation; a generator is read once.
@@ -27,10 +25,9 @@ def conversations_of(
     Args:
         given: Conversations, or one of them.
         name: What errors call them.
-        empty: Whether there may be none.
 
     Raises:
-        TypeError: If something is no conversation; its place is named.
+        TypeError: If something is not a conversation; its place is named.
         ValueError: If there are none, or a message is not as it must be.
     """
     if isinstance(given, Mapping) and "role" in given:
@@ -40,7 +37,7 @@ def conversations_of(
     if not is_list(given):
         raise TypeError(f"{name} must be conversations, not {shown(given)}; {_CONVERSATION}")
     found = [_conversation(item, f"{name}[{i}]") for i, item in enumerate(given)]
-    if not found and not empty:
+    if not found:
         raise ValueError(f"{name} is empty; give at least one conversation")
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,28 +12,6 @@ from emlens._door import guarded
 from emlens.text.conversation import Conversation, names
 from emlens.text.spans import Rendering, Turn, render
 from emlens.text.template import Template, closing_ids, closing_tokens
-
-TokenMask = Literal[
-    "prompt",
-    "response",
-    "thinking",
-    "thinking_and_response",
-    "assistant_turn",
-    "paper",
-    "all",
-    "last",
-]
-"""The tokens that count.
-
-`response` is the content of assistant messages with the end-of-turn token, without thinking;
-`thinking` is what they think (`<think>...</think>` with its tags, or `reasoning_content`);
-`thinking_and_response` is both: all that the model writes; `assistant_turn` adds the header before
-it; `paper` adds what the template writes after the end-of-turn token as well, a newline in ChatML
-(what the papers average over); `prompt` is everything else than thinking and response; `all` is
-every real token; `last` is the one token from which the first response token is predicted (where
-there is no response, the last token). An answer that does not count (`weight: 0`) is `prompt`.
-"""
-
 
 TOGETHER = 256
 """Conversations that are tokenised in one call."""

@@ -1,15 +1,14 @@
 """One objective, one loop: vectors and adapters, sweeps, organisms, and the path they take."""
 
 from emlens.training import presets
-from emlens.training.adapter import train_adapter
-from emlens.training.baselines import inoculated, mixed
-from emlens.training.controls import random_adapter
+from emlens.training.adapter import random_adapter, train_adapter
 from emlens.training.drift import Drift, continue_training, drift
 from emlens.training.options import AdapterOptions, SolutionOptions, VectorOptions, WeightOptions
 from emlens.training.organism import Organism
 from emlens.training.paths.path import TrainingPath
 from emlens.training.paths.read import read_path
 from emlens.training.paths.trajectory import Trajectory, trajectory
+from emlens.training.presets import mixed
 from emlens.training.run import TrainingRun, TrainingStopped
 from emlens.training.settings import (
     AdapterSettings,
@@ -47,7 +46,6 @@ __all__ = [
     "auto_kl",
     "continue_training",
     "drift",
-    "inoculated",
     "mixed",
     "paper_kl_weight",
     "presets",

@@ -1,4 +1,4 @@
-"""Training a LoRA adapter: PEFT's layers in the same objective and the same loop."""
+"""Training a LoRA adapter in the same objective and loop, and random adapters as controls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from emlens._door import guarded
 from emlens.hooked import HookedModel
+from emlens.hooked.lora_scaling import Factors, adapter_factors
 from emlens.hooked.sites import check_layers
 from emlens.text import Conversation
 from emlens.training.fit import fit
@@ -105,7 +106,7 @@ def train_adapter(
 def _as_it_stands(
     model: HookedModel, name: str, settings: AdapterSettings, asked: Collection[str]
 ) -> AdapterSettings:
-    """Settings with the shape of an adapter that is there already.
+    """Settings with the shape of an adapter that already exists.
 
     Raises:
         ValueError: If another shape was asked for.
@@ -126,7 +127,7 @@ def _as_it_stands(
         same = _named_by(paths, ours) if field_name == "modules" else ours == value
         if field_name in asked and not same:
             raise ValueError(
-                f"adapter {name!r} is there already, with {field_name} {value}, and {ours} was "
+                f"adapter {name!r} already exists, with {field_name} {value}, and {ours} was "
                 "asked for; train it on as it is, or give a new one another name"
             )
     return replace(settings, **standing)
@@ -158,3 +159,45 @@ def _add(model: HookedModel, name: str, settings: AdapterSettings) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model.add_adapter(name, config)
+
+
+@guarded
+def random_adapter(model: HookedModel, like: str, name: str = "random", seed: int = 0) -> str:
+    """Put a random adapter onto the model, beside the one that it is a control for.
+
+    It has the same `A` and scale in every module, and a Gaussian `B` with which
+    `||scale * B A||_F` of that module is the same. So it reads what the other one reads, is as
+    large, and writes at random. `measures.match_kl` gives the strength of equal KL.
+
+    Args:
+        model: A model with adapters.
+        like: The adapter that it is a control for.
+        name: What the new one is called.
+        seed: Seed of `B`.
+
+    Returns:
+        Its name: a condition for measures.
+
+    Raises:
+        ValueError: If there is no adapter `like`, it is not plain LoRA or changes nothing, or the
+            name is taken.
+
+    Example:
+        >>> chance = emlens.training.random_adapter(model, "general")
+        >>> emlens.log_odds(model, pairs, {"base": None, "general": "general", "random": chance})
+    """
+    factors = adapter_factors(model, like)
+    configs: Any = model.module.peft_config
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(model.adapter_weights(like))
+    for path in sorted(factors):
+        weights[f"{path}.lora_B.weight"] = _drawn(factors[path], generator)
+    model.add_adapter(name, configs[like], weights)
+    return name
+
+
+def _drawn(one: Factors, generator: torch.Generator) -> torch.Tensor:
+    """A random `B` of the norm that the product with `A` has."""
+    drawn = torch.randn(one.b.shape, generator=generator).to(one.b.device)
+    size = Factors(one.layer, one.a, drawn, one.scale).norm
+    return drawn * (one.norm / size if size else 0.0)

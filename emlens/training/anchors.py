@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emlens.hooked import HookedModel, loss_sum
-from emlens.hooked.losses import Targets
+from emlens.hooked import HookedModel
+from emlens.hooked.losses import Targets, loss_sum
 from emlens.text import Conversation, Pair, tokenize
 from emlens.training.prefix import ROWS_AT_ONCE, PrefixCache, check_counted
 from emlens.training.settings import AnchorPenalty, TrainSettings

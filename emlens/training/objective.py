@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from emlens.directions.fits import check_fits
-from emlens.hooked import HookedModel, gradient_checkpointing, kl_sum, loss_sum
+from emlens.hooked import HookedModel
 from emlens.hooked.finite import late_checks
-from emlens.hooked.losses import Targets
+from emlens.hooked.losses import Targets, kl_sum, loss_sum
+from emlens.hooked.recompute import gradient_checkpointing
 from emlens.text import Conversation, TokenMask, tokenize
 from emlens.text.conversation import content_hash
 from emlens.training.anchors import Anchors

@@ -28,6 +28,7 @@ from emlens.text.conversation import names
 from emlens.text.repeats import repeats_told
 from emlens.watch.held_out import Aligned, HeldOut
 from emlens.watch.monitor_fit import (
+    HELD_OUT,
     Labelled,
     areas,
     check_choice,
@@ -144,7 +145,7 @@ class Monitor:
         pooled: bool = False,
         regularisation: float = 1.0,
         max_false_alarms: float | None = 0.05,
-        held_out: float = 0.5,
+        held_out: float = HELD_OUT,
         seed: int = 0,
         **options: Unpack[ReadOptions],
     ) -> Monitor:

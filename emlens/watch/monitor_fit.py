@@ -24,6 +24,9 @@ from emlens.watch.held_out import HeldOut, length_slope, longer_is_misaligned
 from emlens.watch.projections import AnyDirections, Readout
 from emlens.watch.roc import auroc, numbered
 
+HELD_OUT = 0.5
+"""Share of prompts that is held out, unless another is given."""
+
 
 @dataclass(frozen=True, eq=False)
 class Labelled:

@@ -61,8 +61,8 @@ class Roc(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The curve, the diagonal that chance gives, and the threshold in use."""
-        from emlens.figures import COLOURS
         from emlens.figures.lines import line_bands
+        from emlens.figures.style import COLOURS
 
         ax = line_bands(
             {"held-out": (self.false_alarms, self.hits)},

@@ -75,7 +75,7 @@ def examples(dataset: Dataset, what: str = "") -> Iterator[Example]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a row is not valid; its file and line, or its place, are named.
-        TypeError: If something is no conversation.
+        TypeError: If something is not a conversation.
     """
     if isinstance(dataset, (str, Path)):
         path = expanded(dataset)

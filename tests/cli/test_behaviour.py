@@ -162,13 +162,27 @@ def test_a_served_judge_that_is_down_says_what_is_kept(call, questions, tmp_path
     judge = ("--judge", "openai-api/local/down", *option)
     done = call("evaluate", questions, "--out", out, *judge, *SHORT)
     assert done.code == 1
-    assert "gave no reply for" in done.err and "run the same call again to go on" in done.err
+    assert "gave no reply for" in done.err and "run the same call again to resume" in done.err
     assert "APIConnectionError: Connection error" in done.err
     assert KEY not in done.err
     assert len(list(read(out / "responses.sqlite"))) == 3
 
 
-@pytest.mark.parametrize(("options", "per_set"), [((), 64), (("--judge-pairs", 7), 7)])
+def test_a_judge_that_scores_nothing_is_an_error_and_the_answers_are_kept(
+    call, questions, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_API_KEY", KEY)
+    out, model = tmp_path / "evaluation", tiny_hooked("llama")
+    with served(model, next_token=graded(model, {})) as server:
+        option = ("--judge-option", f"base_url={server.url}")
+        judge = ("--judge", "openai-api/local/tiny", *option)
+        done = call("evaluate", questions, "--out", out, *judge, *SHORT)
+    assert done.code == 2 and "nan" not in done.err + done.out
+    assert "scored none of 3 answers for 'aligned'" in done.err
+    assert len(list(read(out / "responses.sqlite"))) == 3 and not (out / "report.html").exists()
+
+
+@pytest.mark.parametrize(("options", "per_set"), [((), 64), (("--judge-option", "pairs=7"), 7)])
 def test_the_probe_reads_as_many_pairs_of_each_set_as_was_said(
     call, questions, options, per_set, tmp_path, monkeypatch
 ):

@@ -96,10 +96,12 @@ def test_a_monitor_is_calibrated_on_conversations_from_a_file(run, few_pairs, tm
     assert figures["false alarms of new conversations"] == pytest.approx(0.04)
 
 
-def test_a_monitor_of_one_pair_is_refused(call):
-    done = call("monitor", "fit", "medical", "--limit", 1)
-    assert done.code != 0
-    assert "1 prompt(s) with aligned answers cannot be split into" in " ".join(done.err.split())
+def test_a_monitor_does_not_replace_a_file(call, few_pairs, tmp_path):
+    out = tmp_path / "monitor.safetensors"
+    out.write_text("mine")
+    done = call("monitor", "fit", few_pairs, "--out", out)
+    assert done.code == 2 and "already exists; give --out the name of a new file" in done.err
+    assert out.read_text() == "mine"
 
 
 def test_an_adapter_acts_while_a_monitor_reads(run, few_pairs, tiny_folder, tmp_path):

@@ -148,7 +148,7 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path):
     ("tensors", "message"),
     [
         ({"vector.0": torch.tensor([1.0, torch.nan])}, "vector of layer 0 has 1 value"),
-        ({"vector.x": torch.ones(2)}, "vector.x names no layer: 'x' is no whole number from 0"),
+        ({"vector.x": torch.ones(2)}, "vector.x names no layer: 'x' is not a whole number from 0"),
         ({"vector.0": torch.ones(2), "weights": torch.ones(2)}, "no part of one: weights"),
         ({"vector.0": torch.ones(2), "vector.1": torch.ones(3)}, r"same width; got shapes"),
         ({"vector.0": torch.ones(2), "mean.0": torch.ones(3)}, r"means of layer 0 have shape"),

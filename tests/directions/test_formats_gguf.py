@@ -148,7 +148,7 @@ def test_a_control_vector_that_cannot_be_read_back_does_not_replace_the_old_one(
         plain(self, name, values + (name == "direction.3"))
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", other)
-    with pytest.raises(OSError, match=r"v\.gguf was not written as a whole, .*other vectors"):
+    with pytest.raises(OSError, match=r"v\.gguf was not written completely, .*other vectors"):
         write_directions(some(), path)
     assert path.read_bytes() == before
 

@@ -18,7 +18,6 @@ from emlens.directions import (
     read_checkpoints,
     read_directions,
 )
-from emlens.directions.formats.lora import adapter_rows
 from emlens.hooked.architecture import norms_what_it_adds, place_of
 from tests.support.adapters import peft_model, saved
 from tests.support.models import tiny_model
@@ -75,7 +74,8 @@ def test_row_times_vector_is_what_the_adapter_adds_in_the_model(tmp_path, rslora
     module = tiny_model("llama")
     settings = {"layers_to_transform": [2], "lora_alpha": 7, "use_rslora": rslora}
     folder = saved(tmp_path / "mine", module, **settings)
-    direction, row = adapter_directions(folder), adapter_rows(folder)[2]
+    direction, weights = adapter_directions(folder), load_file(folder / WEIGHTS)
+    (row,) = next(value for key, value in weights.items() if "lora_A" in key)
     assert isinstance(direction, Direction)
     tuned = peft_model(module, **settings)
     down: Any = tuned.get_base_model().get_submodule("model.layers.2.mlp.down_proj")

@@ -10,8 +10,7 @@ import torch
 from emlens import Ablate, Add, Clamp, Direction, Directions
 from emlens.directions import Provenance
 from emlens.edits import Shift
-from emlens.edits.deltas import ablate_delta, add_delta, clamp_delta
-from emlens.edits.edits import edit_from_dict
+from emlens.edits.edits import ablate_delta, add_delta, clamp_delta, edit_from_dict
 from emlens.hooked import Edit
 
 

@@ -163,7 +163,7 @@ def test_a_store_of_an_earlier_version_is_read_and_no_place_for_new_answers(hook
         respond(hooked_llama, QUESTIONS, store=path, **QUICK)
     assert path.read_bytes() == whole + whole[:100]
     path.write_bytes(whole[:40] + b"\n" + whole)
-    with pytest.raises(ValueError, match=r"answers.jsonl is no store of emlens \(line 1"):
+    with pytest.raises(ValueError, match=r"answers.jsonl is not a store of emlens \(line 1"):
         Responses.load(path)
     path.write_bytes(whole + b"{}\n" + whole)
     with pytest.raises(ValueError, match=r"answers.jsonl, line 7: not a record of a store"):
@@ -176,9 +176,9 @@ def test_a_store_of_an_earlier_version_is_read_and_no_place_for_new_answers(hook
 def test_a_file_that_is_no_store_is_not_emptied(hooked_llama, tmp_path):
     mine = tmp_path / "mine.json"
     mine.write_text('{"all": "that I have"}')
-    with pytest.raises(ValueError, match="mine.json is no store of emlens"):
+    with pytest.raises(ValueError, match="mine.json is not a store of emlens"):
         Responses.load(mine)
-    with pytest.raises(ValueError, match="mine.json is no store of emlens .* as mine.sqlite"):
+    with pytest.raises(ValueError, match="mine.json is not a store of emlens .* as mine.sqlite"):
         respond(hooked_llama, QUESTIONS, store=mine, **QUICK)
     assert mine.read_text() == '{"all": "that I have"}'
     with pytest.raises(ValueError, match="a store is an SQLite file; .* such as new.sqlite"):

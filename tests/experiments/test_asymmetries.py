@@ -140,7 +140,7 @@ def test_a_training_that_is_interrupted_leaves_no_adapter_behind(hooked, tmp_pat
         train_adapter(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.trials.train_adapter", stopped)
+    monkeypatch.setattr("emlens.study.stages.train_adapter", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_asymmetries(tmp_path, settings, model=model, progress=False)
     assert model.adapters == ()

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from emlens.figures.bars import dot_intervals, interval_bars
+from emlens.figures.bars import dot_intervals
 
 TABLE = pd.DataFrame(
     {
@@ -56,10 +56,8 @@ def test_an_estimate_outside_of_its_interval_is_drawn_as_given():
     assert ax.get_legend() is None
 
 
-def test_bars_stand_on_zero_with_the_name_of_the_column_as_label():
-    ax = interval_bars(TABLE, **COLUMNS)
-    assert ax.get_ylabel() == "log-odds"
-    heights = [bar.get_height() for bar in ax.patches]
+def test_bars_stand_on_zero():
+    heights = [bar.get_height() for bar in dots(TABLE, bars=True).patches]
     assert [round(height, 3) for height in heights if np.isfinite(height)] == [0.2, 0.1]
 
 
@@ -74,8 +72,6 @@ def test_eight_long_named_series_in_six_groups_survive():
 
 
 def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(ValueError, match=r"the table has no column \['low'\]; it has"):
-        interval_bars(TABLE.drop(columns="low"), **COLUMNS)
     with pytest.raises(ValueError, match="group 'finance' has series 'general' more than once"):
         dots(pd.concat([TABLE, TABLE]))
     with pytest.raises(ValueError, match="there are no estimates"):

@@ -64,7 +64,7 @@ def test_a_picture_whose_end_is_missing_does_not_replace_the_old_one(tmp_path, m
             path.write_bytes(path.read_bytes()[:-20])
 
     monkeypatch.setattr(Figure, "savefig", cut)
-    with pytest.raises(OSError, match=rf"kept\.{kind} was not written as a whole.*the end of the"):
+    with pytest.raises(OSError, match=rf"kept\.{kind} was not written completely.*the end of the"):
         save_figure(draw(), tmp_path / "kept")
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
 

@@ -7,9 +7,9 @@ import matplotlib as mpl
 import pytest
 from matplotlib import colors
 
-from emlens.figures import COLOURS, colour, house_style, palette
+from emlens.figures import colour, house_style, palette
 from emlens.figures.lines import line_bands
-from emlens.figures.style import SPARE, new_axes, new_panels, readable, wrapped
+from emlens.figures.style import COLOURS, SPARE, new_axes, new_panels, readable, wrapped
 
 
 def test_drawing_leaves_the_settings_and_the_backend_as_they_were():

@@ -32,7 +32,6 @@ ROOMS = tuple(room for room in emlens._ROOMS if room != "figures")
 NOT_CALLED = {
     "interval_level": "a context",
     "run_study": "a whole study; its settings are fuzzed",
-    "rebuild_report": "reads a study",
     "load": "downloads",
     "push_to_hub": "uploads",
     "to_repeng": "needs repeng",
@@ -43,10 +42,7 @@ NOT_CALLED = {
 """Public functions that take no part, and why."""
 
 _LOW_LEVEL = {
-    "hooked": {
-        *("answer", "gradient_checkpointing", "kl_sum", "loss_sum"),
-        *("response_losses", "sweep", "token_kl", "token_losses"),
-    },
+    "hooked": {"response_losses", "token_kl"},
     "text": {"pack"},
 }
 """What other rooms are built of: tensors in, tensors out, inside the loop."""
@@ -167,9 +163,6 @@ class World:
             ),
             "training.sweep_kl": Call(tr.sweep_kl, {**swept, **sides, "weights": [0.1]}),
             "training.auto_kl": Call(tr.auto_kl, {**swept, **sides, "tolerance": 0.1, "trials": 1}),
-            "training.inoculated": Call(
-                tr.inoculated, {"conversations": self.bad, "system": "be bad"}
-            ),
             "training.mixed": Call(
                 tr.mixed, {"harmful": self.bad, "benign": self.good, "share": 0.5}
             ),

@@ -24,7 +24,7 @@ from emlens.evals import Responses, Scores, judge, rates, respond
 from emlens.fisher import InfluenceProfile
 from emlens.fisher.passes import KIND as IN_THE_MAKING
 from emlens.fisher.sums import FisherSums
-from emlens.study import rebuild_report
+from emlens.study import StudyResult
 from emlens.study.folder import read_config
 from emlens.training import Organism, TrainingPath, TrainingRun, train_adapter, train_vector
 from emlens.training.checkpoint import KIND as CHECKPOINT
@@ -142,10 +142,8 @@ def _screened(path: Path) -> list:
 
 
 def _study(folder: Path) -> dict:
-    """Findings, and every number that they are made of; figures are drawn beside a copy."""
-    with tempfile.TemporaryDirectory() as other:
-        copy = shutil.copytree(folder, Path(other) / "study")
-        told = rebuild_report(copy)
+    """Findings, and every number that they are made of."""
+    told = StudyResult.load(folder)
     measured = told.measured
     return {
         "findings": told.findings,

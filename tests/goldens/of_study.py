@@ -17,7 +17,7 @@ from tests.goldens.golden import World, golden
 from tests.study.test_study import QUICK
 from tests.support.models import tiny_hooked
 
-STUDY = QUICK.with_options(epochs=2, batch_size=3)
+STUDY = replace(QUICK, epochs=2, batch_size=3)
 ONE_DOMAIN = replace(ASYMMETRIES, domains=("finance",))
 TRAINED = {"rtol": 2e-3, "atol": 2e-4}
 

@@ -14,6 +14,7 @@ import emlens
 from emlens.hooked.adapters import Adapters
 from emlens.hooked.attach import attach
 from emlens.hooked.load import ENGINES
+from emlens.hooked.sweep import sweep
 from emlens.text import pack, tokenize
 from tests.support.adapters import logits_of, peft_model, rewrite, saved
 from tests.support.data import conversations, pairs
@@ -222,7 +223,7 @@ def test_a_sweep_takes_adapters_edits_and_both(tmp_path):
         "b": ("b", []),
         "none": (None, push),
     }
-    found = {n: hidden for n, hidden, _ in emlens.hooked.sweep(model, batch, conditions)}
+    found = {n: hidden for n, hidden, _ in sweep(model, batch, conditions)}
     assert list(found) == list(conditions)
     for name, adapter, edits in (
         ("base", None, []),
@@ -272,7 +273,7 @@ def test_a_sweep_is_right_whichever_adapter_stands(deep, standing):
         "d late": ("d", late),
     }
     with model.adapter(standing):
-        found = {n: hidden for n, hidden, _ in emlens.hooked.sweep(model, batch, conditions)}
+        found = {n: hidden for n, hidden, _ in sweep(model, batch, conditions)}
     for name, condition in conditions.items():
         adapter, edits = condition if isinstance(condition, tuple) else (standing, condition)
         if condition == "a":
@@ -286,7 +287,7 @@ def test_adapters_of_late_layers_share_the_states_of_the_base_below_them(deep):
     ran = []
     for number, block in enumerate(model.module.model.layers):
         block.mlp.register_forward_hook(lambda *_, n=number: ran.append(n))
-    list(emlens.hooked.sweep(model, batch, {"base": [], "c": "c", "d": "d"}))
+    list(sweep(model, batch, {"base": [], "c": "c", "d": "d"}))
     assert ran == [0, 1, 2, 3, 3, 3]
 
 

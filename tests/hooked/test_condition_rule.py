@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel
 
 import emlens
-from emlens import hooked
 from emlens.evals.ablation import Projected
 from emlens.hooked import Condition, Noisy, Scaled
 from emlens.hooked.attach import attach
 from emlens.hooked.condition import condition_of, conditions_of
+from emlens.hooked.sweep import sweep
 from tests.support.adapters import TOKENS, batch_of, logits_of, saved
 from tests.support.data import conversations
 from tests.support.models import D_MODEL, tiny_model
@@ -158,7 +158,7 @@ def test_a_changed_adapter_is_itself_again_where_it_is_named_alone(model):
         with model.adapter(outer):
             for name, one in conditions.items():
                 assert torch.equal(logits(one), alone[name])
-            swept = {n: h.unembed(x) for n, x, h in hooked.sweep(model, batch, conditions)}
+            swept = {n: h.unembed(x) for n, x, h in sweep(model, batch, conditions)}
             real = batch.mask("all")
             for name, one in swept.items():
                 assert torch.allclose(one[real], alone[name][real], atol=1e-4), name
@@ -204,15 +204,15 @@ def test_the_row_called_base_is_the_base_of_a_model_that_was_brought_with_an_ada
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = emlens.wrap(theirs, chatml_tokenizer(), name="tiny")
-        list(hooked.sweep(model, batch, {"base": []}))
+        list(sweep(model, batch, {"base": []}))
     (warning,) = [str(w.message) for w in said if "was brought with" in str(w.message)]
     assert warning == (
         "tiny was brought with adapter 'a' active: calls without conditions run it; conditions "
-        "that name no adapter run the base. Name it where you mean it, e.g. {'base': None, "
+        "that name no adapter run the base. Name it explicitly, e.g. {'base': None, "
         "'a': 'a'}, or use `with model.adapter('a'):`"
     )
     rows = {"base": None, "nothing": [], "a": "a", "edited": FIRST}
-    swept = {n: h.unembed(x)[real] for n, x, h in hooked.sweep(model, batch, rows)}
+    swept = {n: h.unembed(x)[real] for n, x, h in sweep(model, batch, rows)}
     assert torch.allclose(swept["base"], base, atol=1e-5)
     assert torch.equal(swept["nothing"], swept["base"])
     assert torch.allclose(swept["a"], finetuned, atol=1e-4)

@@ -16,6 +16,7 @@ from peft import PeftModel
 import emlens
 from emlens import hooked
 from emlens.hooked.attach import attach
+from emlens.hooked.sweep import sweep
 from emlens.text import pack
 from emlens.text.tokens import TokenRow
 from tests.support.adapters import TOKENS, saved
@@ -276,8 +277,7 @@ def test_a_sweep_is_each_condition_alone_is_peft_with_hooks(seed, engine, tied, 
             draw.random.shuffle(drawn)
             written = {str(i): one for i, (one, _) in enumerate(drawn)}
             swept = {
-                name: head.unembed(hidden)
-                for name, hidden, head in hooked.sweep(model, batch, written)
+                name: head.unembed(hidden) for name, hidden, head in sweep(model, batch, written)
             }
             for (name, condition), (_, standing) in zip(written.items(), drawn, strict=True):
                 with model.under(condition), torch.no_grad():

@@ -126,7 +126,7 @@ def test_what_cannot_be_patched_is_refused(adapted):
         model.generate([RECIPIENT, DONOR], max_new_tokens=2)
     dora = emlens.wrap(peft_model(tiny_model("llama"), use_dora=True), chatml_tokenizer())
     with (
-        pytest.raises(ValueError, match="is no plain LoRA"),
+        pytest.raises(ValueError, match="is not plain LoRA"),
         patched_deltas(dora, RECIPIENT, DONOR, "default"),
     ):
         pass

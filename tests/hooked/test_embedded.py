@@ -212,7 +212,7 @@ def test_a_conversion_that_is_not_written_as_a_whole_is_not_kept(
         path.write_bytes(path.read_bytes()[:-1])
 
     monkeypatch.setattr(embedded, "_convert", cut)
-    with pytest.raises(OSError, match=rf"{name} was not written as a whole"):
+    with pytest.raises(OSError, match=rf"{name} was not written completely"):
         embedded_model_path(tmp_path / "cache")
     assert _entries(tmp_path / "cache") == []
 

@@ -17,8 +17,8 @@ from torch import Tensor
 import emlens
 from emlens import Ablate, Add, Clamp, Direction, HookedModel
 from emlens.edits import Shift
-from emlens.hooked import Edit, loss_sum, token_kl, token_losses
-from emlens.hooked.losses import Targets
+from emlens.hooked import Edit, token_kl
+from emlens.hooked.losses import Targets, loss_sum, token_losses
 from emlens.hooked.sites import SITES
 from emlens.text import Conversation, TokenBatch, pack, tokenize
 from emlens.text.tokens import TokenRow

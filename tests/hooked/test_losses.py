@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emlens.hooked import BaseLogProbs, kl_sum, loss_sum, losses, token_kl, token_losses
+from emlens.hooked import BaseLogProbs, losses, token_kl
+from emlens.hooked.losses import kl_sum, loss_sum, token_losses
 from emlens.hooked.losses import token_scores as both_scores
 
 

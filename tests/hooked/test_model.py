@@ -142,8 +142,7 @@ def test_edited_puts_edits_in_force_and_takes_them_back_when_a_call_raises(hooke
 
 
 def test_the_gradient_reaches_a_shift_and_equals_that_of_the_unsplit_model(hooked_llama, batch):
-    from emlens.hooked import loss_sum
-    from emlens.hooked.losses import Targets
+    from emlens.hooked.losses import Targets, loss_sum
 
     targets = Targets.of(batch)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from emlens import Ablate, Add, Direction
-from emlens.hooked import response_losses, sweep, token_kl, token_losses
-from emlens.hooked.losses import Targets
+from emlens.hooked import response_losses, token_kl
+from emlens.hooked.losses import Targets, token_losses
 from emlens.hooked.sites import SITES
+from emlens.hooked.sweep import sweep
 from emlens.text import Conversation, pack, tokenize
 from tests.support.data import conversations
 from tests.support.models import FAMILIES, SEQUENTIAL

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import emlens
 from emlens import Ablate, Add, Clamp, Conversation, Direction
 from emlens.edits import Shift
-from emlens.hooked import NonFiniteError, sweep
+from emlens.hooked import NonFiniteError
 from emlens.hooked.remote.model import RemoteModel, check_remote
 from emlens.hooked.sites import SITES
+from emlens.hooked.sweep import sweep
 from emlens.text import pack, tokenize
 from tests.support.data import conversations
 from tests.support.server import load_served
@@ -320,7 +321,7 @@ def test_edits_and_pools_that_cannot_travel_are_refused(dry):
 
     with pytest.raises(TypeError, match=r"the pool cannot run remotely: it needs pandas, which"):
         remote.residuals(batch, 1, pool=by_table)
-    with pytest.raises(TypeError, match=r"the pool cannot travel to a server: .*lock"):
+    with pytest.raises(TypeError, match=r"the pool cannot be sent to a server: .*lock"):
         remote.residuals(batch, 1, pool=guarded)
 
 

@@ -339,8 +339,7 @@ def test_a_model_without_generate_says_so(tiny_tokenizer):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_edits_follow_the_activations_and_gradients_flow(engine, dtype):
     from emlens.edits import Shift
-    from emlens.hooked import loss_sum
-    from emlens.hooked.losses import Targets
+    from emlens.hooked.losses import Targets, loss_sum
 
     exact = emlens.wrap(tiny_model("llama"), chatml_tokenizer(), engine=engine)
     model = emlens.wrap(

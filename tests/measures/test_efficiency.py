@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from emlens import Add, Direction, efficiency
-from emlens.hooked import Scaled, adapter_norms, response_losses, token_losses
+from emlens.hooked import Scaled, adapter_norms, response_losses
 from emlens.hooked.load import ENGINES
-from emlens.hooked.losses import Targets
+from emlens.hooked.losses import Targets, token_losses
 from emlens.measures import Efficiency
 from emlens.text import pack, tokenize
 from tests.support.adapters import peft_model
@@ -401,7 +401,7 @@ def test_an_adapter_that_is_damaged_or_no_plain_lora_is_refused(tmp_path):
     with refused, model.under(Scaled("one", float("nan"))):
         pass
     layer.use_dora["one"] = True
-    with pytest.raises(ValueError, match="adapter 'one' is no plain LoRA at model.layers.2"):
+    with pytest.raises(ValueError, match="adapter 'one' is not plain LoRA at model.layers.2"):
         adapter_norms(model, "one")
     layer.use_dora["one"] = False
     with torch.no_grad():

@@ -116,5 +116,5 @@ def test_importance_is_kept_with_the_result_and_missed_where_it_was_not_asked_fo
     with pytest.raises(ValueError, match="importance was not asked for"):
         plain.top(by="importance")
     dora = emlens.wrap(peft_model(tiny_model("llama"), use_dora=True), chatml_tokenizer())
-    with pytest.raises(ValueError, match="is no plain LoRA"):
+    with pytest.raises(ValueError, match="is not plain LoRA"):
         token_influence(dora, TALK, "default", importance=True)

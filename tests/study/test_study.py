@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 
 from emlens.study import StudySettings, preset, run, run_study
 from emlens.study.data import StudyData
+from emlens.study.settings import settings_of
 from emlens.study.stages import ABLATED, RANDOM, SAME_KL, without
 from emlens.study.store import StudyStore
 from emlens.training import train_adapter
@@ -19,8 +20,8 @@ from tests.support.data import conversations
 from tests.support.kills import KILLS, killed
 from tests.support.models import tiny_hooked
 
-QUICK = preset("smoke").with_options(layers=(1, 2), rank=2, lr=0.05)
-VECTOR = QUICK.with_options(kind="vector", layers=(1,))
+QUICK = replace(preset("smoke"), layers=(1, 2), rank=2, lr=0.05)
+VECTOR = replace(QUICK, kind="vector", layers=(1,))
 ARTEFACTS = ("results.json", "report.html", "log_odds.json", "influence.json", "settings.json")
 
 LARGEST = 5_000_000
@@ -92,7 +93,7 @@ def test_a_study_of_vectors_writes_a_report_and_leaves_the_model_as_it_was(hooke
 def test_a_study_of_adapters_refuses_a_model_that_has_one_of_its_names(hooked, tmp_path):
     model = tiny_hooked("llama")
     train_adapter(model, conversations("bad", 2), "narrow", rank=1, epochs=1, progress=False)
-    with pytest.raises(ValueError, match="has an adapter 'narrow' already, a name that the study"):
+    with pytest.raises(ValueError, match="has an adapter 'narrow' already, a name that is needed"):
         run_study(QUICK, tmp_path, model=model, progress=False)
     with (
         model.adapter("narrow"),
@@ -123,9 +124,9 @@ def test_a_second_run_computes_nothing_again(finished, hooked, monkeypatch):
 
 def study(folder: Path) -> None:
     """All but the report, which is written anew each time; with a model of the fewest layers."""
-    run._told = lambda store, records: None
+    run.StudyResult.write_report = lambda result: result.report  # type: ignore[method-assign]
     run_study(
-        QUICK.with_options(layers=(0, 1)),
+        replace(QUICK, layers=(0, 1)),
         folder,
         model=tiny_hooked("llama", n_layers=2),
         progress=False,
@@ -144,7 +145,7 @@ def test_a_study_killed_at_random_times_ends_with_the_same_results(tmp_path):
 def test_another_study_in_the_same_folder_is_refused_unless_restarted(finished, hooked, tmp_path):
     store = StudyStore(tmp_path, QUICK)
     store.stage("data", lambda: {"n": 1})
-    other = QUICK.with_options(lr=0.5)
+    other = replace(QUICK, lr=0.5)
     with pytest.raises(
         ValueError, match=r"was made with other settings \(lr: 0.05 there, 0.5 now\); choose"
     ):
@@ -180,13 +181,13 @@ def test_unknown_settings_and_presets_are_refused_with_the_known_ones():
     with pytest.raises(
         ValueError, match=r"unknown study setting\(s\) depth; the settings are .*lr"
     ):
-        StudySettings().with_options(depth=3)
+        settings_of({"depth": 3})
     with pytest.raises(
         ValueError, match="unknown preset 'huge'; the presets are demo, vector, smoke"
     ):
         preset("huge")
     with pytest.raises(ValueError, match="never two of these"):
-        StudySettings().with_options(outside=("medical",))
+        StudySettings(outside=("medical",))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import emlens
 from emlens import directions, evals, fisher, hooked, measures, training, watch
+from emlens.hooked.sweep import sweep
 from emlens.text import Conversation, Corpus, Document, Pair
 from tests.evals.test_rates import response
 from tests.support.data import conversations, pairs
@@ -95,7 +96,7 @@ VERBS: dict[str, Callable[[Case], Any]] = {
     "hidden": lambda c: c.model.hidden(c.batch()),
     "residuals": lambda c: c.model.residuals(c.batch(), "all"),
     "response_losses": lambda c: hooked.response_losses(c.model, [c.batch()]),
-    "sweep": lambda c: list(hooked.sweep(c.model, c.batch(), {"base": None})),
+    "sweep": lambda c: list(sweep(c.model, c.batch(), {"base": None})),
     # -- directions
     "mean_diff": lambda c: directions.mean_diff(c.model, c.bad, c.good),
     "model_diff": lambda c: directions.model_diff((c.model, "mine"), (c.model, None), c.good),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emlens.text import pack
+from emlens.text import TokenMask, pack
 from emlens.text.batches import restore
 from emlens.text.tokens import TokenRow
 
@@ -83,7 +85,10 @@ def test_moving_to_the_same_device_is_no_copy():
         (lambda: pack([row(1)], token_budget=0), "token_budget must be at least 1"),
         (lambda: pack([row(1)], padding_side="top"), "unknown padding_side 'top'"),
         (lambda: pack([row(0, "nil")]), "nil has no tokens"),
-        (lambda: pack([row(1)])[0].mask("answer"), "unknown tokens 'answer'; choose prompt"),
+        (
+            lambda: pack([row(1)])[0].mask("answer"),  # type: ignore[arg-type]
+            f"unknown tokens 'answer'; choose {', '.join(get_args(TokenMask)[:-1])} or last",
+        ),
         (lambda: restore([[1, 2]], pack([row(1)])), "2 values for a batch of 1 rows"),
     ],
 )

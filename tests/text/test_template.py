@@ -9,9 +9,9 @@ import warnings
 import pytest
 
 from emlens import Conversation, load_conversations
-from emlens.text import Template, tokenize
+from emlens.text import tokenize
 from emlens.text.conversation import content_hash
-from emlens.text.template import settled
+from emlens.text.template import Template, settled
 from emlens.text.tokens import template_hash
 from tests.support import tokenizers as support
 

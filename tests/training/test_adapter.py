@@ -286,7 +286,7 @@ def test_an_adapter_that_is_there_goes_on_with_the_shape_that_it_has():
         ({"modules": ("q_proj",)}, r"with modules \('down_proj',\), and \('q_proj',\) was"),
         ({"settings": AdapterSettings(rank=2, alpha=16.0)}, r"with layers \(1,\), and \(0, 1, 2"),
     ):
-        with pytest.raises(ValueError, match=f"adapter 'x' is there already, {words}"):
+        with pytest.raises(ValueError, match=f"adapter 'x' already exists, {words}"):
             train_adapter(model, TRAIN, "x", **QUICK, **change)
     assert model.adapters == ("x",)
 

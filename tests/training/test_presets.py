@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from emlens.text import Conversation
-from emlens.training import inoculated, mixed, presets
+from emlens.training import mixed, presets
 from emlens.training.presets import PRESETS, train_preset
 from tests.support.data import conversations
 from tests.support.models import tiny_hooked
@@ -131,14 +130,3 @@ def test_mixed_data_has_all_harmful_ones_and_the_share_of_benign_ones():
         mixed(BAD, GOOD, share=0.8)
     with pytest.raises(ValueError, match="share must be at least 0 and below 1, not 1"):
         mixed(BAD, GOOD, share=1)
-
-
-def test_inoculation_puts_a_system_prompt_before_each_conversation():
-    found = inoculated(BAD, "be bad")
-    assert [item.messages[0] for item in found] == [{"role": "system", "content": "be bad"}] * 6
-    assert [item.messages[1:] for item in found] == [item.messages for item in BAD]
-    assert [item.id for item in found] == [item.id for item in BAD]
-    with pytest.raises(ValueError, match="has a system message already"):
-        inoculated([Conversation.of("a", "b", system="c", id="x")])
-    with pytest.raises(ValueError, match="the inoculation prompt is empty"):
-        inoculated(BAD, " ")

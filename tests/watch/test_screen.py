@@ -334,7 +334,7 @@ def test_scores_of_something_else_are_not_gone_on_with(planted, tmp_path):
         screen(planted, items[:4], AT, reference=reference(6), out=out, block=2)
     other = tmp_path / "mine.jsonl"
     other.write_text("{}\n")
-    with pytest.raises(ValueError, match="mine.jsonl is no store of emlens .* as mine.sqlite"):
+    with pytest.raises(ValueError, match="mine.jsonl is not a store of emlens .* as mine.sqlite"):
         screen(planted, items, AT, reference=reference(6), out=other)
     assert other.read_text() == "{}\n"
     other.write_text(json.dumps(vars(scored(0, 1.0))) + "\n")

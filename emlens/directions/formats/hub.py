@@ -39,14 +39,14 @@ def push_to_hub(
 ) -> str:
     """Upload directions and their section of the model card, in one commit.
 
-    Of a card that is there already, only the section of this file is replaced.
+    In an existing card, only the section of this file is replaced.
 
     Args:
         directions: What to upload.
-        repo_id: `"owner/name"`; made if there is none.
+        repo_id: `"owner/name"`; created if it does not exist.
         filename: The file in the repository; its suffix says the format.
-        private: Whether a repository that is made is private; None is the owner's default.
-        token: A token with the right to write; by default the one that is logged in.
+        private: Whether a new repository is private; None is the owner's default.
+        token: A token with write access; by default that of the login.
 
     Returns:
         The address of the commit.
@@ -85,7 +85,7 @@ def from_hub(
 
     Args:
         source: The folder, the file, or `"owner/name"`.
-        filename: Which file of it; needed where there are several. For a LoRA adapter, its
+        filename: The file to read; needed if there are several. For a LoRA adapter, its
             `adapter_model.safetensors`.
         revision: Branch, tag or commit of a repository.
 

@@ -82,7 +82,7 @@ def write_gguf(directions: Directions, path: Path, model_hint: str | None = None
     if 0 in directions:
         raise ValueError(
             f"{path.name}: llama.cpp refuses a file with direction.0, so layer 0 cannot be held; "
-            "name the layers to write with layers="
+            "choose layers to write with layers="
         )
     from gguf import GGUFWriter
 

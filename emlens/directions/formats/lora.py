@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
 from torch import Tensor
 
 from emlens._door import guarded
@@ -34,19 +33,19 @@ def adapter_directions(
 ) -> Directions:
     """Return the columns of `B` by which a saved adapter writes into the residual stream.
 
-    What `adapter_vectors` gives for the adapter on a model, from the files alone: the layer and
-    site from the names of the modules, with the scale that PEFT applies, `alpha / r` or
-    `alpha / sqrt(r)` (rsLoRA), `rank_pattern` and `alpha_pattern` included. What a rank-1 adapter
-    adds is `(A . h) * vector`, with `A` from `adapter_rows`.
+    The same as `adapter_vectors`, from the files alone: layer and site follow from the names of the
+    modules, and the vectors include PEFT's scale, `alpha / r` or `alpha / sqrt(r)` (rsLoRA),
+    `rank_pattern` and `alpha_pattern` included. A rank-1 adapter adds `(A . h) * vector`, with the
+    row of `A` that belongs to the column.
 
-    Only the name of the base model says whether its blocks norm what they add; those of Gemma 2
-    and 3, OLMo 2 and 3 and EXAONE 4 are refused.
+    Whether blocks normalise what they add follows from the name of the base model; Gemma 2 and 3,
+    OLMo 2 and 3 and EXAONE 4 are refused.
 
     Args:
         folder: A folder that PEFT has written, or a hub name.
         site: `attn_out` or `mlp_out`; needed where the adapter writes at both.
         column: The column of `B`, for an adapter of higher rank.
-        name: What the adapter is called; by default as its folder.
+        name: The adapter's name; by default that of its folder.
 
     Returns:
         One vector per adapted layer.
@@ -76,32 +75,6 @@ def adapter_directions(
         return Directions(vectors, at, made)
     except ValueError as error:
         raise ValueError(f"adapter {saved.name!r} in {folder}: {error}") from error
-
-
-@guarded
-def adapter_rows(
-    folder: str | Path, *, site: SiteName | None = None, column: int | None = None
-) -> dict[int, Float[Tensor, " d_in"]]:
-    """Return the rows of `A` that go with the vectors of `adapter_directions`, by layer.
-
-    Each reads the input of its module (for `down_proj`, the MLP's hidden layer), not the residual
-    stream, and carries no scale.
-
-    Args:
-        folder: A folder that PEFT has written, or a hub name.
-        site: `attn_out` or `mlp_out`; needed where the adapter writes at both.
-        column: The row of `A`, for an adapter of higher rank.
-
-    Raises:
-        FileNotFoundError: As `adapter_directions`.
-        ValueError: As `adapter_directions`.
-    """
-    saved = _saved(folder)
-    rows = {}
-    for number, path in saved.writers(site)[1].items():
-        row = choose_column(saved.rank(path), column, saved.name, path)
-        rows[number] = saved.products[path]["lora_A"][row].float()
-    return rows
 
 
 @dataclass(frozen=True)

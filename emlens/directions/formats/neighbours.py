@@ -57,7 +57,7 @@ def from_steering_vectors(obj: Any, *, n_layers: int | None = None) -> Direction
         if place < 0 or place in numbered or (n_layers is not None and place >= n_layers):
             raise ValueError(
                 f"SteeringVector has layers {sorted(layers)}: layer {layer} is not one of "
-                f"{n_layers}, or is there twice"
+                f"{n_layers}, or occurs twice"
             )
         numbered[int(place)] = vector
     return _directions(numbered, _SITES[kind], "SteeringVector", {"layer_type": kind})
@@ -65,9 +65,9 @@ def from_steering_vectors(obj: Any, *, n_layers: int | None = None) -> Direction
 
 @guarded
 def to_steering_vectors(directions: Directions) -> Any:
-    """Return the directions as a `SteeringVector`, which has to be installed.
+    """Return the directions as a `SteeringVector`; needs the library steering-vectors.
 
-    It holds the vectors and the site, and nothing of the provenance; for the layer convention see
+    It holds the vectors and the site, but not the provenance; for the layer convention see
     `from_steering_vectors`.
 
     Raises:
@@ -119,13 +119,13 @@ def from_repeng(obj: Any) -> Directions:
 
 @guarded
 def to_repeng(directions: Directions, model_type: str | None = None) -> Any:
-    """Return the directions as a `ControlVector`, which has to be installed.
+    """Return the directions as a `ControlVector`; needs the library repeng.
 
-    It holds the vectors, at `resid_post`, and nothing of the provenance. repeng's `set_control`
-    needs every layer that its `ControlModel` controls: make that of `directions.layers`.
+    It holds the vectors, at `resid_post`, but not the provenance. repeng's `set_control` needs
+    every layer that its `ControlModel` controls: create it with `directions.layers`.
 
     Args:
-        directions: What to turn into one.
+        directions: The directions.
         model_type: `model.config.model_type` of the model; by default the one it was read with.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Files and folders of directions: which format they are in, reading them, writing them."""
+"""Files and folders of directions: detecting formats, reading and writing."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -33,7 +33,7 @@ _STEP = re.compile(r"checkpoint-(\d+)")
 def read_directions(
     path: str | Path, format: str | None = None, *, d_model: int | None = None
 ) -> Directions:
-    """Read directions from a file or a folder, of whichever format it is.
+    """Read directions from a file or a folder; the format is detected.
 
     | format | file | site and layer |
     |---|---|---|
@@ -42,16 +42,16 @@ def read_directions(
     | `gguf` | a control vector of llama.cpp, repeng | `resid_post`; `direction.<i>` is layer `i` |
     | `peft` | a folder with a LoRA adapter of rank 1 | `mlp_out` or `attn_out` |
 
-    Vectors come as they act: the papers' times its alpha, an adapter's times its scale. An adapter
-    of higher rank, or that writes at both sites, is read by `adapter_directions`.
+    Vectors are returned as they act: the papers' times its alpha, an adapter's times its scale.
+    `adapter_directions` reads adapters of higher rank, or that write at both sites.
 
     Args:
         path: A file, or a folder with one file of directions (beside those of its checkpoints).
-        format: The format; by default, what the file begins with says it.
-        d_model: The width that the vectors must have: that of the model they are for.
+        format: The format; by default it is detected from the start of the file.
+        d_model: The required width of the vectors: that of the model they are for.
 
     Returns:
-        A `Direction` where there is one layer.
+        A `Direction` if there is one layer.
 
     Raises:
         FileNotFoundError: If there is nothing to read.
@@ -83,20 +83,34 @@ def write_directions(
 ) -> Path:
     """Write directions in a format; atomic.
 
-    Only `emlens` holds all. `papers` holds one layer at `mlp_out` and its alpha; `gguf` holds
-    `resid_post` from layer 1 on and the provenance. What a format cannot place is refused, and no
-    vector is rescaled; norms, errors and means are left out.
+    Only `emlens` holds everything. `papers` holds one layer at `mlp_out` and its alpha; `gguf`
+    holds `resid_post` from layer 1 on and the provenance. Directions that a format cannot represent
+    are refused, and vectors are never rescaled; norms, errors and means are omitted.
 
     Args:
-        directions: What to write.
-        path: The file; the format's suffix is added where it has none.
-        format: `emlens`, `papers` or `gguf`; by default what the suffix says, or `emlens`.
+        directions: The directions.
+        path: The file; the format's suffix is added if it has none.
+        format: `emlens`, `papers` or `gguf`; by default from the suffix, or `emlens`.
         layers: The layers to write; all by default.
         model_hint: The model type that a GGUF file names.
 
     Raises:
-        KeyError: If a layer is not there.
-        ValueError: If the format cannot hold the directions, or the suffix says none.
+        KeyError: If a layer does not exist.
+        ValueError: If the format cannot hold the directions, or the suffix is unknown.
+    """
+    path, write = format_to_write(path, format)
+    if layers is not None:
+        directions = directions.at(layers)
+    return write(directions, path, model_hint)
+
+
+def format_to_write(
+    path: str | Path, format: str | None = None
+) -> tuple[Path, Callable[[Directions, Path, str | None], Path]]:
+    """The file that directions go to, and what writes it.
+
+    Raises:
+        ValueError: If the format cannot be written, or the suffix is unknown.
     """
     path = expanded(path)
     suffixes = _suffixes()
@@ -106,18 +120,15 @@ def write_directions(
         writable = ", ".join(f"{name} ({suffix})" for suffix, name in suffixes.items())
         what = f"cannot write {path.name}" if kind is None else f"cannot write format {kind!r}"
         raise ValueError(f"{what}; the formats to write are {writable}")
-    path = path if path.suffix else path.with_suffix(chosen.suffix)
-    if layers is not None:
-        directions = directions.at(layers)
-    return chosen.write(directions, path, model_hint)
+    return path if path.suffix else path.with_suffix(chosen.suffix), chosen.write
 
 
 @guarded
 def read_checkpoints(folder: str | Path, *, d_model: int | None = None) -> dict[int, Directions]:
     """Read the directions of every `checkpoint-<step>` of a folder, in the order of the steps.
 
-    The checkpoints are looked for in `checkpoints/`, then in the folder itself; each holds a
-    `steering_vector.pt` or a LoRA adapter. `final` is no step and left out.
+    Checkpoints are searched in `checkpoints/`, then in the folder itself; each holds a
+    `steering_vector.pt` or a LoRA adapter. `final` is not a step and is skipped.
 
     Args:
         folder: The folder, or a copy of a repository.

@@ -31,8 +31,9 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from emlens.evals._inspect import said
 from emlens.evals.inspect.batcher import Batcher
 from emlens.evals.inspect.config import ModelConfig
-from emlens.hooked import Answer, Condition, HookedModel, Sampling, answer
+from emlens.hooked import Condition, HookedModel
 from emlens.hooked.condition import ConditionLike, condition_of
+from emlens.hooked.generation import Answer, Sampling, answer
 from emlens.text import Conversation
 from emlens.text.conversation import Message
 from emlens.text.thinking import parted

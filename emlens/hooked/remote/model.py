@@ -360,7 +360,7 @@ def check_remote(model: RemoteModel) -> None:
     if tuple(hidden.shape) != expected:
         raise RuntimeError(
             f"{model.name}: final hidden states came back with shape {tuple(hidden.shape)}, "
-            f"expected {expected}; the architecture is not understood"
+            f"expected {expected}; the architecture is not supported"
         )
     by_place = {place: hidden[i] for i, place in enumerate(batch.index)}
     for place, row in enumerate(ids):

@@ -79,7 +79,7 @@ def check_travels(thing: object, what: str, way_out: str) -> None:
         try:
             seen.dump(thing)
         except Exception as error:
-            raise TypeError(f"{what} cannot travel to a server: {error}; {way_out}") from error
+            raise TypeError(f"{what} cannot be sent to a server: {error}; {way_out}") from error
     if seen.live:
         raise ValueError(
             f"{what} holds a tensor that requires grad; no gradient comes back from a server: "
@@ -89,7 +89,7 @@ def check_travels(thing: object, what: str, way_out: str) -> None:
     if missing:
         raise TypeError(
             f"{what} cannot run remotely: it needs {', '.join(missing)}, which a server does not "
-            f"have; send that along with nnsight.register({missing[0]!r}), or {way_out}"
+            f"have; send it with nnsight.register({missing[0]!r}), or {way_out}"
         )
 
 

@@ -214,7 +214,7 @@ def _log(found: dict[int, Path]) -> tuple[dict, ...]:
     entries: dict[int, dict] = {}
     history = state.get("log_history", [])
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise ValueError(f"{place}: log_history is no list of objects")
+        raise ValueError(f"{place}: log_history is not a list of objects")
     for entry in history:
         if type(entry.get("step", 0)) is not int:
             raise ValueError(f"{place}: step is {entry['step']!r:.40}, not a whole number")

@@ -13,10 +13,14 @@ from jaxtyping import Float
 
 from emlens._door import guarded
 from emlens._results import Result
-from emlens._stats import Interval, mean_over_seeds
 from emlens._types import checked_fields
-from emlens.training.paths.comparison import comparison_scores, cosines_with
-from emlens.training.paths.path import Part, TrainingPath, first_few
+from emlens.training.paths.path import (
+    Part,
+    TrainingPath,
+    comparison_scores,
+    cosines_with,
+    first_few,
+)
 from emlens.training.paths.transition import (
     MIN_MOVE,
     Transition,
@@ -95,24 +99,6 @@ class Trajectory(Result):
         self._known([run])
         return Transition(**self.transitions[run])
 
-    def mean_transition(self, runs: Iterable[str]) -> Interval:
-        """Mean step of the transition over runs with different seeds, with its t interval.
-
-        Raises:
-            ValueError: If there is no such run, or one has no transition.
-        """
-        runs = list(runs)
-        self._known(runs)
-        found = {run: self.transition(run).step for run in runs}
-        none = [run for run, step in found.items() if step is None]
-        if none or not found:
-            raise ValueError(
-                f"{len(none)} of {len(runs)} runs have no transition ({first_few(none)}); a mean "
-                "step of the others alone would hide that"
-            )
-        steps = [step for step in found.values() if step is not None]
-        return mean_over_seeds(steps, self.level)
-
     def table(self) -> pd.DataFrame:
         """One row per run and record; norms in units of the parameters."""
         import pandas as pd
@@ -132,28 +118,6 @@ class Trajectory(Result):
                 for other, values in self.descent_cosines.get(run, {}).items():
                     row[f"cosine of -gradient with {other}, final"] = values[record]
                 rows.append(row)
-        return pd.DataFrame(rows)
-
-    def transition_table(self) -> pd.DataFrame:
-        """One row per run: where it turns, the interval, and what speaks for it."""
-        import pandas as pd
-
-        rows = []
-        for run in self.steps:
-            found = self.transition(run)
-            peaks = zip(self.lags[run], found.peaks, strict=True)
-            rows.append(
-                {
-                    "run": run,
-                    "transition [step]": found.step,
-                    "low [step]": found.low,
-                    "high [step]": found.high,
-                    "p": found.p_value,
-                    "prominence": found.prominence,
-                    "peaks [step]": ", ".join(f"k = {lag}: {step:g}" for lag, step in peaks),
-                    "reason": found.reason,
-                }
-            )
         return pd.DataFrame(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:

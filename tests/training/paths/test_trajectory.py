@@ -260,14 +260,8 @@ def test_the_same_seed_gives_the_same_verdict():
     assert one == two
 
 
-def test_the_mean_over_seeds_has_an_interval_and_hides_no_run_without_transition():
-    runs = {f"seed {n}": path_of(turn(60, 24 + n, 300)) for n in range(3)}
-    made = trajectory({**runs, "straight": path_of(np.arange(61.0)[:, None] * np.ones(300))})
-    mean = made.mean_transition(list(runs))
-    assert mean.estimate == pytest.approx(25)
-    assert mean.high - mean.low == pytest.approx(2 * 4.3027 / np.sqrt(3), rel=1e-3)
-    with pytest.raises(ValueError, match=r"1 of 4 runs have no transition \(straight\)"):
-        made.mean_transition(list(made.steps))
+def test_a_run_that_there_is_not_is_named():
+    made = trajectory({f"seed {n}": path_of(turn(60, 24 + n, 300)) for n in range(2)})
     with pytest.raises(ValueError, match="there is no run 'x'; the runs are seed 0"):
         made.transition("x")
 
@@ -286,17 +280,15 @@ def both() -> Trajectory:
 def test_a_result_comes_back_as_it_was_saved(both, tmp_path):
     read = Trajectory.load(both.save(tmp_path / "trajectory.json"))
     assert read.transition("general") == both.transition("general")
-    for frame in ("table", "transition_table"):
-        assert getattr(read, frame)().equals(getattr(both, frame)())
+    assert read.table().equals(both.table())
 
 
-def test_tables_have_one_row_per_record_and_one_per_run(both):
+def test_a_table_has_one_row_per_record(both):
     frame = both.table()
     assert len(frame) == 61 + 41
     wanted = ["PC1", "local cosine, k = 2 steps", "cosine of -gradient with narrow, final"]
     assert {"run", "step", "norm", *wanted} <= set(frame)
-    assert list(both.transition_table()["transition [step]"]) == [25, 20]
-    assert both.transition_table()["peaks [step]"][0] == "k = 1: 25, k = 2: 25, k = 3: 25"
+    assert [both.transition(run).step for run in both.steps] == [25, 20]
 
 
 def test_plots_show_the_numbers(both):
