@@ -28,6 +28,9 @@ CONTENT = 24
 LONGEST = 600
 """Tokens of an answer, at most, as in the papers."""
 
+LEFT = "text-align: left; vertical-align: top; white-space: pre-wrap"
+"""How answers stand in a table of a notebook, where cells are right-aligned otherwise."""
+
 BLOCK = 64
 """Answers that are generated, then kept, at once."""
 
@@ -139,7 +142,8 @@ class Responses:
     def _repr_html_(self) -> str:
         shown = self.side_by_side().head(8)
         # answers are the model's words, and may hold markup
-        table = shown.to_html(index=False, escape=True)
+        table = shown.to_html(index=False, escape=True, justify="left")
+        table = table.replace("<td>", f'<td style="{LEFT}">')
         return f"<p><b>{escape(f'{len(self)} responses')}</b></p>{table}"
 
     @classmethod

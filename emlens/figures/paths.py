@@ -1,15 +1,15 @@
-"""Paths of a vector through training, in the plane of two components."""
+"""Paths through training: in the plane of two components, or of effects inside and outside."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from emlens.figures.labels import Anchor, PointLabels, dense
-from emlens.figures.style import INK, PAPER, dress, house_style, new_axes, palette
+from emlens.figures.style import INK, MUTED, PAPER, dress, house_style, new_axes, palette
 
 
 @house_style()
@@ -54,6 +54,64 @@ def path_plot(
     ax.set_aspect("equal", adjustable="datalim")
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid="both")
     PointLabels(ax, anchors, np.concatenate([dense(track) for track in tracks.values()]))
+    return ax
+
+
+@house_style()
+def effect_plane(
+    paths: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    crossed: Mapping[str, Sequence[int]] | None = None,
+    x_label: str,
+    y_label: str,
+    title: str | None = None,
+    ax: Axes | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> Axes:
+    """Effects outside of a domain against those inside, along paths, with their intervals.
+
+    On the dotted diagonal an effect is as large outside as inside; on the line at zero it is
+    confined.
+
+    Args:
+        paths: `{name: (inside, outside)}`, each `[n, 3]`: estimates and the ends of intervals.
+        labels: A name for each point of a path, `[n]`; an empty one is not drawn.
+        crossed: Points whose intervals are drawn, for each path; all of them by default.
+        x_label: What is inside, with its unit.
+        y_label: What is outside, with its unit.
+        title: Title above the axes.
+        ax: Axes to draw on; a figure of its own if not given.
+        colours: Colours by name, in place of the house's.
+
+    Returns:
+        The axes, with one scale for both directions.
+    """
+    ax = new_axes(height=4.8) if ax is None else ax
+    shades, anchors, drawn = {**palette(paths), **(colours or {})}, [], []
+    for name, sides in paths.items():
+        inside, outside = (np.asarray(side, dtype=float) for side in sides)
+        track, shade = np.stack([inside[:, 0], outside[:, 0]], axis=1), shades[name]
+        ax.plot(*track.T, color=shade, linewidth=1.5, marker="o", markersize=4.5, zorder=3)
+        ax.plot(*track[0], color=shade, marker="o", markersize=7, markerfacecolor=PAPER, zorder=4)
+        for i in (crossed or {}).get(name, range(len(track))):
+            thin = {"color": shade, "linewidth": 1.0, "alpha": 0.55, "zorder": 2}
+            ax.plot(inside[i, 1:], outside[i, [0, 0]], **thin)
+            ax.plot(inside[i, [0, 0]], outside[i, 1:], **thin)
+        said = (labels or {}).get(name, [""] * (len(track) - 1) + [name])
+        anchors += [
+            Anchor(float(x), float(y), text, shade)
+            for (x, y), text in zip(track, said, strict=True)
+            if text
+        ]
+        drawn.append(dense(track))
+    for line in (ax.axhline, ax.axvline):
+        line(0, color=MUTED, linewidth=0.9, zorder=1)
+    ax.margins(0.08)
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.axline((0, 0), slope=1, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    dress(ax, x_label=x_label, y_label=y_label, title=title, grid="both")
+    PointLabels(ax, anchors, np.concatenate(drawn))
     return ax
 
 

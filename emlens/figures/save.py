@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +19,14 @@ _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 _ENDS = {"png": b"IEND\xaeB`\x82", "svg": b"</svg>\n"}
 
 
-def save_figure(figure: Figure | Axes, path: str | Path) -> list[Path]:
+def save_figure(figure: Figure | Axes | Sequence[Axes], path: str | Path) -> list[Path]:
     """Write a figure as PNG (200 dpi) and as SVG whose text stays text.
 
     The same figure gives the same bytes on every run with the same matplotlib. Each file appears
     whole or not at all.
 
     Args:
-        figure: The figure, or any axes of it.
+        figure: The figure, any axes of it, or all of them, as `plot` returns them.
         path: Where to, without a suffix; `.png` and `.svg` are taken off if there.
 
     Returns:
@@ -34,6 +35,8 @@ def save_figure(figure: Figure | Axes, path: str | Path) -> list[Path]:
     Raises:
         ValueError: If the axes belong to no figure any more.
     """
+    if isinstance(figure, Sequence):
+        figure = figure[0]
     if isinstance(figure, Axes):
         root = figure.get_figure(root=True)
         if root is None:

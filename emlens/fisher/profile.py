@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -198,7 +198,8 @@ class InfluenceProfile:
         doses = [None] if dose is None else [float(x) for x in np.atleast_1d(np.asarray(dose))]
         if not all(x is None or (np.isfinite(x) and x != 0) for x in doses):
             raise ValueError(f"doses must be finite and not zero; got {dose}")
-        blocks = [self._block(group, doses) for group in groups]
+        reference = _first(groups)
+        blocks = [self._block(group, doses, reference=reference) for group in groups]
         order = np.argsort(np.concatenate([group.places for group in groups]), kind="stable")
         columns: dict[str, Any] = {
             name: np.concatenate([np.asarray(block[name]) for block in blocks])[order]
@@ -361,13 +362,22 @@ class InfluenceProfile:
         return eigen(self.sums, place, (half,))
 
     def _block(
-        self, group: Group, doses: Sequence[float | None], found: Forms | None = None
+        self,
+        group: Group,
+        doses: Sequence[float | None],
+        found: Forms | None = None,
+        reference: Mapping[tuple[int, int | None], Tensor] | None = None,
     ) -> dict[str, np.ndarray]:
         """The columns of a result for one group, `[directions, doses]` each."""
         place, size = self._place(group.layer), self.residual_norms[group.layer]
+        against = None
         if found is None:
             units = group.vectors / group.vectors.norm(dim=1, keepdim=True)
-            found = forms(self.sums, place, units, group.half)
+            known = reference or {}
+            # a vector found on one half of the documents stands for nothing on the other one
+            against = known.get((group.layer, None), known.get((group.layer, group.half)))
+            unit = None if against is None else against / against.norm()
+            found = forms(self.sums, place, units, group.half, unit)
         signed = np.stack(
             [group.norms if x is None else 0 * group.norms + x * size for x in doses], 1
         )
@@ -380,6 +390,10 @@ class InfluenceProfile:
             return np.broadcast_to(np.asarray(values)[:, None], shape)
 
         random, differences = self._controls(place)
+        # at equal doses norms are equal; where directions are added as they are, they differ
+        length = float("nan") if against is None else float(against.norm())
+        own = [(group.norms / length) ** 2 if x is None else 1 + 0 * group.norms for x in doses]
+        ratio, ratio_low, ratio_high = (end[:, None] * np.stack(own, 1) for end in found.ratio())
         return {
             "directions": across(np.array(group.names, dtype=object)),
             "layers": np.full(shape, group.layer),
@@ -389,6 +403,9 @@ class InfluenceProfile:
             "kl": half_squares * found.quadratic[:, None],
             "kl_low": half_squares * low[:, None],
             "kl_high": half_squares * high[:, None],
+            "ratio": ratio,
+            "ratio_low": ratio_low,
+            "ratio_high": ratio_high,
             "kl_draw_error": half_squares * found.draw_error[:, None],
             "loss_change": change,
             "change_low": change_low,
@@ -407,3 +424,13 @@ class InfluenceProfile:
         if place not in self._known_controls:
             self._known_controls[place] = controls(self.sums, place, self.settings.seed)
         return self._known_controls[place]
+
+
+def _first(groups: Sequence[Group]) -> dict[tuple[int, int | None], Tensor]:
+    """The vectors of the first direction, by layer and by the documents that count for it."""
+    name = next(group.names[group.places.index(0)] for group in groups if 0 in group.places)
+    return {
+        (group.layer, group.half): group.vectors[group.names.index(name)]
+        for group in groups
+        if name in group.names
+    }

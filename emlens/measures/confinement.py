@@ -91,6 +91,7 @@ class Confinement(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Both effects and their difference by domain, with intervals."""
+        from emlens.figures import COLOURS
         from emlens.figures.bars import dot_intervals
 
         frame = self.table()
@@ -107,8 +108,19 @@ class Confinement(Result):
             ].itertuples(index=False)
         ]
         groups, series, values, low, high = zip(*parts, strict=True)
-        label = "change of log-odds outside [nats/token]"
-        return dot_intervals(groups, series, values, low, high, y_label=label, ax=ax)
+        return dot_intervals(
+            groups,
+            series,
+            values,
+            low,
+            high,
+            y_label="change of log-odds outside [nats/token]",
+            # what is confined is the narrow solution, and what is scaled the general one
+            colours=dict(
+                zip(columns, map(COLOURS.get, ("narrow", "general", "base")), strict=True)
+            ),
+            ax=ax,
+        )
 
     def _said(self) -> str:
         return (

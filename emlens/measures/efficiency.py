@@ -187,14 +187,20 @@ class Efficiency(OnGrid):
                 rows.append(row)
         return pd.DataFrame(rows)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Loss against dose, or whatever the grid is of, with bands."""
-        from emlens.figures.lines import line_bands
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """Loss against dose, or whatever the grid is of, and differences of solutions.
 
-        return line_bands(
+        The differences are from the first solution at the same point of the grid, with intervals
+        paired by conversation. On `ax` the loss alone is drawn, with bands.
+        """
+        from emlens.figures.lines import paired_curves
+
+        return paired_curves(
             self._curves("loss [nats/token]", "low", "high"),
+            self._gaps(),
             x_label=self._across_label(),
-            y_label="loss on finetuning data [nats/token]",
+            y_label="loss on finetuning\ndata [nats/token]",
+            gap_label=f"minus {self.directions[0]}\n[nats/token]",
             ax=ax,
         )
 

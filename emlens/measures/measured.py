@@ -84,6 +84,16 @@ class OnGrid(Measured):
             for name, part in self.table().groupby("direction", sort=False)
         }
 
+    def _gaps(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """Difference of each direction from the first at every point, paired by unit."""
+        first, *others = self.directions
+        found = {}
+        for name in others:
+            each = [self.difference(name, first, at) for at in self.grid]
+            ends = np.array([(one.estimate, one.low, one.high) for one in each]).T
+            found[name] = (self._across(name), *ends)
+        return found
+
     def _across(self, direction: str) -> np.ndarray:
         """Where the points of a direction lie along the axis of a figure, `[points]`."""
         return np.asarray(self.grid)

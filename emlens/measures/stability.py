@@ -154,15 +154,25 @@ class Stability(UnderNoise):
             )
         return pd.DataFrame(rows)
 
-    def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
-        """Relative loss increase against the noise level, with bands over seeds."""
-        from emlens.figures.lines import line_bands
+    def plot(
+        self, ax: matplotlib.axes.Axes | None = None
+    ) -> matplotlib.axes.Axes | list[matplotlib.axes.Axes]:
+        """Relative loss increase against the noise level from 0, and differences of solutions.
 
-        return line_bands(
-            self._curves("loss increase [%]", "low", "high"),
+        The differences are from the first solution, with intervals paired by noise seed. On `ax`
+        the increase alone is drawn, with bands over seeds.
+        """
+        from emlens.figures.lines import paired_curves
+
+        curves, gaps = self._curves("loss increase [%]", "low", "high"), self._gaps()
+        return paired_curves(
+            {name: _from_zero(curve) for name, curve in curves.items()},
+            {name: _from_zero(gap) for name, gap in gaps.items()},
             x_label=f"noise level epsilon ({'added' if self.noise == ADDED else 'norm kept'})",
-            y_label="loss increase [% of the gain]",
+            y_label="loss increase\n[% of the gain]",
+            gap_label=f"minus {self.directions[0]}\n[percentage points]",
             reference=(50, "half of the gain"),
+            bands=True,
             ax=ax,
         )
 
@@ -307,6 +317,12 @@ def _axes(noise: Noise) -> tuple[Axes | None, str]:
             raise TypeError(f"noise is drawn from Directions, not from a {type(one).__name__}")
     names = names or [one.provenance.construction for one in given]
     return given, f"within {', '.join(names)}"
+
+
+def _from_zero(curve: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """A curve that begins at noise 0, where nothing is lost."""
+    known = np.isfinite(curve[1]).any() and 0.0 not in curve[0]
+    return tuple(np.concatenate([[0.0], part]) for part in curve) if known else curve
 
 
 def _crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:

@@ -271,16 +271,20 @@ class TokenProjections(Result):
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Projection along each conversation, up to eight of them."""
+        """Projection along each conversation, up to eight of them, without the first token.
+
+        The residual of the first token is many times longer than that of others (an attention
+        sink), and would set the scale; `values` and `table` have it.
+        """
         from emlens.figures.lines import line_bands
 
         curves = {
-            name: (np.arange(len(values)), np.asarray(values))
+            name: (np.arange(len(values))[1:], np.asarray(values)[1:])
             for name, values in list(zip(self.names, self.values, strict=True))[:8]
         }
         return line_bands(
             curves,
-            x_label="position in the conversation",
+            x_label="position in the conversation (the first token is left out)",
             y_label=f"projection, layer {self.layer} [median residual norm]",
             reference=0.0,
             ax=ax,

@@ -71,14 +71,20 @@ class WeightNoise(UnderNoise):
         }
         return self._table("gain lost [%]", losses)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Share of the gain that is lost against the noise level, with bands over seeds."""
-        from emlens.figures.lines import line_bands
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """Share of the gain that is lost against the noise level, and differences of solutions.
 
-        return line_bands(
+        The differences are from the first solution, with intervals paired by noise seed. On `ax`
+        the shares alone are drawn, with bands over seeds.
+        """
+        from emlens.figures.lines import paired_curves
+
+        return paired_curves(
             self._curves("gain lost [%]", "low", "high"),
+            self._gaps(),
             x_label="noise on the weights [share of the norm of each matrix]",
             y_label="gain lost [%]",
+            gap_label=f"minus {self.directions[0]}\n[percentage points]",
             reference=(50, "half of the gain"),
             ax=ax,
         )

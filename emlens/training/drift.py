@@ -168,15 +168,24 @@ class Drift(Result):
         return pd.DataFrame(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Effect inside and outside against updates, with intervals."""
-        from emlens.figures.lines import line_bands
+        """Effect outside against that inside, from the first record to the last.
 
-        curves = {name: (self.steps, *getattr(self, name).T) for name in _SIDES}
-        return line_bands(
-            curves,
-            x_label="update",
-            y_label="change of log-odds [nats/token]",
-            reference=0.0,
+        Both ends have their intervals. On the dotted diagonal the effect is as large outside as
+        inside.
+        """
+        from emlens.figures import colour
+        from emlens.figures.paths import effect_plane
+
+        last = len(self.steps) - 1
+        between = [""] * (last - 1)
+        said = [f"after {self.steps[0]} updates", *between, f"after {self.steps[-1]} updates"]
+        return effect_plane(
+            {"run": (self.inside, self.outside)},
+            labels={"run": said[-last - 1 :]},
+            crossed={"run": sorted({0, last})},
+            x_label="change of log-odds inside [nats/token]",
+            y_label="change of log-odds outside [nats/token]",
+            colours={"run": colour("base")},
             ax=ax,
         )
 

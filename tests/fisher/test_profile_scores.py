@@ -206,6 +206,15 @@ def test_results_survive_being_saved_and_show_themselves(profile, tmp_path):
         assert "<table" in result._repr_html_()
         assert "KL(base || edited) on words [nats/token]" in result.plot().get_ylabel()
     assert many.plot().get_xlabel() == "layer"
+    beside = profile.score(
+        {
+            name: Directions(dict(enumerate(vectors(seed=seed))), "resid_post", Provenance(name))
+            for seed, name in enumerate("xy")
+        }
+    )
+    upper, lower = beside.plot()
+    assert lower.get_xlabel() == "layer" and upper.get_xlabel() == ""
+    assert lower.get_ylabel() == "KL over that of\nx [ratio]" and lower.get_yscale() == "log"
     spectrum = profile.spectrum(2)
     assert Spectrum.load(spectrum.save(tmp_path / "spectrum.json")) == spectrum
     assert spectrum.plot().get_xlabel() == "rank"

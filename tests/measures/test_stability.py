@@ -353,7 +353,10 @@ def test_results_survive_being_saved_and_earlier_ones_load(model, tmp_path):
     found = stability(model, DATA, {"v": direction(model), "a": "one"}, epsilons=(0.5,), seeds=2)
     path = found.save(tmp_path / "stability.json")
     assert Stability.load(path) == found
-    assert found.plot().get_ylabel()
+    upper, lower = found.plot()
+    assert upper.get_ylabel() == "loss increase\n[% of the gain]"
+    assert lower.get_ylabel() == "minus v\n[percentage points]"
+    assert any(list(line.get_xdata()) == [0, 0.5] for line in upper.lines)
     record = json.loads(path.read_text())
     del record["kinds"], record["noise"]
     path.write_text(json.dumps(record))
