@@ -150,6 +150,7 @@ class PromotedTokens(Result):
         Raises:
             ValueError: If there are no tokens of the layer.
         """
+        from emlens.figures import COLOURS
         from emlens.figures.bars import bar_list
         from emlens.figures.style import new_panels
 
@@ -170,7 +171,14 @@ class PromotedTokens(Result):
         axes = new_panels(2, width=8.4, height=1.2 + 0.3 * len(frame))
         for panel, side in zip(axes, names, strict=True):
             title = f"{side.capitalize()} {of}" if side == "promoted" else side.capitalize()
-            bar_list(names[side], values[side], x_label=label, title=title, ax=panel)
+            bar_list(
+                names[side],
+                values[side],
+                x_label=label,
+                title=title,
+                shade=COLOURS["base" if side == "promoted" else "random"],
+                ax=panel,
+            )
         return axes
 
 

@@ -66,7 +66,7 @@ class SteeringSweep(Result):
         Where answers were generated, the share of coherent ones stands below. On `ax` the effect
         at the layer with the best one is drawn alone.
         """
-        from emlens.figures.style import new_panels
+        from emlens.figures.style import new_panels, share_y
 
         layers = list(dict.fromkeys(row["layer"] for row in self.rows))[:MOST]
         if ax is not None:
@@ -79,10 +79,11 @@ class SteeringSweep(Result):
             self._effect(layer, axes[place], last=place == n - 1)
             if judged:
                 self._coherence(layer, axes[n + place], last=place == n - 1)
+        share_y(axes[:n])
         for place, panel in enumerate(axes):
-            panel.sharey(axes[place // n * n])
             if place % n:
                 panel.set_ylabel("")
+                panel.tick_params(labelleft=False)
             if place < n * (rows - 1):
                 panel.set_xlabel("")
         if title := judge_title(self.judged_by):

@@ -217,6 +217,8 @@ def bar_list(
         )
     ax.axvline(0, color=INK, linewidth=0.9, zorder=4)
     ax.set_yticks(places, [shortened(name, 24) for name in names])
+    if (lengths <= 0).all():
+        ax.yaxis.tick_right()
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.set_ylim(len(names) - 0.4, -0.6)

@@ -23,6 +23,7 @@ from emlens.figures.style import (
     new_axes,
     new_panels,
     palette,
+    share_y,
 )
 
 Curve: TypeAlias = Sequence[ArrayLike | None]
@@ -173,6 +174,7 @@ def panels_of_curves(
         layers = np.asarray(curve[0], dtype=float)
         line_bands(
             {name: curve},
+            colours=palette(curves),
             x_label=x_label if place >= len(curves) - columns else "",
             y_label=f"{y_label}{grey}" if place % columns == 0 else "",
             title=name,
@@ -181,8 +183,9 @@ def panels_of_curves(
             named=False,
             ax=panel,
         )
-        panel.sharey(axes[0])
+        panel.tick_params(labelleft=place % columns == 0)
         panel.set_xlim(layers.min(), layers.max())
+    share_y(axes)
     figure = axes[0].get_figure(root=True)
     if title and figure is not None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
@@ -244,6 +247,7 @@ def paired_curves(
         ax=lower,
     )
     upper.set_xlabel("")
+    upper.tick_params(labelbottom=False)
     lower.sharex(upper)
     return axes
 

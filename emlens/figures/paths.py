@@ -59,58 +59,77 @@ def path_plot(
 
 @house_style()
 def effect_plane(
-    paths: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    inside: ArrayLike,
+    outside: ArrayLike,
+    labels: Sequence[str],
     *,
-    labels: Mapping[str, Sequence[str]] | None = None,
-    crossed: Mapping[str, Sequence[int]] | None = None,
-    x_label: str,
-    y_label: str,
+    shades: Sequence[str],
+    crossed: Sequence[int] | None = None,
+    ray: str = "",
     title: str | None = None,
     ax: Axes | None = None,
-    colours: Mapping[str, str] | None = None,
 ) -> Axes:
-    """Effects outside of a domain against those inside, along paths, with their intervals.
+    """Effects outside of a domain against those inside, along a path, with their intervals.
 
     On the dotted diagonal an effect is as large outside as inside; on the line at zero it is
     confined.
 
     Args:
-        paths: `{name: (inside, outside)}`, each `[n, 3]`: estimates and the ends of intervals.
-        labels: A name for each point of a path, `[n]`; an empty one is not drawn.
-        crossed: Points whose intervals are drawn, for each path; all of them by default.
-        x_label: What is inside, with its unit.
-        y_label: What is outside, with its unit.
+        inside: Changes of log-odds inside in nats per token with the ends of their intervals,
+            `[n, 3]`.
+        outside: The same outside.
+        labels: A name for each point, `[n]`; an empty one is not drawn.
+        shades: Colour of each point, `[n]`.
+        crossed: Points whose intervals are drawn; all of them by default.
+        ray: Name of a dashed line from zero to the point with the largest effect inside: what the
+            same solution would do if it were weaker, in proportion. Empty for no line.
         title: Title above the axes.
         ax: Axes to draw on; a figure of its own if not given.
-        colours: Colours by name, in place of the house's.
 
     Returns:
-        The axes, with one scale for both directions.
+        The axes.
     """
-    ax = new_axes(height=4.8) if ax is None else ax
-    shades, anchors, drawn = {**palette(paths), **(colours or {})}, [], []
-    for name, sides in paths.items():
-        inside, outside = (np.asarray(side, dtype=float) for side in sides)
-        track, shade = np.stack([inside[:, 0], outside[:, 0]], axis=1), shades[name]
-        ax.plot(*track.T, color=shade, linewidth=1.5, marker="o", markersize=4.5, zorder=3)
-        ax.plot(*track[0], color=shade, marker="o", markersize=7, markerfacecolor=PAPER, zorder=4)
-        for i in (crossed or {}).get(name, range(len(track))):
-            thin = {"color": shade, "linewidth": 1.0, "alpha": 0.55, "zorder": 2}
-            ax.plot(inside[i, 1:], outside[i, [0, 0]], **thin)
-            ax.plot(inside[i, [0, 0]], outside[i, 1:], **thin)
-        said = (labels or {}).get(name, [""] * (len(track) - 1) + [name])
-        anchors += [
-            Anchor(float(x), float(y), text, shade)
-            for (x, y), text in zip(track, said, strict=True)
-            if text
-        ]
-        drawn.append(dense(track))
+    ax = new_axes(height=4.4) if ax is None else ax
+    x, y = np.asarray(inside, dtype=float), np.asarray(outside, dtype=float)
+    track = np.stack([x[:, 0], y[:, 0]], axis=1)
+    ax.plot(*track.T, color=MUTED, linewidth=1.3, zorder=3)
+    drawn = [dense(track)]
+    for i, (point, shade) in enumerate(zip(track, shades, strict=True)):
+        ax.plot(*point, color=shade, marker="o", markersize=6.5, markeredgecolor=PAPER, zorder=4)
+        if crossed is None or i in crossed:
+            for line in (
+                np.stack([x[i, 1:], y[i, [0, 0]]], axis=1),
+                np.stack([x[i, [0, 0]], y[i, 1:]], axis=1),
+            ):
+                ax.plot(*line.T, color=shade, linewidth=1.1, alpha=0.6, zorder=2)
+                drawn.append(dense(line))
+    anchors = [
+        Anchor(float(point[0]), float(point[1]), text, shade)
+        for point, text, shade in zip(track, labels, shades, strict=True)
+        if text
+    ]
+    if ray:
+        end = track[np.argmax(np.abs(track[:, 0]))]
+        ax.plot(
+            [0, end[0]], [0, end[1]], color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)), zorder=2
+        )
+        anchors.append(Anchor(float(end[0]) / 2, float(end[1]) / 2, ray, MUTED))
+        drawn.append(dense(np.stack([0 * end, end])))
     for line in (ax.axhline, ax.axvline):
         line(0, color=MUTED, linewidth=0.9, zorder=1)
     ax.margins(0.08)
-    ax.set_aspect("equal", adjustable="datalim")
+    ax.autoscale_view()
+    far = 0.88 * min(ax.get_xlim()[1], ax.get_ylim()[1])
     ax.axline((0, 0), slope=1, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-    dress(ax, x_label=x_label, y_label=y_label, title=title, grid="both")
+    anchors.append(Anchor(far, far, "outside = inside", MUTED))
+    drawn.append(dense(np.array([[0.0, 0.0], [far, far]])))
+    dress(
+        ax,
+        x_label="change of log-odds inside [nats/token]",
+        y_label="change of log-odds outside [nats/token]",
+        title=title,
+        grid="both",
+    )
     PointLabels(ax, anchors, np.concatenate(drawn))
     return ax
 

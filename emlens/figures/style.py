@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -225,6 +225,13 @@ def new_panels(
             figure.add_subplot(rows, columns, place + 1, axes_class=HouseAxes)
             for place in range(rows * columns)
         )
+
+
+def share_y(panels: Sequence[Axes]) -> None:
+    """Give panels one scale of their y axes, which holds what is drawn on any of them."""
+    for panel in panels[1:]:
+        panel.sharey(panels[0])
+    panels[0].autoscale_view(scalex=False)
 
 
 def new_axes(*, width: float = WIDTH, height: float = HEIGHT) -> Axes:

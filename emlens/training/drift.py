@@ -177,15 +177,13 @@ class Drift(Result):
         from emlens.figures.paths import effect_plane
 
         last = len(self.steps) - 1
-        between = [""] * (last - 1)
-        said = [f"after {self.steps[0]} updates", *between, f"after {self.steps[-1]} updates"]
+        said = {0: f"after {self.steps[0]} updates", last: f"after {self.steps[-1]} updates"}
         return effect_plane(
-            {"run": (self.inside, self.outside)},
-            labels={"run": said[-last - 1 :]},
-            crossed={"run": sorted({0, last})},
-            x_label="change of log-odds inside [nats/token]",
-            y_label="change of log-odds outside [nats/token]",
-            colours={"run": colour("base")},
+            self.inside,
+            self.outside,
+            [said.get(i, "") for i in range(last + 1)],
+            shades=[colour("random" if 0 < i < last else "base") for i in range(last + 1)],
+            crossed=sorted(said),
             ax=ax,
         )
 

@@ -110,21 +110,17 @@ class KLSweep(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """The trade-off: effect outside against that inside, one point per weight of the KL.
 
-        The grey line has what a weaker version of the strongest solution would do, in proportion.
+        The dashed line is what weaker versions of the strongest solution would do in proportion.
         """
         from emlens.figures import colour
         from emlens.figures.paths import effect_plane
 
-        most = int(np.argmax(np.abs(self.inside[:, 0])))
-        straight = [np.stack([0 * side[most], side[most]]) for side in (self.inside, self.outside)]
-        weaker = "in proportion"
         return effect_plane(
-            {weaker: (straight[0], straight[1]), "narrow": (self.inside, self.outside)},
-            labels={weaker: [weaker, ""], "narrow": [f"KL x {w:g}" for w in self.weights]},
-            crossed={weaker: ()},
-            x_label="change of log-odds inside [nats/token]",
-            y_label="change of log-odds outside [nats/token]",
-            colours={weaker: colour("random")},
+            self.inside,
+            self.outside,
+            [f"KL x {weight:g}" if weight else "no KL" for weight in self.weights],
+            shades=[colour("narrow" if weight else "general") for weight in self.weights],
+            ray="weaker in proportion",
             ax=ax,
         )
 
