@@ -119,7 +119,8 @@ class Effect(Measured):
 
         first, *others = self.conditions
         values = [self.change(name) for name in others] or [self.mean(first)]
-        label = f"change of {self.what} against {first}" if others else self.what
+        what, bracket, unit = self.what.partition(" [")
+        label = f"change of {what} against {first}{bracket}{unit}" if others else self.what
         return dot_intervals(
             groups=others or [first],
             series=None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,7 +93,7 @@ class SteeringSweep(Result):
         zero = (0.0, 0.0, 0.0)
         parts = {"direction": ("value", "low", "high")}
         parts["random"] = ("random", "random low", "random high")
-        label = fill(f"change of {self.what}", 30)
+        label = f"change of {self.what}".replace(" [", "\n[")
         return self._panel(layer, {k: (v, zero) for k, v in parts.items()}, label, 0.0, ax, last)
 
     def _coherence(self, layer: int, ax: Axes, *, last: bool) -> Axes:
@@ -104,7 +103,7 @@ class SteeringSweep(Result):
         floor = (100 * self.floor, "floor")
         drawn = self._panel(layer, parts, label, floor if last else floor[0], ax, last, 100)
         drawn.set_ylim(-4, 104)
-        drawn.set_title("")
+        drawn.set_title("", loc="left")
         return drawn
 
     def _panel(

@@ -246,6 +246,9 @@ def paired_curves(
         colours={name: shades[name] for name in gaps},
         ax=lower,
     )
+    if gap_scale == "log":
+        lower.yaxis.set_major_formatter("{x:g}")
+        lower.yaxis.set_minor_formatter("{x:g}")
     upper.set_xlabel("")
     upper.tick_params(labelbottom=False)
     lower.sharex(upper)

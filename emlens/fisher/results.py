@@ -130,7 +130,8 @@ class ProfileScores(Result):
         from emlens.figures.lines import paired_curves
 
         shown = self._largest()
-        label = f"KL(base || edited) on {self.corpus} [nats/token]\nat dose {self.doses[0]:g}"
+        dose = f"at dose {self.doses[0]:g}"
+        label = f"KL(base || edited) on {self.corpus} [nats/token]\n{dose}"
         places = {
             name: shown[[self.directions[i] == name for i in shown]]
             for name in dict.fromkeys(self.directions[i] for i in shown)
@@ -153,7 +154,7 @@ class ProfileScores(Result):
                 curves(self.kl, self.kl_low, self.kl_high),
                 {name: ratio for name, ratio in ratios.items() if name != first},
                 x_label="layer",
-                y_label=label,
+                y_label=f"KL(base || edited) on\n{self.corpus} [nats/token]\n{dose}",
                 gap_label=f"KL over that of\n{first} [ratio]",
                 gap_reference=1.0,
                 gap_scale="log",

@@ -200,7 +200,7 @@ class Efficiency(OnGrid):
             self._gaps(),
             x_label=self._across_label(),
             y_label="loss on finetuning\ndata [nats/token]",
-            gap_label=f"minus {self.directions[0]}\n[nats/token]",
+            gap_label=f"difference from\n{self.directions[0]} [nats/token]",
             ax=ax,
         )
 

@@ -170,7 +170,7 @@ class Stability(UnderNoise):
             {name: _from_zero(gap) for name, gap in gaps.items()},
             x_label=f"noise level epsilon ({'added' if self.noise == ADDED else 'norm kept'})",
             y_label="loss increase\n[% of the gain]",
-            gap_label=f"minus {self.directions[0]}\n[percentage points]",
+            gap_label=f"difference from {self.directions[0]}\n[percentage points]",
             reference=(50, "half of the gain"),
             bands=True,
             ax=ax,

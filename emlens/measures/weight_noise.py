@@ -84,7 +84,7 @@ class WeightNoise(UnderNoise):
             self._gaps(),
             x_label="noise on the weights [share of the norm of each matrix]",
             y_label="gain lost [%]",
-            gap_label=f"minus {self.directions[0]}\n[percentage points]",
+            gap_label=f"difference from {self.directions[0]}\n[percentage points]",
             reference=(50, "half of the gain"),
             ax=ax,
         )

@@ -147,7 +147,7 @@ class Screen(Result):
             label = f"marked rows ({len(marked)})"
             look = {"color": COLOURS["general"], "marker": "D", "s": 34, "zorder": 5}
             ax.scatter(share[chosen], scores[order[chosen]], label=label, **look)
-            ax.legend(loc="upper right")
+            ax.legend(loc="upper right", frameon=False, fontsize=9)
         return ax
 
     def _marked(self, rows: Sequence[int]) -> list[int]:

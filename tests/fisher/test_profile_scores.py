@@ -248,7 +248,8 @@ def test_results_survive_being_saved_and_show_themselves(profile, tmp_path):
     for result in (one, many):
         assert ProfileScores.load(result.save(tmp_path / "scores.json")) == result
         assert "<table" in result._repr_html_()
-        assert "KL(base || edited) on words [nats/token]" in result.plot().get_ylabel()
+        label = result.plot().get_ylabel().replace("\n", " ")
+        assert "KL(base || edited) on words [nats/token]" in label
     assert many.plot().get_xlabel() == "layer"
     beside = profile.score(
         {

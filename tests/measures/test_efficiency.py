@@ -296,7 +296,7 @@ def test_results_survive_being_saved(model, tmp_path, match):
     assert again.area("a", "b") == found.area("a", "b")
     upper, lower = found.plot()
     assert upper.get_ylabel() == "loss on finetuning\ndata [nats/token]"
-    assert lower.get_ylabel() == "minus a\n[nats/token]"
+    assert lower.get_ylabel() == "difference from\na [nats/token]"
     gap = found.difference("b", "a", found.grid[-1])
     line = next(line for line in lower.lines if len(line.get_xdata()) == len(found.grid))
     assert line.get_ydata()[-1] == pytest.approx(gap.estimate)

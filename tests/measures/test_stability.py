@@ -355,7 +355,7 @@ def test_results_survive_being_saved_and_earlier_ones_load(model, tmp_path):
     assert Stability.load(path) == found
     upper, lower = found.plot()
     assert upper.get_ylabel() == "loss increase\n[% of the gain]"
-    assert lower.get_ylabel() == "minus v\n[percentage points]"
+    assert lower.get_ylabel() == "difference from v\n[percentage points]"
     assert any(list(line.get_xdata()) == [0, 0.5] for line in upper.lines)
     record = json.loads(path.read_text())
     del record["kinds"], record["noise"]

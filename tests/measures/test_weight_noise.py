@@ -156,7 +156,7 @@ def test_differences_of_solutions_are_drawn_with_intervals_paired_by_seed():
     )
     upper, lower = found.plot()
     assert upper.get_ylabel() == "gain lost [%]"
-    assert lower.get_ylabel() == "minus a\n[percentage points]"
+    assert lower.get_ylabel() == "difference from a\n[percentage points]"
     for name in "bc":
         gap = [found.difference(name, "a", epsilon) for epsilon in levels]
         drawn = [list(line.get_ydata()) for line in lower.lines]
