@@ -31,7 +31,7 @@ MARKERS = {"o": 6.5, "s": 6, "D": 5.8, "^": 7.5, "v": 7.5, "P": 8, "X": 8, "*": 
 """Markers and their sizes in points, in the order of the series."""
 
 SLANTED = 20
-"""Characters of a line of a slanted name."""
+"""Characters per line of a slanted name."""
 
 
 @house_style()
@@ -52,8 +52,8 @@ def dot_intervals(
 ) -> Axes:
     """Estimates with intervals, by group and within it by series, and a line at zero.
 
-    All five are parallel, one entry per estimate, as the columns of a tidy table are; groups and
-    series are drawn in the order in which they first appear.
+    The five sequences are parallel, with one entry per estimate, like the columns of a tidy table.
+    Groups and series are drawn in the order in which they first appear.
 
     Args:
         groups: Group of each estimate, e.g. its domain, `[n]`.
@@ -66,9 +66,9 @@ def dot_intervals(
         x_label: What the groups are.
         title: Title above the axes.
         ax: Axes to draw on; a figure of its own if not given.
-        zero: Where the reference line stands; `None` for no line.
-        bars: Whether to draw bars from `zero` in place of points.
-        colours: Colours by series, in place of the house's.
+        zero: Position of the reference line; `None` for no line.
+        bars: Whether to draw bars from `zero` instead of points.
+        colours: Colours by series, instead of the house colours.
 
     Returns:
         The axes.
@@ -145,7 +145,7 @@ def interval_bars(
         title: Title above the axes.
         ax: Axes to draw on; a figure of its own if not given.
         bars: Whether to draw bars; points otherwise.
-        colours: Colours by series, in place of the house's.
+        colours: Colours by series, instead of the house colours.
 
     Returns:
         The axes.

@@ -1,4 +1,4 @@
-"""Heat maps of signed values, with what chance could give marked as such."""
+"""Heat maps of signed values, with values within chance marked."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SIGNED = LinearSegmentedColormap.from_list("emlens", _STOPS).with_extremes(bad="
 NullBand: TypeAlias = float | tuple[ArrayLike, ArrayLike]
 
 PRINTED = 160
-"""The most cells whose values are printed."""
+"""Largest number of cells whose values are printed."""
 
 FEW, LONGEST = 12, 30
-"""The most names that may take several lines, and the most characters of others."""
+"""Largest number of names that may take several lines, and the longest name otherwise."""
 
 SMALLEST, LARGEST = 5.5, 9.0
-"""Points of a printed value."""
+"""Font sizes of printed values, in points."""
 
 
 @house_style()
@@ -73,12 +73,12 @@ def heatmap(
         x_label: What the columns are.
         y_label: What the rows are.
         title: Title above the axes.
-        limits: Values of the strongest colours; what lies half-way is white and should mean
-            nothing, as zero, or an AUROC of 0.5. If None, zero is white, and the strongest colour
-            is the largest value there is.
+        limits: Values of the strongest colours. The value half-way between them is white and
+            should stand for no effect, such as zero, or an AUROC of 0.5. If None, zero is white
+            and the largest absolute value has the strongest colour.
         digits: Decimals of printed values.
-        blocks: Names of groups of rows, which are those of the columns, too, and how many rows
-            each has: lines are drawn between them, and the names beside them.
+        blocks: Names of groups of rows (and of columns) and the number of rows of each. Lines are
+            drawn between the groups, and their names beside them.
         ax: Axes to draw on; a figure of its own if not given.
 
     Returns:
@@ -174,7 +174,7 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
         (ax.yaxis, rows, each_row, row_labels, limit),
         (ax.xaxis, cols, each_col, col_labels, 24),
     ):
-        # of many names each has one line, in which its middle may be missing
+        # with many names, each has one line and may be shortened in the middle
         few = count <= FEW
         texts = [wrapped(n, room) if few else shortened(n, LONGEST) for n in names[::each]]
         axis.set_ticks(range(0, count, each), texts)
@@ -188,12 +188,12 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
 
 
 def _many(blocks: Mapping[str, int]) -> bool:
-    """Whether the names of blocks have no room beside them."""
+    """Whether there is no room for the names of blocks beside them."""
     return len(blocks) > 4
 
 
 def _key_of(blocks: Mapping[str, int], inside: str) -> str:
-    """What the numbers of blocks stand for; no entry is broken over two lines."""
+    """Key to the numbers of blocks; no entry is broken over two lines."""
     named = (f"{i}\N{NO-BREAK SPACE}{name}" for i, name in enumerate(blocks, 1))
     return f"{inside} within each block: " + ", ".join(
         one.replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
@@ -225,7 +225,7 @@ def _blocks(ax: Axes, blocks: Mapping[str, int]) -> None:
 
 
 class CellText(Text):
-    """A value in its cell: smaller in a small cell, not drawn where it would be unreadable."""
+    """A value in its cell: smaller in small cells, and omitted where it would be unreadable."""
 
     characters, lines = 5, 1
 

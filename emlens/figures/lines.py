@@ -71,7 +71,7 @@ def line_bands(
             curve. Drawn as a grey band, named "chance".
         x_scale: Scale of the x axis.
         y_scale: Scale of the y axis.
-        colours: Colours by name, in place of the house's.
+        colours: Colours by name, instead of the house colours.
         named: Whether to write the names; panels side by side need them once.
 
     Returns:
@@ -123,7 +123,7 @@ def layer_curves(
         title: Title above the axes.
         null: `(low, high)` of what chance alone gives, numbers or one value per layer.
         ax: Axes to draw on; a figure of its own if not given.
-        colours: Colours by name, in place of the house's.
+        colours: Colours by name, instead of the house colours.
 
     Returns:
         The axes.
@@ -248,7 +248,9 @@ def paired_curves(
     )
     if gap_scale == "log":
         lower.yaxis.set_major_formatter("{x:g}")
-        lower.yaxis.set_minor_formatter("{x:g}")
+        low, high = lower.get_ylim()
+        if high < 20 * low:
+            lower.yaxis.set_minor_formatter("{x:g}")
     upper.set_xlabel("")
     upper.tick_params(labelbottom=False)
     lower.sharex(upper)
@@ -268,7 +270,7 @@ def many_curves(
     null: tuple[ArrayLike, ArrayLike] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Many curves in grey with their median; those of a group in its colour, with theirs.
+    """Many curves in grey with their median, and groups of curves in colour with their medians.
 
     Args:
         x: What all curves run along, `[x]`.
@@ -310,7 +312,7 @@ def many_curves(
 
 
 def _whole(x: np.ndarray) -> bool:
-    """Whether these are counts, such as layers or updates, which have nothing in between."""
+    """Whether these are counts, such as layers or updates."""
     finite = x[np.isfinite(x)]
     return bool(len(finite)) and bool((finite == np.round(finite)).all())
 
@@ -351,7 +353,7 @@ def _draw(ax: Axes, line: _Line, shade: str) -> Anchor:
 
 
 def _alone(values: np.ndarray) -> np.ndarray:
-    """Which finite values have no finite neighbour, so that no line and no band shows them."""
+    """Which finite values have no finite neighbour, so that neither line nor band shows them."""
     finite = np.concatenate([[False], np.isfinite(values), [False]])
     return finite[1:-1] & ~finite[:-2] & ~finite[2:]
 

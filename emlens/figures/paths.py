@@ -30,7 +30,7 @@ def path_plot(
         y_label: What the y axis shows.
         title: Title above the axes.
         ax: Axes to draw on; a figure of its own if not given.
-        colours: Colours by name, in place of the house's.
+        colours: Colours by name, instead of the house colours.
 
     Returns:
         The axes, with one scale for both directions.

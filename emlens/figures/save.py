@@ -1,4 +1,4 @@
-"""Figures as files: PNG for reading, SVG for papers, the same bytes each time."""
+"""Figures as files: PNG for reading, SVG for papers, byte for byte reproducible."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _ENDS = {"png": b"IEND\xaeB`\x82", "svg": b"</svg>\n"}
 def save_figure(figure: Figure | Axes | Sequence[Axes], path: str | Path) -> list[Path]:
     """Write a figure as PNG (200 dpi) and as SVG whose text stays text.
 
-    The same figure gives the same bytes on every run with the same matplotlib. Each file appears
-    whole or not at all.
+    The same figure gives the same bytes on every run with the same version of matplotlib. Files
+    are written atomically.
 
     Args:
         figure: The figure, any axes of it, or all of them, as `plot` returns them.
-        path: Where to, without a suffix; `.png` and `.svg` are taken off if there.
+        path: Path without a suffix; `.png` and `.svg` are removed.
 
     Returns:
         The two files, PNG first. The folder is made if it is missing.
 
     Raises:
-        ValueError: If the axes belong to no figure any more.
+        ValueError: If the axes no longer belong to a figure.
     """
     if isinstance(figure, Sequence):
         figure = figure[0]

@@ -1,4 +1,4 @@
-"""House style: colours with a fixed meaning, sizes, and figures that belong to no backend."""
+"""House style: colours with a fixed meaning, sizes, and figures without a backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 6.6, 3.8
-"""Inches of a figure as wide as the text of a page."""
+"""Size in inches of a figure as wide as the text of a page."""
 
 INK = "#22262B"
 MUTED = "#6A727C"
@@ -35,7 +35,7 @@ COLOURS: Mapping[str, str] = {
     "adapter": "#7B52A3",
     "benign": "#E0A100",
 }
-"""What a colour stands for, in every figure (told apart with any common colour blindness)."""
+"""Fixed colours by name, the same in every figure and distinct with common colour blindness."""
 
 NOT_SOLUTIONS = ("base", "mean-diff", "adapter")
 """Names of colours that may stand beside that of a solution: "general adapter" is general."""
@@ -91,7 +91,7 @@ _HOUSE: dict[Any, Any] = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw in the house style inside the block; the caller's settings come back after it.
+    """Draw in the house style inside the block; the caller's settings are restored afterwards.
 
     Example:
         >>> with house_style():
@@ -110,7 +110,7 @@ def _spare(name: str) -> int:
 
 
 def colour(name: str) -> str:
-    """Colour of a name: its fixed one, or for other names always the same spare one.
+    """Colour of a name: its fixed colour, or else a spare one that never changes.
 
     A name that begins with one that has a fixed colour has that colour: "random, layer 5" is drawn
     as "random". Comparisons, such as "general vs narrow", have a colour of their own.
@@ -130,7 +130,7 @@ def kind_of(name: str) -> str | None:
 
 
 def palette(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every name of one figure, different ones while there are colours left.
+    """A colour for every name of a figure, distinct as long as there are colours left.
 
     A name keeps `colour(name)` unless an earlier name of the figure has it already. Then it has a
     lighter or darker shade of its kind ("general, half"), or else a spare colour.
@@ -169,14 +169,14 @@ def _luminance(rgb: tuple[float, float, float]) -> float:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text on one line, without its middle where it is longer than `length`."""
+    """The text on one line, shortened in the middle to at most `length` characters."""
     text = " ".join(text.split())
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text on lines of at most `width` characters; only words past 14 are broken."""
+    """The text on lines of at most `width` characters; only words longer than 14 are broken."""
     width = max(width, min(14, max((len(word) for word in text.split()), default=1)))
     return "\n".join(
         line for part in text.split("\n") for line in textwrap.wrap(part, width) or [""]
@@ -228,7 +228,7 @@ def new_panels(
 
 
 def share_y(panels: Sequence[Axes]) -> None:
-    """Give panels one scale of their y axes, which holds what is drawn on any of them."""
+    """Give panels a common y scale that covers everything drawn on any of them."""
     for panel in panels[1:]:
         panel.sharey(panels[0])
     panels[0].autoscale_view(scalex=False)
@@ -240,7 +240,7 @@ def new_axes(*, width: float = WIDTH, height: float = HEIGHT) -> Axes:
 
 
 def dress(ax: Axes, *, x_label: str, y_label: str, title: str | None, grid: Grid = "y") -> None:
-    """Give axes, ours or the caller's, their labels and the look of the house."""
+    """Label axes and give them the house style."""
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     if title is not None:

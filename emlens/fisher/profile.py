@@ -89,21 +89,21 @@ class InfluenceProfile:
         of that in the profile and its file. Several processes share the documents.
 
         Args:
-            model: The model, with the adapter and the edits that are in force.
+            model: The model, with the adapter and the edits in force.
             corpus: Raw text, e.g. `emlens.corpus("python-docs")`.
             layers: Layers to profile; fewer of them save memory in wide models.
             draws: Draws of all targets per document. The error of a score from the draws alone
                 is about `sqrt(2 / (draws * documents))` of it.
             seed: Seed of the draws; those of a document depend on its tokens and the seed alone.
-            checkpoint: A file that the state is written to; the same call goes on from it, to
-                the same numbers. It stays there at the end.
+            checkpoint: A file to which the state is written. The same call resumes from it and
+                gives the same numbers. The file is kept at the end.
             checkpoint_every: Batches between two writes.
             **options: See `CorpusOptions`.
 
         Raises:
             ValueError: If the corpus is empty or all of its documents are too short, a setting is
                 out of range, a gradient is not finite (document and layer named), or the
-                checkpoint is of another run.
+                checkpoint belongs to another run.
         """
         if not len(corpus):
             raise ValueError(f"corpus {corpus.name!r} has no documents")
@@ -187,7 +187,8 @@ class InfluenceProfile:
             directions: Named directions (all their layers are scored), or arrays `[n, d_model]`
                 by layer.
             dose: Norms of what is added, as shares of the median residual norm of the layer on
-                the corpus; a negative one turns the directions round. None adds them as they are.
+                the corpus; a negative one reverses the directions. None adds them at their own
+                norms.
 
         Raises:
             TypeError: If something is neither directions nor an array.
@@ -210,7 +211,7 @@ class InfluenceProfile:
 
     @guarded
     def spectrum(self, layer: int) -> Spectrum:
-        """Return the eigenvalues of a layer, in the sample, held out, and shrunk to what holds.
+        """Return the eigenvalues of a layer: in the sample, held out, and shrunk.
 
         Raises:
             ValueError: If the layer is not there, or there are too few documents for two halves.
@@ -287,9 +288,7 @@ class InfluenceProfile:
         known = {digest for _, digest in other.corpora}
         twice = [name for name, digest in self.corpora if digest in known]
         if twice:
-            raise ValueError(
-                f"both profiles have corpus {twice[0]!r} in them; it would count twice"
-            )
+            raise ValueError(f"both profiles include corpus {twice[0]!r}, which would count twice")
         return InfluenceProfile(
             self.settings,
             (*self.corpora, *other.corpora),
@@ -312,7 +311,7 @@ class InfluenceProfile:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is truncated, of another kind, or does not hold together.
+            ValueError: If it is truncated, of another kind, or is inconsistent.
         """
         path = expanded(path)
         tensors, record = read_tensors(path, KIND)
@@ -374,7 +373,7 @@ class InfluenceProfile:
         if found is None:
             units = group.vectors / group.vectors.norm(dim=1, keepdim=True)
             known = reference or {}
-            # a vector found on one half of the documents stands for nothing on the other one
+            # a vector found on one half of the documents is a reference on the other half only
             against = known.get((group.layer, None), known.get((group.layer, group.half)))
             unit = None if against is None else against / against.norm()
             found = forms(self.sums, place, units, group.half, unit)

@@ -1,4 +1,4 @@
-"""What a Fisher profile says: scores of directions, the spectrum of a layer, its top directions."""
+"""Results of a Fisher profile: scores of directions, the spectrum of a layer, top directions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FEW = 12
 class ProfileScores(Result):
     """Influence of directions on pre-training text by the Fisher approximation, one per row.
 
-    Intervals are over documents and say what other text of the same kind would give. The error of
-    the draws alone is what separates a score from the exact KL on the very same documents.
+    Intervals are over documents: they cover what other text of the same kind would give. The error
+    of the draws alone separates a score from the exact KL on the same documents.
 
     Attributes:
         directions: Name of each row's direction.
@@ -192,7 +192,7 @@ class Spectrum(Result):
     A displacement of norm `c` along an eigenvector costs a KL of `c^2 / 2` times its eigenvalue.
     In the sample, the leading eigenvectors fit the noise of the draws and overstate themselves;
     held out, those of one half of the documents are measured on the other half, both ways.
-    `shrunk` is the estimate to use: the held-out values made to fall with the rank.
+    `shrunk` is the estimate to use: the held-out values, made to decrease with the rank.
 
     Attributes:
         layer: The layer.
@@ -213,14 +213,14 @@ class Spectrum(Result):
 
     @property
     def shrunk(self) -> tuple[float, ...]:
-        """Held-out eigenvalues made to descend, by isotonic regression; as many as `held_out`."""
+        """Held-out eigenvalues made to decrease by isotonic regression, as many as `held_out`."""
         from scipy.optimize import isotonic_regression
 
         return tuple(isotonic_regression(self.held_out, increasing=False).x.tolist())
 
     @property
     def overstatement(self) -> float:
-        """How many times its shrunk value the leading eigenvalue of the sample is."""
+        """Ratio of the leading eigenvalue of the sample to its shrunk value."""
         return self.eigenvalues[0] / self.shrunk[0]
 
     def __str__(self) -> str:

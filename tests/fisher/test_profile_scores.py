@@ -274,20 +274,20 @@ def test_results_survive_being_saved_and_show_themselves(profile, tmp_path):
         ({}, "no directions were given"),
         ([vectors()[0]], "directions must be a Directions or a dict"),
         ({"x": 3}, r"directions\['x'\] must be a Directions, a Tensor or a ndarray, not 3"),
-        ({"x": vectors()[0]}, "'x' is an array, of which no layer is known"),
+        ({"x": vectors()[0]}, "'x' is an array without a layer"),
         (
             {1: vectors(2, 31)},
-            "'0' has width 31, but the profile is of 'tiny-llama' with d_model 32",
+            "'0' has width 31, but the profile belongs to 'tiny-llama' with d_model 32",
         ),
         ({1: vectors()[None]}, r"array of layer 1 has shape \(1, 4, 32\); it needs \[n, d_model\]"),
         ({7: vectors()}, "'0' is at layer 7; the profile has layers 0, 1, 2, 3"),
         ({1: vectors() * 0}, "direction '0' is zero: it has no influence to measure"),
         ({1: vectors() / 0}, "direction '0' at layer 1 is not finite"),
         ({"x": Direction.of(vectors()[0] * 0, 1)}, "direction 'x' is zero"),
-        ({"x": Direction.of(vectors()[0], 1, "mlp_out")}, "'x' is at mlp_out, but a profile is of"),
+        ({"x": Direction.of(vectors()[0], 1, "mlp_out")}, "'x' is at mlp_out, but profiles cover"),
         (
             {"x": Direction({1: vectors()[0]}, "resid_post", Provenance("x", model="another"))},
-            "'x' was made in 'another', but the profile is of 'tiny-llama'",
+            "'x' was made in 'another', but the profile belongs to 'tiny-llama'",
         ),
     ],
 )
@@ -305,7 +305,7 @@ def test_bad_directions_are_refused(profile, directions, message):
         ),
         (lambda p: p.spectrum(9), "no layer 9 in the profile; it has layers 0, 1, 2, 3"),
         (lambda p: p.top(1, 0), "k must be at least 1, not 0"),
-        (lambda p: p.merge(p), "both profiles have corpus 'words' in them; it would count twice"),
+        (lambda p: p.merge(p), "both profiles include corpus 'words', which would count twice"),
     ],
 )
 def test_bad_questions_are_refused(profile, call, message):
