@@ -383,7 +383,7 @@ def test_directions_that_are_not_finite_cannot_be_made():
 
 def test_a_displacement_out_of_reach_is_refused(model, monkeypatch):
     monkeypatch.setattr("emlens.measures.displacement.LARGEST_FACTOR", 2.0)
-    with pytest.raises(ValueError, match="'x' displaces the residual stream by .* was asked for"):
+    with pytest.raises(ValueError, match="'x' displaces the residual stream by .* was requested"):
         efficiency(model, DATA, {"x": "one"}, match="displacement", displacements=[1e6])
 
 

@@ -387,7 +387,7 @@ ZERO = Directions(
         ({"x": X}, {"noise": "weights"}, "unknown noise 'weights'; choose 'random'"),
         ({"x": X}, {"noise": [torch.ones(32)]}, r"noise\[0\] must be a Directions, not a Tensor"),
         ({"x": X}, {"noise": ELSEWHERE}, "none of the directions .* at resid_post of layer 1"),
-        ({"x": X}, {"noise": [X, X * -2]}, "span nothing beside the direction itself"),
+        ({"x": X}, {"noise": [X, X * -2]}, "span nothing besides the direction itself"),
         (
             {"x": X},
             {"noise": Direction.of(torch.ones(7), 1)},

@@ -168,7 +168,7 @@ def test_references_of_other_parameters_are_refused(solutions):
     other = train_vector(model, TRAIN, 2, **QUICK)[1]
     with pytest.raises(ValueError, match=r"reference 'other' trained vector.2 \[32\], but the run"):
         drift(model, INSIDE, OUTSIDE, general, {"other": other})
-    with pytest.raises(ValueError, match="are of different pairs"):
+    with pytest.raises(ValueError, match="belong to different pairs"):
         emlens.log_odds(model, INSIDE).joined(emlens.log_odds(model, OUTSIDE))
     with pytest.raises(ValueError, match=r"condition\(s\) base are in both"):
         emlens.log_odds(model, INSIDE).joined(emlens.log_odds(model, INSIDE))
