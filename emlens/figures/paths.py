@@ -101,8 +101,8 @@ def effect_plane(
                 np.stack([x[i, 1:], y[i, [0, 0]]], axis=1),
                 np.stack([x[i, [0, 0]], y[i, 1:]], axis=1),
             ):
-                ax.plot(*line.T, color=shade, linewidth=1.1, alpha=0.6, zorder=2)
-                drawn.append(dense(line))
+                ax.plot(*line.T, color=shade, linewidth=1.1, alpha=0.5, zorder=2)
+                drawn.append(dense(line)[::2])
     anchors = [
         Anchor(float(point[0]), float(point[1]), text, shade)
         for point, text, shade in zip(track, labels, shades, strict=True)
@@ -110,19 +110,15 @@ def effect_plane(
     ]
     if ray:
         end = track[np.argmax(np.abs(track[:, 0]))]
-        ax.plot(
-            [0, end[0]], [0, end[1]], color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)), zorder=2
-        )
-        anchors.append(Anchor(float(end[0]) / 2, float(end[1]) / 2, ray, MUTED))
+        dashes = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 2))}
+        ax.plot([0, end[0]], [0, end[1]], label=ray, zorder=2, **dashes)
         drawn.append(dense(np.stack([0 * end, end])))
     for line in (ax.axhline, ax.axvline):
         line(0, color=MUTED, linewidth=0.9, zorder=1)
     ax.margins(0.08)
-    ax.autoscale_view()
-    far = 0.88 * min(ax.get_xlim()[1], ax.get_ylim()[1])
-    ax.axline((0, 0), slope=1, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-    anchors.append(Anchor(far, far, "outside = inside", MUTED))
-    drawn.append(dense(np.array([[0.0, 0.0], [far, far]])))
+    dots = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (1, 2))}
+    ax.axline((0, 0), slope=1, label="outside = inside", zorder=1, **dots)
+    ax.legend(loc="best")
     dress(
         ax,
         x_label="change of log-odds inside [nats/token]",

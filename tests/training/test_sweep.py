@@ -44,7 +44,7 @@ def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
     assert ax.get_ylabel() == "change of log-odds outside [nats/token]"
     labels = next(child for child in ax.get_children() if isinstance(child, PointLabels))
     names = [text.get_text().replace("\n", " ") for text in labels.texts]
-    assert names == ["no KL", "KL x 5", "weaker in proportion", "outside = inside"]
+    assert names == ["no KL", "KL x 5"]
 
 
 def test_a_vector_is_measured_where_it_was_trained(hooked_llama):
