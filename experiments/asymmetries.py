@@ -68,7 +68,7 @@ DIGITS = {"stability": 1, "": 3}
 VERDICTS = ("as in the papers", "the other way", "not seen")
 """What an interval says of a claim: on their side of zero, on the other, around it."""
 
-_SHOWN = ("general inside", "general outside", "narrow inside", "narrow outside", "benign outside")
+_SHOWN = ("general", "narrow", "benign", "random")
 
 _EXPECTED = {
     "general transfers": 1,
@@ -171,23 +171,41 @@ class Asymmetries(Result):
             ]
         )
 
-    def plot(self, ax: Axes | None = None, *, kind: str = "adapter") -> Axes:
-        """Change of log-odds inside and outside of each domain: general, narrow, benign control."""
-        from emlens.figures.bars import dot_intervals
+    def plot(self, ax: Axes | None = None, *, kind: str = "adapter") -> Axes | list[Axes]:
+        """Change of log-odds inside of each domain, and outside beside it; on `ax` outside alone.
 
-        shown = [row for row in self.rows if row["kind"] == kind and row["quantity"] in _SHOWN]
-        if not shown:
-            raise ValueError(f"there are no trials of kind {kind!r}")
-        return dot_intervals(
-            groups=[row["domain"] for row in shown],
-            series=[row["quantity"] for row in shown],
-            values=[row["estimate"] for row in shown],
-            low=[row["low"] for row in shown],
-            high=[row["high"] for row in shown],
-            y_label="change of log-odds [nats/token]",
-            x_label="narrow domain",
-            ax=ax,
-        )
+        Raises:
+            ValueError: If there are no trials of the kind.
+        """
+        from emlens.figures.bars import dot_intervals
+        from emlens.figures.style import new_panels, share_y
+
+        panels = new_panels(2, width=10.3, height=3.7) if ax is None else [ax]
+        places = ("inside", "outside") if ax is None else ("outside",)
+        for panel, place in zip(panels, places, strict=True):
+            shown = [
+                (row, solution)
+                for row in self.rows
+                for solution in _SHOWN
+                if (row["kind"], row["quantity"]) == (kind, f"{solution} {place}")
+            ]
+            if not shown:
+                raise ValueError(f"there are no trials of kind {kind!r}")
+            dot_intervals(
+                groups=[row["domain"] for row, _ in shown],
+                series=[solution for _, solution in shown],
+                values=[row["estimate"] for row, _ in shown],
+                low=[row["low"] for row, _ in shown],
+                high=[row["high"] for row, _ in shown],
+                y_label="change of log-odds [nats/token]",
+                x_label="narrow domain",
+                title=f"{place.capitalize()} of the domain",
+                ax=panel,
+            )
+        if ax is None:
+            panels[0].get_legend().remove()
+        share_y(panels)
+        return panels if ax is None else ax
 
 
 @guarded

@@ -227,12 +227,13 @@ def _in_short(found: Asymmetries) -> list[str]:
     return lines
 
 
-def _picture(axes: Axes, file: Path, page: Path, title: str) -> str:
+def _picture(axes: Axes | list[Axes], file: Path, page: Path, title: str) -> str:
     """Save a figure, and the line that shows it."""
     import matplotlib.pyplot as plt
 
     link, *_ = save_figure(axes, file)
-    plt.close(axes.get_figure(root=True))
+    first = axes[0] if isinstance(axes, list) else axes
+    plt.close(first.get_figure(root=True))
     if link.is_relative_to(page.parent):
         link = link.relative_to(page.parent)
     return f"![{title}]({link.as_posix()})"

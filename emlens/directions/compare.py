@@ -27,6 +27,9 @@ Named = Mapping[str, Directions] | Sequence[Directions]
 MOST = 10
 """The most pairs that a figure names one by one."""
 
+PANELS = 6
+"""The most pairs with intervals that have a panel each."""
+
 ROUNDING = 1e-4
 """Share of a direction's norm below which its noise is taken for rounding."""
 
@@ -137,10 +140,11 @@ class Comparison(Result):
         *,
         corrected: bool = False,
         highlight: Sequence[str] | None = None,
-    ) -> Axes:
-        """Cosine against layer, one line per pair, over the chance band.
+    ) -> Axes | list[Axes]:
+        """Cosine against layer, one line per pair, over what chance gives to any of them.
 
-        If there are too many pairs to label, lines are grey, with their median.
+        More pairs than have room for their names are grey, with their median. Up to six pairs
+        with intervals have a panel each, so that no band covers another.
 
         Args:
             ax: Axes to draw on; a figure of its own if not given.
@@ -151,7 +155,7 @@ class Comparison(Result):
             KeyError: If there is no direction with such a name.
         """
         from emlens.figures.labels import told_apart
-        from emlens.figures.lines import layer_curves, many_curves
+        from emlens.figures.lines import layer_curves, many_curves, panels_of_curves
 
         layers = sorted({row["layer"] for row in self.rows})
         shared, short = told_apart(self.names)
@@ -182,6 +186,8 @@ class Comparison(Result):
                 f"{said[one]} vs {said[other]}": (layers, *values)
                 for (one, other), values in curves.items()
             }
+            if corrected and 1 < len(lines) <= PANELS and ax is None:
+                return panels_of_curves(lines, **look)
             return layer_curves(lines, ax=ax, **look)
         groups = {
             said[name]: [n for n, pair in enumerate(curves) if name in pair]

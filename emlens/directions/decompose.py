@@ -140,32 +140,46 @@ class PromotedTokens(Result):
 
         return pd.DataFrame(list(self.rows))
 
-    def plot(self, ax: Axes | None = None, *, layer: int | None = None) -> Axes:
-        """The promoted and the suppressed tokens of one layer, the deepest by default."""
-        from emlens.figures.bars import dot_intervals
+    def plot(self, ax: Axes | None = None, *, layer: int | None = None) -> Axes | list[Axes]:
+        """The promoted tokens of one layer beside the suppressed ones, as lists of bars.
+
+        Args:
+            ax: Axes to draw both lists on, one below the other; two of their own if not given.
+            layer: The layer, the deepest by default.
+
+        Raises:
+            ValueError: If there are no tokens of the layer.
+        """
+        from emlens.figures import COLOURS
+        from emlens.figures.bars import bar_list
+        from emlens.figures.style import new_panels
 
         frame = self.table()
         shown = max(frame["layer"]) if layer is None else layer
         frame = frame.loc[frame["layer"] == shown]
         if frame.empty:
             raise ValueError(f"there are no tokens of layer {layer}")
-        sides = {"promoted": frame, "suppressed": frame[::-1]}
-        tokens = [repr(token)[1:-1] for side, rows in sides.items() for token in rows[side]]
-        values = [z for side, rows in sides.items() for z in rows[f"{side} z"]]
-        nothing = [float("nan")] * len(values)
-        return dot_intervals(
-            [
-                token if tokens.count(token) == 1 else f"{token} ({place})"
-                for place, token in enumerate(tokens, 1)
-            ],
-            [side for side, rows in sides.items() for _ in range(len(rows))],
-            values,
-            nothing,
-            nothing,
-            y_label="logit [standard deviations over the vocabulary]",
-            title=f"{self.name}, layer {shown}",
-            ax=ax,
-        )
+        names, values = {}, {}
+        for side in ("promoted", "suppressed"):
+            names[side] = [repr(token)[1:-1] for token in frame[side]]
+            values[side] = frame[f"{side} z"].tolist()
+        of = f"by {self.name}, layer {shown}"
+        label = "logit [SD over the vocabulary]"
+        if ax is not None:
+            both = [sum(lists.values(), []) for lists in (names, values)]
+            return bar_list(*both, x_label=label, title=of, ax=ax)
+        axes = new_panels(2, width=8.4, height=1.2 + 0.3 * len(frame))
+        for panel, side in zip(axes, names, strict=True):
+            title = f"{side.capitalize()} {of}" if side == "promoted" else side.capitalize()
+            bar_list(
+                names[side],
+                values[side],
+                x_label=label,
+                title=title,
+                shade=COLOURS["base" if side == "promoted" else "random"],
+                ax=panel,
+            )
+        return axes
 
 
 @guarded

@@ -109,7 +109,7 @@ class Ablation(Result):
                 f"{name} ({coherent[name]:.0%} coherent)" if coherent[name] < BROKEN else name
                 for name in shown
             ],
-            ["change against the base"] * len(shown),
+            None,
             [value.estimate for value in values],
             [value.low for value in values],
             [value.high for value in values],

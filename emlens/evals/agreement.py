@@ -12,7 +12,7 @@ from emlens._door import guarded
 from emlens._results import Result
 from emlens._stats import RESAMPLES, Interval, bootstrap_statistic
 from emlens.evals.rates import ALIGNED
-from emlens.evals.scores import Scores
+from emlens.evals.scores import Scores, judge_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,12 +109,16 @@ class Agreement(Result):
         from emlens.figures.scatter import score_plot
 
         x, y = self.pairs.T
+        names = [judge_name(self.first), judge_name(self.second)]
+        if names[0] == names[1]:
+            alone = names[0].removeprefix("the ")
+            names = [f"the first {alone}", f"the second {alone}"]
         return score_plot(
             x,
             y,
             threshold=self.threshold,
-            x_label=f"{self.metric}, by {self.first} [0-100]",
-            y_label=f"{self.metric}, by {self.second} [0-100]",
+            x_label=f"{self.metric}, by {names[0]} [0-100]",
+            y_label=f"{self.metric}, by {names[1]} [0-100]",
             ax=ax,
         )
 

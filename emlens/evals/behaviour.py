@@ -17,7 +17,7 @@ from emlens._stats import Interval, bootstrap_mean, bootstrap_ratio
 from emlens.evals.questions import Question
 from emlens.evals.rates import ALIGNED, COHERENT, rates
 from emlens.evals.responses import respond
-from emlens.evals.scores import Judge, judge
+from emlens.evals.scores import Judge, judge, judge_name
 from emlens.hooked import HookedModel
 from emlens.hooked.condition import Conditions
 from emlens.hooked.options import BatchSettings
@@ -111,17 +111,23 @@ class Effect(Measured):
         return pd.DataFrame(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Mean over prompts under each condition."""
+        """Change of each condition against the first, with intervals paired by prompt.
+
+        With a single condition it is the mean over prompts.
+        """
         from emlens.figures.bars import dot_intervals
 
-        frame = self.table()
+        first, *others = self.conditions
+        values = [self.change(name) for name in others] or [self.mean(first)]
+        what, bracket, unit = self.what.partition(" [")
+        label = f"change of {what} against {first}{bracket}{unit}" if others else self.what
         return dot_intervals(
-            groups=frame["condition"],
-            series=["mean over prompts"] * len(frame),
-            values=frame[self.what],
-            low=frame["low"],
-            high=frame["high"],
-            y_label=fill(self.what, LABEL),
+            groups=others or [first],
+            series=None,
+            values=[value.estimate for value in values],
+            low=[value.low for value in values],
+            high=[value.high for value in values],
+            y_label=fill(label, LABEL),
             title=self.title,
             ax=ax,
         )
@@ -135,7 +141,8 @@ class Effect(Measured):
 
 def judge_title(judged_by: str) -> str | None:
     """Title of a figure of judged answers; None where there was no judge."""
-    return f"judged by {judged_by}" if judged_by else None
+    judge, comma, worth = judged_by.partition(", ")
+    return f"judged by {judge_name(judge)}{comma}{worth}" if judged_by else None
 
 
 def answer_columns(coherent: float, judged_by: str) -> dict[str, object]:

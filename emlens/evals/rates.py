@@ -18,7 +18,7 @@ from emlens._stats import (
     wilson,
 )
 from emlens.evals.responses import Response, Responses
-from emlens.evals.scores import Scores
+from emlens.evals.scores import Scores, judge_name
 from emlens.measures.measured import Measured
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Rates(Measured):
             low=frame["low"],
             high=frame["high"],
             y_label="misaligned and coherent\nanswers [% of scored]",
-            title=f"judged by {self._judged}",
+            title=f"judged by {judge_name(self.judge)}" + (f", {self.trust}" if self.trust else ""),
             ax=ax,
         )
 

@@ -29,6 +29,9 @@ CONTENT = 24
 LONGEST = 600
 """Tokens of an answer, at most, as in the papers."""
 
+LEFT = "text-align: left; vertical-align: top; white-space: pre-wrap"
+"""How answers stand in a table of a notebook, where cells are right-aligned otherwise."""
+
 BLOCK = 64
 """Answers that are generated, then kept, at once."""
 
@@ -139,6 +142,10 @@ class Responses(Shown):
 
     def _said(self) -> str:
         return f"{len(self)} answers under {', '.join(self.conditions)}"
+
+    def _repr_html_(self) -> str:
+        table = super()._repr_html_().replace("text-align: right", "text-align: left")
+        return table.replace("<td>", f'<td style="{LEFT}">')
 
     def _summary(self) -> tuple[pd.DataFrame, str]:
         shown = self.side_by_side()

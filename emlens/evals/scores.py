@@ -291,6 +291,14 @@ def _read_labels(path: Path) -> dict[str, float]:
     return found
 
 
+def judge_name(judge: str) -> str:
+    """What a figure calls a judge: its id without the hash and the model that it reads."""
+    kind, _, model = judge.partition("/")
+    if kind == "probe":
+        return "the probe judge"
+    return model if kind in ("local", "inspect") and model else judge
+
+
 def score_of(row: Response, metric: str, judge_id: str, rubric: str, verdict: Verdict) -> Score:
     """A verdict on a response as a row to be kept.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,13 +12,16 @@ from emlens._results import Result
 from emlens.directions import Directions, random_direction
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
-from emlens.evals.behaviour import LABEL, Behaviour, judge_title
-from emlens.hooked import HookedModel
-from emlens.hooked.condition import BASE, ConditionLike
+from emlens.evals.behaviour import Behaviour, judge_title
+from emlens.hooked import BASE, HookedModel
+from emlens.hooked.condition import ConditionLike
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+MOST = 6
+"""The most layers that are drawn."""
 
 
 class SteeringSweep(Result):
@@ -27,11 +29,12 @@ class SteeringSweep(Result):
 
     Attributes:
         rows: `layer`, `dose`, `value`, `low`, `high` (change against the base), `coherent`, and
-            `random`, `random low`, `random high` (the same for a random direction of equal norm);
-            `acting`, the adapters and edits that acted.
+            `random`, `random low`, `random high`, `random coherent` (the same for a random
+            direction of equal norm); `acting`, the adapters and edits that acted.
         what: What the effect is, with its unit.
         floor: Coherent share below which a dose does not count.
         judged_by: Who judged; empty for no judge.
+        coherent_base: Share of coherent answers without steering; NaN where nothing was generated.
     """
 
     HOLDS_ENDS = True
@@ -40,6 +43,7 @@ class SteeringSweep(Result):
     what: str
     floor: float
     judged_by: str = ""
+    coherent_base: float = float("nan")
 
     @property
     def best(self) -> dict | None:
@@ -55,32 +59,84 @@ class SteeringSweep(Result):
         frame = pd.DataFrame(self.rows)
         return frame.assign(**{"judged by": self.judged_by}) if self.judged_by else frame
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Effect against dose, a curve per layer (up to six), and a random control.
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """Effect against dose from 0, a panel per layer (up to six), each with its random control.
 
-        Of several layers it is the control at the one with the best effect.
+        Where answers were generated, the share of coherent ones stands below. On `ax` the effect
+        at the layer with the best one is drawn alone.
         """
+        from emlens.figures.style import new_panels, share_y
+
+        layers = list(dict.fromkeys(row["layer"] for row in self.rows))[:MOST]
+        if ax is not None:
+            best = self.best["layer"] if self.best else layers[0]
+            return self._effect(best, ax, last=True)
+        judged = any(np.isfinite(row["coherent"]) for row in self.rows)
+        n, rows = len(layers), 1 + judged
+        axes = new_panels(n, rows, width=max(6.6, 2.3 * n + 1.6), height=0.5 + 2.7 * rows)
+        for place, layer in enumerate(layers):
+            self._effect(layer, axes[place], last=place == n - 1)
+            if judged:
+                self._coherence(layer, axes[n + place], last=place == n - 1)
+        share_y(axes[:n])
+        for place, panel in enumerate(axes):
+            if place % n:
+                panel.set_ylabel("")
+                panel.tick_params(labelleft=False)
+            if place < n * (rows - 1):
+                panel.set_xlabel("")
+        if title := judge_title(self.judged_by):
+            axes[0].get_figure(root=True).suptitle(title, x=0.01, ha="left", fontsize=10)
+        return axes
+
+    def _effect(self, layer: int, ax: Axes, *, last: bool) -> Axes:
+        zero = (0.0, 0.0, 0.0)
+        parts = {"direction": ("value", "low", "high")}
+        parts["random"] = ("random", "random low", "random high")
+        label = f"change of {self.what}".replace(" [", "\n[")
+        return self._panel(layer, {k: (v, zero) for k, v in parts.items()}, label, 0.0, ax, last)
+
+    def _coherence(self, layer: int, ax: Axes, *, last: bool) -> Axes:
+        base = (100 * self.coherent_base,)
+        parts = {"direction": (("coherent",), base), "random": (("random coherent",), base)}
+        label = "coherent answers [%]"
+        floor = (100 * self.floor, "floor")
+        drawn = self._panel(layer, parts, label, floor if last else floor[0], ax, last, 100)
+        drawn.set_ylim(-4, 104)
+        drawn.set_title("", loc="left")
+        return drawn
+
+    def _panel(
+        self,
+        layer: int,
+        parts: dict[str, tuple[tuple[str, ...], tuple[float, ...]]],
+        y_label: str,
+        reference: float | tuple[float, str],
+        ax: Axes,
+        last: bool,
+        factor: float = 1.0,
+    ) -> Axes:
         from emlens.figures.lines import line_bands
 
-        curves = {}
-        layers = list(dict.fromkeys(row["layer"] for row in self.rows))[:6]
-        for layer in layers:
-            own = [row for row in self.rows if row["layer"] == layer]
-            columns = (np.array([row[k] for row in own]) for k in ("value", "low", "high"))
-            curves[f"layer {layer}"] = (np.array([row["dose"] for row in own]), *columns)
-        best = self.best["layer"] if self.best else layers[0]
-        beside = [row for row in self.rows if row["layer"] == best]
-        x = np.array([row["dose"] for row in beside])
-        chance = (
-            np.array([row[k] for row in beside]) for k in ("random", "random low", "random high")
-        )
-        curves[f"random, layer {best}" if len(layers) > 1 else "random"] = (x, *chance)
+        own = sorted((r for r in self.rows if r["layer"] == layer), key=lambda row: row["dose"])
+        x = np.array([0.0, *(row["dose"] for row in own)])
+        curves = {
+            name: (
+                x,
+                *(
+                    np.array([start, *(factor * row.get(key, np.nan) for row in own)])
+                    for key, start in zip(keys, zero, strict=True)
+                ),
+            )
+            for name, (keys, zero) in parts.items()
+        }
         return line_bands(
             curves,
-            x_label="dose [share of median residual norm]",
-            y_label=fill(f"change of {self.what}", LABEL),
-            title=judge_title(self.judged_by),
-            reference=0.0,
+            x_label="dose [share of median\nresidual norm]",
+            y_label=y_label,
+            title=f"layer {layer}",
+            reference=reference,
+            named=last,
             ax=ax,
         )
 
@@ -120,12 +176,12 @@ def steering_sweep(
             conditions[f"{layer} {dose}"] = [Add(one, dose=dose)]
             conditions[f"random {layer} {dose}"] = [Add(chance, dose=dose)]
     effect = behaviour.measure(model, conditions)
+    coherent = dict(zip(effect.conditions, effect.coherent, strict=True))
     rows = []
     for layer in wanted:
         for dose in doses:
             change = effect.change(f"{layer} {dose}")
             beside = effect.change(f"random {layer} {dose}")
-            place = effect.conditions.index(f"{layer} {dose}")
             rows.append(
                 {
                     "layer": layer,
@@ -133,11 +189,12 @@ def steering_sweep(
                     "value": change.estimate,
                     "low": change.low,
                     "high": change.high,
-                    "coherent": effect.coherent[place],
+                    "coherent": coherent[f"{layer} {dose}"],
                     "random": beside.estimate,
                     "random low": beside.low,
                     "random high": beside.high,
+                    "random coherent": coherent[f"random {layer} {dose}"],
                     "acting": effect.acting.get(f"{layer} {dose}", ""),
                 }
             )
-    return SteeringSweep(tuple(rows), effect.what, floor, effect.judged_by)
+    return SteeringSweep(tuple(rows), effect.what, floor, effect.judged_by, coherent[BASE])

@@ -14,7 +14,7 @@ from emlens._results import Result
 from emlens._stats import wilson
 from emlens.evals.rates import ALIGNED, COHERENT, Rates, rates
 from emlens.evals.responses import Response, Responses
-from emlens.evals.scores import Scores
+from emlens.evals.scores import Scores, judge_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +108,7 @@ class TopicSplit(Result):
             low=frame["low"],
             high=frame["high"],
             y_label="misaligned and coherent\n[% of answers on topic]",
-            title=f"judged by {self.judge}",
+            title=f"judged by {judge_name(self.judge)}",
             ax=ax,
         )
 

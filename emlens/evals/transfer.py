@@ -101,25 +101,25 @@ class Transfer(Result):
         return frame.assign(note=np.where(blank, why, "")) if bool(blank.any()) else frame
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Share of the effect that is removed, percent, as a heat map.
+        """Share of the effect that is removed, percent, as a heat map with intervals.
 
         Above it stands the lowest share of coherent answers, where answers were generated.
-        Rows of organisms whose effect is not clear of zero stay blank.
+        Rows of organisms whose effect is not clear of zero stay blank. The colours reach to the
+        largest value; zero is white.
         """
         from emlens.figures import heatmap
 
-        frame = self.table().pivot(index="organism", columns="direction from", values="removed [%]")
-        frame = frame.loc[list(self.organisms), list(self.directions)]
         known = self.coherent[np.isfinite(self.coherent)]
+        most = float(np.nanmax(np.abs(self.removed[..., 0]), initial=100.0))
         return heatmap(
-            frame.to_numpy(),
-            list(frame.index),
-            list(frame.columns),
+            self.removed,
+            self.organisms,
+            self.directions,
             value_label="effect removed [%]",
             x_label="direction from",
             y_label="organism",
             title=f"{known.min():.0%} or more of the answers are coherent" if len(known) else None,
-            limits=(-100.0, 100.0),
+            limits=(-most, most),
             digits=0,
             ax=ax,
         )

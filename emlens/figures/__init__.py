@@ -1,7 +1,7 @@
 """House style and drawing primitives: plain arrays in, matplotlib axes out.
 
-Every primitive takes `ax=None` and returns the axes it drew on. Without an `ax` it makes a figure
-of its own that pyplot does not know, and which shows itself once at the end of a notebook cell.
+Every primitive takes `ax=None` and returns the axes it drew on. Without an `ax` it makes a new
+figure that is not registered with pyplot and is shown once at the end of a notebook cell.
 Neither importing this room nor drawing with it changes matplotlib's settings or backend.
 """
 

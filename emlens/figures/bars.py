@@ -10,13 +10,16 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from emlens.figures.style import (
+    COLOURS,
     INK,
     PAPER,
     RULE,
     dress,
     house_style,
+    kind_of,
     new_axes,
     palette,
+    shortened,
     width_of,
     wrapped,
 )
@@ -28,13 +31,13 @@ MARKERS = {"o": 6.5, "s": 6, "D": 5.8, "^": 7.5, "v": 7.5, "P": 8, "X": 8, "*": 
 """Markers and their sizes in points, in the order of the series."""
 
 SLANTED = 20
-"""Characters of a line of a slanted name."""
+"""Characters per line of a slanted name."""
 
 
 @house_style()
 def dot_intervals(
     groups: Iterable[object],
-    series: Iterable[object],
+    series: Iterable[object] | None,
     values: ArrayLike,
     low: ArrayLike,
     high: ArrayLike,
@@ -49,12 +52,13 @@ def dot_intervals(
 ) -> Axes:
     """Estimates with intervals, by group and within it by series, and a line at zero.
 
-    All five are parallel, one entry per estimate, as the columns of a tidy table are; groups and
-    series are drawn in the order in which they first appear.
+    The five sequences are parallel, with one entry per estimate, like the columns of a tidy table.
+    Groups and series are drawn in the order in which they first appear.
 
     Args:
         groups: Group of each estimate, e.g. its domain, `[n]`.
-        series: Series of each estimate, e.g. its condition, `[n]`.
+        series: Series of each estimate, e.g. its condition, `[n]`; None for one estimate per
+            group, drawn in the colour of the group's name where that has a fixed one.
         values: Estimates, `[n]`; NaN leaves the place empty.
         low: Lower ends of the intervals, `[n]`; NaN draws no interval.
         high: Upper ends of the intervals, `[n]`.
@@ -62,9 +66,9 @@ def dot_intervals(
         x_label: What the groups are.
         title: Title above the axes.
         ax: Axes to draw on; a figure of its own if not given.
-        zero: Where the reference line stands; `None` for no line.
-        bars: Whether to draw bars from `zero` in place of points.
-        colours: Colours by series, in place of the house's.
+        zero: Position of the reference line; `None` for no line.
+        bars: Whether to draw bars from `zero` instead of points.
+        colours: Colours by series, instead of the house colours.
 
     Returns:
         The axes.
@@ -78,25 +82,95 @@ def dot_intervals(
         ...     [0.25, 0.14], y_label="log-odds (nats per token)",
         ... )  # doctest: +SKIP
     """
-    rows, columns, grids = _grids(groups, series, (values, low, high))
+    names = list(groups)
+    alone = series is None
+    given = [""] * len(names) if series is None else series
+    rows, columns, grids = _grids(names, given, (values, low, high))
     ax = new_axes() if ax is None else ax
     dress(ax, x_label=x_label, y_label=y_label, title=title)
     step = 0.8 / max(len(columns), 3)
     shades = {**palette(columns), **(colours or {})}
-    for place, name in enumerate(columns):
-        x = np.arange(len(rows)) + (place - (len(columns) - 1) / 2) * step
-        middle, start, end = (grid[:, place] for grid in grids)
+    if alone:
+        each = [COLOURS[kind_of(name) or "base"] for name in rows]
+        drawn = [(0.0, 0, row, "", each[row]) for row in range(len(rows))]
+    else:
+        middle = (len(columns) - 1) / 2
+        drawn = [
+            ((place - middle) * step, place, slice(None), name, shades[name])
+            for place, name in enumerate(columns)
+        ]
+    for shift, place, chosen, name, shade in drawn:
+        x = np.atleast_1d(np.arange(len(rows))[chosen] + shift)
+        middle, start, end = (np.atleast_1d(grid[chosen, place]) for grid in grids)
         if bars:
             base = zero or 0.0
             width = 0.86 * step
-            ax.bar(x, middle - base, width, base, color=shades[name], label=name)
+            ax.bar(x, middle - base, width, base, color=shade, label=name)
         else:
-            _dots(ax, x, middle, shades[name], place, name, crowd=len(rows) * len(columns))
-        line = {"color": INK, "linewidth": 1.1} if bars else {"color": shades[name], "lw": 2.0}
+            _dots(ax, x, middle, shade, place, name, crowd=len(rows) * len(columns))
+        line = {"color": INK, "linewidth": 1.1} if bars else {"color": shade, "lw": 2.0}
         ax.vlines(x, start, end, zorder=3, **line)
     if zero is not None:
         ax.axhline(zero, color=INK, linewidth=0.9, zorder=2)
     _finish(ax, rows, len(columns))
+    return ax
+
+
+@house_style()
+def bar_list(
+    names: Sequence[str],
+    values: ArrayLike,
+    *,
+    x_label: str,
+    title: str | None = None,
+    shade: str = COLOURS["base"],
+    ax: Axes | None = None,
+) -> Axes:
+    """A list of names from top to bottom, each with a bar from zero and its value.
+
+    Args:
+        names: Names of the bars, `[n]`; the same one may come twice.
+        values: Their lengths, `[n]`.
+        x_label: What the bars show, with its unit.
+        title: Title above the axes.
+        shade: Colour of the bars.
+        ax: Axes to draw on; a figure of its own if not given.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there is nothing to draw, or lengths differ.
+    """
+    lengths = np.asarray(values, dtype=float)
+    if not len(names) or lengths.shape != (len(names),):
+        raise ValueError(
+            f"a list of bars needs a value per name; got {len(names)} names and values of shape "
+            f"{lengths.shape}"
+        )
+    ax = new_axes(height=0.9 + 0.3 * len(names)) if ax is None else ax
+    dress(ax, x_label=x_label, y_label="", title=title, grid="x")
+    places = np.arange(len(names))
+    ax.barh(places, lengths, 0.72, color=shade, zorder=3)
+    for place, value in zip(places, lengths, strict=True):
+        ax.annotate(
+            f"{value:.1f}".replace("-", "\N{MINUS SIGN}"),
+            (value, place),
+            xytext=(3 if value >= 0 else -3, 0),
+            textcoords="offset points",
+            ha="left" if value >= 0 else "right",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
+    ax.axvline(0, color=INK, linewidth=0.9, zorder=4)
+    ax.set_yticks(places, [shortened(name, 24) for name in names])
+    if (lengths <= 0).all():
+        ax.yaxis.tick_right()
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.margins(x=0.16)
     return ax
 
 

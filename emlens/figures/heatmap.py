@@ -1,4 +1,4 @@
-"""Heat maps of signed values, with what chance could give marked as such."""
+"""Heat maps of signed values, with values within chance marked."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SIGNED = LinearSegmentedColormap.from_list("emlens", _STOPS).with_extremes(bad="
 NullBand: TypeAlias = float | tuple[ArrayLike, ArrayLike]
 
 PRINTED = 160
-"""The most cells whose values are printed."""
+"""Largest number of cells whose values are printed."""
 
 FEW, LONGEST = 12, 30
-"""The most names that may take several lines, and the most characters of others."""
+"""Largest number of names that may take several lines, and the longest name otherwise."""
 
 SMALLEST, LARGEST = 5.5, 9.0
-"""Points of a printed value."""
+"""Font sizes of printed values, in points."""
 
 
 @house_style()
@@ -63,7 +63,8 @@ def heatmap(
     """Signed values as colours: blue below zero, orange above, white at zero.
 
     Args:
-        matrix: Values, `[rows, columns]`; NaN cells stay blank.
+        matrix: Values, `[rows, columns]`, or `[rows, columns, 3]` with the ends of their
+            intervals, which are printed below them; NaN cells stay blank.
         row_labels: Names of the rows, top to bottom.
         col_labels: Names of the columns.
         null_band: What chance alone gives: `b` for `(-b, b)`, or `(low, high)`, numbers or
@@ -72,12 +73,12 @@ def heatmap(
         x_label: What the columns are.
         y_label: What the rows are.
         title: Title above the axes.
-        limits: Values of the strongest colours; what lies half-way is white and should mean
-            nothing, as zero, or an AUROC of 0.5. If None, zero is white, and the strongest colour
-            is the largest value there is.
+        limits: Values of the strongest colours. The value half-way between them is white and
+            should stand for no effect, such as zero, or an AUROC of 0.5. If None, zero is white
+            and the largest absolute value has the strongest colour.
         digits: Decimals of printed values.
-        blocks: Names of groups of rows, which are those of the columns, too, and how many rows
-            each has: lines are drawn between them, and the names beside them.
+        blocks: Names of groups of rows (and of columns) and the number of rows of each. Lines are
+            drawn between the groups, and their names beside them.
         ax: Axes to draw on; a figure of its own if not given.
 
     Returns:
@@ -86,7 +87,10 @@ def heatmap(
     Raises:
         ValueError: If the matrix is empty or does not fit its labels.
     """
-    values = np.asarray(matrix, dtype=float)
+    given = np.asarray(matrix, dtype=float)
+    values, ends = (given[..., 0], given[..., 1:]) if given.ndim == 3 else (given, None)
+    if given.ndim == 3 and given.shape[2] != 3:
+        raise ValueError(f"matrix of shape {given.shape} must hold a value and two ends per cell")
     if values.shape != (len(row_labels), len(col_labels)) or not values.size:
         raise ValueError(
             f"matrix of shape {values.shape} does not fit "
@@ -94,7 +98,8 @@ def heatmap(
         )
     norm = _norm(values, limits)
     if ax is None:
-        ax = new_axes(width=_width(col_labels), height=_height(values.shape, col_labels))
+        tall = _height(values.shape, col_labels, 0.34 if ends is None else 0.62)
+        ax = new_axes(width=_width(col_labels), height=tall)
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid=None)
     masked = np.ma.masked_invalid(values)
     ax.imshow(masked, cmap=SIGNED, norm=norm, aspect="auto", interpolation="nearest")
@@ -108,7 +113,7 @@ def heatmap(
     if blocks and _many(blocks):
         ax.set_xlabel(wrapped(_key_of(blocks, x_label), 100), fontsize=7.5)
     if values.size <= PRINTED:
-        _print(ax, values, inside, norm, digits)
+        _print(ax, values, ends, inside, norm, digits)
     _bar(ax, norm, value_label, null_band)
     return ax
 
@@ -121,10 +126,10 @@ def _norm(values: np.ndarray, limits: tuple[float, float] | None) -> Normalize:
     return Normalize(*limits)
 
 
-def _height(shape: tuple[int, ...], col_labels: Sequence[str]) -> float:
+def _height(shape: tuple[int, ...], col_labels: Sequence[str], each: float) -> float:
     longest = max(len(label) for label in col_labels)
     room = 0.06 * min(longest, 20) if longest > 4 else 0.2
-    row = 0.34 if shape[0] <= 12 else 0.16
+    row = each if shape[0] <= 12 else 0.16
     return float(np.clip(0.9 + room + row * shape[0], 2.2, 7.0))
 
 
@@ -169,7 +174,7 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
         (ax.yaxis, rows, each_row, row_labels, limit),
         (ax.xaxis, cols, each_col, col_labels, 24),
     ):
-        # of many names each has one line, in which its middle may be missing
+        # with many names, each has one line and may be shortened in the middle
         few = count <= FEW
         texts = [wrapped(n, room) if few else shortened(n, LONGEST) for n in names[::each]]
         axis.set_ticks(range(0, count, each), texts)
@@ -183,12 +188,12 @@ def _ticks(ax: Axes, row_labels: Sequence[str], col_labels: Sequence[str]) -> No
 
 
 def _many(blocks: Mapping[str, int]) -> bool:
-    """Whether the names of blocks have no room beside them."""
+    """Whether there is no room for the names of blocks beside them."""
     return len(blocks) > 4
 
 
 def _key_of(blocks: Mapping[str, int], inside: str) -> str:
-    """What the numbers of blocks stand for; no entry is broken over two lines."""
+    """Key to the numbers of blocks; no entry is broken over two lines."""
     named = (f"{i}\N{NO-BREAK SPACE}{name}" for i, name in enumerate(blocks, 1))
     return f"{inside} within each block: " + ", ".join(
         one.replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
@@ -220,9 +225,9 @@ def _blocks(ax: Axes, blocks: Mapping[str, int]) -> None:
 
 
 class CellText(Text):
-    """A value in its cell: smaller in a small cell, not drawn where it would be unreadable."""
+    """A value in its cell: smaller in small cells, and omitted where it would be unreadable."""
 
-    characters = 5
+    characters, lines = 5, 1
 
     def draw(self, renderer: RendererBase) -> None:
         """Fit the size to the cell as it is now, and draw."""
@@ -232,18 +237,32 @@ class CellText(Text):
         (left, bottom), (right, top) = ax.transData.transform([(0, 0), (1, 1)])
         point = figure.dpi / 72
         width, height = abs(right - left) / point, abs(top - bottom) / point
-        size = min(LARGEST, width / (0.62 * (self.characters + 0.6)), 0.7 * height)
+        size = min(LARGEST, width / (0.62 * (self.characters + 0.6)), 0.7 * height / self.lines)
         if size >= SMALLEST:
             self.set_fontsize(size)
             super().draw(renderer)
 
 
-def _print(ax: Axes, values: np.ndarray, inside: np.ndarray, norm: Normalize, digits: int) -> None:
+def _print(
+    ax: Axes,
+    values: np.ndarray,
+    ends: np.ndarray | None,
+    inside: np.ndarray,
+    norm: Normalize,
+    digits: int,
+) -> None:
     for (row, col), value in np.ndenumerate(values):
         shade = MUTED if inside[row, col] or not np.isfinite(value) else _ink_on(value, norm)
-        text = f"{value:.{digits}f}".replace("-", "−") if np.isfinite(value) else "–"
+        text = f"{value:.{digits}f}" if np.isfinite(value) else "–"
+        if ends is not None and np.isfinite([value, *ends[row, col]]).all():
+            low, high = ends[row, col]
+            text += f"\n[{low:.{digits}f}, {high:.{digits}f}]"
+        text = text.replace("-", "−")
         cell = CellText(col, row, text, ha="center", va="center", color=shade, zorder=3)
-        cell.characters = digits + 3
+        cell.characters = (
+            max(digits + 3, *map(len, text.split("\n"))) if ends is not None else (digits + 3)
+        )
+        cell.lines = 1 if ends is None else 2
         cell.set_in_layout(False)
         ax.add_artist(cell)
 

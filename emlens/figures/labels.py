@@ -1,4 +1,4 @@
-"""Direct labels: names beside what they name, moved apart each time the figure is drawn."""
+"""Direct labels: names next to points and lines, moved apart each time the figure is drawn."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Anchor:
 
 
 class DirectLabels(Artist):
-    """Labels that find their own places whenever the figure is drawn.
+    """Labels whose positions are computed whenever the figure is drawn.
 
-    Places are computed from the sizes at that moment, so that labels stay apart when the figure
-    is resized, rescaled, saved at another resolution or given another limit.
+    Positions depend on the sizes at that moment, so labels stay apart when the figure is
+    resized, saved at another resolution, or given other limits.
     """
 
     def __init__(self, ax: Axes, anchors: Sequence[Anchor], *, size: float = 9) -> None:
@@ -71,7 +71,7 @@ class DirectLabels(Artist):
     def get_window_extent(self, renderer: RendererBase | None = None) -> Bbox:
         """The box around all labels, in pixels."""
         if renderer is None:
-            # What matplotlib's own texts do; a canvas made here would replace the caller's.
+            # As matplotlib's own texts do; a canvas made here would replace the caller's.
             renderer = self._home().get_figure(root=True)._get_renderer()  # type: ignore
         self.arrange(renderer)  # type: ignore[arg-type]
         boxes = [text.get_window_extent(renderer) for text in self.texts]
@@ -159,7 +159,7 @@ def mark_points(ax: Axes, points: Mapping[str, tuple[float, float]], colour: str
     Args:
         ax: Axes with what the points belong to.
         points: `{name: (x, y)}`.
-        colour: Of dots and names.
+        colour: Colour of dots and names.
 
     Raises:
         ValueError: If there are no points.
@@ -210,14 +210,14 @@ def _cost(
 def spread(
     wanted: np.ndarray, heights: np.ndarray, *, gap: float, low: float, high: float
 ) -> np.ndarray:
-    """Centres as near as can be to the wanted ones (least squares) with no two boxes touching.
+    """Centres closest to the wanted ones (least squares) such that no two boxes touch.
 
     Args:
         wanted: Wanted centres, `[labels]`.
         heights: Heights of the boxes, `[labels]`.
         gap: Least distance between two boxes.
-        low: Where the lowest box may begin; given up when the boxes do not fit.
-        high: Where the highest box may end; given up when the boxes do not fit.
+        low: Lower limit of the lowest box; ignored when the boxes do not fit.
+        high: Upper limit of the highest box; ignored when the boxes do not fit.
 
     Returns:
         Centres in the order of `wanted`, `[labels]`.
@@ -237,9 +237,9 @@ def spread(
 
 
 def told_apart(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """What all names begin with, up to a mark between words, and the names without it.
+    """The common prefix of all names, up to a mark between words, and the names without it.
 
-    Nothing is taken off where a name would be left empty, or it is short.
+    A short prefix is kept, as is one that would leave a name empty.
     """
     shared = commonprefix(list(names))
     shared = shared[: max(shared.rfind(mark) for mark in "_-/ .:") + 1]

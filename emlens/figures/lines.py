@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,18 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from emlens.figures.labels import Anchor, EndLabels
-from emlens.figures.style import INK, MUTED, dress, house_style, new_axes, palette
+from emlens.figures.style import (
+    INK,
+    MUTED,
+    Panels,
+    dress,
+    house_style,
+    kind_of,
+    new_axes,
+    new_panels,
+    palette,
+    share_y,
+)
 
 Curve: TypeAlias = Sequence[ArrayLike | None]
 """`(x, y)` or `(x, y, low, high)`; arrays of one length, NaN where there is no value."""
@@ -45,6 +56,7 @@ def line_bands(
     x_scale: Scale = "linear",
     y_scale: Scale = "linear",
     colours: Mapping[str, str] | None = None,
+    named: bool = True,
 ) -> Axes:
     """Curves with their intervals as bands, each named at its end.
 
@@ -59,7 +71,8 @@ def line_bands(
             curve. Drawn as a grey band, named "chance".
         x_scale: Scale of the x axis.
         y_scale: Scale of the y axis.
-        colours: Colours by name, in place of the house's.
+        colours: Colours by name, instead of the house colours.
+        named: Whether to write the names; panels side by side need them once.
 
     Returns:
         The axes.
@@ -86,7 +99,8 @@ def line_bands(
     dress(ax, x_label=x_label, y_label=y_label, title=title)
     if x_scale == "linear" and all(_whole(line.x) for line in lines):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    EndLabels(ax, anchors)
+    if named:
+        EndLabels(ax, anchors)
     return ax
 
 
@@ -109,7 +123,7 @@ def layer_curves(
         title: Title above the axes.
         null: `(low, high)` of what chance alone gives, numbers or one value per layer.
         ax: Axes to draw on; a figure of its own if not given.
-        colours: Colours by name, in place of the house's.
+        colours: Colours by name, instead of the house colours.
 
     Returns:
         The axes.
@@ -129,6 +143,120 @@ def layer_curves(
     )
 
 
+def panels_of_curves(
+    curves: Mapping[str, Curve],
+    *,
+    y_label: str,
+    x_label: str = "layer",
+    title: str | None = None,
+    null: tuple[ArrayLike, ArrayLike] | None = None,
+) -> list[Axes]:
+    """One value per layer as `layer_curves`, each curve in a panel of its own, on equal scales.
+
+    Args:
+        curves: `{name: (layers, values, low, high)}`; bands of several would cover each other.
+        y_label: What is shown, with its unit.
+        x_label: What the x axes count.
+        title: Title above all panels.
+        null: `(low, high)` of what chance alone gives, numbers or one value per layer.
+
+    Returns:
+        The axes, one per curve.
+    """
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    every = new_panels(columns, rows, width=2.7 * columns + 1.0, height=0.6 + 2.5 * rows)
+    axes, spare = Panels(every[: len(curves)]), every[len(curves) :]
+    grey = "" if null is None else "\n(grey: chance)"
+    for panel in spare:
+        panel.remove()
+    for place, (panel, (name, curve)) in enumerate(zip(axes, curves.items(), strict=True)):
+        layers = np.asarray(curve[0], dtype=float)
+        line_bands(
+            {name: curve},
+            colours=palette(curves),
+            x_label=x_label if place >= len(curves) - columns else "",
+            y_label=f"{y_label}{grey}" if place % columns == 0 else "",
+            title=name,
+            null=null,
+            reference=0.0,
+            named=False,
+            ax=panel,
+        )
+        panel.tick_params(labelleft=place % columns == 0)
+        panel.set_xlim(layers.min(), layers.max())
+    share_y(axes)
+    figure = axes[0].get_figure(root=True)
+    if title and figure is not None:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return axes
+
+
+@house_style()
+def paired_curves(
+    curves: Mapping[str, Curve],
+    gaps: Mapping[str, Curve],
+    *,
+    x_label: str,
+    y_label: str,
+    gap_label: str,
+    bands: bool = False,
+    gap_reference: float = 0.0,
+    gap_scale: Scale = "linear",
+    ax: Axes | None = None,
+    **options: Any,
+) -> Axes | list[Axes]:
+    """Curves above, and below them how far each is from one of them, with paired intervals.
+
+    Where curves share what they were measured on, their bands say little of their differences:
+    the band of a difference is the one to read.
+
+    Args:
+        curves: `{name: (x, y, low, high)}`.
+        gaps: The same of what lies between each curve and a common one: differences or ratios.
+        x_label: What both x axes show, with its unit.
+        y_label: What is shown above, with its unit.
+        gap_label: What is shown below, with its unit.
+        bands: Whether to draw the bands of the curves as well as those of the differences.
+        gap_reference: What stands for no difference.
+        gap_scale: Scale of the differences.
+        ax: Axes to draw the curves alone on, with their bands.
+        **options: See `line_bands`; for the curves.
+
+    Returns:
+        Both axes, the curves first; those of the curves alone with `ax`, or without differences.
+
+    Raises:
+        ValueError: As `line_bands`.
+    """
+    labels = {"x_label": x_label, "y_label": y_label, **options}
+    if ax is not None or not gaps:
+        return line_bands(curves, ax=ax, **labels)
+    axes = upper, lower = new_panels(1, 2, height=5.6)
+    shown = curves if bands else {name: curve[:2] for name, curve in curves.items()}
+    line_bands(shown, ax=upper, **labels)
+    shades = palette(curves)
+    line_bands(
+        gaps,
+        x_label=x_label,
+        y_label=gap_label,
+        reference=gap_reference,
+        x_scale=options.get("x_scale", "linear"),
+        y_scale=gap_scale,
+        colours={name: shades[name] for name in gaps},
+        ax=lower,
+    )
+    if gap_scale == "log":
+        lower.yaxis.set_major_formatter("{x:g}")
+        low, high = lower.get_ylim()
+        if high < 20 * low:
+            lower.yaxis.set_minor_formatter("{x:g}")
+    upper.set_xlabel("")
+    upper.tick_params(labelbottom=False)
+    lower.sharex(upper)
+    return axes
+
+
 @house_style()
 def many_curves(
     x: Sequence[float],
@@ -142,7 +270,7 @@ def many_curves(
     null: tuple[ArrayLike, ArrayLike] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Many curves in grey with their median; those of a group in its colour, with theirs.
+    """Many curves in grey with their median, and groups of curves in colour with their medians.
 
     Args:
         x: What all curves run along, `[x]`.
@@ -184,7 +312,7 @@ def many_curves(
 
 
 def _whole(x: np.ndarray) -> bool:
-    """Whether these are counts, such as layers or updates, which have nothing in between."""
+    """Whether these are counts, such as layers or updates."""
     finite = x[np.isfinite(x)]
     return bool(len(finite)) and bool((finite == np.round(finite)).all())
 
@@ -215,7 +343,7 @@ def _draw(ax: Axes, line: _Line, shade: str) -> Anchor:
     alone = _alone(line.y)
     ax.plot(line.x[alone], line.y[alone], color=shade, marker="o", markersize=4, linestyle="none")
     marker = "o" if len(line.x) <= FEW else None
-    dashes = (0, (4, 1.6)) if line.name in ("random", "shuffled") else "solid"
+    dashes = (0, (4, 1.6)) if kind_of(line.name) in ("random", "shuffled") else "solid"
     ax.plot(line.x, line.y, color=shade, marker=marker, markersize=3.5, linestyle=dashes, zorder=3)
     if line.low is not None and line.high is not None:
         ax.fill_between(line.x, line.low, line.high, color=shade, alpha=0.18, linewidth=0, zorder=2)
@@ -225,7 +353,7 @@ def _draw(ax: Axes, line: _Line, shade: str) -> Anchor:
 
 
 def _alone(values: np.ndarray) -> np.ndarray:
-    """Which finite values have no finite neighbour, so that no line and no band shows them."""
+    """Which finite values have no finite neighbour, so that neither line nor band shows them."""
     finite = np.concatenate([[False], np.isfinite(values), [False]])
     return finite[1:-1] & ~finite[:-2] & ~finite[2:]
 
@@ -233,8 +361,8 @@ def _alone(values: np.ndarray) -> np.ndarray:
 def _draw_null(ax: Axes, x: np.ndarray, null: tuple[ArrayLike, ArrayLike]) -> Anchor:
     low, high = (np.asarray(bound, dtype=float) for bound in null)
     style = {"color": MUTED, "alpha": 0.16, "linewidth": 0, "zorder": 1, "label": "null band"}
-    if low.ndim == high.ndim == 0:
-        ax.axhspan(float(low), float(high), **style)
+    if low.ndim == high.ndim == 0 or len(x) == 1:
+        ax.axhspan(low.item(), high.item(), **style)
     else:
         low, high = np.broadcast_to(low, x.shape), np.broadcast_to(high, x.shape)
         ax.fill_between(x, low, high, **style)

@@ -1,15 +1,15 @@
-"""Paths of a vector through training, in the plane of two components."""
+"""Paths through training: in the plane of two components, or of effects inside and outside."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from emlens.figures.labels import Anchor, PointLabels, dense
-from emlens.figures.style import INK, PAPER, dress, house_style, new_axes, palette
+from emlens.figures.style import INK, MUTED, PAPER, dress, house_style, new_axes, palette
 
 
 @house_style()
@@ -30,7 +30,7 @@ def path_plot(
         y_label: What the y axis shows.
         title: Title above the axes.
         ax: Axes to draw on; a figure of its own if not given.
-        colours: Colours by name, in place of the house's.
+        colours: Colours by name, instead of the house colours.
 
     Returns:
         The axes, with one scale for both directions.
@@ -54,6 +54,79 @@ def path_plot(
     ax.set_aspect("equal", adjustable="datalim")
     dress(ax, x_label=x_label, y_label=y_label, title=title, grid="both")
     PointLabels(ax, anchors, np.concatenate([dense(track) for track in tracks.values()]))
+    return ax
+
+
+@house_style()
+def effect_plane(
+    inside: ArrayLike,
+    outside: ArrayLike,
+    labels: Sequence[str],
+    *,
+    shades: Sequence[str],
+    crossed: Sequence[int] | None = None,
+    ray: str = "",
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Effects outside of a domain against those inside, along a path, with their intervals.
+
+    On the dotted diagonal an effect is as large outside as inside; on the line at zero it is
+    confined.
+
+    Args:
+        inside: Changes of log-odds inside in nats per token with the ends of their intervals,
+            `[n, 3]`.
+        outside: The same outside.
+        labels: A name for each point, `[n]`; an empty one is not drawn.
+        shades: Colour of each point, `[n]`.
+        crossed: Points whose intervals are drawn; all of them by default.
+        ray: Name of a dashed line from zero to the point with the largest effect inside: what the
+            same solution would do if it were weaker, in proportion. Empty for no line.
+        title: Title above the axes.
+        ax: Axes to draw on; a figure of its own if not given.
+
+    Returns:
+        The axes.
+    """
+    ax = new_axes(height=4.4) if ax is None else ax
+    x, y = np.asarray(inside, dtype=float), np.asarray(outside, dtype=float)
+    track = np.stack([x[:, 0], y[:, 0]], axis=1)
+    ax.plot(*track.T, color=MUTED, linewidth=1.3, zorder=3)
+    drawn = [dense(track)]
+    for i, (point, shade) in enumerate(zip(track, shades, strict=True)):
+        ax.plot(*point, color=shade, marker="o", markersize=6.5, markeredgecolor=PAPER, zorder=4)
+        if crossed is None or i in crossed:
+            for line in (
+                np.stack([x[i, 1:], y[i, [0, 0]]], axis=1),
+                np.stack([x[i, [0, 0]], y[i, 1:]], axis=1),
+            ):
+                ax.plot(*line.T, color=shade, linewidth=1.1, alpha=0.5, zorder=2)
+                drawn.append(dense(line)[::2])
+    anchors = [
+        Anchor(float(point[0]), float(point[1]), text, shade)
+        for point, text, shade in zip(track, labels, shades, strict=True)
+        if text
+    ]
+    if ray:
+        end = track[np.argmax(np.abs(track[:, 0]))]
+        dashes = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 2))}
+        ax.plot([0, end[0]], [0, end[1]], label=ray, zorder=2, **dashes)
+        drawn.append(dense(np.stack([0 * end, end])))
+    for line in (ax.axhline, ax.axvline):
+        line(0, color=MUTED, linewidth=0.9, zorder=1)
+    ax.margins(0.08)
+    dots = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (1, 2))}
+    ax.axline((0, 0), slope=1, label="outside = inside", zorder=1, **dots)
+    ax.legend(loc="best")
+    dress(
+        ax,
+        x_label="change of log-odds inside [nats/token]",
+        y_label="change of log-odds outside [nats/token]",
+        title=title,
+        grid="both",
+    )
+    PointLabels(ax, anchors, np.concatenate(drawn))
     return ax
 
 

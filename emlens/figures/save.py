@@ -1,7 +1,8 @@
-"""Figures as files: PNG for reading, SVG for papers, the same bytes each time."""
+"""Figures as files: PNG for reading, SVG for papers, byte for byte reproducible."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,22 +19,24 @@ _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 _ENDS = {"png": b"IEND\xaeB`\x82", "svg": b"</svg>\n"}
 
 
-def save_figure(figure: Figure | Axes, path: str | Path) -> list[Path]:
+def save_figure(figure: Figure | Axes | Sequence[Axes], path: str | Path) -> list[Path]:
     """Write a figure as PNG (200 dpi) and as SVG whose text stays text.
 
-    The same figure gives the same bytes on every run with the same matplotlib. Each file appears
-    whole or not at all.
+    The same figure gives the same bytes on every run with the same version of matplotlib. Files
+    are written atomically.
 
     Args:
-        figure: The figure, or any axes of it.
-        path: Where to, without a suffix; `.png` and `.svg` are taken off if there.
+        figure: The figure, any axes of it, or all of them, as `plot` returns them.
+        path: Path without a suffix; `.png` and `.svg` are removed.
 
     Returns:
         The two files, PNG first. The folder is made if it is missing.
 
     Raises:
-        ValueError: If the axes belong to no figure any more.
+        ValueError: If the axes no longer belong to a figure.
     """
+    if isinstance(figure, Sequence):
+        figure = figure[0]
     if isinstance(figure, Axes):
         root = figure.get_figure(root=True)
         if root is None:

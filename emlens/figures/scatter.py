@@ -1,4 +1,4 @@
-"""Two ways to the same quantity, one against the other."""
+"""Two measurements of the same quantity, plotted against each other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def agreement_plot(
         zip(series.items(), palette(list(series)).values(), strict=True)
     ):
         if len(x) != len(y):
-            raise ValueError(f"{name!r} has {len(x)} and {len(y)} values; they must be as many")
+            raise ValueError(f"{name!r} has {len(x)} and {len(y)} values; the numbers must match")
         drawn.plot(
             x,
             y,
@@ -76,7 +76,7 @@ def score_plot(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Scores of the same things by two judges, 0 to 100; how many fall on each side is written.
+    """Scores of the same answers by two judges, 0 to 100, with counts on each side of a threshold.
 
     Args:
         x: Scores of the first, `[n]`.
@@ -93,7 +93,7 @@ def score_plot(
     if not len(x):
         raise ValueError("there is nothing to draw; give at least one score of each")
     if len(x) != len(y):
-        raise ValueError(f"there are {len(x)} and {len(y)} scores; they must be as many")
+        raise ValueError(f"there are {len(x)} and {len(y)} scores; the numbers must match")
     drawn = new_axes(width=5.0, height=4.4) if ax is None else ax
     for line in (drawn.axvline, drawn.axhline):
         line(threshold, color=RULE, linewidth=1.2, zorder=1)

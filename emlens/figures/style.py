@@ -1,11 +1,12 @@
-"""House style: colours with a fixed meaning, sizes, and figures that belong to no backend."""
+"""House style: colours with a fixed meaning, sizes, and figures without a backend."""
 
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 6.6, 3.8
-"""Inches of a figure as wide as the text of a page."""
+"""Size in inches of a figure as wide as the text of a page."""
 
 INK = "#22262B"
 MUTED = "#6A727C"
@@ -34,7 +35,10 @@ COLOURS: Mapping[str, str] = {
     "adapter": "#7B52A3",
     "benign": "#E0A100",
 }
-"""What a colour stands for, in every figure (told apart with any common colour blindness)."""
+"""Fixed colours by name, the same in every figure and distinct with common colour blindness."""
+
+NOT_SOLUTIONS = ("base", "mean-diff", "adapter")
+"""Names of colours that may stand beside that of a solution: "general adapter" is general."""
 
 Grid: TypeAlias = Literal["x", "y", "both"] | None
 
@@ -87,7 +91,7 @@ _HOUSE: dict[Any, Any] = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw in the house style inside the block; the caller's settings come back after it.
+    """Draw in the house style inside the block; the caller's settings are restored afterwards.
 
     Example:
         >>> with house_style():
@@ -106,24 +110,49 @@ def _spare(name: str) -> int:
 
 
 def colour(name: str) -> str:
-    """Colour of a name: its fixed one, or for other names always the same spare one."""
-    return COLOURS.get(_key(name)) or SPARE[_spare(name)]
+    """Colour of a name: its fixed colour, or else a spare one that never changes.
+
+    A name that begins with one that has a fixed colour has that colour: "random, layer 5" is drawn
+    as "random". Comparisons, such as "general vs narrow", have a colour of their own.
+    """
+    return COLOURS.get(kind_of(name) or "") or SPARE[_spare(name)]
+
+
+def kind_of(name: str) -> str | None:
+    """The name with a fixed colour that a name is or begins with; None for none."""
+    key = _key(name)
+    if key in COLOURS:
+        return key
+    found = {kind for kind in COLOURS if re.search(rf"(?<![a-z]){kind}(?![a-z])", key)}
+    first = next((kind for kind in found if key.startswith(kind)), None)
+    compared = re.search(r"-(vs|minus)-", key) or found - {first, *NOT_SOLUTIONS}
+    return None if compared else first
 
 
 def palette(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every name of one figure, different ones while there are colours left.
+    """A colour for every name of a figure, distinct as long as there are colours left.
 
-    A name keeps `colour(name)` unless an earlier name of the figure has it already.
+    A name keeps `colour(name)` unless an earlier name of the figure has it already. Then it has a
+    lighter or darker shade of its kind ("general, half"), or else a spare colour.
     """
     chosen: dict[str, str] = {}
     for name in names:
         wanted = colour(name)
+        if wanted in chosen.values() and kind_of(name):
+            shades = [_mixed(wanted, PAPER, 0.45), _mixed(wanted, INK, 0.45)]
+            wanted = next((shade for shade in shades if shade not in chosen.values()), wanted)
         if wanted in chosen.values():
             first = _spare(name)
             order = SPARE[first:] + SPARE[:first]
             wanted = next((spare for spare in order if spare not in chosen.values()), wanted)
         chosen[name] = wanted
     return chosen
+
+
+def _mixed(shade: str, other: str, share: float) -> str:
+    """A shade with a share of another one in it."""
+    parts = zip(colors.to_rgb(shade), colors.to_rgb(other), strict=True)
+    return colors.to_hex([(1 - share) * mine + share * theirs for mine, theirs in parts])
 
 
 def readable(shade: str) -> str:
@@ -140,14 +169,14 @@ def _luminance(rgb: tuple[float, float, float]) -> float:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text on one line, without its middle where it is longer than `length`."""
+    """The text on one line, shortened in the middle to at most `length` characters."""
     text = " ".join(text.split())
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text on lines of at most `width` characters; only words past 14 are broken."""
+    """The text on lines of at most `width` characters; only words longer than 14 are broken."""
     width = max(width, min(14, max((len(word) for word in text.split()), default=1)))
     return "\n".join(
         line for part in text.split("\n") for line in textwrap.wrap(part, width) or [""]
@@ -176,16 +205,33 @@ class HouseAxes(Axes):
         return figure._repr_png_()
 
 
+class Panels(list[Axes]):
+    """The axes of one figure, which a notebook shows once when they are the value of a cell."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        figure = self[0].get_figure(root=True) if self else None
+        if not isinstance(figure, HouseFigure):
+            raise NotImplementedError
+        return figure._repr_png_()
+
+
 def new_panels(
     columns: int = 1, rows: int = 1, *, width: float = WIDTH, height: float = HEIGHT
-) -> list[Axes]:
+) -> Panels:
     """Axes side by side, row by row, in a new figure of `width` x `height` inches."""
     with house_style():
         figure = HouseFigure(figsize=(width, height), layout="constrained")
-        return [
+        return Panels(
             figure.add_subplot(rows, columns, place + 1, axes_class=HouseAxes)
             for place in range(rows * columns)
-        ]
+        )
+
+
+def share_y(panels: Sequence[Axes]) -> None:
+    """Give panels a common y scale that covers everything drawn on any of them."""
+    for panel in panels[1:]:
+        panel.sharey(panels[0])
+    panels[0].autoscale_view(scalex=False)
 
 
 def new_axes(*, width: float = WIDTH, height: float = HEIGHT) -> Axes:
@@ -194,7 +240,7 @@ def new_axes(*, width: float = WIDTH, height: float = HEIGHT) -> Axes:
 
 
 def dress(ax: Axes, *, x_label: str, y_label: str, title: str | None, grid: Grid = "y") -> None:
-    """Give axes, ours or the caller's, their labels and the look of the house."""
+    """Label axes and give them the house style."""
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     if title is not None:

@@ -1,4 +1,4 @@
-"""Coloured tokens in a notebook or a page, through CircuitsVis, with all it needs inside."""
+"""Coloured tokens in a notebook or a page, through CircuitsVis, self-contained."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TokenView:
-    """Tokens on a ground coloured by a value each: blue above zero, red below.
+    """Tokens on a background coloured by their values: blue above zero, red below.
 
-    It shows itself at the end of a notebook cell; `str(view)` is its HTML, 1.3 MB with the scripts
-    of CircuitsVis, and loads nothing from anywhere.
+    A notebook shows it at the end of a cell. `str(view)` is its HTML: 1.3 MB, including the
+    scripts of CircuitsVis, with no external resources.
 
     Attributes:
         tokens: The tokens, as text.
-        values: A value each.
+        values: The value of each token.
         title: What is shown, above the tokens.
         unit: Unit of the values.
     """
@@ -30,14 +30,14 @@ class TokenView:
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.values) or not self.tokens:
             raise ValueError(
-                f"a token view needs a value per token, and one token at least; got "
+                f"a token view needs a value per token, and at least one token; got "
                 f"{len(self.tokens)} tokens and {len(self.values)} values"
             )
 
     def __str__(self) -> str:
         from circuitsvis.tokens import colored_tokens
 
-        # CircuitsVis takes tokens for markup, in its script as well as on the page
+        # CircuitsVis interprets tokens as markup, both in its script and on the page
         shown = [escape(token).replace("\n", "\u21b5\n") for token in self.tokens]
         inside = colored_tokens(shown, list(self.values)).local_src
         low, high = min(self.values), max(self.values)
@@ -49,7 +49,7 @@ class TokenView:
         return str(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write a page that shows it, offline as well."""
+        """Write a page that shows it; the page works offline."""
         from emlens._files import atomic_write
         from emlens._reading import expanded
 
@@ -65,9 +65,9 @@ class TokenView:
 def token_view(
     tokens: Sequence[str], values: Sequence[float], *, title: str = "", unit: str = ""
 ) -> TokenView:
-    """Colour tokens by a value each.
+    """Colour tokens by their values.
 
     Raises:
-        ValueError: If there are not as many of one as of the other, or none.
+        ValueError: If the numbers of tokens and values differ, or there are none.
     """
     return TokenView(tuple(tokens), tuple(float(value) for value in values), title, unit)

@@ -30,6 +30,9 @@ class Forms:
         linear: Derivative of the next-token loss along `v` in nats per token, `[n]`.
         linear_error: Standard error of it over documents, `[n]`.
         covariance: Covariance of the errors of both forms over documents, `[n]`.
+        ratio_error: Standard error over documents of the logarithm of the quadratic form as a
+            multiple of that of a reference vector, paired by document, `[n]`; NaN without one.
+        reference: The quadratic form of the reference vector; NaN without one.
         sampled: Documents that the errors come from.
     """
 
@@ -39,6 +42,8 @@ class Forms:
     linear: np.ndarray
     linear_error: np.ndarray
     covariance: np.ndarray
+    ratio_error: np.ndarray
+    reference: float
     sampled: int
 
     def interval(self) -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +51,13 @@ class Forms:
         with np.errstate(divide="ignore", invalid="ignore"):
             factor = np.exp(_quantile(self.sampled) * self.error / self.quadratic)
             return self.quadratic / factor, self.quadratic * factor
+
+    def ratio(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Quadratic forms as multiples of that of the reference, with 95% intervals."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.quadratic / self.reference
+            factor = np.exp(_quantile(self.sampled) * self.ratio_error)
+            return ratio, ratio / factor, ratio * factor
 
     def loss_change(
         self, signed: Float[np.ndarray, "n doses"]
@@ -67,11 +79,16 @@ def forms(
     place: int,
     vectors: Float[Tensor, "n d_model"],
     half: int | None = None,
+    reference: Float[Tensor, " d_model"] | None = None,
 ) -> Forms:
-    """Return the forms of vectors at the `place`-th layer, over all documents or one half."""
+    """Return the forms of vectors at the `place`-th layer, over all documents or one half.
+
+    With a reference vector they are compared with its form on the same documents.
+    """
     chosen = [half] if half is not None else [0, 1]
     parts = [
-        _forms(sums, place, dict.fromkeys(chosen, part)) for part in vectors.float().split(CHUNK)
+        _forms(sums, place, dict.fromkeys(chosen, part), reference)
+        for part in vectors.float().split(CHUNK)
     ]
     return Forms(
         *(
@@ -83,8 +100,10 @@ def forms(
                 "linear",
                 "linear_error",
                 "covariance",
+                "ratio_error",
             )
         ),
+        reference=parts[0].reference,
         sampled=parts[0].sampled,
     )
 
@@ -170,8 +189,15 @@ def percentiles(values: np.ndarray, controls: np.ndarray) -> np.ndarray:
     return 100 * np.searchsorted(controls, values) / len(controls)
 
 
-def _forms(sums: FisherSums, place: int, vectors: dict[int, Tensor]) -> Forms:
+def _forms(
+    sums: FisherSums, place: int, vectors: dict[int, Tensor], reference: Tensor | None = None
+) -> Forms:
     """The forms where the documents of each half meet the vectors given for it."""
+    asked = len(next(iter(vectors.values())))
+    if reference is not None:
+        # as one more vector, the last, which is taken off at the end
+        last = reference.float()[None]
+        vectors = {half: torch.cat([of_half, last]) for half, of_half in vectors.items()}
     n = len(next(iter(vectors.values())))
     quadratic, linear, count, documents = np.zeros(n), np.zeros(n), 0.0, 0.0
     totals = sums.totals
@@ -195,15 +221,22 @@ def _forms(sums: FisherSums, place: int, vectors: dict[int, Tensor]) -> Forms:
     scale = documents**0.5 / count
     bent = x - counts[:, None] * quadratic
     sloped = slopes - counts[:, None] * linear
-    return Forms(
+    ratio_error, base = np.full(n, np.nan), float("nan")
+    if reference is not None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = bent / quadratic
+        apart = relative - relative[:, -1:]
+        ratio_error, base = scale * _joint(apart, apart) ** 0.5, float(quadratic[-1])
+    columns = (
         quadratic,
         scale * _joint(bent, bent) ** 0.5,
         scale * within.mean(0) ** 0.5,
         linear,
         scale * _joint(sloped, sloped) ** 0.5,
         scale**2 * _joint(bent, sloped),
-        len(counts),
+        ratio_error,
     )
+    return Forms(*(column[:asked] for column in columns), base, len(counts))
 
 
 def _single(

@@ -35,11 +35,11 @@ _LAST_KEY = torch.iinfo(torch.long).max
 
 @dataclass(frozen=True)
 class Window:
-    """Some documents of a corpus that are read together; what processes share out.
+    """Documents of a corpus that are read together; the unit that processes share.
 
     Attributes:
         index: Their places in the corpus.
-        input_ids: A fingerprint of each, by which processes see that they share the same.
+        input_ids: A fingerprint of each, by which processes check that they share the same corpus.
     """
 
     index: tuple[int, ...]
@@ -61,7 +61,7 @@ class Stream:
     """Batches of the documents of some windows; only one window is tokenised at a time.
 
     Args:
-        model: Whose tokenizer is used.
+        model: Model whose tokenizer is used.
         corpus: The corpus.
         max_tokens: Tokens that a document is cut to.
         token_budget: Padded tokens of a batch.
@@ -93,7 +93,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Dice:
-    """What is random about a document: made of its tokens, so that batching does not change it.
+    """Random numbers of a document, derived from its tokens so that batching does not matter.
 
     Attributes:
         key: Its place among documents that are sampled.
@@ -248,7 +248,7 @@ def _draw(
     # rounding must not lead beyond the last token that has a probability at all
     wanted = uniforms.T.to(p.dtype).clamp(max=1 - 2**-20) * passed[:, -1:]
     found = torch.searchsorted(passed, wanted.contiguous(), right=True)
-    # where a probability is not finite there is none; the gradient will tell
+    # where a probability is not finite there is none; the gradient check reports it
     return found.clamp(max=p.shape[1] - 1).T
 
 

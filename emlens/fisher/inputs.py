@@ -108,12 +108,12 @@ def _of_directions(name: object, value: Directions, expected: Expected) -> list[
     made = value.provenance
     if made.model not in (None, expected.model):
         raise ValueError(
-            f"{name!r} was made in {made.model!r}, but the profile is of {expected.model!r}; "
+            f"{name!r} was made in {made.model!r}, but the profile belongs to {expected.model!r}; "
             "score it with a profile of its own model"
         )
     if value.site != "resid_post":
         raise ValueError(
-            f"{name!r} is at {value.site}, but a profile is of resid_post; resid_pre of a layer "
+            f"{name!r} is at {value.site}, but profiles cover resid_post; resid_pre of a layer "
             "is resid_post of the layer below"
         )
     found = made.settings.get(HELD_OUT)
@@ -132,7 +132,7 @@ def _of_array(name: object, value: Tensor | np.ndarray, expected: Expected) -> l
         raise TypeError(f"{name!r} is a {type(value).__name__}; give a direction or an array")
     if isinstance(name, bool) or not isinstance(name, (int, np.integer)):
         raise TypeError(
-            f"{name!r} is an array, of which no layer is known; pass {{layer: array}}, or make "
+            f"{name!r} is an array without a layer; pass {{layer: array}}, or make "
             "it a direction with Direction.of(vector, layer)"
         )
     vectors = torch.as_tensor(value).detach().cpu().float()
@@ -151,8 +151,8 @@ def _check_place(name: str, layer: int, width: int, expected: Expected) -> None:
         raise ValueError(f"{name!r} is at layer {layer}; the profile has layers {have}")
     if width != expected.d_model:
         raise ValueError(
-            f"{name!r} has width {width}, but the profile is of {expected.model!r} with d_model "
-            f"{expected.d_model}"
+            f"{name!r} has width {width}, but the profile belongs to {expected.model!r} with "
+            f"d_model {expected.d_model}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Going through a corpus for a Fisher profile: settings, checkpoints, shares of processes."""
+"""The pass over a corpus for a Fisher profile: settings, checkpoints, shares of processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PassSettings:
         max_tokens: Tokens that documents were cut to.
         seed: Seed of the draws.
         identity: `model.identity`; None in profiles of earlier versions.
-        condition: `Condition.identity` of what was in force; None likewise.
+        condition: `Condition.identity` of what was in force; None in profiles of earlier versions.
     """
 
     model: str
@@ -103,7 +103,7 @@ def gather(
     """Read a corpus; return its sums, and how many documents were too short.
 
     Raises:
-        ValueError: If a gradient is not finite, or the checkpoint is of another run.
+        ValueError: If a gradient is not finite, or the checkpoint belongs to another run.
     """
     rank, size = world()
     run = {

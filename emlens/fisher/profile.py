@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -89,21 +89,21 @@ class InfluenceProfile:
         of that in the profile and its file. Several processes share the documents.
 
         Args:
-            model: The model, with the adapter and the edits that are in force.
+            model: The model, with the adapter and the edits in force.
             corpus: Raw text, e.g. `emlens.corpus("python-docs")`.
             layers: Layers to profile; fewer of them save memory in wide models.
             draws: Draws of all targets per document. The error of a score from the draws alone
                 is about `sqrt(2 / (draws * documents))` of it.
             seed: Seed of the draws; those of a document depend on its tokens and the seed alone.
-            checkpoint: A file that the state is written to; the same call goes on from it, to
-                the same numbers. It stays there at the end.
+            checkpoint: A file to which the state is written. The same call resumes from it and
+                gives the same numbers. The file is kept at the end.
             checkpoint_every: Batches between two writes.
             **options: See `CorpusOptions`.
 
         Raises:
             ValueError: If the corpus is empty or all of its documents are too short, a setting is
                 out of range, a gradient is not finite (document and layer named), or the
-                checkpoint is of another run.
+                checkpoint belongs to another run.
         """
         if not len(corpus):
             raise ValueError(f"corpus {corpus.name!r} has no documents")
@@ -187,7 +187,8 @@ class InfluenceProfile:
             directions: Named directions (all their layers are scored), or arrays `[n, d_model]`
                 by layer.
             dose: Norms of what is added, as shares of the median residual norm of the layer on
-                the corpus; a negative one turns the directions round. None adds them as they are.
+                the corpus; a negative one reverses the directions. None adds them at their own
+                norms.
 
         Raises:
             TypeError: If something is neither directions nor an array.
@@ -198,7 +199,8 @@ class InfluenceProfile:
         doses = [None] if dose is None else [float(x) for x in np.atleast_1d(np.asarray(dose))]
         if not all(x is None or (np.isfinite(x) and x != 0) for x in doses):
             raise ValueError(f"doses must be finite and not zero; got {dose}")
-        blocks = [self._block(group, doses) for group in groups]
+        reference = _first(groups)
+        blocks = [self._block(group, doses, reference=reference) for group in groups]
         order = np.argsort(np.concatenate([group.places for group in groups]), kind="stable")
         columns: dict[str, Any] = {
             name: np.concatenate([np.asarray(block[name]) for block in blocks])[order]
@@ -209,7 +211,7 @@ class InfluenceProfile:
 
     @guarded
     def spectrum(self, layer: int) -> Spectrum:
-        """Return the eigenvalues of a layer, in the sample, held out, and shrunk to what holds.
+        """Return the eigenvalues of a layer: in the sample, held out, and shrunk.
 
         Raises:
             ValueError: If the layer is not there, or there are too few documents for two halves.
@@ -286,9 +288,7 @@ class InfluenceProfile:
         known = {digest for _, digest in other.corpora}
         twice = [name for name, digest in self.corpora if digest in known]
         if twice:
-            raise ValueError(
-                f"both profiles have corpus {twice[0]!r} in them; it would count twice"
-            )
+            raise ValueError(f"both profiles include corpus {twice[0]!r}, which would count twice")
         return InfluenceProfile(
             self.settings,
             (*self.corpora, *other.corpora),
@@ -311,7 +311,7 @@ class InfluenceProfile:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is truncated, of another kind, or does not hold together.
+            ValueError: If it is truncated, of another kind, or is inconsistent.
         """
         path = expanded(path)
         tensors, record = read_tensors(path, KIND)
@@ -361,13 +361,22 @@ class InfluenceProfile:
         return eigen(self.sums, place, (half,))
 
     def _block(
-        self, group: Group, doses: Sequence[float | None], found: Forms | None = None
+        self,
+        group: Group,
+        doses: Sequence[float | None],
+        found: Forms | None = None,
+        reference: Mapping[tuple[int, int | None], Tensor] | None = None,
     ) -> dict[str, np.ndarray]:
         """The columns of a result for one group, `[directions, doses]` each."""
         place, size = self._place(group.layer), self.residual_norms[group.layer]
+        against = None
         if found is None:
             units = group.vectors / group.vectors.norm(dim=1, keepdim=True)
-            found = forms(self.sums, place, units, group.half)
+            known = reference or {}
+            # a vector found on one half of the documents is a reference on the other half only
+            against = known.get((group.layer, None), known.get((group.layer, group.half)))
+            unit = None if against is None else against / against.norm()
+            found = forms(self.sums, place, units, group.half, unit)
         signed = np.stack(
             [group.norms if x is None else 0 * group.norms + x * size for x in doses], 1
         )
@@ -380,6 +389,10 @@ class InfluenceProfile:
             return np.broadcast_to(np.asarray(values)[:, None], shape)
 
         random, differences = self._controls(place)
+        # at equal doses norms are equal; where directions are added as they are, they differ
+        length = float("nan") if against is None else float(against.norm())
+        own = [(group.norms / length) ** 2 if x is None else 1 + 0 * group.norms for x in doses]
+        ratio, ratio_low, ratio_high = (end[:, None] * np.stack(own, 1) for end in found.ratio())
         return {
             "directions": across(np.array(group.names, dtype=object)),
             "layers": np.full(shape, group.layer),
@@ -389,6 +402,9 @@ class InfluenceProfile:
             "kl": half_squares * found.quadratic[:, None],
             "kl_low": half_squares * low[:, None],
             "kl_high": half_squares * high[:, None],
+            "ratio": ratio,
+            "ratio_low": ratio_low,
+            "ratio_high": ratio_high,
             "kl_draw_error": half_squares * found.draw_error[:, None],
             "loss_change": change,
             "change_low": change_low,
@@ -407,3 +423,13 @@ class InfluenceProfile:
         if place not in self._known_controls:
             self._known_controls[place] = controls(self.sums, place, self.settings.seed)
         return self._known_controls[place]
+
+
+def _first(groups: Sequence[Group]) -> dict[tuple[int, int | None], Tensor]:
+    """The vectors of the first direction, by layer and by the documents that count for it."""
+    name = next(group.names[group.places.index(0)] for group in groups if 0 in group.places)
+    return {
+        (group.layer, group.half): group.vectors[group.names.index(name)]
+        for group in groups
+        if name in group.names
+    }

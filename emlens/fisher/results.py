@@ -1,4 +1,4 @@
-"""What a Fisher profile says: scores of directions, the spectrum of a layer, its top directions."""
+"""Results of a Fisher profile: scores of directions, the spectrum of a layer, top directions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FEW = 12
 class ProfileScores(Result):
     """Influence of directions on pre-training text by the Fisher approximation, one per row.
 
-    Intervals are over documents and say what other text of the same kind would give. The error of
-    the draws alone is what separates a score from the exact KL on the very same documents.
+    Intervals are over documents: they cover what other text of the same kind would give. The error
+    of the draws alone separates a score from the exact KL on the same documents.
 
     Attributes:
         directions: Name of each row's direction.
@@ -44,6 +44,10 @@ class ProfileScores(Result):
         difference_percentile: The same among random differences of activations.
         held_out: Whether only documents count that the direction was not found on.
         corpus: Name of the corpus.
+        ratio: KL as a multiple of that of the first direction at the same layer and dose; NaN
+            where that one has no such layer.
+        ratio_low: Lower ends of its 95% intervals, paired by document.
+        ratio_high: Upper ends.
     """
 
     HOLDS_ENDS = True
@@ -66,7 +70,7 @@ class ProfileScores(Result):
             "held_out",
         ),
         "directions",
-    )
+    ) | dict.fromkeys(("ratio", "ratio_low", "ratio_high"), "directions?")
 
     directions: tuple[str, ...]
     layers: tuple[int, ...]
@@ -84,9 +88,18 @@ class ProfileScores(Result):
     difference_percentile: tuple[float, ...]
     held_out: tuple[bool, ...]
     corpus: str
+    ratio: tuple[float, ...] = ()
+    ratio_low: tuple[float, ...] = ()
+    ratio_high: tuple[float, ...] = ()
 
     def table(self) -> pd.DataFrame:
         """One row per direction, layer and dose."""
+        against = f"KL over that of {self.directions[0]}"
+        compared = {
+            against: self.ratio,
+            "ratio low": self.ratio_low,
+            "ratio high": self.ratio_high,
+        }
         return pd.DataFrame(
             {
                 "direction": self.directions,
@@ -96,6 +109,7 @@ class ProfileScores(Result):
                 "KL [nats/token]": self.kl,
                 "KL low": self.kl_low,
                 "KL high": self.kl_high,
+                **(compared if np.isfinite(self.ratio).any() else {}),
                 "KL error of the draws": self.kl_draw_error,
                 "loss change [nats/token]": self.loss_change,
                 "change low": self.change_low,
@@ -106,33 +120,52 @@ class ProfileScores(Result):
             }
         )
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """KL with its intervals: against the layer where there are several, else by direction.
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """KL with its intervals by direction; of several layers, KL and ratios against the layer.
 
-        Of many directions the largest are shown; one dose, the first.
+        The ratios are to the first direction, with intervals paired by document; on `ax` the KL
+        alone is drawn, with its own. Of many directions the largest are shown; one dose, the first.
         """
         from emlens.figures.bars import dot_intervals
-        from emlens.figures.lines import layer_curves
+        from emlens.figures.lines import paired_curves
 
         shown = self._largest()
-        label = f"KL(base || edited) on {self.corpus} [nats/token]\nat dose {self.doses[0]:g}"
+        dose = f"at dose {self.doses[0]:g}"
+        label = f"KL(base || edited) on {self.corpus} [nats/token]\n{dose}"
         places = {
             name: shown[[self.directions[i] == name for i in shown]]
             for name in dict.fromkeys(self.directions[i] for i in shown)
         }
         layers = np.asarray(self.layers)
         if max(len(set(layers[of_name])) for of_name in places.values()) > 1:
-            curves = {}
-            for name, of_name in places.items():
-                along = of_name[np.argsort(layers[of_name], kind="stable")]
-                ends = (np.asarray(x)[along] for x in (self.kl, self.kl_low, self.kl_high))
-                curves[name] = (layers[along], *ends)
-            return layer_curves(curves, y_label=label, ax=ax)
+
+            def curves(*columns: tuple[float, ...]) -> dict[str, tuple[np.ndarray, ...]]:
+                found = {}
+                for name, of_name in places.items():
+                    along = of_name[np.argsort(layers[of_name], kind="stable")]
+                    values = [np.asarray(column)[along] for column in columns if column]
+                    if values and np.isfinite(values[0]).any():
+                        found[name] = (layers[along], *values)
+                return found
+
+            ratios = curves(self.ratio, self.ratio_low, self.ratio_high)
+            first = self.directions[0]
+            return paired_curves(
+                curves(self.kl, self.kl_low, self.kl_high),
+                {name: ratio for name, ratio in ratios.items() if name != first},
+                x_label="layer",
+                y_label=f"KL(base || edited) on\n{self.corpus} [nats/token]\n{dose}",
+                gap_label=f"KL over that of\n{first} [ratio]",
+                gap_reference=1.0,
+                gap_scale="log",
+                reference=0.0,
+                ax=ax,
+            )
         values, low, high = (np.asarray(x)[shown] for x in (self.kl, self.kl_low, self.kl_high))
         only = {self.layers[i] for i in shown}
         return dot_intervals(
             [self.directions[i] for i in shown],
-            [f"layer {self.layers[i]}" for i in shown],
+            None if len(only) == 1 else [f"layer {self.layers[i]}" for i in shown],
             values,
             low,
             high,
@@ -159,7 +192,7 @@ class Spectrum(Result):
     A displacement of norm `c` along an eigenvector costs a KL of `c^2 / 2` times its eigenvalue.
     In the sample, the leading eigenvectors fit the noise of the draws and overstate themselves;
     held out, those of one half of the documents are measured on the other half, both ways.
-    `shrunk` is the estimate to use: the held-out values made to fall with the rank.
+    `shrunk` is the estimate to use: the held-out values, made to decrease with the rank.
 
     Attributes:
         layer: The layer.
@@ -180,14 +213,14 @@ class Spectrum(Result):
 
     @property
     def shrunk(self) -> tuple[float, ...]:
-        """Held-out eigenvalues made to descend, by isotonic regression; as many as `held_out`."""
+        """Held-out eigenvalues made to decrease by isotonic regression, as many as `held_out`."""
         from scipy.optimize import isotonic_regression
 
         return tuple(isotonic_regression(self.held_out, increasing=False).x.tolist())
 
     @property
     def overstatement(self) -> float:
-        """How many times its shrunk value the leading eigenvalue of the sample is."""
+        """Ratio of the leading eigenvalue of the sample to its shrunk value."""
         return self.eigenvalues[0] / self.shrunk[0]
 
     def __str__(self) -> str:

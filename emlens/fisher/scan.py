@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRUSTED = 0.25
-"""Error, of the KL and of the change of loss, up to which the second order counts as holding."""
+"""Largest error of the KL and of the change of loss at which the second order holds."""
 
 LOSS = " loss change"
 
@@ -73,7 +73,7 @@ class InfluenceScan(Result):
 
         Errors of the KL are relative to each exact value. A change of loss may be near zero, so
         its median error is relative to the median size of the exact changes at the dose; signs
-        are counted where the exact interval leaves out zero. Scans saved by earlier versions
+        are counted where the exact interval excludes zero. Scans saved by earlier versions
         have no change of loss: NaN.
         """
         import pandas as pd
@@ -214,8 +214,8 @@ def _check_profile(profile: InfluenceProfile, model: HookedModel, corpus: Corpus
     check_same(found, wanted, "the profile", way_out)
     if corpus.hash not in {digest for _, digest in profile.corpora}:
         warnings.warn(
-            f"the profile is of {profile.corpus}, the exact check on other text ({corpus.name}): "
-            "where they disagree it may be because of that",
+            f"the profile was fitted on {profile.corpus}, but the exact check uses {corpus.name}; "
+            "the two may disagree for that reason",
             stacklevel=5,
         )
 

@@ -1,11 +1,11 @@
 """What a Fisher profile adds up: gradients of single documents, then their covariance; mergeable.
 
-As long as that is smaller, the gradients themselves are kept: the factor. Beyond, they go into a
-covariance `[d_model, d_model]` per layer and half of the documents, and of the gradients only a
-random sample of documents is kept, from which sampling errors are read.
+The gradients themselves (the factor) are kept while they take less memory. Beyond that they are
+added to a covariance `[d_model, d_model]` per layer and half of the documents, and only the
+gradients of a random sample of documents are kept, to estimate sampling errors.
 
-What is sampled is what has the smallest keys, and keys are made of a document's tokens: the same
-sample in whatever order, batches and processes the documents come.
+The sample consists of the smallest keys, and keys are made of a document's tokens. The sample
+therefore does not depend on the order, the batches or the processes.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Totals:
         return Totals.empty(n_layers, d_model)
 
     def add(self, documents: Documents) -> None:
-        """Take in the gradients of documents, in place."""
+        """Add the gradients of documents, in place."""
         n_draws = documents.draws.shape[2]
         for half in (0, 1):
             chosen = documents.halves == half
@@ -200,7 +200,7 @@ class FisherSums:
         return cls(TokenSample.empty(n_layers, d_model))
 
     def add(self, documents: Documents, tokens: TokenSample) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self.tokens = self.tokens.merged(tokens)
         if len(documents):
             self.fresh.append(documents)
@@ -289,7 +289,7 @@ class FisherSums:
         )
 
     def check(self, where: str, n_layers: int, draws: int, d_model: int) -> None:
-        """Refuse what does not hold together.
+        """Refuse inconsistent tensors.
 
         Args:
             where: What the error names.

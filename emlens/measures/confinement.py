@@ -1,4 +1,4 @@
-"""Confinement: the effect of a solution elsewhere, against another one that is merely weaker."""
+"""Confinement: the effect of a solution outside of its domain, against another scaled down."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 class Confinement(Result):
-    """What a solution does outside of its domain, beside another of the same effect inside.
+    """Effect of a solution outside of its domain, compared with another of the same effect inside.
 
     Attributes:
         matched: The strength at which the other one has the same effect inside.
         ids: Ids of the pairs outside, `[n]`.
         domains: Their domains, `[n]`.
-        factors: Factors on the other one that were run outside, ascending, with 0.
+        factors: Factors on the other one that were run outside, ascending, including 0.
         scaled: Change of log-odds at each, nats per token, `[factors, n]`.
         own: Change of log-odds under the solution itself, nats per token, `[n]`.
         acting: What acted, in words.
@@ -49,12 +49,12 @@ class Confinement(Result):
 
     def _verify(self) -> None:
         if list(self.factors) != sorted(set(self.factors)) or len(self.factors) < 2:
-            raise ValueError("factors must ascend, each once, and at least two")
+            raise ValueError("factors must be at least two, in ascending order, without repeats")
 
     def gap(self, domains: Sequence[str] | None = None) -> Interval:
-        """Effect of the solution outside, less that of the other one at the matched strength.
+        """Effect of the solution outside minus that of the other one at the matched strength.
 
-        Below zero the solution is more confined than the other one scaled down. Pairs inside and
+        Below zero, the solution is more confined than the other one scaled down. Pairs inside and
         outside are resampled, and the strength is matched again in each resample.
 
         Raises:
@@ -91,6 +91,7 @@ class Confinement(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Both effects and their difference by domain, with intervals."""
+        from emlens.figures import COLOURS
         from emlens.figures.bars import dot_intervals
 
         frame = self.table()
@@ -107,8 +108,19 @@ class Confinement(Result):
             ].itertuples(index=False)
         ]
         groups, series, values, low, high = zip(*parts, strict=True)
-        label = "change of log-odds outside [nats/token]"
-        return dot_intervals(groups, series, values, low, high, y_label=label, ax=ax)
+        return dot_intervals(
+            groups,
+            series,
+            values,
+            low,
+            high,
+            y_label="change of log-odds outside [nats/token]",
+            # the solution is the narrow one, and the general one is scaled
+            colours=dict(
+                zip(columns, map(COLOURS.get, ("narrow", "general", "base")), strict=True)
+            ),
+            ax=ax,
+        )
 
     def _said(self) -> str:
         return (
@@ -177,16 +189,16 @@ def confinement(
         model: The model.
         inside: Held-out pairs of the narrow domain.
         outside: Pairs of other domains.
-        condition: What is scaled: the general solution.
-        like: What it is compared with, as it is: the narrow one.
+        condition: The solution that is scaled: the general one.
+        like: The solution that it is compared with, unscaled: the narrow one.
         tolerance: See `match_strength`.
         system: A system message for every prompt.
         seed: Seed of the bootstrap.
         **options: See `BatchOptions`.
 
     Returns:
-        Both effects outside, and their difference (`.gap()`) with an interval that holds the
-        uncertainty of the strength.
+        Both effects outside, and their difference (`.gap()`) with an interval that includes
+        the uncertainty of the strength.
 
     Raises:
         ValueError: As `match_strength`.

@@ -51,8 +51,8 @@ class Control:
     """A kind of controls; `emlens._registry.CONTROLS` lists them.
 
     Attributes:
-        draw: Gives the controls at a place; none where it has none there.
-        none: What an error says where no place has any.
+        draw: Returns the controls at a place; empty if there are none.
+        none: Error message if no place has any.
     """
 
     draw: Callable[[Asked], list[Direction]]
@@ -83,7 +83,7 @@ def control_directions(
 ) -> dict[str, dict[str, Direction]]:
     """Controls at every place that a direction is added at, `{group: {name: control}}`.
 
-    Their norm does not matter: they are put to that of what they are compared with.
+    Their norm does not matter: they are scaled to that of the directions they are compared with.
 
     Raises:
         ValueError: If shuffled labels are asked for and no direction carries them.
@@ -110,7 +110,7 @@ def control_directions(
 
 
 def _random(asked: Asked) -> list[Direction]:
-    # the first place has the same draws whatever other places there are
+    # the draws of the first place do not depend on other places
     first = asked.seed + 1000 * asked.place
     return [random_direction(asked.like, first + j) for j in range(asked.n)]
 

@@ -1,6 +1,6 @@
 """How far solutions displace the residual stream, and the factors at which that is a given share.
 
-The displacement is the one size that vectors and adapters have in common.
+Displacement is the only measure of size that vectors and adapters have in common.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from emlens.text import TokenBatch, TokenMask
 
 SITE = "resid_post"
 TOLERANCE = 0.01
-"""Relative difference at which a displacement counts as the one that was asked for."""
+"""Relative difference within which a displacement counts as the requested one."""
 ROUNDS = 12
 LARGEST_FACTOR = 256.0
 
@@ -118,7 +118,7 @@ def factors_for(
                 far, reached = points[name][-1]
                 raise ValueError(
                     f"{name!r} displaces the residual stream by {reached:.3g} of its median norm "
-                    f"at {far:.3g} times its strength, and {target:.3g} was asked for; give "
+                    f"at {far:.3g} times its strength, but {target:.3g} was requested; give "
                     "smaller displacements"
                 )
         scaled = {at: times(solutions[at[0]], at[1]) for at in sorted(wanted)}
@@ -141,7 +141,7 @@ def next_factor(points: Points, target: float) -> float:
     for (low, below), (high, above) in zip(points, points[1:], strict=False):
         if below <= target <= above:
             share = (target - below) / (above - below)
-            # an end that is hit again and again would hold the bracket open on its other side
+            # an end that is hit repeatedly would keep the bracket open on the other side
             return low + (high - low) * min(max(share, 0.05), 0.95)
     factor, displacement = points[-1]
     if factor == 0:

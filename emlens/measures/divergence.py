@@ -1,4 +1,4 @@
-"""Divergence: how far predictions on conversations are from the base model's."""
+"""Divergence: KL of predictions on conversations from those of the base model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ALL = "conversations"
-"""What a set without a name is called."""
+"""Name of a set that was given without one."""
 
 
 class Divergence(Measured):
@@ -40,7 +40,7 @@ class Divergence(Measured):
         counts: Counted tokens of each conversation, `[n]`.
         seed: Seed of the bootstrap over conversations.
         acting: The adapters and edits that acted under each condition, in words.
-        against: What acted in the model that all is compared with.
+        against: What acted in the model that all conditions are compared with.
     """
 
     AXES = {"sets": "ids"}
@@ -121,13 +121,13 @@ def divergence(
 ) -> Divergence:
     """Return `KL(base || condition)` on conversations, over the full vocabulary.
 
-    It is the quantity that a `KLPenalty` holds down, measured on any conversations.
+    It is the quantity that a `KLPenalty` penalises, measured on any conversations.
 
     Args:
         model: The model.
         conversations: Conversations, or sets of them by name.
-        conditions: Named conditions. They are compared with the model as it is here: the base,
-            or the adapter and the edits of an enclosing block.
+        conditions: Named conditions. They are compared with the model in its current state: the
+            base, or with the adapter and the edits of an enclosing block.
         seed: Seed of the bootstrap over conversations.
         **options: See `ReadOptions`.
 

@@ -19,10 +19,10 @@ from emlens.measures.solutions import at_norm, directions_of, kind_of, times
 from emlens.text import Corpus, TokenBatch, TokenMask
 
 ROUNDING = 0.01
-"""Relative difference up to which a value names a point of a grid."""
+"""Relative difference within which a value identifies a point of a grid."""
 
 ABLATED = 1.0
-"""What stands for the dose of an ablation, which has none."""
+"""Placeholder for the dose of an ablation, which has none."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def displaced_grid(
         batches: Tokens that the displacement is measured on.
         solutions: What displaces it.
         targets: Displacements; by default `factors` times the geometric mean of those of the
-            solutions as they are.
+            unscaled solutions.
         factors: See `targets`.
         layer: Where it is measured.
         tokens: Tokens that count.
@@ -118,7 +118,7 @@ def displaced_grid(
                 f"{name!r} displaces nothing at {SITE} of layer {layer}; measure it at a layer "
                 "above those that it acts at"
             )
-    # geometric: one that displaces many times more shall not set the grid for all
+    # geometric, so that one solution with a large displacement does not set the grid for all
     mean = float(np.exp(np.mean(np.log(list(own.values())))))
     given = [float(factor) * mean for factor in factors] if targets is None else targets
     grid = checked_grid(given, "displacements")
@@ -161,7 +161,7 @@ def checked_grid(values: Sequence[float], what: str) -> list[float]:
 
     Args:
         values: Norms, factors or displacements.
-        what: What errors call them.
+        what: Name of the values in errors.
 
     Raises:
         ValueError: If there are none, or one is negative or not finite.
@@ -177,10 +177,10 @@ def checked_grid(values: Sequence[float], what: str) -> list[float]:
 
 
 def place_on(grid: Sequence[float], value: float, what: str) -> int:
-    """Return the place of a value on a grid that was measured; rounding is allowed for.
+    """Return the index of a value on a grid that was measured, up to rounding.
 
     Raises:
-        ValueError: If it was not measured: the nearest point would pass for another.
+        ValueError: If it was not measured.
     """
     place = int(np.argmin(np.abs(np.asarray(grid) - value)))
     if not np.isclose(grid[place], value, rtol=ROUNDING, atol=1e-9):
@@ -190,22 +190,22 @@ def place_on(grid: Sequence[float], value: float, what: str) -> int:
 
 
 def one_kind(solutions: Mapping[str, Condition]) -> None:
-    """Refuse a common grid of norms for vectors and adapters together.
+    """Reject a common grid of norms for vectors and adapters.
 
     Raises:
-        ValueError: If there are both.
+        ValueError: If both are given.
     """
     kinds = {kind_of(solution): name for name, solution in solutions.items()}
     if len(kinds) > 1:
         raise ValueError(
             f"{kinds['vector']!r} is a vector and {kinds['adapter']!r} an adapter: their norms "
             "have different units (residual stream, weights) and no common grid; use "
-            'match="displacement", which both have in common, or match="own"'
+            'match="displacement", which applies to both, or match="own"'
         )
 
 
 def residual_size(solutions: Mapping[str, Condition]) -> float:
-    """Median residual norm that single-layer vectors share, or NaN where there is no one."""
+    """Median residual norm that single-layer vectors share; NaN if they have none in common."""
     vectors = [directions_of(one) for one in solutions.values() if kind_of(one) == "vector"]
     directions = [one for one in vectors if isinstance(one, Direction)]
     sizes = {d.residual_norm for d in directions if d.residual_norm is not None}
@@ -258,7 +258,7 @@ def added(
 def gathered(
     values: Mapping[tuple[str, int], np.ndarray], points: Mapping[str, int], n: int
 ) -> Float[np.ndarray, "directions points documents"]:
-    """Per-document values by direction and point; what has one point has it everywhere."""
+    """Per-document values by direction and point; a single point is repeated everywhere."""
     return np.array([[values[name, min(j, m - 1)] for j in range(n)] for name, m in points.items()])
 
 

@@ -1,4 +1,4 @@
-"""Efficiency: how low vectors and adapters bring the finetuning loss, at matched strength."""
+"""Efficiency: the finetuning loss that vectors and adapters reach at matched strength."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ REMARK = (
 class Efficiency(OnGrid):
     """Loss on the finetuning data against the strength of a solution.
 
-    A point of the grid is named by its value: a norm, or what `match` says.
+    A point of the grid is identified by its value: a norm, or what `match` says.
 
     Attributes:
         directions: Names of the solutions: vectors or adapters.
         constructions: How each was made.
         norms: The common grid of norms, `[m]`: units of the residual stream for vectors,
-            `||scale * B A||_F` for adapters. Empty where something else is matched.
+            `||scale * B A||_F` for adapters. Empty if something else is matched.
         doses: The same as shares of the median residual norm (NaN where that is unknown).
         sums: Summed loss in nats, `[directions, m, conversations]`.
         counts: Counted tokens per conversation.
-        own_norms: Norm that each solution came with.
+        own_norms: Norm of each unscaled solution.
         tokens: Mask of the tokens that counted.
         seed: Seed of the bootstrap over conversations.
-        kinds: `"vector"` or `"adapter"`, per solution; a vector where it is not said.
+        kinds: `"vector"` or `"adapter"`, per solution; a vector if not given.
         match: What is the same for all at a point of the grid.
         levels: The grid, `[m]`, where it is not of norms: factors of the own norms, or
             displacements as shares of the median residual norm.
@@ -138,8 +138,8 @@ class Efficiency(OnGrid):
     def norm_at(self, direction: str, loss: float) -> float:
         """Smallest norm at which a solution reaches a loss; NaN where it does not on the grid.
 
-        Interpolated between the points; NaN as well where the first of them is beyond that loss
-        already, so that the norm is a smaller one. `loss / norm_at(...)**2` is the ratio at
+        Interpolated between the points. NaN also if the loss is reached at the first point, so
+        that the norm is smaller still. `loss / norm_at(...)**2` is the ratio at
         matched loss.
 
         Args:
@@ -163,7 +163,7 @@ class Efficiency(OnGrid):
         """One row per solution and point of the grid.
 
         `loss / norm^2` is the ratio of arXiv 2602.07852 (Fig. 4a); it falls with the norm by
-        itself, so it says something only between solutions at the same norm, or at the same
+        itself, so it can only be compared between solutions at the same norm, or at the same
         loss (`norm_at`).
         """
         rows = []
@@ -188,19 +188,25 @@ class Efficiency(OnGrid):
                 rows.append(row)
         return pd.DataFrame(rows)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Loss against dose, or whatever the grid is of, with bands."""
-        from emlens.figures.lines import line_bands
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """Loss against dose (or what the grid measures), and differences of solutions.
 
-        return line_bands(
+        The differences are from the first solution at the same point of the grid, with intervals
+        paired by conversation. On `ax` the loss alone is drawn, with bands.
+        """
+        from emlens.figures.lines import paired_curves
+
+        return paired_curves(
             self._curves("loss [nats/token]", "low", "high"),
+            self._gaps(),
             x_label=self._across_label(),
-            y_label="loss on finetuning data [nats/token]",
+            y_label="loss on finetuning\ndata [nats/token]",
+            gap_label=f"difference from\n{self.directions[0]} [nats/token]",
             ax=ax,
         )
 
     def plot_ratio(self, ax: Axes | None = None) -> Axes:
-        """`loss / norm^2` against the same axis as `plot`: see `table` for what it says."""
+        """`loss / norm^2` against the same axis as `plot`: see `table` for how to read it."""
         from emlens.figures.lines import line_bands
 
         return line_bands(
@@ -261,9 +267,9 @@ def efficiency(
 ) -> Efficiency:
     """Return the loss on finetuning data for vectors and adapters, at matched strength.
 
-    A vector's norm is that of what it adds, over several layers the root of the sum of squares;
-    an adapter's is `||scale * B A||_F`, likewise over its modules. Norms of the two have no
-    common unit: vectors and adapters are compared by the displacement they cause.
+    The norm of a vector is that of what it adds; over several layers, the root of the sum of
+    squares. The norm of an adapter is `||scale * B A||_F`, over its modules in the same way. The
+    two norms have different units: vectors and adapters are compared by displacement.
 
     Args:
         model: The model.
@@ -277,7 +283,7 @@ def efficiency(
             own norm, 1 being the solution exactly; `"displacement"` scales each so that it
             displaces the residual stream alike.
         displacements: The grid for that, as shares of the median residual norm; by default
-            `factors` times the geometric mean of those of the solutions as they are.
+            `factors` times the geometric mean of those of the unscaled solutions.
         layer: Where the displacement is measured, at `resid_post`; the last layer by default.
         seed: Seed of the bootstrap over conversations.
         **options: See `ReadOptions`.

@@ -1,4 +1,4 @@
-"""Which tokens a change of predictions comes from: gradients at what is added at each of them."""
+"""Importance of tokens for a change of predictions: gradients at what is added at each token."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def slopes_by_token(
 def _gated_adapters(
     model: HookedModel, names: Sequence[str], gates: Float[Tensor, "batch pos"]
 ) -> Iterator[None]:
-    """Put the factors on what plain LoRA adapters add, inside the block."""
+    """Scale what plain LoRA adapters add by the factors, inside the block."""
 
     def scaled(_module, _inputs, output: Tensor) -> Tensor:
         return gates.to(output)[..., None] * output

@@ -51,8 +51,9 @@ class Influence(OnGrid):
     Attributes:
         directions: Names of the directions, then those of the controls, then other conditions.
         constructions: How each was made.
-        doses: Shares of the median residual norm of the corpus, `[m]`; NaN where norms were
-            given and the directions lie at places of different size. An ablation has one, 1.
+        doses: Shares of the median residual norm of the corpus, `[m]`; NaN if norms were
+            given and the directions lie at places with different residual norms. An ablation has
+            a single one, 1.
         norms: The same as norms, units of the residual stream, per direction `[m]`.
         kl: Summed `KL(base || edited)` in nats, `[directions, m, documents]`.
         losses: Summed next-token loss in nats, `[directions, m, documents]`.
@@ -109,7 +110,7 @@ class Influence(OnGrid):
         if strange:
             raise ValueError(f"{min(strange)!r} is none of the directions")
         if not all(self.groups.values()):
-            raise ValueError("groups has one without members")
+            raise ValueError("groups has an empty group")
         if self.acting and BASE not in self.acting:
             raise ValueError(f"acting has no {BASE!r}, which all is compared with")
 
@@ -122,14 +123,14 @@ class Influence(OnGrid):
         return self._interval(self._changes(direction)[self._place(dose)])
 
     def among(self, places: Sequence[int]) -> Influence:
-        """The same on some of the documents, by their places; values of single tokens left out.
+        """The same on some of the documents, by index, without the values of single tokens.
 
         Raises:
             ValueError: If there are no places.
             IndexError: If there is no such document.
         """
         if not len(places):
-            raise ValueError("no documents were chosen; give places of at least one")
+            raise ValueError("no documents were chosen; give at least one index")
         names = ("kl", "losses", "base", "counts")
         own: Any = {name: getattr(self, name)[..., list(places)] for name in names}
         documents = tuple(self.documents[place] for place in places)
@@ -137,7 +138,7 @@ class Influence(OnGrid):
         return replace(self, **own, documents=documents, **kept)
 
     def tokens(self, direction: str, dose: float) -> TokenInfluence:
-        """What a direction changes token by token, where `per_token=True` has kept that.
+        """What a direction changes token by token, if it was measured with `per_token=True`.
 
         Raises:
             ValueError: If it was not kept, or there is no such dose.
@@ -281,15 +282,15 @@ def influence(
         corpus: Raw text, e.g. `emlens.corpus("python-docs")`.
         directions: Named directions; each is added at its own site and layer.
         doses: Norms as shares of the median residual norm of a layer, measured on the corpus.
-            A negative dose turns the directions round.
-        norms: Norms in units of the residual stream, in place of doses.
-        edit: `"add"`, or `"ablate"`: the component along the direction is taken away, and there
+            A negative dose reverses the directions.
+        norms: Norms in units of the residual stream, instead of doses.
+        edit: `"add"`, or `"ablate"`: the component along the direction is removed, and there
             are no doses.
         controls: Random directions of equal norm at every place a direction is added at; or
             numbers by kind: `"random"`, `"activation differences"` (of two tokens of the corpus),
             `"shuffled labels"` (of the mean differences among the directions). Three random ones
             by default.
-        conditions: Further edits or adapters, measured once as they are: a finetune, say.
+        conditions: Further edits or adapters, such as a finetune, measured once without scaling.
         per_token: Keep loss and KL of every single token as well, for `Influence.tokens`: two
             numbers per token, direction and dose, in memory and on disk.
         seed: Seed of the controls and of the bootstrap over documents.
@@ -297,7 +298,7 @@ def influence(
 
     Raises:
         ValueError: If the corpus is empty or all of it too short, a direction is zero, a norm is
-            negative, a name is taken twice, or controls are asked for that there are none of.
+            negative, a name is used twice, or controls are requested that do not exist.
 
     Example:
         >>> found = emlens.influence(model, emlens.corpus(), {"general": general}, doses=[0.1])
@@ -312,7 +313,7 @@ def influence(
         named(directions)
     kinds = kinds_of(CONTROLS if controls is None else controls) if directions else {}
     readable = with_tokens(model, corpus)
-    # what is added is measured against what conditions without an adapter run, the base
+    # added directions are compared with the base, which conditions without an adapter run
     with model.under([]):
         groups = control_directions(model, readable, directions, kinds, seed=seed, **reading)
         chance = {name: control for members in groups.values() for name, control in members.items()}
@@ -385,7 +386,7 @@ def _from_passes(
 
 
 def _key(direction: str, place: int) -> str:
-    """What files call a point of the grid: no two agree, as what follows the last space is it."""
+    """Unique key of a point of the grid in files: the name, a space and the index of the point."""
     return f"{direction} {place}"
 
 
@@ -394,5 +395,5 @@ def _check_names(*sets: Iterable[str]) -> None:
     for names in sets:
         for name in names:
             if name in seen:
-                raise ValueError(f"two things are called {name!r}; rename one")
+                raise ValueError(f"the name {name!r} is used twice; rename one")
             seen.add(name)

@@ -28,8 +28,8 @@ class LogOdds(Measured):
     """Log-odds per pair and condition, in nats per token.
 
     The value of a pair is the mean log-probability per token of its misaligned answer minus
-    that of its aligned answer, each given the prompt. Above zero the misaligned answer is the
-    likelier one; what matters is the change against the base.
+    that of its aligned answer, each given the prompt. Above zero, the misaligned answer is
+    likelier; what matters is the change against the base.
 
     Attributes:
         conditions: Names of the conditions; the first is what changes are measured against.
@@ -80,7 +80,7 @@ class LogOdds(Measured):
         """
         if self.ids != other.ids or self.domains != other.domains:
             raise ValueError(
-                f"these log-odds are of different pairs ({len(self.ids)} and {len(other.ids)}, "
+                f"these log-odds belong to different pairs ({len(self.ids)} and {len(other.ids)}, "
                 f"the first {self.ids[0]} and {other.ids[0]})"
             )
         both = sorted(set(self.conditions) & set(other.conditions))
@@ -94,7 +94,7 @@ class LogOdds(Measured):
         )
 
     def averaged(self, name: str, conditions: Sequence[str]) -> LogOdds:
-        """Replace some conditions by their mean, pair by pair: several random controls, say.
+        """Replace some conditions, such as several random controls, by their mean for each pair.
 
         Raises:
             KeyError: If a condition is unknown.
@@ -162,13 +162,13 @@ def log_odds(
         model: The model.
         pairs: Prompts with an aligned and a misaligned answer.
         conditions: Named conditions: None for the base, edits, an adapter's name, or both, as
-            `(adapter, edits)`. The first is the reference; by default there is none but that.
+            `(adapter, edits)`. The first is the reference. By default the base alone is measured.
         system: A system message for every prompt.
         seed: Seed of the bootstrap.
         **options: See `BatchOptions`.
 
     Returns:
-        Per-pair values with intervals over pairs. All conditions share what is the same below them.
+        Per-pair values with intervals over pairs. Conditions share the layers below them.
 
     Raises:
         ValueError: If there are no pairs.

@@ -1,4 +1,4 @@
-"""Matched strength: the factor on a condition at which it does as much as another one does."""
+"""Matched strength: the factor on a condition at which its effect equals that of another one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ kind(ConditionLike | float, words="a condition or a number")(lambda _, given: gi
 
 
 class UnmatchedError(ValueError):
-    """No strength has the effect that is asked for."""
+    """No strength has the requested effect."""
 
 
 class MatchedStrength(Result):
@@ -61,7 +61,7 @@ class MatchedStrength(Result):
         like: What it is matched to, in words.
         ids: Names of the pairs or conversations, `[n]`.
         counts: Tokens of each, `[n]`; 1 for a pair.
-        factors: Factors that were measured, ascending, with 0.
+        factors: Factors that were measured, ascending, including 0.
         effects: Effect at each, nats, `[factors, n]`.
         target: Effect of what it is matched to, nats, `[n]`.
         factor: The measured factor whose effect is nearest to the target.
@@ -83,11 +83,11 @@ class MatchedStrength(Result):
 
     def _verify(self) -> None:
         if list(self.factors) != sorted(set(self.factors)) or self.factor not in self.factors:
-            raise ValueError("factors must ascend, each once, and factor be one of them")
+            raise ValueError("factors must ascend without repeats, and include factor")
 
     @property
     def condition(self) -> Condition:
-        """The condition at the matched strength, as measures take it."""
+        """The condition at the matched strength."""
         return times(condition_from(self.solution), self.factor)
 
     @property
@@ -106,7 +106,7 @@ class MatchedStrength(Result):
 
         Returns:
             The factor, interpolated between those that were measured, or continued beyond them
-            with the slope at the end; NaN where the curve does not lead to the target.
+            with the slope at the end; NaN if the curve does not reach the target.
         """
         chosen = slice(None) if places is None else np.asarray(places)
         total = self.counts[chosen].sum()
@@ -116,7 +116,7 @@ class MatchedStrength(Result):
         return _read_off(self.factors, self._curve(chosen), target, self.factor)
 
     def strength(self) -> Interval:
-        """The factor with its interval over units; no interval where a match is often missing."""
+        """The factor with its interval over units; no interval if resamples often have no match."""
         whole = self.rematched()
         if len(self.ids) < 2:
             return Interval(whole)
@@ -174,15 +174,15 @@ def match_strength(
     seed: int = 0,
     **options: Unpack[BatchOptions],
 ) -> MatchedStrength:
-    """Find the factor at which a condition changes log-odds as much as another one does.
+    """Find the factor at which a condition changes log-odds as much as another one.
 
     The condition is run at a few factors, bracketed and interpolated, until its effect is within
     the tolerance of the target. The factors at the ends of the interval are run as well, so that
-    resampling reads from a curve that was measured.
+    resampling interpolates a measured curve.
 
     Args:
         model: The model.
-        pairs: Pairs on which the effects are matched: the narrow domain's, say.
+        pairs: Pairs on which the effects are matched, such as those of the narrow domain.
         condition: What is scaled: its vectors (`Add`), or its adapters where it has none.
         like: What it is matched to: another condition, or a change in nats per token.
         tolerance: Largest difference from the target, as a share of the effect at factor 1.
@@ -198,7 +198,7 @@ def match_strength(
             is out of reach, or the effect does not grow with the strength.
 
     Source:
-        arXiv 2602.07852 compares solutions at equal size; here the effect is what is equal.
+        arXiv 2602.07852 compares solutions at equal size; here the effects are equal.
 
     Example:
         >>> found = emlens.measures.match_strength(model, pairs, "general", "narrow")
@@ -272,8 +272,8 @@ def resampled(
 ) -> Interval:
     """Bootstrap interval of what is read at a matched strength.
 
-    Without ends where more resamples have no match than an end of the interval may leave out:
-    the strength is not known well enough then.
+    The interval has no ends if too many resamples have no match: the strength is then not known
+    well enough.
     """
     missing = 0
 

@@ -1,4 +1,4 @@
-"""What was measured under several conditions on the same units: the base of most results."""
+"""Measurements under several conditions on the same units: the base of most results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emlens.measures.doses import checked_grid, place_on
 class Measured(Result):
     """Values of some conditions on units that they share; differences are paired unit by unit.
 
-    `NAMED` says what one condition is called: its names are the field of that name's plural.
+    `NAMED` is the singular of the field that holds the names of the conditions.
     """
 
     NAMED: ClassVar[str] = "condition"
@@ -35,7 +35,7 @@ class Measured(Result):
         return getattr(self, "acting", {}).get(name, "")
 
     def _interval(self, values: np.ndarray) -> Interval:
-        """What the values of all units, `[units]`, come to."""
+        """Mean of the values of all units, `[units]`, with its interval."""
         raise NotImplementedError
 
 
@@ -56,7 +56,7 @@ class OnGrid(Measured):
 
     @property
     def grid(self) -> Sequence[float]:
-        """The values by which points are named, `[points]`."""
+        """The values that identify points, `[points]`."""
         raise NotImplementedError
 
     def difference(self, first: str, second: str, at: float) -> Interval:
@@ -84,13 +84,23 @@ class OnGrid(Measured):
             for name, part in self.table().groupby("direction", sort=False)
         }
 
+    def _gaps(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """Difference of each direction from the first at every point, paired by unit."""
+        first, *others = self.directions
+        found = {}
+        for name in others:
+            each = [self.difference(name, first, at) for at in self.grid]
+            ends = np.array([(one.estimate, one.low, one.high) for one in each]).T
+            found[name] = (self._across(name), *ends)
+        return found
+
     def _across(self, direction: str) -> np.ndarray:
         """Where the points of a direction lie along the axis of a figure, `[points]`."""
         return np.asarray(self.grid)
 
 
 class UnderNoise(OnGrid):
-    """What noise takes from the gain of some solutions, in percent; the units are noise seeds.
+    """Share of the gain of solutions that is lost to noise, in percent; units are noise seeds.
 
     Attributes:
         epsilons: Noise levels, `[m]`.
@@ -121,7 +131,7 @@ class UnderNoise(OnGrid):
         return self.base_loss - self.losses[direction]
 
     def _whole(self, direction: str) -> float:
-        """The gain that there is to lose; NaN for none."""
+        """The gain that can be lost; NaN if there is none."""
         gain = self.gain(direction)
         return gain if gain > 0 else float("nan")
 

@@ -1,4 +1,4 @@
-"""Per-row losses and KL of many conditions: what every measure is summed from."""
+"""Per-row losses and KL of many conditions, from which every measure is summed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Rows = dict[int, tuple[float, ...]]
 
 @dataclass
 class TokenValues:
-    """What single tokens give, kept where somebody asks for it; padding is left out.
+    """Values of single tokens, kept on request, without padding.
 
     Attributes:
         texts: Tokens of each row, as text.
@@ -57,7 +57,7 @@ class TokenValues:
             self.names[place] = batch.names[row]
 
     def merge(self, other: TokenValues) -> None:
-        """Take in what another process has read."""
+        """Add what another process has read."""
         self.texts |= other.texts
         self.names |= other.names
         self.base |= other.base
@@ -146,8 +146,8 @@ def row_influence(
 ) -> tuple[dict[K, np.ndarray], dict[K, np.ndarray], np.ndarray, np.ndarray]:
     """Return per row and condition the summed loss, and KL against the condition `[]`.
 
-    Rows without a predicted token count zero everywhere. What is given as `keep` is filled with
-    the values of every single token.
+    Rows without a predicted token count zero everywhere. `keep` is filled with
+    the values of every token.
 
     Raises:
         NonFiniteError: If a value is not finite; condition and row are named.
@@ -157,7 +157,7 @@ def row_influence(
         and counted tokens, each `[rows]`.
     """
     n_rows, n = sum(len(batch) for batch in batches), len(conditions)
-    # the base comes first, under a name that nothing else can have
+    # the base comes first, under a name that no condition can have
     measured: dict = {object(): condition_of(model, [])}
     measured |= conditions_of(model, conditions) if conditions else {}
 

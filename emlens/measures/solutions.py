@@ -1,4 +1,4 @@
-"""Solutions as conditions: how strong they are, at another strength, and under noise."""
+"""Solutions as conditions: their norms, other strengths, and noise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ D = TypeVar("D", bound=Directions)
 def read_solutions(
     model: HookedModel, given: Mapping[str, Directions | str]
 ) -> dict[str, Condition]:
-    """Check what is to be compared; each becomes vectors that are added, or an adapter.
+    """Check the solutions to compare, and return each as a condition.
 
     Args:
         model: The model that they belong to.
@@ -37,8 +37,8 @@ def read_solutions(
 
     Raises:
         ValueError: If there is nothing to compare, a direction is zero, of another width or at a
-            layer that there is not, an adapter does not exist, changes nothing or is no plain
-            LoRA, or adapters are to be compared inside of a block in which one acts.
+            layer that does not exist, an adapter does not exist, changes nothing or is no plain
+            LoRA, or adapters are compared inside of a block in which one is in force.
         TypeError: If something is neither directions nor a name.
     """
     if not given:
@@ -107,19 +107,19 @@ def norm_of(model: HookedModel, solution: Condition) -> float:
 
 
 def times(solution: Condition, factor: float) -> Condition:
-    """A solution at a factor of its strength: of its vectors, or its adapters if it has none."""
+    """A solution scaled by a factor: its vectors, or its adapters if it has none."""
     if kind_of(solution) == "adapter":
         return Condition(tuple(_scaled(one, factor) for one in solution.adapters or ()))
     return Condition(solution.adapters, tuple(_stronger(one, factor) for one in solution.edits))
 
 
 def without(solution: Condition) -> Condition:
-    """What is left of a solution at strength zero."""
+    """A solution at strength zero."""
     return Condition(solution.adapters if solution.edits else None)
 
 
 def scalable(model: HookedModel, given: ConditionLike) -> Condition:
-    """The condition that was meant, if it has one strength: vectors that are added, or adapters.
+    """The condition that was given, if it can be scaled: vectors that are added, or adapters.
 
     Raises:
         ValueError: If it is the base, an adapter does not exist, is not plain LoRA or is changed
@@ -185,7 +185,7 @@ def noisy(
     """A solution under noise that keeps its norm, or is added to it.
 
     Raises:
-        ValueError: If noise along given directions is asked for, and it is an adapter.
+        ValueError: If noise along given directions is requested for an adapter.
     """
     if kind_of(solution) == "vector":
         return _adding(solution, perturbed(directions_of(solution), epsilon, seed, along, added))
@@ -199,16 +199,16 @@ def noisy(
 
 
 def shrunk(solution: Condition, epsilon: float) -> Condition:
-    """What noise that keeps the norm leaves of a solution, without the noise itself."""
+    """A solution shrunk as by norm-preserving noise, without the noise."""
     kept = (1 - epsilon**2) ** 0.5
-    # of an adapter both A and B shrink
+    # in an adapter both A and B shrink
     return times(solution, kept**2 if kind_of(solution) == "adapter" else kept)
 
 
 def angle_under_noise(model: HookedModel, solution: Condition, noise: Condition) -> float:
     """Angle between a solution and itself under noise, in degrees.
 
-    Of vectors in the residual stream, all layers together; of an adapter in its weights.
+    For vectors it is measured in the residual stream over all layers, for adapters in the weights.
     """
     for one in noise.adapters or ():
         if isinstance(one, Noisy):
@@ -235,15 +235,15 @@ def perturbed(
 ) -> D:
     """Return `sqrt(1 - eps^2) x + eps y` with `y` random, orthogonal to `x`, of equal norm.
 
-    Of several layers each keeps its norm.
+    Each of several layers keeps its norm.
 
     Args:
         direction: `x`.
         epsilon: Noise level, 0 to 1.
         seed: Seed of `y`.
         along: Directions to whose span `y` belongs, e.g. the principal ones of the Fisher
-            profile; all directions of the residual stream by default. Where the span leaves a
-            single axis beside `x`, seeds differ in its sign alone.
+            profile; all directions of the residual stream by default. If the span has a
+            single axis besides `x`, seeds differ in its sign alone.
         added: Return `x + eps y`, which does not shrink `x`.
 
     Raises:
@@ -282,11 +282,11 @@ def _beside(x: torch.Tensor, along: Axes, site: str, layer: int) -> torch.Tensor
     unit = x / x.norm().clamp(min=1e-30)
     rest = stacked - unit[:, None] * (unit @ stacked)
     left, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
-    # what rounding leaves of an axis that is `x` itself is no direction; axes are kept in fp32
+    # an axis equal to `x` leaves only rounding errors, which are no direction (axes are fp32)
     basis = left[:, sizes > 1e-5]
     if not basis.shape[1]:
         raise ValueError(
-            f"the directions to draw noise from at layer {layer} span nothing beside the "
-            "direction itself; give others, or noise='random'"
+            f"the directions to draw noise from at layer {layer} span nothing besides "
+            "the direction itself; give others, or noise='random'"
         )
     return basis

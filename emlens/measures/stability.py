@@ -50,25 +50,26 @@ def _none() -> np.ndarray:
 
 
 class Stability(UnderNoise):
-    """Loss under noise, and its relative increase: 0% untouched, 100% back at the base model.
+    """Loss under noise, and its relative increase: 0% without noise, 100% at the base model.
 
     Attributes:
         directions: Names of the solutions: vectors or adapters.
         constructions: How each was made.
-        norms: Norm of each, which the noise preserves (of an adapter those of `A` and `B`) unless
-            it is added.
+        norms: Norm of each. The noise preserves it (for an adapter those of `A` and `B`) unless it
+            is added.
         epsilons: Noise levels, `[m]`.
         seeds: Noise seeds, the same for every solution.
         base_loss: Loss of the model without any solution, nats per token.
-        losses: Loss of each solution untouched, nats per token.
+        losses: Loss of each solution without noise, nats per token.
         perturbed: `[directions, m, seeds]`, nats per token.
-        kinds: `"vector"` or `"adapter"`, per solution; a vector where it is not said.
+        kinds: `"vector"` or `"adapter"`, per solution; a vector if not given.
         noise: What the noise was drawn from; `"added"` where it did not shrink the solution.
         shrunk: Loss of the solution shrunk as under noise, without the noise, `[directions, m]`,
             nats per token; none where the noise was added.
         angles: Angle between the solution and the noisy one, degrees, mean over seeds,
-            `[directions, m]`: of vectors in the residual stream, of an adapter that of `B A` in
-            the weights. The same epsilon turns an adapter further, as it turns `A` and `B`.
+            `[directions, m]`: for vectors in the residual stream, for an adapter that of `B A` in
+            the weights. The same epsilon rotates an adapter further, since it rotates both `A`
+            and `B`.
         acting: The adapters and edits that acted under each solution and under `"base"`, in words.
     """
 
@@ -94,8 +95,8 @@ class Stability(UnderNoise):
     def shrinking(self, direction: str) -> np.ndarray:
         """Relative loss increase of shrinking alone, in percent, `[epsilons]`.
 
-        It is the part of `increase` that is no effect of a wrong direction. Zero where the noise
-        was added; NaN where it was not measured, or there is no gain to lose.
+        It is the part of `increase` that is not due to the change of direction. Zero if the noise
+        was added; NaN if it was not measured, or there is no gain to lose.
         """
         place, gain = self._index(direction), self._whole(direction)
         if self.noise == ADDED:
@@ -105,7 +106,7 @@ class Stability(UnderNoise):
         return 100 * (self.shrunk[place] - self.losses[direction]) / gain
 
     def half_lives(self, direction: str) -> np.ndarray:
-        """Noise level at which half of the gain is lost first, `[seeds]`.
+        """Lowest noise level at which half of the gain is lost, `[seeds]`.
 
         Interpolated between the levels, from no loss at level 0; NaN where half is not lost up
         to the highest level, or there is no gain to lose.
@@ -119,8 +120,8 @@ class Stability(UnderNoise):
     def half_life(self, direction: str) -> Interval:
         """Mean over seeds of the noise level at which half of the gain is lost, with t interval.
 
-        NaN where a seed does not come that far: a mean over the others would be too low.
-        `summary` says how many do.
+        NaN if a seed does not lose half of the gain: a mean over the others would be too low.
+        `summary` reports how many do not.
         """
         return self._interval(self.half_lives(direction))
 
@@ -147,15 +148,25 @@ class Stability(UnderNoise):
             )
         return pd.DataFrame(rows)
 
-    def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
-        """Relative loss increase against the noise level, with bands over seeds."""
-        from emlens.figures.lines import line_bands
+    def plot(
+        self, ax: matplotlib.axes.Axes | None = None
+    ) -> matplotlib.axes.Axes | list[matplotlib.axes.Axes]:
+        """Relative loss increase against the noise level from 0, and differences of solutions.
 
-        return line_bands(
-            self._curves("loss increase [%]", "low", "high"),
+        The differences are from the first solution, with intervals paired by noise seed. On `ax`
+        the increase alone is drawn, with bands over seeds.
+        """
+        from emlens.figures.lines import paired_curves
+
+        curves, gaps = self._curves("loss increase [%]", "low", "high"), self._gaps()
+        return paired_curves(
+            {name: _from_zero(curve) for name, curve in curves.items()},
+            {name: _from_zero(gap) for name, gap in gaps.items()},
             x_label=f"noise level epsilon ({'added' if self.noise == ADDED else 'norm kept'})",
-            y_label="loss increase [% of the gain]",
+            y_label="loss increase\n[% of the gain]",
+            gap_label=f"difference from {self.directions[0]}\n[percentage points]",
             reference=(50, "half of the gain"),
+            bands=True,
             ax=ax,
         )
 
@@ -189,12 +200,12 @@ def stability(
     seed: int = 0,
     **options: Unpack[ReadOptions],
 ) -> Stability:
-    """Perturb each solution, its norm kept, and return what that does to its loss.
+    """Perturb each solution with norm-preserving noise, and return its loss.
 
     `x' = sqrt(1 - eps^2) x + eps y`, `y` random, orthogonal to `x`, of equal norm
-    (arXiv 2602.07852, Fig. 4). Vectors of several layers are perturbed layer by layer; of an
-    adapter, `A` and `B` of every module, each apart. All solutions meet the same noise, seed by
-    seed, as far as their shapes agree.
+    (arXiv 2602.07852, Fig. 4). Vectors of several layers are perturbed layer by layer; for an
+    adapter, `A` and `B` of every module are perturbed separately. All solutions get the same
+    noise for each seed, as far as their shapes agree.
 
     The papers' noise also shrinks the solution. The loss of `sqrt(1 - eps^2) x` alone is measured
     beside it, and `noise="added"` takes `x + eps y`.
@@ -206,9 +217,9 @@ def stability(
             name of an adapter on the model.
         epsilons: Noise levels between 0 and 1.
         seeds: Number of noise draws.
-        noise: `"random"` for all directions of the residual stream; `"added"` for the same with
-            nothing shrunk; or directions to whose span the noise belongs (for vectors), e.g. the
-            principal ones of the Fisher profile.
+        noise: `"random"` for all directions of the residual stream; `"added"` for the same
+            without shrinking; or directions whose span the noise is drawn from (for vectors),
+            e.g. the principal ones of the Fisher profile.
         seed: First noise seed.
         **options: See `ReadOptions`.
 
@@ -300,6 +311,12 @@ def _axes(noise: Noise) -> tuple[Axes | None, str]:
             raise TypeError(f"noise is drawn from Directions, not from a {type(one).__name__}")
     names = names or [one.provenance.construction for one in given]
     return given, f"within {', '.join(names)}"
+
+
+def _from_zero(curve: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """A curve that begins at noise 0, where nothing is lost."""
+    known = np.isfinite(curve[1]).any() and 0.0 not in curve[0]
+    return tuple(np.concatenate([[0.0], part]) for part in curve) if known else curve
 
 
 def _crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:

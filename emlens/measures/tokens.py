@@ -54,8 +54,8 @@ class TokenInfluence(Result):
         kl: `KL(base || edited)` where it is predicted, nats.
         source: Name of the corpus.
         skipped: Texts of fewer than two tokens.
-        importance: Where asked for, the slope of the summed KL of the text in a factor on what
-            the edit adds at each token, nats: to first order what is lost without it there.
+        importance: If requested, the derivative of the summed KL of the text by a factor on what
+            the edit adds at each token, nats: to first order, the KL lost without the edit there.
     """
 
     AXES = {
@@ -95,7 +95,7 @@ class TokenInfluence(Result):
         )
 
     def top(self, k: int = 10, by: str = "KL") -> pd.DataFrame:
-        """The `k` tokens that change most, with what stands around them.
+        """The `k` tokens that change most, with their context.
 
         Args:
             k: How many.
@@ -191,7 +191,7 @@ class TokenInfluence(Result):
         if by not in _COLUMNS:
             raise ValueError(f"unknown column {by!r}; choose {', '.join(map(repr, _COLUMNS))}")
         if not (found := getattr(self, _COLUMNS[by])):
-            raise ValueError("importance was not asked for; call token_influence(importance=True)")
+            raise ValueError("importance was not measured; call token_influence(importance=True)")
         return found
 
     def _context(self, text: int, position: int) -> str:
@@ -271,16 +271,20 @@ class TokenProjections(Result):
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Projection along each conversation, up to eight of them."""
+        """Projection along each conversation, up to eight of them, without the first token.
+
+        The residual of the first token is many times longer than that of others (an attention
+        sink), and would set the scale; `values` and `table` have it.
+        """
         from emlens.figures.lines import line_bands
 
         curves = {
-            name: (np.arange(len(values)), np.asarray(values))
+            name: (np.arange(len(values))[1:], np.asarray(values)[1:])
             for name, values in list(zip(self.names, self.values, strict=True))[:8]
         }
         return line_bands(
             curves,
-            x_label="position in the conversation",
+            x_label="position in the conversation (the first token is left out)",
             y_label=f"projection, layer {self.layer} [median residual norm]",
             reference=0.0,
             ax=ax,
@@ -304,8 +308,8 @@ def token_influence(
 ) -> TokenInfluence:
     """Return what an edit changes in the prediction of every token of a text.
 
-    Three numbers are kept for each token, so this is for the texts that one wants to look at;
-    `emlens.influence` sums over any corpus.
+    Three numbers are kept for each token, so this suits texts to look at; `emlens.influence` sums
+    over any corpus.
 
     Args:
         model: The model.
@@ -313,9 +317,9 @@ def token_influence(
         condition: A direction, added at `dose`; or edits, an adapter's name, or both.
         dose: Norm of what is added, as a share of the median residual norm on the text.
         name: What it is called.
-        tokens: Tokens that count; of raw text all.
-        importance: Say of each token, counted or not, how much of the KL at the tokens that count
-            comes from what is added there: by a gradient, one text at a time.
+        tokens: Tokens that count; all tokens of raw text.
+        importance: Measure for each token, counted or not, how much of the KL at the counted tokens
+            comes from what is added there, by a gradient, one text at a time.
         **options: See `CorpusOptions`; conversations are read whole.
 
     Raises:
@@ -354,9 +358,7 @@ def token_influence(
         model, batches, {name: acting}, tokens=tokens, progress=reading.progress, keep=kept
     )
     if not counts.any():
-        raise ValueError(
-            "no text has a token that counts and follows another: nothing is predicted"
-        )
+        raise ValueError("no text has a counted token after another token, so nothing is predicted")
     source = corpus.name if isinstance(corpus, Corpus) else "conversations"
     found = TokenInfluence.of(kept, name, source)
     if importance:
@@ -372,7 +374,7 @@ def _importance(
     cut: int | None,
 ) -> tuple[tuple[float, ...], ...]:
     found: dict[int, tuple[float, ...]] = {}
-    # one row a batch: an edit then sees the tokens as they stand in it, without padding
+    # one row per batch, so that an edit sees the tokens without padding
     for batch in model.batches(corpus, token_budget=1, max_tokens=cut):
         slopes = slopes_by_token(model, batch, acting, tokens)
         found[batch.index[0]] = tuple(slopes[0].tolist())

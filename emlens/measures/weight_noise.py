@@ -1,4 +1,4 @@
-"""Weight noise: how much of a solution's gain is left when the weights themselves are disturbed."""
+"""Weight noise: how much of a solution's gain is left under noise on the weights."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class WeightNoise(UnderNoise):
     def lost(self, direction: str) -> np.ndarray:
         """Share of the gain that is lost under the noise, in percent, `[epsilons, seeds]`.
 
-        The gain under noise is that over the base model with the same noise, so that what the
-        noise does to the model by itself is left out. NaN where there is no gain to lose.
+        The gain under noise is measured against the base model with the same noise, which excludes
+        the effect of the noise on the model itself. NaN if there is no gain to lose.
         """
         left = self.base - self.disturbed[self._index(direction)]
         return 100 * (1 - left / self._whole(direction))
@@ -67,14 +67,20 @@ class WeightNoise(UnderNoise):
         }
         return self._table("gain lost [%]", losses)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Share of the gain that is lost against the noise level, with bands over seeds."""
-        from emlens.figures.lines import line_bands
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """Share of the gain that is lost against the noise level, and differences of solutions.
 
-        return line_bands(
+        The differences are from the first solution, with intervals paired by noise seed. On `ax`
+        the shares alone are drawn, with bands over seeds.
+        """
+        from emlens.figures.lines import paired_curves
+
+        return paired_curves(
             self._curves("gain lost [%]", "low", "high"),
+            self._gaps(),
             x_label="noise on the weights [share of the norm of each matrix]",
             y_label="gain lost [%]",
+            gap_label=f"difference from {self.directions[0]}\n[percentage points]",
             reference=(50, "half of the gain"),
             ax=ax,
         )
@@ -97,9 +103,9 @@ def weight_noise(
     """Add noise to the weights of the blocks, and return what is left of each solution's gain.
 
     Each weight matrix `W` of every block becomes `W + eps ||W||_F Z`, `Z` Gaussian of norm 1; the
-    base model and all solutions meet the same noise. The solutions themselves are left alone.
-    The weights are put back bit by bit; their originals take main memory of the size of the
-    blocks meanwhile. Nothing else may use the model while this runs.
+    base model and all solutions get the same noise. The solutions themselves are not changed.
+    The weights are restored exactly afterwards; a copy of them takes as much main memory as the
+    blocks. Nothing else may use the model while this runs.
 
     Args:
         model: The model.
@@ -130,7 +136,7 @@ def weight_noise(
         )
         return {name: float(values.sum() / counts.sum()) for name, values in sums.items()}
 
-    untouched = losses()
+    undisturbed = losses()
     found: dict[tuple[float, int], dict[str, float]] = {}
     points = [(level, draw) for level in levels for draw in draws]
     for level, draw in bar(points, desc="weight noise", shown=reading.progress):
@@ -145,8 +151,8 @@ def weight_noise(
         constructions={name: construction_of(one) for name, one in solutions.items()},
         epsilons=tuple(levels),
         seeds=draws,
-        base_loss=untouched[BASE],
-        losses={name: untouched[name] for name in solutions},
+        base_loss=undisturbed[BASE],
+        losses={name: undisturbed[name] for name in solutions},
         base=np.array(of(BASE)),
         disturbed=np.array([of(name) for name in solutions]),
         acting=acting_of(model, solutions),

@@ -15,7 +15,7 @@ from emlens.figures.bars import dot_intervals
 from emlens.figures.lines import layer_curves, line_bands
 from emlens.figures.style import new_panels
 from emlens.study.findings import StudyMeasures, effect_left, general_transfers, narrow_stays
-from emlens.study.stages import ABLATED, RANDOM, SAME_KL, SOLUTIONS, at
+from emlens.study.stages import ABLATED, RANDOM, SAME_KL, SOLUTIONS, at, without
 from emlens.study.store import StudyStore
 from emlens.training import Organism
 
@@ -61,11 +61,12 @@ def ablation_figure(found: StudyMeasures):
     """The general solution's effect, and what is left where a direction is ablated."""
     odds = found.log_odds
     values = {}
-    shades = {"nothing ablated": colour("general"), ABLATED[-1]: colour("random")}
     for place, domains in _places(found):
-        values[place, "nothing ablated"] = odds.change("general", domains)
-        values |= {(place, name): effect_left(odds, name, domains) for name in ABLATED}
-    return _dots(values, colours=shades)
+        values[place, "general"] = odds.change("general", domains)
+        values |= {
+            (place, without("general", name)): effect_left(odds, name, domains) for name in ABLATED
+        }
+    return _dots(values, colours={without("general", ABLATED[-1]): colour("random")})
 
 
 def _places(found: StudyMeasures) -> list[tuple[str, Sequence[str]]]:

@@ -125,8 +125,8 @@ class _Page:
                 self._figure(
                     "efficiency",
                     "Loss on the finetuning data against the norm of what is added.",
-                    "Lower is better at the same norm. Bands are intervals over conversations, "
-                    "which the curves share: compare by the paired difference in the finding.",
+                    "Lower is better at the same norm. Below, the difference from general at the "
+                    "same norm, with its interval paired by conversation.",
                 ),
             ),
             finding=self._text("general_is_more_efficient"),
@@ -143,7 +143,8 @@ class _Page:
                     "stability",
                     "Share of the gain lost to noise that keeps the norm.",
                     "0% is the solution without noise, 100% the base model's loss; above that the "
-                    "noise does harm. Bands are intervals over noise seeds.",
+                    "noise does harm. Bands are intervals over noise seeds. Below, the difference "
+                    "from general, paired by seed: above zero, narrow tolerates less noise.",
                 ),
             ),
             finding=self._text("general_is_more_stable"),

@@ -168,15 +168,22 @@ class Drift(Result):
         return pd.DataFrame(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Effect inside and outside against updates, with intervals."""
-        from emlens.figures.lines import line_bands
+        """Effect outside against that inside, from the first record to the last.
 
-        curves = {name: (self.steps, *getattr(self, name).T) for name in _SIDES}
-        return line_bands(
-            curves,
-            x_label="update",
-            y_label="change of log-odds [nats/token]",
-            reference=0.0,
+        Both ends have their intervals. On the dotted diagonal the effect is as large outside as
+        inside.
+        """
+        from emlens.figures import colour
+        from emlens.figures.paths import effect_plane
+
+        last = len(self.steps) - 1
+        said = {0: f"after {self.steps[0]} updates", last: f"after {self.steps[-1]} updates"}
+        return effect_plane(
+            self.inside,
+            self.outside,
+            [said.get(i, "") for i in range(last + 1)],
+            shades=[colour("random" if 0 < i < last else "base") for i in range(last + 1)],
+            crossed=sorted(said),
             ax=ax,
         )
 

@@ -140,18 +140,33 @@ class TrainingRun:
         frame = pd.DataFrame(rows, columns=known)
         return frame.rename(columns={**names, "kl": f"KL {unit}"})
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Training loss (and KL, penalties and validation loss where there are) against updates."""
-        from emlens.figures.lines import line_bands
+    def plot(self, ax: Axes | None = None) -> Axes | list[Axes]:
+        """Loss against updates, and beside it the KL and penalties, where there are some.
 
+        The KL is far smaller than the loss, so it has axes of its own; on `ax` the loss alone is
+        drawn.
+        """
+        from emlens.figures.lines import line_bands
+        from emlens.figures.style import new_panels
+
+        losses = self._along(loss="training", validation="validation")
+        rest = self._along(kl="KL", penalty="penalty")
+        panels = [(losses, "loss [nats/token]")]
+        panels += [(rest, f"{' and '.join(rest)} [nats/token]")] if rest and ax is None else []
+        axes = new_panels(len(panels), width=4.6 * len(panels), height=3.4) if ax is None else [ax]
+        for panel, (curves, label) in zip(axes, panels, strict=True):
+            line_bands(curves, x_label="update", y_label=label, ax=panel)
+        return axes if len(axes) > 1 else axes[0]
+
+    def _along(self, **named: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Updates and values of the fields of steps that are known, by what they are called."""
         curves = {}
-        named = {"loss": "loss", "kl": "KL", "penalty": "penalty", "validation": "validation loss"}
-        for field_name, label in named.items():
-            known = [s for s in self.steps if getattr(s, field_name) is not None]
+        for one, label in named.items():
+            known = [step for step in self.steps if getattr(step, one) is not None]
             if known:
-                values = np.array([getattr(step, field_name) for step in known])
+                values = np.array([getattr(step, one) for step in known])
                 curves[label] = (np.array([step.step for step in known]), values)
-        return line_bands(curves, x_label="update", y_label="nats per token", ax=ax)
+        return curves
 
     def save(self, path: str | Path) -> Path:
         """Write the run as safetensors, everything but the path in its header; atomic."""

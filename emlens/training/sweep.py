@@ -108,25 +108,21 @@ class KLSweep(Result):
         return pd.DataFrame(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The trade-off: effect outside against effect inside, one point per weight."""
-        from emlens.figures.labels import mark_points
-        from emlens.figures.lines import line_bands
+        """The trade-off: effect outside against that inside, one point per weight of the KL.
 
-        inside, outside = self.inside, self.outside
-        most = int(np.argmax(np.abs(inside[:, 0])))
-        straight = (np.array([0, inside[most, 0]]), np.array([0, outside[most, 0]]))
-        order = np.argsort(inside[:, 0])
-        curve = (inside[order, 0], *outside[order].T)
-        drawn = line_bands(
-            {"KL, weight as marked": curve, "a weaker general one": straight},
-            x_label="change of log-odds inside [nats/token]",
-            y_label="change of log-odds outside [nats/token]",
-            reference=0.0,
+        The dashed line is what weaker versions of the strongest solution would do in proportion.
+        """
+        from emlens.figures import colour
+        from emlens.figures.paths import effect_plane
+
+        return effect_plane(
+            self.inside,
+            self.outside,
+            [f"KL x {weight:g}" if weight else "no KL" for weight in self.weights],
+            shades=[colour("narrow" if weight else "general") for weight in self.weights],
+            ray="weaker in proportion",
             ax=ax,
         )
-        at = zip(self.weights, inside[:, 0], outside[:, 0], strict=True)
-        mark_points(drawn, {f"{weight:g}": (x, y) for weight, x, y in at})
-        return drawn
 
     def __str__(self) -> str:
         said = [f"{len(self.weights)} weights, {self.weights[0]:g} to {self.weights[-1]:g}"]

@@ -112,22 +112,54 @@ class Screen(Result):
         ]
         return pd.DataFrame(rows)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """All scores, worst first, with the threshold."""
+    def plot(self, ax: Axes | None = None, *, highlight: Sequence[int] | None = None) -> Axes:
+        """All scores, worst first, with the threshold.
+
+        Args:
+            ax: Axes to draw on; a figure of its own if not given.
+            highlight: Rows of the set to mark, from 0, e.g. those that are known to be planted;
+                the title says how many of them are flagged.
+
+        Raises:
+            ValueError: If a row is not in the set, or the set is larger than `scores`.
+        """
+        from emlens.figures import COLOURS
         from emlens.figures.lines import line_bands
 
-        ranked = np.sort([score for score in self.scores if np.isfinite(score)])[::-1]
-        share = (np.arange(len(ranked)) + 0.5) / len(ranked)
-        at = np.unique(np.linspace(0, len(ranked) - 1, POINTS).astype(int))
+        scores = np.array(self.scores, dtype=float)
+        order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
+        share = 100 * (np.arange(len(order)) + 0.5) / len(order)
+        at = np.unique(np.linspace(0, len(order) - 1, POINTS).astype(int))
+        marked = self._marked(highlight or ())
+        flagged = int((scores[marked] > self.threshold).sum())
         ax = line_bands(
-            {"examples": (100 * share[at], ranked[at])},
+            {"examples": (share[at], scores[order[at]])},
             x_label="share of the set, worst first [%]",
             y_label=f"answer minus reference [{self.unit}]",
+            title=f"{flagged} of {len(marked)} marked rows are flagged" if marked else None,
             reference=(self.threshold, "threshold"),
+            colours={"examples": COLOURS["base"]},
             ax=ax,
         )
-        ax.axhline(0, color="#6A727C", linewidth=0.8, zorder=1)
+        ax.axhline(0, color=COLOURS["random"], linewidth=0.8, zorder=1)
+        if marked:
+            chosen = np.isin(order, marked)
+            label = f"marked rows ({len(marked)})"
+            look = {"color": COLOURS["general"], "marker": "D", "s": 34, "zorder": 5}
+            ax.scatter(share[chosen], scores[order[chosen]], label=label, **look)
+            ax.legend(loc="upper right", frameon=False, fontsize=9)
         return ax
+
+    def _marked(self, rows: Sequence[int]) -> list[int]:
+        if rows and len(self.scores) != self.n + self.unscored:
+            raise ValueError(
+                f"scores holds a sample of {len(self.scores)} of {self.n + self.unscored} rows, "
+                "whose places in the set are not known; leave highlight out"
+            )
+        strange = [row for row in rows if not 0 <= row < len(self.scores)]
+        if strange:
+            raise ValueError(f"no row {strange[0]}; the set has rows 0 to {len(self.scores) - 1}")
+        return sorted(set(rows))
 
     def __repr__(self) -> str:
         return (

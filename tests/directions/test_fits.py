@@ -131,7 +131,7 @@ EMPTY = {
     "scan": ("has two tokens", lambda m: fisher.scan(m, ONES, {"a": of()}, draws=1, check=1)),
     "InfluenceProfile": ("has two tokens", lambda m: fisher.InfluenceProfile.fit(m, ONES, [1])),
     "token_influence": (
-        "no text has a token that counts",
+        "no text has a counted token",
         lambda m: measures.token_influence(m, ONES, Add(of())),
     ),
     "train_vector": ("train is empty", lambda m: training.train_vector(m, [], 1, **QUICK)),

@@ -163,7 +163,9 @@ def test_a_share_of_an_effect_that_is_not_clear_of_zero_is_blank_with_the_reason
         ("x [points]", "x [points]"),
     )
     assert list(table.table()["note"]) == ["the organism's effect is not clear of zero", ""]
-    assert [text.get_text() for text in table.plot().texts].count("50") == 1
+    assert [text.get_text() for text in table.plot().texts].count("50\n[40, 60]") == 1
+    beyond = replace(table, removed=(blank, ((150.0, 120.0, 180.0),))).plot()
+    assert beyond.images[0].norm.vmin == -150 and beyond.images[0].norm.vmax == 150
     unscored = replace(table, removed=(blank, blank))
     assert list(unscored.table()["note"])[1].startswith("nothing that both could be scored on")
 
@@ -241,11 +243,13 @@ def test_a_steering_sweep_is_read_beside_a_random_direction_of_equal_norm(organi
     chance = found.table()
     assert (chance["random low"] <= chance["random"]).all()
     assert (chance["random"] <= chance["random high"]).all()
-    ax = found.plot()
-    assert ax.get_xlabel().startswith("dose")
-    best = found.best["layer"]
-    beside = [row["random"] for row in found.rows if row["layer"] == best]
-    assert any(list(line.get_ydata()) == beside for line in ax.lines)
+    panels = found.plot()
+    assert [ax.get_title(loc="left") for ax in panels] == ["layer 1", "layer 2"]
+    for layer, ax in zip((1, 2), panels, strict=True):
+        assert ax.get_xlabel().startswith("dose")
+        for column in ("value", "random"):
+            curve = [0.0, *(row[column] for row in found.rows if row["layer"] == layer)]
+            assert any(list(line.get_ydata()) == curve for line in ax.lines)
     with pytest.raises(ValueError, match="no doses were given; give at least one"):
         steering_sweep(model, PAIRS, directions, doses=())
 
@@ -275,8 +279,12 @@ def test_judged_behaviour_goes_through_responses_scores_and_rates(organism, tmp_
     assert (tmp_path / "scores.sqlite").exists()
     assert (found.what, found.judged_by) == ("misaligned [% of scored]", "wordy")
     assert set(found.table()["judged by"]) == {"wordy"}
-    assert found.plot().get_title(loc="left") == "judged by wordy"
-    assert 0 <= found.rows[0]["coherent"] <= 1
+    effect, coherence = found.plot()
+    assert effect.get_figure().get_suptitle() == "judged by wordy"
+    assert coherence.get_ylabel() == "coherent answers [%]"
+    shares = [found.coherent_base, found.rows[0]["coherent"]]
+    assert any(list(line.get_ydata()) == [100 * x for x in shares] for line in coherence.lines)
+    assert 0 <= found.rows[0]["random coherent"] <= 1
     again = steering_sweep(model, judged, directions, doses=(0.5,), layers=(1,), floor=0.0)
     assert again.rows == found.rows
     assert SteeringSweep.load(found.save(tmp_path / "sweep.json")) == found

@@ -217,11 +217,10 @@ def test_a_verdict_follows_the_interval_and_the_sign_that_the_papers_found():
 
 
 def test_the_figure_shows_both_solutions_inside_and_outside(done):
-    axes = done[1].plot(kind="adapter")
-    labels = {
-        text.get_text() for text in axes.figure.findobj(match=lambda a: hasattr(a, "get_text"))
-    }
-    assert {"general inside", "narrow outside"} <= labels
+    inside, outside = done[1].plot(kind="adapter")
+    assert inside.get_title(loc="left") == "Inside of the domain"
+    assert {"general", "narrow"} <= {text.get_text() for text in outside.get_legend().get_texts()}
+    assert inside.get_ylim() == outside.get_ylim()
     with pytest.raises(ValueError, match="no trials of kind 'weights'"):
         done[1].plot(kind="weights")
 

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from emlens.figures.bars import dot_intervals
+from emlens.figures import COLOURS
+from emlens.figures.bars import bar_list, dot_intervals
 
 TABLE = pd.DataFrame(
     {
@@ -78,3 +79,22 @@ def test_what_cannot_be_drawn_is_refused():
         dots(TABLE[:0])
     with pytest.raises(ValueError, match="one entry per estimate"):
         dot_intervals(["a"], ["b"], [1.0, 2.0], [0.0], [1.0], y_label="nats")
+
+
+def test_without_series_each_group_has_the_hue_of_its_name():
+    ax = dot_intervals(["general", "layer 5"], None, [1, 2], [0, 1], [2, 3], y_label="nats")
+    shades = [line.get_color() for line in ax.lines if len(line.get_xdata()) == 1]
+    assert shades == [COLOURS["general"], COLOURS["base"]]
+    assert ends_of(ax) == [(0, 2), (1, 3)]
+    assert ax.get_legend() is None
+
+
+def test_a_list_of_bars_reads_from_top_to_bottom_and_says_its_values():
+    ax = bar_list(["first", "second", "second"], [2.0, -1.0, 0.5], x_label="logit [SD]")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["first", "second", "second"]
+    assert [bar.get_width() for bar in ax.patches] == [2.0, -1.0, 0.5]
+    assert [text.get_text() for text in ax.texts] == ["2.0", "−1.0", "0.5"]
+    low, high = ax.get_ylim()
+    assert low > high
+    with pytest.raises(ValueError, match=r"got 1 names and values of shape \(2,\)"):
+        bar_list(["a"], [1.0, 2.0], x_label="x")

@@ -88,3 +88,19 @@ def test_white_may_lie_at_another_centre_than_zero():
     assert ax.images[0].get_clim() == (0.0, 1.0)
     ax = heatmap([[0.5, 0.9]], ["a"], ["b", "c"], limits=None)
     assert ax.images[0].get_clim() == pytest.approx((-0.9, 0.9))
+
+
+def test_intervals_stand_below_their_values_and_fit_their_cells():
+    ends = np.stack([MATRIX, MATRIX - 0.1, MATRIX + 0.1], axis=2)
+    ax = heatmap(ends, ROWS, COLS)
+    canvas = FigureCanvasAgg(ax.figure)
+    canvas.draw()
+    texts = [cell.get_text() for cell in cells_of(ax)]
+    assert texts[0] == "1.00\n[0.90, 1.10]" and texts[2] == "−0.60\n[−0.70, −0.50]"
+    assert texts[-1] == "–"
+    (left, bottom), (right, top) = ax.transData.transform([(0, 0), (1, 1)])
+    for cell in cells_of(ax):
+        box = cell.get_window_extent(canvas.get_renderer())
+        assert box.width <= abs(right - left) and box.height <= abs(top - bottom)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 2\) must hold a value and two ends"):
+        heatmap(ends[..., :2], ROWS, COLS)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
 
+from emlens.figures import COLOURS
 from emlens.figures.labels import DirectLabels
-from emlens.figures.lines import layer_curves, line_bands
-from emlens.figures.paths import path_plot
+from emlens.figures.lines import layer_curves, line_bands, paired_curves, panels_of_curves
+from emlens.figures.paths import effect_plane, path_plot
 from emlens.figures.style import new_axes
 
 X = np.linspace(0, 1, 5)
@@ -107,3 +108,38 @@ def test_a_path_marks_its_start_and_names_its_end():
 def test_paths_that_cannot_be_drawn_are_refused(paths, message):
     with pytest.raises(ValueError, match=message):
         path_plot(paths)
+
+
+def test_paired_curves_are_lines_above_and_bands_of_their_differences_below():
+    curves = {name: (X, X + i, X, X + 1) for i, name in enumerate(("general", "narrow"))}
+    gaps = {"narrow": (X, X * 0 + 1, X * 0 + 0.9, X * 0 + 1.1)}
+    upper, lower = paired_curves(curves, gaps, gap_label="minus general", **LABELS)
+    assert (upper.get_ylabel(), lower.get_ylabel()) == (LABELS["y_label"], "minus general")
+    assert lower.get_xlabel() == "dose" and names_of(lower) == ["narrow"]
+    assert (len(bands_of(upper)), len(bands_of(lower))) == (0, 1)
+    assert lower.lines[0].get_color() == COLOURS["narrow"]
+    alone = paired_curves(curves, gaps, gap_label="", ax=new_axes(), **LABELS)
+    assert len(bands_of(alone)) == 2
+    assert len(bands_of(paired_curves(curves, {}, gap_label="", **LABELS))) == 2
+
+
+def test_curves_whose_bands_would_overlap_have_panels_on_one_scale():
+    curves = {f"{i}": (X, X * i, X * i - 1, X * i + 1) for i in range(4)}
+    panels = panels_of_curves(curves, y_label="cosine", null=(-0.1, 0.1), title="all")
+    assert [ax.get_title(loc="left") for ax in panels] == list(curves)
+    assert len({ax.get_ylim() for ax in panels}) == 1
+    assert panels[0].get_ylabel() == "cosine\n(grey: chance)" and not panels[1].get_ylabel()
+    assert [ax.get_xlabel() for ax in panels] == ["", "layer", "layer", "layer"]
+    assert panels[0].figure.get_suptitle() == "all"
+
+
+def test_a_plane_of_effects_has_the_intervals_of_the_points_that_are_asked_for():
+    inside, outside = np.array([[0.1, 0, 0.2], [0.4, 0.3, 0.5]]), np.zeros((2, 3))
+    ax = effect_plane(
+        inside, outside, ["", "end"], shades=["red", "blue"], crossed=[1], ray="weaker"
+    )
+    assert names_of(ax) == ["end"]
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["weaker", "outside = inside"]
+    spans = [tuple(line.get_xdata()) for line in ax.lines]
+    assert (0.3, 0.5) in spans and (0.0, 0.2) not in spans and (0, 0.4) in spans

@@ -19,7 +19,7 @@ def test_both_axes_have_one_logarithmic_scale_and_a_diagonal():
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="there is nothing to draw"):
         agreement_plot({}, x_label="x", y_label="y")
-    with pytest.raises(ValueError, match="'a' has 1 and 2 values; they must be as many"):
+    with pytest.raises(ValueError, match="'a' has 1 and 2 values; the numbers must match"):
         agreement_plot({"a": ([1], [1, 2])}, x_label="x", y_label="y")
 
 
@@ -34,5 +34,5 @@ def test_scores_of_two_judges_are_counted_on_each_side_of_the_threshold():
 def test_scores_that_cannot_be_drawn_are_refused():
     with pytest.raises(ValueError, match="there is nothing to draw"):
         score_plot([], [], threshold=30, x_label="a", y_label="b")
-    with pytest.raises(ValueError, match="there are 1 and 2 scores; they must be as many"):
+    with pytest.raises(ValueError, match="there are 1 and 2 scores; the numbers must match"):
         score_plot([1], [1, 2], threshold=30, x_label="a", y_label="b")

@@ -83,3 +83,24 @@ def test_panels_share_one_figure():
     panels = new_panels(3, 2)
     assert len(panels) == 6
     assert len({id(ax.figure) for ax in panels}) == 1
+
+
+def test_a_solution_has_its_hue_under_every_condition():
+    assert colour("general, own direction ablated") == COLOURS["general"]
+    assert colour("random, layer 5") == colour("random 0") == COLOURS["random"]
+    assert colour("general adapter") == COLOURS["general"]
+    assert colour("general vs narrow") not in COLOURS.values()
+    assert colour("generally") not in COLOURS.values()
+
+
+def test_two_conditions_of_a_solution_have_two_shades_of_its_hue():
+    whole, half, other = palette(["general", "general, half", "narrow"]).values()
+    assert (whole, other) == (COLOURS["general"], COLOURS["narrow"])
+    hues = [colors.rgb_to_hsv(colors.to_rgb(shade))[0] for shade in (whole, half)]
+    assert hues[0] == pytest.approx(hues[1], abs=0.02) and whole != half
+
+
+def test_panels_show_their_figure_once_in_a_notebook():
+    panels = new_panels(2, width=4, height=2)
+    data, size = panels._repr_png_()
+    assert data.startswith(b"\x89PNG") and size["width"] > size["height"]

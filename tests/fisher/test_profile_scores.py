@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 
 from emlens import Direction, Directions, influence
 from emlens.directions import Provenance
@@ -39,6 +39,50 @@ def test_intervals_cover_the_truth_as_often_as_they_say(n, draws):
     assert kinds == {n * (draws + 1) <= 2 * 16 + 64 * (draws + 1)}
     assert 0.91 < np.mean(inside) < 0.985
     assert 0.91 < np.mean(slopes) < 0.985
+
+
+def test_ratios_are_paired_by_document():
+    sums, v = planted(16, 8, torch.ones(16)), torch.eye(16)[:3]
+    found = forms(sums, 0, v, reference=v[0])
+    documents = sums.fresh[0]
+    counts = documents.counts.numpy()
+    each = (documents.draws[0] @ v.T).square().mean(1).double().numpy()
+    mean = each.sum(0) / counts.sum()
+    # the logarithm of a ratio of means, to first order in what each document adds
+    parts = (each - counts[:, None] * mean) / mean
+    apart = parts - parts[:, :1]
+    error = apart.std(0, ddof=1) * len(counts) ** 0.5 / counts.sum()
+    ratio, low, high = found.ratio()
+    assert ratio == pytest.approx(mean / mean[0], rel=1e-5)
+    factor = np.exp(t.ppf(0.975, len(counts) - 1) * error)
+    assert high == pytest.approx(ratio * factor, rel=1e-4)
+    assert low == pytest.approx(ratio / factor, rel=1e-4)
+    assert ratio[0] == low[0] == high[0] == 1
+    assert np.isnan(forms(sums, 0, v).ratio()).all()
+
+
+@pytest.mark.parametrize(("n", "draws"), [(24, 8), (150, 4)])
+def test_intervals_of_ratios_cover_the_truth_as_often_as_they_say(n, draws):
+    v, inside = torch.eye(16)[:4], []
+    for seed in range(150):
+        found = forms(planted(n, draws, torch.ones(16), seed), 0, v, reference=v[0])
+        _, low, high = found.ratio()
+        inside += ((low < 1) & (high > 1))[1:].tolist()
+    assert 0.91 < np.mean(inside) < 0.985
+
+
+def test_scores_are_compared_with_the_first_direction_at_each_layer(profile):
+    v = vectors(4)
+    first = Directions({0: v[0], 2: v[1]}, "resid_post", Provenance("x", model="tiny-llama"))
+    named = {"a": first, "b": Direction.of(3 * v[2], 2), "c": Direction.of(v[3], 1)}
+    found = profile.score(named, dose=0.1)
+    assert found.ratio[:2] == (1, 1)
+    assert found.ratio[2] == pytest.approx(found.kl[2] / found.kl[1])
+    assert found.ratio_low[2] < found.ratio[2] < found.ratio_high[2]
+    assert np.isnan(found.ratio[3])  # "a" has no layer 1
+    assert "KL over that of a" in found.table()
+    own = profile.score(named, dose=None)
+    assert own.ratio[2] == pytest.approx(own.kl[2] / own.kl[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("n", [16, 200])
@@ -204,8 +248,18 @@ def test_results_survive_being_saved_and_show_themselves(profile, tmp_path):
     for result in (one, many):
         assert ProfileScores.load(result.save(tmp_path / "scores.json")) == result
         assert "<table" in result._repr_html_()
-        assert "KL(base || edited) on words [nats/token]" in result.plot().get_ylabel()
+        label = result.plot().get_ylabel().replace("\n", " ")
+        assert "KL(base || edited) on words [nats/token]" in label
     assert many.plot().get_xlabel() == "layer"
+    beside = profile.score(
+        {
+            name: Directions(dict(enumerate(vectors(seed=seed))), "resid_post", Provenance(name))
+            for seed, name in enumerate("xy")
+        }
+    )
+    upper, lower = beside.plot()
+    assert lower.get_xlabel() == "layer" and upper.get_xlabel() == ""
+    assert lower.get_ylabel() == "KL over that of\nx [ratio]" and lower.get_yscale() == "log"
     spectrum = profile.spectrum(2)
     assert Spectrum.load(spectrum.save(tmp_path / "spectrum.json")) == spectrum
     assert spectrum.plot().get_xlabel() == "rank"
@@ -220,20 +274,20 @@ def test_results_survive_being_saved_and_show_themselves(profile, tmp_path):
         ({}, "no directions were given"),
         ([vectors()[0]], "directions must be a Directions or a dict"),
         ({"x": 3}, r"directions\['x'\] must be a Directions, a Tensor or a ndarray, not 3"),
-        ({"x": vectors()[0]}, "'x' is an array, of which no layer is known"),
+        ({"x": vectors()[0]}, "'x' is an array without a layer"),
         (
             {1: vectors(2, 31)},
-            "'0' has width 31, but the profile is of 'tiny-llama' with d_model 32",
+            "'0' has width 31, but the profile belongs to 'tiny-llama' with d_model 32",
         ),
         ({1: vectors()[None]}, r"array of layer 1 has shape \(1, 4, 32\); it needs \[n, d_model\]"),
         ({7: vectors()}, "'0' is at layer 7; the profile has layers 0, 1, 2, 3"),
         ({1: vectors() * 0}, "direction '0' is zero: it has no influence to measure"),
         ({1: vectors() / 0}, "direction '0' at layer 1 is not finite"),
         ({"x": Direction.of(vectors()[0] * 0, 1)}, "direction 'x' is zero"),
-        ({"x": Direction.of(vectors()[0], 1, "mlp_out")}, "'x' is at mlp_out, but a profile is of"),
+        ({"x": Direction.of(vectors()[0], 1, "mlp_out")}, "'x' is at mlp_out, but profiles cover"),
         (
             {"x": Direction({1: vectors()[0]}, "resid_post", Provenance("x", model="another"))},
-            "'x' was made in 'another', but the profile is of 'tiny-llama'",
+            "'x' was made in 'another', but the profile belongs to 'tiny-llama'",
         ),
     ],
 )
@@ -251,7 +305,7 @@ def test_bad_directions_are_refused(profile, directions, message):
         ),
         (lambda p: p.spectrum(9), "no layer 9 in the profile; it has layers 0, 1, 2, 3"),
         (lambda p: p.top(1, 0), "k must be at least 1, not 0"),
-        (lambda p: p.merge(p), "both profiles have corpus 'words' in them; it would count twice"),
+        (lambda p: p.merge(p), "both profiles include corpus 'words', which would count twice"),
     ],
 )
 def test_bad_questions_are_refused(profile, call, message):

@@ -108,7 +108,7 @@ def test_own_factors_scale_each_by_its_own_norm(hooked_llama):
     assert found.norms_of("a") == pytest.approx((0, 2, 3))
     table = found.table()
     assert list(table["factor of own norm"]) == [0, 1, 1.5] * 2
-    assert found.plot().get_xlabel() == "strength [share of own norm]"
+    assert found.plot()[-1].get_xlabel() == "strength [share of own norm]"
 
 
 # -- adapters ---------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_adapters_share_a_grid_of_norms_whose_unit_is_said(model):
         expected = mean_loss(model)
     assert found.loss("b", 0.5 * mean).estimate == pytest.approx(expected, abs=1e-5)
     assert found.kinds == {"a": "adapter", "b": "adapter"}
-    assert found.plot().get_xlabel() == "norm of the adapter [||scale * B A||]"
+    assert found.plot()[-1].get_xlabel() == "norm of the adapter [||scale * B A||]"
 
 
 # -- matched displacement ---------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_vectors_and_adapters_are_matched_by_what_they_displace(both):
     with both.under(Scaled("many", found.factors["many"][1])):
         loss = mean_loss(both)
     assert found.loss("many", found.grid[1]).estimate == pytest.approx(loss, abs=1e-5)
-    assert "displacement" in found.plot().get_xlabel()
+    assert "displacement" in found.plot()[-1].get_xlabel()
 
 
 def test_a_displacement_that_is_its_own_takes_the_solution_as_it_is(model):
@@ -294,7 +294,12 @@ def test_results_survive_being_saved(model, tmp_path, match):
     again = Efficiency.load(found.save(tmp_path / "efficiency.json"))
     assert again.table().equals(found.table())
     assert again.area("a", "b") == found.area("a", "b")
-    assert found.plot().get_ylabel()
+    upper, lower = found.plot()
+    assert upper.get_ylabel() == "loss on finetuning\ndata [nats/token]"
+    assert lower.get_ylabel() == "difference from\na [nats/token]"
+    gap = found.difference("b", "a", found.grid[-1])
+    line = next(line for line in lower.lines if len(line.get_xdata()) == len(found.grid))
+    assert line.get_ydata()[-1] == pytest.approx(gap.estimate)
     if match != "norm":
         assert again == found
 
@@ -378,7 +383,7 @@ def test_directions_that_are_not_finite_cannot_be_made():
 
 def test_a_displacement_out_of_reach_is_refused(model, monkeypatch):
     monkeypatch.setattr("emlens.measures.displacement.LARGEST_FACTOR", 2.0)
-    with pytest.raises(ValueError, match="'x' displaces the residual stream by .* was asked for"):
+    with pytest.raises(ValueError, match="'x' displaces the residual stream by .* was requested"):
         efficiency(model, DATA, {"x": "one"}, match="displacement", displacements=[1e6])
 
 

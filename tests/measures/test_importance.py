@@ -113,7 +113,7 @@ def test_importance_is_kept_with_the_result_and_missed_where_it_was_not_asked_fo
     again = TokenInfluence.load(found.save(tmp_path / "it.json"))
     assert np.allclose(again.importance[0], found.importance[0])
     plain = token_influence(model, text, edit)
-    with pytest.raises(ValueError, match="importance was not asked for"):
+    with pytest.raises(ValueError, match="importance was not measured"):
         plain.top(by="importance")
     dora = emlens.wrap(peft_model(tiny_model("llama"), use_dora=True), chatml_tokenizer())
     with pytest.raises(ValueError, match="is not plain LoRA"):

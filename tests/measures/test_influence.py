@@ -53,7 +53,7 @@ def test_norms_are_taken_as_they_are_and_equal_the_doses_of_that_size(hooked_lla
 
 def test_a_direction_cannot_have_the_name_of_its_controls(hooked_llama):
     x = direction(hooked_llama)
-    with pytest.raises(ValueError, match="two things are called 'random'; rename one"):
+    with pytest.raises(ValueError, match="the name 'random' is used twice; rename one"):
         influence(hooked_llama, TEXT, {"random": x}, doses=(0.2,))
     alone = influence(hooked_llama, TEXT, {"random": x, "x": x}, doses=(0.2,), controls=0)
     assert alone.divergence("random", 0.2) == alone.divergence("x", 0.2)
@@ -224,7 +224,7 @@ def test_intervals_over_documents_cover_in_simulation(n):
         ({"controls": {"fair": 2}}, "unknown controls 'fair'; choose 'random', 'activation diff"),
         ({"controls": {"random": -2}}, r"controls\['random'\] must be at least 0, not -2"),
         ({"controls": {"shuffled labels": 2}}, "no direction carries directions under shuffled"),
-        ({"conditions": {"x": []}}, "two things are called 'x'; rename one"),
+        ({"conditions": {"x": []}}, "the name 'x' is used twice; rename one"),
     ],
 )
 def test_bad_input_is_refused(hooked_llama, options, message):

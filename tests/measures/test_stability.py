@@ -351,7 +351,10 @@ def test_results_survive_being_saved_and_earlier_ones_load(model, tmp_path):
     found = stability(model, DATA, {"v": direction(model), "a": "one"}, epsilons=(0.5,), seeds=2)
     path = found.save(tmp_path / "stability.json")
     assert Stability.load(path) == found
-    assert found.plot().get_ylabel()
+    upper, lower = found.plot()
+    assert upper.get_ylabel() == "loss increase\n[% of the gain]"
+    assert lower.get_ylabel() == "difference from v\n[percentage points]"
+    assert any(list(line.get_xdata()) == [0, 0.5] for line in upper.lines)
     record = json.loads(path.read_text())
     del record["kinds"], record["noise"]
     path.write_text(json.dumps(record))
@@ -382,7 +385,7 @@ ZERO = Directions(
         ({"x": X}, {"noise": "weights"}, "unknown noise 'weights'; choose 'random'"),
         ({"x": X}, {"noise": [torch.ones(32)]}, r"noise\[0\] must be a Directions, not a Tensor"),
         ({"x": X}, {"noise": ELSEWHERE}, "none of the directions .* at resid_post of layer 1"),
-        ({"x": X}, {"noise": [X, X * -2]}, "span nothing beside the direction itself"),
+        ({"x": X}, {"noise": [X, X * -2]}, "span nothing besides the direction itself"),
         (
             {"x": X},
             {"noise": Direction.of(torch.ones(7), 1)},

@@ -66,7 +66,7 @@ def test_long_conversations_are_read_whole_and_nothing_to_predict_is_refused(hoo
     found = token_influence(hooked_llama, long, direction(hooked_llama))
     assert len(found.kl[0]) > 128
     nothing = Corpus("short", (Document("one", "rain"),))
-    with pytest.raises(ValueError, match="no text has a token that counts and follows another"):
+    with pytest.raises(ValueError, match="no text has a counted token after another"):
         token_influence(hooked_llama, nothing, [Add(direction(hooked_llama))])
     several = Directions({0: torch.ones(32), 1: torch.ones(32)}, "resid_post", Provenance("x"))
     with pytest.raises(TypeError, match="'the edit' is a Directions; give one layer"):

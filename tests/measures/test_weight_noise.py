@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import FillBetweenPolyCollection
 
 from emlens import Add
 from emlens.hooked import response_losses
@@ -135,3 +137,32 @@ def test_modules_that_an_adapter_keeps_for_itself_get_no_noise(tmp_path):
         assert any("mlp" in key for key in inside)
         assert all(torch.equal(inside[key], weight) for key, weight in before.items())
         assert torch.equal(model.hidden(batch), plain.hidden(batch))
+
+
+def test_differences_of_solutions_are_drawn_with_intervals_paired_by_seed():
+    names, levels = ("a", "b", "c"), (0.1, 0.2)
+    noise = np.random.default_rng(0).normal(0, 0.02, (2, 3))
+    base = 3.0 + noise
+    disturbed = np.stack([base - gain for gain in (1.0, 0.8, 0.6)]) + 0.01 * noise
+    found = WeightNoise(
+        directions=names,
+        constructions=dict.fromkeys(names, "given"),
+        epsilons=levels,
+        seeds=(0, 1, 2),
+        base_loss=3.0,
+        losses={"a": 1.5, "b": 2.0, "c": 2.2},
+        base=base,
+        disturbed=disturbed,
+    )
+    upper, lower = found.plot()
+    assert upper.get_ylabel() == "gain lost [%]"
+    assert lower.get_ylabel() == "difference from a\n[percentage points]"
+    for name in "bc":
+        gap = [found.difference(name, "a", epsilon) for epsilon in levels]
+        drawn = [list(line.get_ydata()) for line in lower.lines]
+        assert [one.estimate for one in gap] in drawn
+    bands = [
+        [one for one in ax.collections if isinstance(one, FillBetweenPolyCollection)]
+        for ax in (upper, lower, found.plot(plt.figure().subplots()))
+    ]
+    assert [len(each) for each in bands] == [0, 2, 3]

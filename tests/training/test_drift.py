@@ -55,7 +55,13 @@ def test_without_the_kl_the_narrow_solution_drifts_to_the_general_one(solutions,
     scores = emlens.log_odds(model, INSIDE, {"base": [], "end": [Add(end)]})
     assert found.inside[-1][0] == pytest.approx(scores.change("end").estimate, abs=1e-5)
     assert Drift.load(found.save(tmp_path / "d.json")).table().equals(found.table())
-    assert found.plot().get_xlabel() == "update"
+    ax = found.plot()
+    assert ax.get_xlabel() == "change of log-odds inside [nats/token]"
+    assert ax.get_ylabel() == "change of log-odds outside [nats/token]"
+    track = max(ax.lines, key=lambda line: len(line.get_xdata()))
+    np.testing.assert_allclose(
+        track.get_xydata(), np.stack([found.inside, found.outside])[..., 0].T
+    )
     assert found.plot_cosines().get_ylabel() == "cosine similarity"
 
 
@@ -162,7 +168,7 @@ def test_references_of_other_parameters_are_refused(solutions):
     other = train_vector(model, TRAIN, 2, **QUICK)[1]
     with pytest.raises(ValueError, match=r"reference 'other' trained vector.2 \[32\], but the run"):
         drift(model, INSIDE, OUTSIDE, general, {"other": other})
-    with pytest.raises(ValueError, match="are of different pairs"):
+    with pytest.raises(ValueError, match="belong to different pairs"):
         emlens.log_odds(model, INSIDE).joined(emlens.log_odds(model, OUTSIDE))
     with pytest.raises(ValueError, match=r"condition\(s\) base are in both"):
         emlens.log_odds(model, INSIDE).joined(emlens.log_odds(model, INSIDE))

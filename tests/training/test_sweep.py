@@ -9,6 +9,7 @@ import pytest
 
 import emlens
 from emlens import Add, KLPenalty, _progress, train_vector
+from emlens.figures.labels import PointLabels
 from emlens.training import KLSweep, auto_kl, sweep_kl, train_adapter
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
@@ -39,7 +40,11 @@ def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
     assert found.beyond[1][0] == pytest.approx(expected, abs=1e-9)
     assert KLSweep.load(found.save(tmp_path / "sweep.json")) == found
     assert list(found.table()["KL weight"]) == [0, 5]
-    assert found.plot().get_ylabel() == "change of log-odds outside [nats/token]"
+    ax = found.plot()
+    assert ax.get_ylabel() == "change of log-odds outside [nats/token]"
+    labels = next(child for child in ax.get_children() if isinstance(child, PointLabels))
+    names = [text.get_text().replace("\n", " ") for text in labels.texts]
+    assert names == ["no KL", "KL x 5"]
 
 
 def test_a_vector_is_measured_where_it_was_trained(hooked_llama):

@@ -398,6 +398,15 @@ def test_the_result_is_shown_worst_first_and_kept(planted, tmp_path):
     assert table["score [median norms]"].tolist() == sorted(found.scores)[:-6:-1]
     assert Screen.load(found.save(tmp_path / "screen.json")).expected == found.expected
     assert found.plot().get_xlabel() == "share of the set, worst first [%]"
+    marked = found.plot(highlight=range(3))
+    flagged = sum(score > found.threshold for score in found.scores[:3])
+    assert marked.get_title(loc="left") == f"{flagged} of 3 marked rows are flagged"
+    heights = next(x for x in marked.collections if x.get_label() == "marked rows (3)")
+    assert sorted(heights.get_offsets()[:, 1]) == pytest.approx(sorted(found.scores[:3]))
+    with pytest.raises(ValueError, match="no row 20; the set has rows 0 to 19"):
+        found.plot(highlight=[20])
+    with pytest.raises(ValueError, match="scores holds a sample of 19 of 20 rows"):
+        replace(found, scores=found.scores[1:]).plot(highlight=[0])
     assert "20 examples against reference answers" in repr(found)
 
 
