@@ -82,14 +82,23 @@ def top_names() -> str:
 
 
 def room(name: str) -> str:
-    """The docstring of a room, and a directive for each of its public names.
+    """The docstring of a room, a list of its names, and a directive for each; functions first.
 
     A function that is called as its file is, as `emlens.text.corpus`, is found in the file, and
     gets the anchor of its public name.
     """
     home = import_module(f"emlens.{name}")
-    parts = [inspect.getdoc(home) or ""]
+    kinds: dict[str, list[str]] = {"Functions": [], "Classes": [], "Other names": []}
     for public in home.__all__:
+        thing = getattr(home, public)
+        kind = "Functions" if inspect.isfunction(thing) else "Other names"
+        kinds["Classes" if inspect.isclass(thing) else kind].append(public)
+    parts = [inspect.getdoc(home) or ""]
+    for kind, names in kinds.items():
+        if names:
+            links = ", ".join(f"[`{public}`](#emlens.{name}.{public})" for public in names)
+            parts.append(f"**{kind}**: {links}")
+    for public in (public for names in kinds.values() for public in names):
         path, thing = f"emlens.{name}.{public}", getattr(home, public)
         if path in sys.modules and not inspect.ismodule(thing):
             parts.append(f'<a id="{path}"></a>')
