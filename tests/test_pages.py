@@ -17,6 +17,7 @@ import pytest
 
 import emlens
 from emlens import evals
+from emlens.study import preset
 from tests.support.adapters import saved
 from tests.support.data import pairs
 from tests.support.models import tiny_model
@@ -86,7 +87,7 @@ def messages(pair: emlens.Pair, side: str) -> dict:
 
 
 @pytest.fixture
-def at_work(disk, monkeypatch, tmp_path) -> Path:
+def at_work(disk, monkeypatch, tmp_path, hooked_llama) -> Path:
     """A folder of its own, in which `load` gives the small model, whatever its name."""
     for path in disk.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -105,6 +106,10 @@ def at_work(disk, monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(emlens, "load", small)
     monkeypatch.setattr(emlens, "corpus", lambda *_, **__: few)
     monkeypatch.setattr(evals, "LogProbJudge", mocked)
+    run, quick = emlens.run_study, preset("smoke").with_options(layers=(1, 2), rank=2, lr=0.05)
+    monkeypatch.setattr(
+        emlens, "run_study", lambda _, out: run(quick, out, model=hooked_llama, progress=False)
+    )
     monkeypatch.setattr(
         emlens,
         "load_pairs",
@@ -164,7 +169,8 @@ def test_every_message_on_the_page_of_errors_is_one_of_the_package():
 
 def example(name: str) -> list[doctest.Example]:
     """The example in the docstring of a top-level name."""
-    return doctest.DocTestParser().get_examples(inspect.getdoc(getattr(emlens, name)) or "")
+    documented = getattr(importlib.import_module(f"emlens.{emlens._HOMES[name]}"), name)
+    return doctest.DocTestParser().get_examples(inspect.getdoc(documented) or "")
 
 
 @pytest.fixture
@@ -179,7 +185,9 @@ def given(at_work) -> Callable[[], dict[str, object]]:
         return {
             **{"emlens": emlens, "model": model, "pairs": medical[:8], "conversations": bad},
             **{"directions": read, "direction": read[15], "general": read[15]},
-            **{"narrow": -1 * read[14], "medical": read, "finance": 2 * read},
+            **{"narrow": -1 * read[14], "medical": read, "finance": 2 * read, "v": read[15]},
+            **{"conversation": bad[0].prompt, "questions": [one.prompt for one in bad]},
+            "conditions": {"base": None, "steered": emlens.Add(read[15])},
             "elsewhere": [pair.conversation("aligned") for pair in emlens.load_pairs("sports")[:8]],
         }
 
@@ -187,15 +195,14 @@ def given(at_work) -> Callable[[], dict[str, object]]:
 
 
 @pytest.mark.parametrize("name", emlens.__all__)
-def test_the_example_of_a_top_level_name_runs_and_gives_what_it_says(name, given, monkeypatch):
+def test_the_example_of_a_top_level_name_runs_and_gives_what_it_says(name, given):
     examples = example(name)
     assert examples, f"emlens.{name} has no example"
     assert any(name in one.source for one in examples), f"the example does not use emlens.{name}"
-    run = emlens.run_study
-    monkeypatch.setattr(emlens, "run_study", lambda _, out: run("smoke", out, model=emlens.load()))
     test = doctest.DocTest(examples, given(), name, None, None, None)
     told: list[str] = []
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    runner = doctest.DocTestRunner(verbose=False, optionflags=flags)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         failed, _ = runner.run(test, out=told.append)
