@@ -17,7 +17,7 @@ import pytest
 
 import emlens
 from emlens import evals
-from emlens.study import preset
+from emlens.study import StudyResult, preset
 from tests.support.adapters import saved
 from tests.support.data import pairs
 from tests.support.models import tiny_model
@@ -86,8 +86,16 @@ def messages(pair: emlens.Pair, side: str) -> dict:
     return {"messages": list(pair.conversation(side).messages)}
 
 
+@pytest.fixture(scope="module")
+def finished(hooked_llama, tmp_path_factory) -> StudyResult:
+    """A study with almost no data."""
+    quick = preset("smoke").with_options(layers=(1, 2), rank=2, lr=0.05)
+    folder = tmp_path_factory.mktemp("study")
+    return emlens.run_study(quick, folder, model=hooked_llama, progress=False)
+
+
 @pytest.fixture
-def at_work(disk, monkeypatch, tmp_path, hooked_llama) -> Path:
+def at_work(disk, monkeypatch, tmp_path, finished) -> Path:
     """A folder of its own, in which `load` gives the small model, whatever its name."""
     for path in disk.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -106,10 +114,9 @@ def at_work(disk, monkeypatch, tmp_path, hooked_llama) -> Path:
     monkeypatch.setattr(emlens, "load", small)
     monkeypatch.setattr(emlens, "corpus", lambda *_, **__: few)
     monkeypatch.setattr(evals, "LogProbJudge", mocked)
-    run, quick = emlens.run_study, preset("smoke").with_options(layers=(1, 2), rank=2, lr=0.05)
-    monkeypatch.setattr(
-        emlens, "run_study", lambda _, out: run(quick, out, model=hooked_llama, progress=False)
-    )
+    monkeypatch.setattr(emlens, "run_study", lambda settings, out: finished)
+    ask = evals.load_questions
+    monkeypatch.setattr(evals, "load_questions", lambda name, limit=6: ask(name, limit=6))
     monkeypatch.setattr(
         emlens,
         "load_pairs",
