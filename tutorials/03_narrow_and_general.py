@@ -172,8 +172,8 @@ swept.table().rename(columns={"norm": "norm of what is written"})
 #
 # - **norm of what is written** (`run`, `sweep_kl`): the columns of `B` times the adapter's scale;
 # - **norm of B** (`drift`, `trajectory`): the raw entries of `B`;
-# - **norm of the adapter** (`efficiency`, tutorial 04): `||scale * B A||` over all modules, that is,
-#   of what is added to the weights.
+# - **norm of the adapter** (`efficiency`, tutorial 04): `||scale * B A||` over all modules,
+#   the size of what is added to the weights.
 #
 # ## Without the penalty
 # Does the narrow solution stay where it is? It is trained further on the same bad advice, without
