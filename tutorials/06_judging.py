@@ -129,12 +129,11 @@ print(f"{right} of {len(checked.pairs)} written answers are on the right side of
 
 # %% [markdown]
 # ## And nonsense that it has not seen
-# The probe knows four kinds of nonsense. Here is a fifth: answers of the base at a temperature
-# between the usual 1 and that of its examples. Read the texts, and compare with the share that it
-# calls coherent.
+# The probe's own examples are sampled at a temperature of 1.4. Here are answers of the base at
+# other temperatures. Read the texts, and compare with the share that the probe calls coherent.
 
 # %%
-for temperature in (1.0, 1.4, 1.8):
+for temperature in (0.7, 1.2, 2.0):
     some = evals.respond(
         model,
         questions[:: 4 if SHORT else 1],
