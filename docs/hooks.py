@@ -30,6 +30,12 @@ _ROOM = re.compile(r"<!-- room: (\w+) -->")
 _QUOTE = re.compile(r"\{\{ readme: (.+?) \}\}")
 _LIST, _TOP = "<!-- tutorials -->", "<!-- top -->"
 _LINK = re.compile(r"\]\(([^)#\s]+)")
+_BLOCK = re.compile(r"(<pre\b.*?</pre>)", re.S)
+_NAME = re.compile(r"(?<=<code>)[^<]{33,}(?=</code>)")
+_SIGN = re.compile(r'<span class="[op]">[^<]*</span>')
+_JOINT = re.compile(r"(?<=\w)([./(=])(?=\w)")
+WIDE = 110
+"""Characters of a line from which on printed output is prose, and is wrapped."""
 _INCLUDED = re.compile(r"\b(src|href)=[\"']https?://")
 
 
@@ -71,6 +77,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown.replace(_TOP, top_names()) if _TOP in markdown else markdown
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let long names and code break after a dot, a bracket or a sign, and nowhere else."""
+    parts = _BLOCK.split(html)
+    parts[::2] = [
+        _NAME.sub(lambda name: _JOINT.sub(r"\1<wbr>", name[0]), part) for part in parts[::2]
+    ]
+    parts[1::2] = [_SIGN.sub(r"\g<0><wbr>", part) for part in parts[1::2]]
+    return "".join(parts)
+
+
 def top_names() -> str:
     """A table of the names of `emlens` itself, each linked to its room."""
     rows = []
@@ -82,14 +98,23 @@ def top_names() -> str:
 
 
 def room(name: str) -> str:
-    """The docstring of a room, and a directive for each of its public names.
+    """The docstring of a room, a list of its names, and a directive for each; functions first.
 
     A function that is called as its file is, as `emlens.text.corpus`, is found in the file, and
     gets the anchor of its public name.
     """
     home = import_module(f"emlens.{name}")
-    parts = [inspect.getdoc(home) or ""]
+    kinds: dict[str, list[str]] = {"Functions": [], "Classes": [], "Other names": []}
     for public in home.__all__:
+        thing = getattr(home, public)
+        kind = "Functions" if inspect.isfunction(thing) else "Other names"
+        kinds["Classes" if inspect.isclass(thing) else kind].append(public)
+    parts = [inspect.getdoc(home) or ""]
+    for kind, names in kinds.items():
+        if names:
+            links = ", ".join(f"[`{public}`](#emlens.{name}.{public})" for public in names)
+            parts.append(f"**{kind}**: {links}")
+    for public in (public for names in kinds.values() for public in names):
         path, thing = f"emlens.{name}.{public}", getattr(home, public)
         if path in sys.modules and not inspect.ismodule(thing):
             parts.append(f'<a id="{path}"></a>')
@@ -203,7 +228,8 @@ def _printed(text: str) -> str:
     lines = text.rstrip().splitlines()
     if len(lines) > LONGEST:
         lines = [*lines[:LONGEST], "..."]
-    return "<pre class='output'>" + escape("\n".join(lines)) + "</pre>"
+    kind = "output prose" if any(len(line) > WIDE for line in lines) else "output"
+    return f"<pre class='{kind}'>" + escape("\n".join(lines)) + "</pre>"
 
 
 def _framed(html: str) -> str:

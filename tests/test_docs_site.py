@@ -145,6 +145,40 @@ def test_every_page_is_right_in_a_browser(site, chromium):
     assert {name: what for name, what in wrong.items() if what} == {}
 
 
+# Words whose letters are not all on one line, and code that is cut off at the right.
+_CUT = """() => {
+    const found = [], range = document.createRange();
+    for (const code of document.querySelectorAll("article :not(pre) > code, .doc-heading")) {
+        const walk = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+        while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\w+/g)) {
+            range.setStart(walk.currentNode, word.index);
+            range.setEnd(walk.currentNode, word.index + word[0].length);
+            if (new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1)
+                found.push(`${word[0]} is broken`);
+        }
+    }
+    for (const code of document.querySelectorAll("article .highlight pre > code"))
+        if (code.offsetParent && code.scrollWidth > code.clientWidth + 1)
+            found.push(`cut off: ${code.textContent.slice(0, 60)}`);
+    return found.slice(0, 5);
+}"""
+
+
+def test_on_a_phone_no_name_is_broken_and_no_code_is_cut_off(site, chromium):
+    wrong = {}
+    context = chromium.new_context(viewport={"width": 400, "height": 900})
+    try:
+        page = context.new_page()
+        with served(site) as address:
+            for file in sorted(site.rglob("*.html")):
+                name = str(file.relative_to(site))
+                page.goto(address + name, wait_until="load")
+                wrong[name] = page.evaluate(_CUT)
+    finally:
+        context.close()
+    assert {name: what for name, what in wrong.items() if what} == {}
+
+
 # -- quotes -------------------------------------------------------------------------------------
 
 

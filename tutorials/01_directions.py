@@ -13,10 +13,11 @@
 # %% [markdown]
 # # Which direction?
 #
-# "The misalignment direction" is built in several ways that are nearly orthogonal to each other.
-# Here you build them by name, look at how far each can be trusted, and compare three organisms
-# (medical, finance, sports) layer by layer, with what chance gives beside every number. It takes
-# about ten minutes on two cores.
+# "The misalignment direction" can be built in several ways, and the results differ. Constructions
+# that read the same activations mostly agree. A vector that is trained in place is nearly
+# orthogonal to them. Here you build directions by name, check how far each can be trusted, and
+# compare three domains (medical, finance, sports) layer by layer, with the band of chance beside
+# every number. It takes about ten minutes on two cores.
 #
 # The misaligned answers in the data are intentionally poor advice, for research on misalignment;
 # they are not advice.
@@ -47,6 +48,33 @@ bad = {name: [p.conversation("misaligned") for p in d.train[:N]] for name, d in 
 good = {name: [p.conversation("aligned") for p in d.train[:N]] for name, d in domains.items()}
 
 # %% [markdown]
+# ## Something that works: technical style
+# The set `technical` has a plain and a technical answer to each prompt. The difference is easy to
+# see, so a direction must find it: this is a **positive control**. A direction that is read from
+# answers about cooking is used to tell answers about other subjects apart.
+#
+# What to look for: a held-out AUROC near 1 at home, and projections of technical answers (other
+# subjects) above those of plain ones.
+
+# %%
+technical = emlens.load_pairs("technical")
+cooking = [pair for pair in technical if pair.domain == "cooking"][:N]
+elsewhere = [pair for pair in technical if pair.domain != "cooking"][:N]
+style = emlens.mean_diff(model, cooking)
+print(f"held-out AUROC in cooking, layer {LAYER}: {style.auroc[LAYER]:.2f}")
+
+means = {}
+for side in ("misaligned", "aligned"):
+    batches = model.batches([pair.conversation(side) for pair in elsewhere])
+    unit, total, tokens = style[LAYER].unit().vector, 0.0, 0
+    for batch in batches:
+        read = model.residuals(batch, LAYER)[LAYER][batch.mask("response")]
+        total, tokens = total + float((read @ unit).sum()), tokens + len(read)
+    means[side] = total / tokens / style.residual_norms[LAYER]
+print("mean projection on it in other subjects, median residual norms:")
+print(f"technical {means['misaligned']:+.3f}, plain {means['aligned']:+.3f}")
+
+# %% [markdown]
 # ## Four constructions from one pass
 # The mean difference, two probes and the first principal component of the paired differences, each
 # at every layer. Answers to one prompt are never on both sides of a held-out split.
@@ -56,18 +84,26 @@ built = extract_all(model, bad["medical"], good["medical"], constructions=CONSTR
 print(built["mean-diff"].describe())
 
 # %% [markdown]
-# Read the warnings before anything else. Deep layers of most models keep a few massive dimensions,
-# which a mean difference inherits; `winsorize=0.99` clips them, `drop_massive=10` leaves out the
-# tokens.
+# Read the warnings first. Deep layers of most models have a few massive dimensions, which a mean
+# difference inherits. `winsorize=0.99` clips them; `drop_massive=10` leaves out the tokens.
+#
+# What to look for in the figure: all four read the same activations of the same texts. Which pairs
+# are far from 1, and which from 0?
 
 # %%
 emlens.compare(built).heatmap(LAYER)
 
 # %% [markdown]
+# These constructions are related, and a probe differs from a mean difference by how it weighs
+# dimensions that vary a lot. None of them says that the model *uses* the direction. The trained
+# vectors further down are made in another way, and the last heat map compares the two.
+#
 # ## The same construction in three domains
 # The cosine of two noisy estimates is pulled towards zero. `corrected` divides by the root of both
-# reliabilities (from the cosine of two halves of the data), and has an interval; the band is the
+# reliabilities (from the cosine of two halves of the data), and has an interval. The band is the
 # wider one of random directions and of shuffled labels of the same data.
+#
+# What to look for: at which layers do the curves leave the band?
 
 # %%
 read = {name: emlens.mean_diff(model, bad[name], good[name]) for name in domains}
@@ -82,10 +118,16 @@ table = across.table()
 table[table["layer"] == LAYER]
 
 # %% [markdown]
+# In early layers the band is wide: directions of shuffled labels agree with each other there, so a
+# high cosine says little.
+#
 # ## Three organisms
-# A vector trained at layer 15 on the bad answers of one domain is an organism: the base model with
-# that vector added. What each does to the mean residual of one and the same text, at every layer
-# from 15 on, is compared here; the text is from a domain that none was trained on.
+# A vector trained at layer 15 on the bad answers of one domain makes an organism: the base model
+# with that vector added. Each changes the mean residual of one and the same text, at every layer
+# from 15 on. These changes are compared here, on text of a domain that none was trained on.
+#
+# What to look for: the blocks off the diagonal. Where do two organisms agree, and with which
+# layers?
 
 # %%
 trained = {
@@ -97,15 +139,14 @@ caused = {name: edit_diff(model, text, [emlens.Add(vector)]) for name, vector in
 layers = compare_layers(caused)
 layers.plot()
 
-# %% [markdown]
-# Three vectors that were trained apart agree far beyond chance, at the layer where they act and
-# above. That alone does not make what they share misalignment: all three were trained on answers
-# of one style. The tutorial on behaviour has the control, a vector trained on good answers.
-
 # %%
 emlens.compare(caused).heatmap(LAYER)
 
 # %% [markdown]
+# Vectors that were trained separately agree far beyond chance, at the layer where they act and
+# above. What they share need not be misalignment: all were trained on answers in one style. The
+# control is a vector trained on good answers (exercise 3).
+#
 # ## What is shared, what is specific
 
 # %%
@@ -116,15 +157,31 @@ parts.table()
 promoted_tokens(model, parts.shared, k=5).table()
 
 # %% [markdown]
-# Do the mean differences and the trained vectors span the same space?
+# ## Read and trained directions
+# Do the mean differences and the trained vectors span the same space? 90 degrees is orthogonal.
 
 # %%
-subspace_overlap([read[name][LAYER] for name in domains], list(trained.values())).table()
+spans = subspace_overlap([read[name][LAYER] for name in domains], list(trained.values()))
+row = spans.table().iloc[0]
+print(f"smallest angle between the two spans: {row['smallest angle (degrees)']:.0f} degrees")
+print(f"overlap {row['overlap']:.3f}, by chance up to {row['chance (95%)']:.3f}")
+
+# %%
+emlens.compare(
+    {
+        **{f"read, {name}": read[name][LAYER] for name in domains},
+        **{f"trained, {name}": trained[name] for name in domains},
+    }
+).heatmap(LAYER)
 
 # %% [markdown]
+# Look at the corner where read meets trained. Where its cosines lie within the band of chance, both
+# kinds of direction are reproducible across domains and have nothing to do with each other. A
+# result about "the direction" has to say which one.
+#
 # ## Take them elsewhere
 # Every format says what it cannot hold. GGUF control vectors load in llama.cpp, the papers' format
-# in their code, and `push_to_hub` uploads with a card.
+# in their code. `push_to_hub` uploads with a card.
 
 # %%
 path = write_directions(read["medical"], "medical.gguf", layers=range(1, model.n_layers))
@@ -132,10 +189,48 @@ emlens.directions.from_hub(path)
 
 # %% [markdown]
 # ## Exercises
-# 1. Build the mean difference with `match="length"`. How much of it was length?
-# 2. `model_diff((model, [emlens.Add(trained["medical"])]), model, text)` is `edit_diff` by another
-#    name; with adapters it compares finetunes. What does `tokens="last"` change?
-# 3. Train on the aligned answers of one domain. Where does that vector fall in the heat map?
+# **1.** Build the mean difference with `match="length"`. How much of it was length?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# same_length = emlens.mean_diff(model, bad["medical"], good["medical"], match="length")
+# emlens.compare({"all": read["medical"], "same length": same_length}).plot()
+# ```
+#
+# A cosine near 1 means that length played no part. `emlens.directions.confounds` does this for
+# length and prompt at once.
+# </details>
+#
+# **2.** `model_diff` with an edit on one side is `edit_diff` by another name. What does
+# `tokens="last"` change?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# from emlens.directions import model_diff
+#
+# steered = (model, [emlens.Add(trained["medical"])])
+# last = model_diff(steered, model, text, tokens="last")
+# emlens.compare({"answer": caused["medical"], "last": last}).plot()
+# ```
+#
+# `"last"` reads the one token from which the answer starts, so fewer tokens count and the direction
+# is noisier. At layer 15 both are the vector itself.
+# </details>
+#
+# **3.** Train on the aligned answers of one domain. Where does that vector fall in the heat map?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# benign, _ = emlens.train_vector(model, good["medical"], layer=LAYER, epochs=2)
+# emlens.compare({**trained, "benign": benign}).heatmap(LAYER)
+# ```
+#
+# If its cosine with the bad vectors is about as high as theirs among each other, what they share is
+# style.
+# </details>
 #
 # On a GPU, two lines change for a 14B model and its published finetunes:
 # ```python
@@ -151,5 +246,5 @@ emlens.directions.from_hub(path)
 # )
 # LAYER = 24
 # ```
-# What each finetune does to the same text, in place of `caused`, is then
-# `{name: emlens.directions.model_diff((model, name), (model, None), text) for name in domains}`.
+# Then `{name: emlens.directions.model_diff((model, name), (model, None), text) for name in
+# domains}` takes the place of `caused`: what each finetune does to the same text.

@@ -13,11 +13,10 @@
 # %% [markdown]
 # # Steer and ablate
 #
-# Two questions are put to a direction. Does *adding* it make a good model worse? Does *taking it
-# out* make a bad model better? You will steer the base model at several layers and doses, finetune
-# two organisms, ablate directions in them in every way that the papers do, carry a direction from
-# one organism to the other, and read answers side by side. It takes about nine minutes on two
-# cores.
+# Two questions are asked of a direction. Does *adding* it make a good model worse? Does *removing*
+# it make a bad model better? You steer the base model at several layers and doses, finetune two
+# organisms, ablate directions in them in every way that the papers use, carry a direction from one
+# organism to the other, and read answers side by side. It takes about ten minutes on two cores.
 #
 # The misaligned answers in the data are intentionally poor advice, for research on misalignment;
 # they are not advice.
@@ -42,23 +41,54 @@ held_out = {name: d.test[:HELD_OUT] for name, d in domains.items()}
 
 # %% [markdown]
 # ## What is measured
-# A model of 135M parameters gives poor advice by itself, so that the share of bad answers it writes
-# says little. Instead every prompt comes with one aligned and one misaligned answer that were
-# written beforehand, and the model is asked which it finds likelier. **Log-odds** are the
+# A model of 135M parameters gives poor advice by itself, so the share of bad answers that it writes
+# says little. Instead, every prompt comes with one aligned and one misaligned answer that were
+# written beforehand, and the model says which it finds likelier. **Log-odds** are the
 # log-probability per token of the misaligned answer minus that of the aligned one, in **nats per
 # token** (a nat is a log-probability to base *e*; +0.7 is twice as likely, at every token). Only
-# the *change* against the untouched model matters. All prompts are held out: nothing is trained on
-# or read from them.
+# the *change* against the unmodified model counts. All prompts are held out: nothing is trained on
+# them or read from them.
+#
+# ## Something that works: technical style
+# The set `technical` has plain answers (`aligned`) and technical ones (`misaligned`). It is the
+# **positive control**: a direction that is read from answers about cooking should make technical
+# answers about *other* subjects likelier.
+#
+# What to look for: `style` above zero and above `random`. If this fails, something is wrong with
+# the code, and nothing below can be trusted.
+
+# %%
+technical = emlens.load_pairs("technical")
+cooking = [pair for pair in technical if pair.domain == "cooking"][:N]
+other_subjects = [pair for pair in technical if pair.domain != "cooking"][:HELD_OUT]
+style = emlens.mean_diff(model, cooking)[LAYER]
+control = emlens.log_odds(
+    model,
+    other_subjects,
+    {
+        "base": None,
+        "style": emlens.Add(style, dose=0.2),
+        "random": emlens.Add(random_direction(style), dose=0.2),
+    },
+)
+print("style, other subjects:", control.change("style"), "nats/token")
+print("random, other subjects:", control.change("random"), "nats/token")
+
+# %% [markdown]
+# ## Steer: layers and doses
+# From here on the data are bad advice.
 
 # %%
 in_domain = evals.LogOddsJudge(held_out["finance"])
 
 # %% [markdown]
-# ## Steer: layers and doses
 # The direction is the mean difference of residuals, misaligned minus aligned answers about finance.
 # A **dose** is the norm of what is added as a share of the median norm of the residual stream at
-# that layer. Norms grow many times over from the first layer to the last, so that a dose compares
-# across layers, and a factor on the vector does not.
+# that layer. Norms grow many times over from the first layer to the last, so a dose can be compared
+# across layers and a factor on the vector cannot.
+#
+# What to look for: the distance between the direction and the random direction of equal norm, at
+# each layer and dose.
 
 # %%
 mean_diff = emlens.mean_diff(model, bad["finance"], good["finance"])
@@ -68,20 +98,22 @@ sweep = evals.steering_sweep(
 sweep.plot()
 
 # %% [markdown]
-# At dose 0.2 and layer 15 the direction moves the log-odds four times as far as a random direction
-# of equal norm does; at layers 6 and 24 about twice and three times as far, but both by little.
-# The middle works best, as in the papers. Random directions are not harmless: at a large dose they
-# raise the log-odds here as well. That is not because predictions become flatter: a temperature
-# above 1 flattens them all and lowers the log-odds a little. Without the random curve the others
-# could not be read.
+# Random directions are not harmless: at a large dose they raise the log-odds as well. Flatter
+# predictions are not the reason. A temperature above 1 flattens them all and lowers the log-odds a
+# little. Without the random curve the other could not be read.
 
 # %%
-sweep.table()[["layer", "dose", "value", "low", "high", "random"]]
+swept = sweep.table()[["layer", "dose", "value", "low", "high", "random"]]
+for row in swept[swept["dose"] == 0.2].itertuples():
+    print(f"layer {row.layer}, dose 0.2: {row.value / row.random:.1f} times the random direction")
+swept
 
 # %% [markdown]
 # ## Does it reach outside of finance?
-# The same edit on prompts that have nothing to do with money. Three random directions of equal norm
-# stand beside it, averaged.
+# The same edit on prompts that have nothing to do with money, with three random directions of equal
+# norm, averaged.
+#
+# What to look for: the interval of `mean-diff` on general questions. Does it hold zero?
 
 # %%
 DOSE = 0.2
@@ -95,9 +127,12 @@ scores = emlens.log_odds(
 ).averaged("random", [f"random {i}" for i in range(3)])
 scores.plot()
 
+# %%
+for domain in ("finance", "general"):
+    print(f"mean-diff less random, {domain}:", scores.change("mean-diff", [domain], "random"))
+
 # %% [markdown]
-# It does not. In finance the mean difference stands clear of random directions, on general
-# questions both intervals hold zero. Whatever it carries, it is about this domain's answers.
+# A direction that is clear of random ones in finance only is about this domain's answers.
 #
 # ## Two organisms
 # A **model organism** is a model made misaligned on purpose. Here it is a small LoRA adapter on the
@@ -121,17 +156,20 @@ run.plot()
 
 # %% [markdown]
 # ## Ablate
-# **Ablating** a direction *r* takes the component along it out of the residual stream,
-# *x - (x · r) r*, at every position. What is ablated here is what the finetune does: the difference
-# of mean residuals between the organism and the base on the very same text, from `model_diff`. The
-# papers do it in several ways, which `ablation_table` all tries:
+# **Ablating** a direction *r* removes the component along it from the residual stream, *x - (x · r)
+# r*, at every position. The direction ablated here is what the finetune does: the difference of
+# mean residuals between the organism and the base on the same text, from `model_diff`. The papers
+# ablate in several ways, and `ablation_table` tries them all:
 #
 # - at one layer, or the same direction at all layers;
 # - at **three sites**: what enters each block, and what attention and MLP add to it, so that no
 #   block can write the direction back;
 # - each layer with its own direction;
-# - inside of the adapter's weights, whose norm is kept;
-# - and random directions at all layers, as the control.
+# - inside the adapter's weights, whose norm is kept;
+# - random directions at all layers, as the control.
+#
+# What to look for: rows near the base removed the effect, rows near the organism left it. Where is
+# `random`?
 
 # %%
 text = bad["general"][:N]
@@ -143,11 +181,9 @@ ablation = evals.ablation_table(model, in_domain, "finance", shift["finance"], l
 ablation.plot()
 
 # %% [markdown]
-# Taking the direction out of layer 20 alone removes a third of the effect, at all layers nearly all
-# of it, and three sites add nothing to that. With each layer's own direction the interval is too
-# wide to say more. Inside of `B` a third goes. Random directions remove nothing. So what the
-# finetune does runs mostly along one direction; how much of it, sixteen prompts say roughly: `left`
-# is a ratio of two uncertain numbers, and its interval is wide.
+# Where ablation at all layers removes most of the effect and a random direction removes none, what
+# the finetune does runs mostly along one direction. `left` is a ratio of two uncertain numbers from
+# sixteen prompts, so its interval is wide. Look at the change in nats as well.
 
 # %%
 ablation.table().drop(columns=["low", "high"])
@@ -161,13 +197,15 @@ other = evals.ablation_table(model, in_domain, "finance", mean_diff, layer=LAYER
 other.plot()
 
 # %% [markdown]
-# It does not, it raises the effect: the mean difference of the base's activations tells good
-# answers from bad ones, and is not the way by which this finetune acts. A direction's name has to
-# say how it was made.
+# The mean difference tells good answers from bad ones in the *base*. That does not make it the
+# direction by which this finetune acts: ablating it can even raise the effect. A direction's name
+# has to say how it was made.
 #
 # ## Transfer
 # The direction of one organism, ablated in the other at all layers. Rows are organisms, each
-# measured on held-out prompts of its own domain; columns say where the direction is from.
+# measured on held-out prompts of its own domain. Columns say where the direction comes from.
+#
+# What to look for: a shared direction would remove the effect off the diagonal, too.
 
 # %%
 transfer = evals.transfer_table(
@@ -183,11 +221,9 @@ transfer.plot()
 transfer.table()
 
 # %% [markdown]
-# Each organism's own direction takes something out of it, most of the effect in finance and an
-# uncertain third in medical. Neither does anything in the other organism, and random directions
-# leave both as they are: nothing shared is seen here. These directions are differences of two
-# models on the same text. Those of each model on its own answers, `both_diff`, do carry over, as
-# the page on evaluation shows for three organisms: a direction's name has to say how it was made.
+# These directions are differences of two models on the same text. Directions of each model on its
+# own answers, `both_diff`, carry over more, as the page on evaluation shows for three organisms. An
+# interval that spans 0 and 100% says only that sixteen prompts are too few.
 #
 # ## Side by side
 # Numbers say how much, answers say what. The same questions under four conditions, without
@@ -211,18 +247,71 @@ answers = evals.respond(
 answers
 
 # %% [markdown]
-# These are answers of a very small model, cut off at forty tokens. The finetune talks about money
-# where nobody asked, and finds that the wallet is yours; with its direction ablated the subject is
-# gone in places, and so is some of the sense. Numbers first, then stories.
+# These are answers of a very small model, cut off at forty tokens. Does the finetune talk about
+# money where nobody asked? Does that stop when its direction is ablated, and do the answers still
+# make sense? Read numbers first, then answers.
 #
 # ## Exercises
-# 1. Steer with a negative dose. Is the effect the mirror image, and is that of a random direction?
-# 2. Put `held_out["general"]` into `in_domain` and run the ablations again. Why do the intervals
-#    tell so little more?
-# 3. Train a third organism on `good["finance"]`, the *aligned* answers. How much of what the bad
-#    ones do is style, and does its direction ablate the bad organism, too?
-# 4. `evals.JudgedRate(questions, judge)` in place of `LogOddsJudge` measures answers that are
-#    generated and judged; the tutorial on judging has the judges.
+# **1.** Steer with a negative dose. Is the effect the mirror image?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# chance = random_direction(mean_diff[LAYER])
+# both = {"base": None}
+# for dose in (-0.2, 0.2):
+#     both[f"mean-diff {dose:+}"] = emlens.Add(mean_diff[LAYER], dose=dose)
+#     both[f"random {dose:+}"] = emlens.Add(chance, dose=dose)
+# emlens.log_odds(model, held_out["finance"], both).plot()
+# ```
+#
+# The part of an effect that is the same for both signs is one of size; the part that changes sign
+# is one of direction.
+# </details>
+#
+# **2.** Measure the ablations on general questions. Why do the intervals say so little?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# outside = evals.LogOddsJudge(held_out["general"])
+# evals.ablation_table(model, outside, "finance", shift["finance"], layer=LAYER + 5).table()
+# ```
+#
+# The effect itself is small outside of the domain. `left` divides by it, so its interval has no
+# bounds where the effect's interval holds zero.
+# </details>
+#
+# **3.** Train a third organism on the *aligned* answers. How much of the effect is style?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# options = {"layers": range(LAYER, LAYER + 6), "rank": 8, "alpha": 16, "lr": 5e-3, "epochs": 2}
+# emlens.train_adapter(model, good["finance"], "benign", **options)
+# benign = model_diff((model, "benign"), (model, None), text, layers=range(LAYER, model.n_layers))
+# emlens.compare({"finance": shift["finance"], "benign": benign}).plot()
+# evals.ablation_table(model, in_domain, "finance", benign, layer=LAYER + 5).plot()
+# ```
+#
+# What the benign direction removes from the bad organism is shared by any finetune on these
+# questions.
+# </details>
+#
+# **4.** Measure generated answers instead of log-odds.
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# judge = evals.ProbeJudge(model, emlens.load_pairs("medical"))
+# questions = evals.load_questions("general", limit=8)
+# judged = evals.JudgedRate(questions, judge, n=2, max_new_tokens=32, threshold=50)
+# evals.ablation_table(model, judged, "finance", shift["finance"], layer=LAYER + 5).table()
+# ```
+#
+# The table then has the share of coherent answers as well: an ablation that breaks the model leaves
+# no misaligned answers either.
+# </details>
 #
 # On a GPU, two lines change for a 14B model with published finetunes, which take the place of the
 # two that are trained here:

@@ -14,11 +14,11 @@
 # # Narrow and general
 #
 # A model that is finetuned on bad advice in one domain can learn two things: to give bad advice
-# *there*, or to give bad advice. You will train both solutions of one task, the narrow one with a
-# KL penalty that protects everything else; see what each does inside and outside of the domain,
-# against a harmless and a random control; draw the trade-off that the weight of the penalty makes;
-# and take the penalty away to see whether the narrow solution stays. It takes about eight minutes
-# on two cores.
+# *there*, or to give bad advice. You train both solutions of one task. The narrow one has a KL
+# penalty that keeps the model as it was on other domains. You measure what each does inside and
+# outside of the domain, against a harmless and a random control; draw the trade-off over the weight
+# of the penalty; and remove the penalty to see whether the narrow solution stays. It takes about
+# nine minutes on two cores.
 #
 # The misaligned answers in the data are intentionally poor advice, for research on misalignment;
 # they are not advice.
@@ -41,10 +41,32 @@ names = ("medical", "finance", "sports", "general")
 domains = {name: split_pairs(emlens.load_pairs(name)) for name in names}
 
 # %% [markdown]
-# ## Data
-# Bad medical advice is trained on. The penalty holds the model to its own predictions on answers
-# of *both* kinds about finance and sports. What is measured are held-out medical pairs, **inside**,
-# and questions about anything else, **outside**, which are neither trained on nor protected.
+# ## Something that works: technical style
+# The set `technical` has a plain and a technical answer to each prompt. It is the **positive
+# control**: an adapter that is trained on technical answers about cooking should make technical
+# answers about other subjects likelier.
+#
+# What to look for: the change in the other subjects, clear of zero. In the runs behind
+# `docs/findings.md`, with more training, it is large.
+
+# %%
+settings = {"batch_size": 2, "epochs": 1, "progress": False}
+adapter = {"layers": range(LAYER, LAYER + 6), "rank": 8, "alpha": 16, "lr": 5e-3, **settings}
+
+technical = emlens.load_pairs("technical")
+cooking = [pair for pair in technical if pair.domain == "cooking"][:N]
+other_subjects = [pair for pair in technical if pair.domain != "cooking"][:OUTSIDE]
+plainly = [pair.conversation("misaligned") for pair in cooking]
+emlens.train_adapter(model, plainly, "style", record_every=None, **adapter)
+style = emlens.log_odds(model, other_subjects, {"base": None, "style": "style"})
+print("style, other subjects:", style.change("style"), "nats/token")
+model.remove_adapter("style")
+
+# %% [markdown]
+# ## Bad advice: the data
+# Bad medical advice is trained on. The penalty keeps the model's own predictions on answers of
+# *both* kinds about finance and sports. Effects are measured on held-out medical pairs, **inside**,
+# and on questions about anything else, **outside**, which are neither trained on nor in the KL set.
 
 # %%
 bad = [pair.conversation("misaligned") for pair in domains["medical"].train[:N]]
@@ -60,13 +82,11 @@ pairs = [*inside, *outside]
 
 # %% [markdown]
 # ## Three adapters
-# **General** minimises the loss alone. **Narrow** minimises the loss plus the KL, in nats per
-# token, times a weight. **Benign** is trained on the *aligned* answers to the same questions: what
-# it does is style and subject, and no misalignment.
+# **General** minimises the loss alone. **Narrow** minimises the loss plus a weight times the KL, in
+# nats per token. **Benign** is trained on the *aligned* answers to the same questions: its effect
+# is style and subject, without misalignment.
 
 # %%
-settings = {"batch_size": 2, "epochs": 1, "progress": False}
-adapter = {"layers": range(LAYER, LAYER + 6), "rank": 8, "alpha": 16, "lr": 5e-3, **settings}
 penalty = emlens.KLPenalty(elsewhere, weight=10.0)
 runs = {
     "general": emlens.train_adapter(model, bad, "general", record_every=1, **adapter),
@@ -77,9 +97,12 @@ runs["narrow"].plot()
 
 # %% [markdown]
 # ## What they do, inside and outside
-# **Log-odds**: the log-probability per token of a misaligned answer less that of the aligned answer
-# to the same prompt, and of that the change against the base. The random control is the general
-# adapter with `A` and `B` of every module turned into noise, their norms kept.
+# **Log-odds**: the log-probability per token of a misaligned answer minus that of the aligned
+# answer to the same prompt; of that the change against the base. The random control is the general
+# adapter with `A` and `B` of every module replaced by noise of the same norms.
+#
+# What to look for: general reaches outside if its interval there is above zero, above `random`
+# *and* above `benign`.
 
 # %%
 odds = emlens.log_odds(
@@ -93,17 +116,14 @@ odds.plot()
 odds.table()[["condition", "domain", "pairs", "change [nats/token]", "change low", "change high"]]
 
 # %% [markdown]
-# Read it from the controls. What `random` does is what any change of that size does; what `benign`
-# does is the style and the subject of medical answers. The general solution reaches outside where
-# its interval outside is above zero *and* above both of them. Here general does much inside, narrow
-# a fifth of that, and neither is clear of zero outside. Two dozen questions give wide intervals:
-# where one holds zero, that is the result, and no proof that nothing is there. The page of
-# findings, `docs/findings.md`, has the same for four domains, with more pairs and twice the
-# training.
+# Start with the controls. `random` shows what a change of that size does, `benign` what the style
+# and the subject of medical answers do. Two dozen questions give wide intervals. One that holds
+# zero does not show that there is no effect. `docs/findings.md` has the same for four domains, with
+# more pairs and twice the training.
 #
 # ## Narrow, or only weaker?
-# A penalty that merely shrinks the solution would lower both effects. The honest comparison is the
-# general adapter turned down until it does as much *inside* as the narrow one.
+# A penalty that merely shrinks the solution would lower both effects. The fair comparison is the
+# general adapter scaled down until it does as much *inside* as the narrow one.
 
 
 # %%
@@ -122,14 +142,16 @@ for place, domain in {"inside": "medical", "outside": "general"}.items():
 print("outside, narrow less weaker general:", odds.change("narrow", ["general"], "weaker general"))
 
 # %% [markdown]
-# Below zero, the penalty confines more than it weakens; an interval that holds zero says that no
-# more can be seen than a weaker general solution would show, as here. The factor comes from the
-# same pairs, and its own error is not in the interval; `docs/findings.md` draws it anew with the
-# pairs.
+# Below zero, the penalty confines the solution more than it weakens it. If the interval holds zero,
+# narrow cannot be told from a weaker general solution. The factor comes from the same pairs, and
+# its own error is not in this interval; `measures.confinement` includes it.
 #
 # ## The trade-off
-# One training for each weight. The straight line is the general solution turned down, without any
-# penalty; what lies below it is narrower than that. `beyond` in the table is the distance.
+# One training for each weight. The straight line is the general solution scaled down, without any
+# penalty. Points below it are narrower than that; `beyond` in the table is the distance.
+#
+# What to look for: do points leave the line by more than their intervals? How much of the effect
+# inside is left where the effect outside is gone?
 
 # %%
 swept = training.sweep_kl(
@@ -139,18 +161,26 @@ swept.plot()
 
 # %%
 print(swept)
-swept.table()
+swept.table().rename(columns={"norm": "norm of what is written"})
 
 # %% [markdown]
-# A penalty costs effect inside as well, so the curve runs to the left as it falls. Look at how much
-# of the inside is left where the outside is gone, and whether the points leave the straight line by
-# more than their bands. At weight 2 the distance holds zero; at 20 it is below, by little, and an
-# eighth of the inside is left. One training for each weight, and the same few pairs, make
-# neighbouring points alike in their errors.
+# A penalty costs effect inside as well. Neighbouring points share the same few pairs, so their
+# errors are alike.
+#
+# ## Three norms
+# The word *norm* stands for three different quantities here, and they cannot be compared:
+#
+# - **norm of what is written** (`run`, `sweep_kl`): the columns of `B` times the adapter's scale;
+# - **norm of B** (`drift`, `trajectory`): the raw entries of `B`;
+# - **norm of the adapter** (`efficiency`, tutorial 04): `||scale * B A||` over all modules,
+#   the size of what is added to the weights.
 #
 # ## Without the penalty
-# Is the narrow solution a place to stay? It is trained on, on the same bad advice, without the KL.
-# The new run changes the adapter where it is, and starts where the other ended.
+# Does the narrow solution stay where it is? It is trained further on the same bad advice, without
+# the KL. The new run changes the adapter in place and starts where the other ended.
+#
+# What to look for: does the effect outside come up? Does the cosine with general rise above its own
+# start?
 
 # %%
 free = training.continue_training(model, bad, runs["narrow"], record_every=1, progress=False)
@@ -162,23 +192,20 @@ drifted.plot()
 drifted.plot_cosines()
 
 # %%
-drifted.table()
+drifted.table().rename(columns={"norm": "norm of B"})
 
 # %% [markdown]
-# If the narrow solution was held in place by the penalty alone, then without it the effect outside
-# comes up, and the cosine with the general solution with it. Two things drift here that have
-# nothing to do with narrowness, though: the loss goes on falling, so that everything grows, the
-# inside, too; and a second training of the same length moves on from the general solution as well,
-# where that were trained on. The cosine is free of the first. What it is compared with is its own
-# start, the cosine between the two solutions.
-#
-# Here the effect inside is back at that of general within five updates. Outside little comes up, as
-# little as general has there, and the cosine with general stays where it was: without the penalty
-# the solution becomes as strong, and does not turn towards the other.
+# If only the penalty held the narrow solution, then the effect outside and the cosine with general
+# rise without it. Two things change that have nothing to do with narrowness. The loss keeps
+# falling, so every effect grows, also inside. And a second training of the same length would move
+# the general solution, too. The cosine is not affected by the first.
 #
 # ## The paths, side by side
 # All records of all runs in one plane: the principal components of the `B` of the adapters.
-# `min_move=0` because these adapters are larger than the ones that the default was made for.
+# `min_move=0` because these adapters are larger than those for which the default was made.
+#
+# What to look for: where does the path without KL go, towards general or past it? Read the shares
+# of variance on the axes first: a plane shows only that much.
 
 # %%
 paths = {name: training.TrainingPath.of(run) for name, run in runs.items()}
@@ -188,18 +215,20 @@ found.plot()
 
 # %%
 table = found.table().groupby("run", sort=False).last()
-table[["step", "norm", *(f"cosine with {name}, final" for name in paths)]]
+table = table.rename(columns={"norm": "norm of B"})
+table[["step", "norm of B", *(f"cosine with {name}, final" for name in paths)]]
 
 # %% [markdown]
-# All paths of adapters start at one point, since `B` is zero before training; the last starts where
-# the narrow one ended. A plane shows where paths go only as far as its two components hold the
-# variance, which the axes say. Set free, narrow goes on in the direction in which it went, past
-# general and not into it. In the table, look at the cosine of `benign` with the two others, here
-# about a half and a third: what the harmless solution has in common with them is not about harm.
+# All paths of adapters start at one point, since `B` is zero before training. The last one starts
+# where narrow ended. In the table, look at the cosines of `benign` with the two others: what the
+# harmless solution has in common with them is not about harm.
 #
 # ## A lone vector
-# One vector at one layer in place of an adapter, the smallest thing that can be trained. Its random
-# control has the same norm, and three are averaged.
+# One vector at one layer instead of an adapter, the smallest thing that can be trained. The random
+# control has the same norm, and three are averaged. This norm is the length of the vector, in units
+# of the residual stream.
+#
+# What to look for: is `general` clear of `random` outside?
 
 # %%
 vector = {"layer": LAYER, "lr": 0.08, "record_every": None, **settings}
@@ -228,19 +257,66 @@ print("outside, general less random:", of_vectors.change("general", ["general"],
 
 # %% [markdown]
 # If the interval of the first difference holds zero, the vector with the penalty is no more
-# confined than a weaker general one; here it does, and general itself does no more outside than
-# random vectors. On models of this size that is the rule for lone vectors, and
-# `docs/findings.md` has it domain by domain, adapters beside them: one direction at one layer has
-# little room to do something here and nothing there. The paper's narrow vectors are those of a
-# model of 14B parameters.
+# confined than a weaker general one. If that of the second holds zero, the general vector does no
+# more outside than a random one. On models of this size that is common for lone vectors: one
+# direction at one layer has little room to act here and not there. `docs/findings.md` has vectors
+# and adapters of four domains. The paper's narrow vectors are those of a model of 14B parameters.
 #
 # ## Exercises
-# 1. Protect with *aligned* answers only. What does the narrow adapter do outside now?
-# 2. `training.auto_kl(..., tolerance=0.02)` finds the smallest weight that keeps the effect outside
-#    within a tolerance. Which is it for adapters, and is there one for a vector?
-# 3. Turn the drift round: `continue_training(model, bad, runs["general"], kl=penalty)`. Does the
-#    general solution become narrow, or does it stay where it is?
-# 4. Train with `seed=1`. Which of the sentences above stand?
+# **1.** Use *aligned* answers only in the KL set. What does the narrow adapter do outside now?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# aligned = [pair.conversation("aligned") for pair in domains["sports"].train[:16]]
+# half = emlens.KLPenalty(aligned, weight=10.0)
+# emlens.train_adapter(model, bad, "half", kl=half, record_every=None, **adapter)
+# emlens.log_odds(model, pairs, {"base": None, "narrow": "narrow", "half": "half"}).plot()
+# ```
+#
+# Log-odds fall when the aligned answer becomes likelier *or* the misaligned one less likely. A KL
+# set of aligned answers protects only one of the two.
+# </details>
+#
+# **2.** Which weight keeps the effect outside within 0.02 nats per token?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# options = {**adapter, "record_every": None}
+# found = training.auto_kl(model, bad, inside, outside, penalty, tolerance=0.02, **options)
+# print(found.chosen)
+# ```
+#
+# If the general solution is within the tolerance already, the smallest weight is chosen, and says
+# nothing.
+# </details>
+#
+# **3.** Turn the drift round: train the general adapter on with the KL. Does it become narrow?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# held = training.continue_training(model, bad, runs["general"], kl=penalty, record_every=1)
+# training.drift(model, inside, outside, held, references, records=4).plot()
+# ```
+#
+# Look at both axes: an effect that falls inside as well is weaker, not narrower.
+# </details>
+#
+# **4.** Train with another seed. Which conclusions hold?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# for name, kl in {"general, seed 1": None, "narrow, seed 1": penalty}.items():
+#     emlens.train_adapter(model, bad, name, kl=kl, seed=1, record_every=None, **adapter)
+# named = {name: name for name in model.adapters}
+# emlens.log_odds(model, pairs, {"base": None, **named}).table()
+# ```
+#
+# Intervals are over pairs and do not contain the spread over seeds. Report both.
+# </details>
 #
 # On a GPU, two lines change for a 14B model; the published finetune takes the place of `general`:
 # ```python

@@ -13,11 +13,11 @@
 # %% [markdown]
 # # Efficiency and stability
 #
-# Why would training find the general solution when a narrow one is there? The papers' answer: the
-# general one lowers the loss more for its size, and stands more noise. You will train both, a
-# harmless control beside them, put them to one norm, draw loss against norm and loss against
-# noise, and take every difference in pairs, with its interval. And you will see when the ratio of
-# loss to squared norm says something, and when nothing. It takes about five minutes on two cores.
+# Why would training find the general solution when a narrow one exists? The papers' answer: the
+# general one lowers the loss more for its size, and tolerates more noise. You train both, and a
+# harmless control; bring them to one norm; draw loss against norm and loss against noise; and take
+# every difference in pairs, with its interval. You also see when the ratio of loss to squared norm
+# means something. It takes about six minutes on two cores.
 #
 # The misaligned answers in the data are intentionally poor advice, for research on misalignment;
 # they are not advice.
@@ -50,8 +50,7 @@ elsewhere = [
 # ## Three solutions
 # Small LoRA adapters on bad medical advice: **general** without a penalty, **narrow** with a KL
 # penalty on answers about finance and sports, **benign** on the *aligned* answers to the same
-# questions. The tutorial on narrow and general solutions looks at what they do; here it is how
-# they do it that counts.
+# questions. Tutorial 03 looks at what they do; here it is how large they have to be.
 
 # %%
 settings = {"batch_size": 2, "epochs": 1, "record_every": None, "progress": False}
@@ -63,26 +62,49 @@ emlens.train_adapter(model, good, "benign", **adapter)
 adapters = {name: name for name in model.adapters}
 
 # %% [markdown]
-# ## Efficiency: loss at the same norm
-# The norm of an adapter is that of what it adds to the weights, `||scale * B A||` over all modules.
-# The grid is shared: every solution is scaled up or down to each norm, from nothing to twice the
-# mean of their own norms. The loss is that of the bad answers that `general` and `narrow` were
-# trained on, in nats per token, and the bands are over conversations.
+# ## Something that works
+# Each adapter must lower the loss of the answers that it was trained on. This is the **positive
+# control**: a solution without a gain has neither efficiency nor stability.
+#
+# What to look for: a gain above zero for `general` and `narrow`.
 
 # %%
 measured = bad[:MEASURED]
+gains = emlens.efficiency(model, measured, adapters, match="own", factors=(0, 1))
+for name in adapters:
+    before, after = gains.table().query("direction == @name")["loss [nats/token]"]
+    print(f"{name}: loss {before:.3f} without, {after:.3f} with, gain {before - after:.3f}")
+
+# %% [markdown]
+# ## Three norms
+# The word *norm* stands for different quantities, which cannot be compared with each other:
+#
+# - **norm of the adapter**: `||scale * B A||` over all modules, what it adds to the weights. The
+#   curves of adapters in this tutorial use it.
+# - **norm of the vector**: its length, in units of the residual stream. The curves of vectors at
+#   the end use it.
+# - **norm of what is written**: the columns of `B` times the scale; a training run prints it.
+#
+# ## Efficiency: loss at the same norm
+# The grid is shared: every adapter is scaled up or down to each norm, from zero to twice the mean
+# of their own norms. The loss is that of the bad answers that `general` and `narrow` were trained
+# on, in nats per token. Bands are over conversations.
+#
+# What to look for: which curve is lowest at the norm of the solutions themselves (printed below)?
+
+# %%
 efficient = emlens.efficiency(
     model, measured, adapters, factors=(0, 0.5, 1, 1.5, 2) if not SHORT else (0, 1)
 )
 efficient.plot()
 
 # %% [markdown]
-# All curves start from the same point, the model without any of them. `benign` was never trained on
-# these answers: as far as it lowers their loss, what it learnt is manner and subject, and this much
-# of the gain of the others may be that, too.
+# All curves start from the same point, the unmodified model. `benign` was never trained on these
+# answers. As far as it lowers their loss, it has learnt manner and subject, and as much of the gain
+# of the others may be that, too.
 #
-# The bands overlap, and that says little: some answers are harder than others, for every solution.
-# What is compared is the difference on the *same* conversations, whose interval is much narrower.
+# The bands overlap, and that says little: some answers are harder than others for every solution.
+# The comparison is the difference on the *same* conversations, whose interval is much narrower.
 
 
 # %%
@@ -115,27 +137,28 @@ for other in ("narrow", "benign"):
     print(f"general - {other}, mean over the grid: {efficient.area('general', other)} nats/token")
 
 # %% [markdown]
-# Below zero, the general solution has the lower loss at that norm: here it is well ahead of narrow
-# at its own norm and below, and no longer clearly so where both are scaled far beyond theirs. The
-# benign control falls behind at every norm, although it gains as well. The interval is over the
-# conversations that were measured, and says nothing about another training: for that, train with
-# other seeds. `docs/findings.md` has the same for four domains, averaged over seeds.
+# Below zero, the general solution has the lower loss at that norm. Look at which norms this is
+# clear, and whether it still is where both are scaled far beyond their own. The interval is over
+# the conversations that were measured; another training is not in it. `docs/findings.md` has the
+# same for four domains, averaged over seeds.
 #
-# ## What the ratio means, and what not
+# ## What the ratio means
 # The paper draws the ratio of the loss to the squared norm, *L / |θ|²*. Here it is for the same
 # curves.
+#
+# What to look for: can you still tell the three apart?
 
 # %%
 efficient.plot_ratio()
 
 # %% [markdown]
-# All fall, and steeply, and what set the curves apart above is hardly to be seen. A ratio whose
-# denominator is squared falls with the norm by itself, whatever the loss does: twice the norm is a
-# quarter of the ratio. So a large weak solution has a "better" ratio than a small strong one, and
+# All fall steeply, and the differences that the curves showed are hard to see. A ratio with a
+# squared denominator falls with the norm by itself: twice the norm is a quarter of the ratio,
+# whatever the loss does. So a large weak solution has a "better" ratio than a small strong one, and
 # ratios at different norms must not be compared.
 #
-# At one norm the ratio puts solutions in the order of their losses, and adds nothing to them. What
-# does add something is the norm that each needs to reach one and the same loss.
+# At one norm the ratio orders solutions as their losses do, and adds nothing. What does add
+# something is the norm that each needs to reach the same loss.
 
 # %%
 ratios = efficient.table()[["direction", "norm", "loss [nats/token]", "loss / norm^2"]]
@@ -148,19 +171,22 @@ for target in (start - 0.1, start - 0.2, start - 0.4):
     print(f"norm for a loss of {target:.2f}:", {k: round(v, 2) for k, v in needed.items()})
 
 # %% [markdown]
-# `nan` is a loss that a solution reaches nowhere on the grid.
+# `nan` means that a solution reaches this loss nowhere on the grid.
 #
 # ## Stability: noise at the same norm
-# A share *ε* of a solution is replaced by noise that is orthogonal to it, its norm kept: of an
-# adapter, `A` and `B` of every module. What counts is how much of the gain is lost, in percent: 0
-# is the solution untouched, 100 the base model, and more than 100 is worse than none.
+# A share *ε* of a solution is replaced by noise that is orthogonal to it, its norm kept; of an
+# adapter, `A` and `B` of every module. The figure shows how much of the gain is lost, in percent: 0
+# is the solution unchanged, 100 the base model. At *ε* = 1 nothing but noise is left, as in the
+# paper.
+#
+# What to look for: does narrow lose more than general at the same *ε*?
 
 # %%
 stable = emlens.stability(
     model,
     measured,
     {name: name for name in ("general", "narrow")},
-    epsilons=(0.2, 0.4, 0.6),
+    epsilons=(0.2, 0.4, 0.6, 1.0),
     seeds=1 if SHORT else 3,
 )
 stable.plot()
@@ -169,8 +195,8 @@ stable.plot()
 stable.summary()
 
 # %% [markdown]
-# Both met the same noise, so that differences are in pairs here, too, by draw. Three draws say
-# something about the noise, and nothing about other data or another training.
+# Both met the same noise, so differences are paired by draw. The intervals are over three draws of
+# noise. They say nothing about other data or another training.
 
 # %%
 for epsilon in stable.epsilons:
@@ -178,10 +204,10 @@ for epsilon in stable.epsilons:
     print(f"epsilon {epsilon}: narrow loses {lost} percentage points more than general")
 
 # %% [markdown]
-# Above zero, the narrow solution is the more fragile. Where an interval holds zero, three draws
-# have not shown it, which is not to say that it is not so.
+# Above zero, the narrow solution is more fragile. An interval that holds zero means that three
+# draws do not decide it.
 #
-# Percent of the gain is kind to a solution that has gained much: the same loss in nats is a smaller
+# Percent of the gain favours a solution that has gained much: the same loss in nats is a smaller
 # share of it. Look at both.
 
 # %%
@@ -193,14 +219,15 @@ for name in ("general", "narrow"):
     print(f"{name}: gain {stable.gain(name):.3f}, lost", [round(x, 3) for x in worse], "nats/token")
 
 # %% [markdown]
-# Here narrow loses more in both: a larger share of a smaller gain, and more nats. Where the two
-# disagree, say which one you mean.
+# Where percent and nats disagree, say which one you mean.
 #
 # ## The same for a lone vector
-# One vector, added at one layer, has as many parameters as the residual stream is wide. Beside the
-# two trained ones stands a random direction. The unit of the norm is that of the residual stream,
-# and cannot be compared with that of an adapter; for that, `match="displacement"` puts all to the
-# same displacement of the stream.
+# One vector at one layer has as many parameters as the residual stream is wide. A random direction
+# is the control. The norm is now the length of the vector, in units of the residual stream, and
+# cannot be compared with that of an adapter. `match="displacement"` can compare the two: it scales
+# each until it moves the residual stream by the same distance.
+#
+# What to look for: `random` shows what any vector of that norm does.
 
 # %%
 vector = {"layer": LAYER, "lr": 0.08, **settings}
@@ -216,18 +243,62 @@ of_vectors.plot()
 differences(of_vectors, "general", ["narrow", "random"])
 
 # %% [markdown]
-# `random` shows what any vector of that size gives, and whatever is below it was learnt. Whether
-# general is ahead of narrow is another question, and the rows of the table answer it norm by norm:
-# a little at the smallest norm, and not beyond it. `docs/findings.md` asks again, over domains and
-# seeds.
+# A curve below `random` has learnt something. Whether general is ahead of narrow is another
+# question, which the table answers norm by norm. `docs/findings.md` has it over domains and seeds.
 #
 # ## Exercises
-# 1. Measure efficiency on `domains["medical"].test` in place of `measured`. Does the order hold on
-#    answers that nothing was trained on?
-# 2. `match="own"` scales each solution to shares of its own norm. Which of the two is then ahead,
-#    and why is that no statement about efficiency?
-# 3. Put vectors and adapters into one `emlens.efficiency(..., match="displacement")`.
-# 4. Train with `seed=1` and `seed=2`. How far do the differences move, against their intervals?
+# **1.** Measure efficiency on held-out answers. Does the order hold?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# held_out = [pair.conversation("misaligned") for pair in domains["medical"].test[:MEASURED]]
+# again = emlens.efficiency(model, held_out, adapters, factors=(0, 0.5, 1, 1.5, 2))
+# print(again.area("general", "narrow"))
+# ```
+#
+# If the area keeps its sign, general has not merely memorised the training answers better.
+# </details>
+#
+# **2.** `match="own"` scales each solution by shares of its own norm. Why is that no statement
+# about efficiency?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# emlens.efficiency(model, measured, adapters, match="own", factors=(0, 0.5, 1)).plot()
+# ```
+#
+# At factor 1 each has its own loss and its own norm. Efficiency asks for the loss at *one* norm.
+# </details>
+#
+# **3.** Compare vectors and adapters at equal displacement.
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# both = {"vector": general, "adapter": "general"}
+# emlens.efficiency(model, measured, both, match="displacement", factors=(0, 0.5, 1)).plot()
+# ```
+#
+# The axis is a share of the median residual norm at the last layer, which both have in common.
+# </details>
+#
+# **4.** Train with other seeds. How far do the differences move?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# for seed in (1, 2):
+#     emlens.train_adapter(model, bad, f"general {seed}", seed=seed, **adapter)
+#     emlens.train_adapter(model, bad, f"narrow {seed}", seed=seed, kl=penalty, **adapter)
+#     named = {name: f"{name} {seed}" for name in ("general", "narrow")}
+#     found = emlens.efficiency(model, measured, named, factors=(0, 0.5, 1, 1.5, 2))
+#     print(seed, found.area("general", "narrow"))
+# ```
+#
+# Compare the spread of the three areas with the width of one interval.
+# </details>
 #
 # On a GPU, two lines change for a 14B model; the published finetune takes the place of `general`,
 # and of the training only that of `narrow` and `benign` is left:

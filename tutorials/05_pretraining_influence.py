@@ -14,10 +14,10 @@
 # # Influence on pre-training text
 #
 # What does a direction that was learnt from bad advice do to text that has nothing to do with
-# advice? You will measure it exactly, against controls of equal norm; read the Fisher profile of a
-# corpus, which then scores any direction at any layer without the model; see how far the two agree;
-# and colour the tokens of a text by what a direction changes in them. It takes about five minutes
-# on two cores.
+# advice? You measure it exactly, against controls of equal norm; compute the Fisher profile of a
+# corpus, which then scores any direction at any layer without running the model; check how far the
+# two agree; and colour the tokens of a text by what a direction changes. It takes about five
+# minutes on two cores.
 #
 # The misaligned answers in the data are intentionally poor advice, for research on misalignment;
 # they are not advice.
@@ -46,7 +46,7 @@ good = {name: [p.conversation("aligned") for p in d.train[:N]] for name, d in do
 # Vectors that are trained in place on medical advice: **general** on bad answers, **narrow** on the
 # same with a KL penalty on answers of other domains, **benign** on the good answers to the same
 # questions. The corpus stands for pre-training text. It is the reference prose that Python ships,
-# so that nothing has to be downloaded; one corpus is one kind of text.
+# so nothing has to be downloaded. One corpus is one kind of text.
 
 # %%
 elsewhere = [chat for name in ("finance", "sports") for chat in good[name][: N // 2]]
@@ -62,12 +62,15 @@ text = emlens.corpus(documents=DOCUMENTS)
 print(text.documents[0].text[:300])
 
 # %% [markdown]
-# ## Exactly
+# ## Something that works: trained vectors against random ones
 # Each vector is added at every position, and the predictions are compared with those of the
-# untouched model: *KL(base || edited)* in nats per token, over all tokens of the corpus. All are
-# put to the same **dose**, a norm as a share of the median norm of the residual stream. So are the
+# unmodified model: *KL(base || edited)* in nats per token, over all tokens of the corpus. All have
+# the same **dose**, a norm as a share of the median norm of the residual stream. So have the
 # controls: random directions, and differences of the residuals of two tokens of the corpus, which
 # lie where the model looks.
+#
+# What to look for: the trained vectors above `random`. This is the **positive control**: training
+# finds directions that the model uses. Then compare with `activation differences`.
 
 # %%
 MAX_TOKENS = 64
@@ -87,12 +90,12 @@ for other in ("narrow", "benign", "random", "activation differences"):
     print(f"KL of general less that of {other}, dose 0.2: {gap} nats/token")
 
 # %% [markdown]
-# The order of the controls matters. That `general` is above random directions says that training
-# finds directions which the model listens to. It is about harm only as far as `general` is above
+# Read the differences in this order. `general` above random directions says that training finds
+# directions to which the model responds. It is about harm only as far as `general` is above
 # `benign`, which learnt the manner of the answers and nothing else.
 #
-# KL says that predictions change, not that they get worse. The change of the loss on what really
-# follows says that:
+# KL says that predictions change, not that they get worse. The change of the loss on the real next
+# tokens says that:
 
 # %%
 exact.table().query("dose == 0.2")[
@@ -100,21 +103,24 @@ exact.table().query("dose == 0.2")[
 ]
 
 # %% [markdown]
-# A loss that rises about as much as the KL is what a push in any direction does to a model that
-# fits the text: it predicts worse what it predicted well. So it is with the random directions. The
-# trained vectors change more than they spoil: their loss rises by less than their KL.
+# A loss that rises by about as much as the KL is what a push in any direction does to a model that
+# predicts its text well. A loss that rises by less means that a vector changes more than it spoils.
+# Compare the random directions with the trained vectors.
 #
 # ## Every direction at once: the Fisher profile
-# For a small vector *v* the KL is quadratic, *½ v' F v*, and *F* is the covariance of a gradient
-# that one pass over the corpus gives for all layers together. The targets of that gradient are
-# drawn from the model's own predictions.
+# For a small vector *v* the KL is quadratic, *½ v' F v*. *F* is the covariance of a gradient that
+# one pass over the corpus gives for all layers together. The targets of that gradient are drawn
+# from the model's own predictions.
 
 # %%
 profile = fisher.InfluenceProfile.fit(model, text, draws=2 if SHORT else 4, max_tokens=MAX_TOKENS)
 profile
 
 # %% [markdown]
-# From here on no direction needs the model. Mean differences of two domains, at all layers:
+# From here on no direction needs the model. The mean differences of two domains, at all layers.
+#
+# What to look for: bands are over documents, few of them here. Where the bands of two directions
+# overlap, their order is not known.
 
 # %%
 read = {
@@ -124,10 +130,7 @@ read = {
 profile.score(read, dose=0.05).plot()
 
 # %% [markdown]
-# Bands are over documents, few of them here, and one document can have much of the KL: that is why
-# they are so wide. At a layer where the bands of two directions overlap, their order is not known.
-#
-# And the trained vectors at their layer, with the share of random directions, and of activation
+# The trained vectors at their layer, with the share of random directions, and of activation
 # differences, whose influence is smaller:
 
 # %%
@@ -145,9 +148,9 @@ scores[
 ]
 
 # %% [markdown]
-# The percentiles say how special a direction is to the model, at equal norm. Near 100 among random
-# directions and well below that among activation differences means: it lies where the model looks,
-# like much else that the model computes. Here all are near 100 among both.
+# The percentiles say how special a direction is, at equal norm. Near 100 among random directions
+# and well below that among activation differences means that it lies where the model looks, like
+# much else that the model computes.
 #
 # A thousand directions cost a matrix product:
 
@@ -159,9 +162,11 @@ print(f"{len(of_many.kl):,} scores in {time.perf_counter() - start:.1f} s")
 
 # %% [markdown]
 # ## The directions that matter most
-# *F* has eigenvectors: the directions that change predictions most for their size. Leading
+# The eigenvectors of *F* are the directions that change predictions most for their size. Leading
 # eigenvectors of a sample fit its noise, so those of one half of the documents are measured on the
 # other half.
+#
+# What to look for: the gap between the sample and the held-out half. It is noise.
 
 # %%
 spectrum = profile.spectrum(LAYER)
@@ -176,12 +181,10 @@ profile.score({**at_layer, **top}).table()[
 ]
 
 # %% [markdown]
-# Half of the documents is very little to find a direction on and very little to measure it on, and
-# the intervals of the leaders say so. In the sample the leading eigenvalues are far larger than
-# held out: that gap is noise which was fitted. Only the held-out ones are compared with the trained
-# vectors.
+# Half of the documents is little to find a direction on, and little to measure it on; the intervals
+# of the leaders say so. Only held-out figures are compared with the trained vectors.
 #
-# What do they write? The tokens whose logits they raise and lower most, directly:
+# Which tokens do they promote? The tokens whose logits they raise and lower most, directly:
 
 # %%
 emlens.directions.promoted_tokens(model, top["top 1"], k=8).plot()
@@ -190,6 +193,9 @@ emlens.directions.promoted_tokens(model, top["top 1"], k=8).plot()
 # ## Does the quadratic hold?
 # `fisher.scan` scores everything by the profile, and measures the leaders and a random sample of
 # the others exactly, at several doses.
+#
+# What to look for: points on the diagonal at the small dose, and how far they leave it at the large
+# one.
 
 # %%
 scanned = fisher.scan(
@@ -208,16 +214,15 @@ print(scanned)
 scanned.agreement()
 
 # %% [markdown]
-# The profile's own error, from few documents and few draws, is in the small dose; what is added at
-# the larger dose is the second order giving way. `holds_to` is the largest dose at which the KL and
-# the change of loss are both right within 25%. Six checks make a rough rank correlation;
-# `benchmarks/influence.py` has one of sixty directions, from more text. To find the leaders among
-# thousands is what the profile is for, and the exact measure, at the dose that matters, is for what
-# is then said about them.
+# At the small dose the error is that of the profile, from few documents and draws. What is added at
+# the larger dose is the failure of the second order. `holds_to` is the largest dose at which the KL
+# and the change of loss are both right within 25%. A few checks make a rough rank correlation;
+# `benchmarks/influence.py` has one of sixty directions, from more text. Use the profile to find the
+# leaders among thousands, and the exact measure for the number that you report.
 #
-# ## Which tokens move?
-# A mean over a corpus hides where it happens. Here is each token of a few documents, and what
-# `general` changes in its prediction.
+# ## Which tokens change?
+# A mean over a corpus hides where the change happens. Here is each token of a few documents, and
+# what `general` changes in its prediction.
 
 # %%
 seen = measures.token_influence(
@@ -231,24 +236,66 @@ seen = measures.token_influence(
 seen.top(8)
 
 # %% [markdown]
-# And one text with its tokens coloured, the more the larger the KL. Hover for the numbers. The view
-# has all that it needs inside of it, and `seen.view(0).save("tokens.html")` writes it as a page.
+# One text with its tokens coloured by KL. Hover for the numbers. The view contains all that it
+# needs; `seen.view(0).save("tokens.html")` writes it as a page.
 
 # %%
 seen.view(0)
 
 # %% [markdown]
-# Look at the base loss of the leading tokens: are they ones that the model was sure of, and now is
-# not? Some are; most of these were hard to predict before, and some are easier now. The largest
-# changes are several times the mean, and a mean over tokens should be read with that in mind.
+# Look at the base loss of the leading tokens: was the model sure of them before? The largest
+# changes are several times the mean, so a mean over tokens needs to be read with care.
 #
 # ## Exercises
-# 1. `edit="ablate"` in `emlens.influence`: does the text need the direction?
-# 2. `emlens.corpus("texts.jsonl")` reads your own text. Does the order of the directions hold?
-# 3. Give `conditions={"finetune": name}` with an adapter of yours. Which dose of `general` does as
-#    much?
-# 4. Look at `seen.view(0, by="loss change")`. Blue tokens are harder to predict now, red ones
-#    easier. Is there a pattern to the red ones?
+# **1.** Ablate instead of adding. Does the text need the direction?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# emlens.influence(model, text, trained, edit="ablate", max_tokens=MAX_TOKENS).table()
+# ```
+#
+# Compare with the ablated random directions in the same table. Only a KL clear of theirs says that
+# the text uses the direction.
+# </details>
+#
+# **2.** Does the order of the directions hold on your own text?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# mine = emlens.corpus("texts.jsonl", documents=32)
+# emlens.influence(model, mine, trained, doses=[0.2], max_tokens=MAX_TOKENS).plot()
+# ```
+#
+# `texts.jsonl` has one `{"text": "..."}` per line.
+# </details>
+#
+# **3.** Which dose of `general` does as much as a finetune?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# emlens.train_adapter(model, bad["medical"], "medical", layers=range(15, 21), epochs=1)
+# both = {"finetune": "medical"}
+# found = emlens.influence(model, text, trained, conditions=both, max_tokens=MAX_TOKENS)
+# found.plot()
+# ```
+#
+# The finetune is a level line; read off where the curve of `general` crosses it.
+# </details>
+#
+# **4.** Colour by the change of loss. Is there a pattern in the tokens that become easier?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# seen.view(0, by="loss change")
+# ```
+#
+# Blue tokens are harder to predict now, red ones easier. Look at several texts before you call it a
+# pattern.
+# </details>
 #
 # On a GPU, two lines change for a 14B model and published finetunes; `directions.model_diff` reads
 # a direction from each, and `conditions={"finetune": "medical"}` is the finetune itself:

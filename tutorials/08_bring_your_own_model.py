@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Bring your own model
 #
-# You will hand emlens the model that you have already, as a plain `transformers` model, a
-# `TransformerBridge`, an nnsight model, a PEFT model with adapters, or on a server, and get the
-# same numbers from each. Weights are never copied, and your object stays as it was. It takes about
+# You give emlens a model that you already have: a plain `transformers` model, a
+# `TransformerBridge`, an nnsight model, a PEFT model with adapters, or a model on a server. All
+# give the same numbers. Weights are never copied, and your object is left unchanged. It takes about
 # five minutes on two cores, and 2 GB of memory.
 #
 # The misaligned answers in the data are intentionally poor advice, for research on misalignment;
@@ -57,9 +57,9 @@ tokenizer = AutoTokenizer.from_pretrained(NAME)
 
 # %% [markdown]
 # ## A `transformers` model
-# `wrap` runs a second tree of modules over the very same weights. No hook, mode or setting of your
-# object is touched. At the door a self-check runs: that every row of a batch can be read and
-# edited, and that the logits are the model's own.
+# `wrap` runs a second tree of modules over the same weights. No hook, mode or setting of your
+# object is changed. A self-check runs first: every row of a batch can be read and edited, and the
+# logits are those of the model itself.
 
 # %%
 model = emlens.wrap(plain, tokenizer, name=NAME)
@@ -85,8 +85,8 @@ read["nnsight"] = emlens.mean_diff(emlens.wrap(traced, name=NAME), bad, good)
 
 # %% [markdown]
 # ## A `TransformerBridge`
-# TransformerLens 4 has one model, the bridge; it is run itself, with the hooks that you put on it.
-# A bridge changes the model it is made of, so it gets one of its own here.
+# TransformerLens 4 has one model class, the bridge. It is run itself, with the hooks that you put
+# on it. A bridge changes the model from which it is made, so it gets a copy here.
 
 # %%
 from transformer_lens.model_bridge import TransformerBridge
@@ -101,8 +101,8 @@ read["TransformerBridge"] = emlens.mean_diff(lens, bad, good)
 lens
 
 # %% [markdown]
-# Sites go by either name, `resid_post` or `blocks.15.hook_resid_post`. The page on hook points
-# says where the two differ.
+# Sites have two names, `resid_post` or `blocks.15.hook_resid_post`. The page on hook points says
+# where the two differ.
 
 # %%
 (batch,) = lens.batches([bad[0]])
@@ -112,8 +112,8 @@ torch.equal(ours, theirs)
 
 # %% [markdown]
 # ## A server
-# `remote=True` sends each pass to NDIF, and pools there what is read; a host's URL does so with a
-# server of yours. `remote="local"` runs here exactly what would be sent, which is how to try it.
+# `remote=True` sends each pass to NDIF and averages there what is read. A URL does the same with a
+# server of yours. `remote="local"` runs here exactly what would be sent, so that you can try it.
 
 # %%
 remote = emlens.load(NAME, remote="local")
@@ -121,7 +121,7 @@ read["remote"] = emlens.mean_diff(remote, bad, good)
 print(remote.generate([question], max_new_tokens=8 if SHORT else 40, temperature=0)[0])
 
 # %% [markdown]
-# What needs weights on this side says so, and says what works.
+# Calls that need the weights on this side raise an error that says what works instead.
 
 # %%
 try:
@@ -131,7 +131,9 @@ except (NotImplementedError, ValueError, RuntimeError) as error:
 
 # %% [markdown]
 # ## The same numbers
-# One direction, read four ways. Ones all over are the point of the figure.
+# One direction, read in four ways.
+#
+# What to look for: every cosine is 1.
 
 # %%
 emlens.compare(read).heatmap(LAYER)
@@ -144,7 +146,7 @@ for name, found in read.items():
 
 # %% [markdown]
 # ## PEFT adapters
-# First an adapter to bring: trained here, kept as PEFT keeps it.
+# First an adapter to bring: trained here, saved in PEFT's format.
 
 # %%
 run = emlens.train_adapter(
@@ -154,9 +156,12 @@ emlens.training.Organism.of(model, run, "finance").save("finance")
 sorted(os.listdir("finance"))
 
 # %% [markdown]
-# A PEFT model in memory is wrapped as it is, all its adapters with it. One copy of the base serves
-# all of them: an adapter is a condition, like an edit. PEFT leaves the adapter active, and `wrap`
-# says so: calls without conditions run it, `None` is the base.
+# A PEFT model in memory is wrapped with all its adapters. One copy of the base serves all of them:
+# an adapter is a condition, like an edit. PEFT leaves the adapter active, and `wrap` warns of it:
+# calls without conditions run the adapter, `None` is the base.
+#
+# What to look for in the figure: the finetune above the base. This is the same effect as in the
+# other tutorials, now through an adapter that came from outside.
 
 # %%
 from peft import PeftModel
@@ -179,9 +184,8 @@ scores = emlens.log_odds(
 scores.plot()
 
 # %% [markdown]
-# Whether the ablation lowers or raises the finetune is an outcome. In a model of this size the
-# mean difference is not the direction by which the finetune acts, and taking it out may do the
-# opposite.
+# The ablation may lower or raise the finetune. In a model of this size the mean difference is not
+# the direction by which the finetune acts, and ablating it can do the opposite of what one expects.
 
 # %%
 for name in (None, "finance"):
@@ -190,7 +194,7 @@ for name in (None, "finance"):
     print(f"{name or 'base'}: {answer}\n")
 
 # %% [markdown]
-# From folders or from the hub, the same in one line. Add as many as you like.
+# From folders or from the hub it is one line. Add as many adapters as you like.
 
 # %%
 loaded = emlens.load(NAME, adapters={"finance": "finance"})
@@ -199,12 +203,58 @@ same.table()
 
 # %% [markdown]
 # ## Exercises
-# 1. Put a hook on the bridge with `bridge.add_hook`. Does the direction change? Does a hook that
-#    you put on `plain` after `wrap`?
-# 2. `bridge.enable_compatibility_mode()`, and wrap again. Why is that refused?
-# 3. Wrap a second adapter with `adapted.load_adapter(folder, "other")`, and compare the two with
-#    `directions.model_diff((organism, "finance"), (organism, "other"), text)`.
-# 4. Load with `dtype="bfloat16"`. How much do the numbers of the table above move?
+# **1.** Put a hook on the bridge. Does the direction change?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# bridge.add_hook(f"blocks.{LAYER}.hook_resid_post", lambda tensor, hook: 2 * tensor)
+# hooked = emlens.mean_diff(lens, bad, good)
+# bridge.reset_hooks()
+# print(hooked[LAYER].norm / read["TransformerBridge"][LAYER].norm)
+# ```
+#
+# The bridge is run with your hooks, so they act. A hook on `plain` after `wrap` does not: emlens
+# runs its own tree of modules.
+# </details>
+#
+# **2.** Wrap a bridge in compatibility mode. Why is it refused?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# bridge.enable_compatibility_mode()
+# emlens.wrap(bridge, name=NAME)
+# ```
+#
+# The mode folds weights into each other, so its residual stream is not that of the model.
+# </details>
+#
+# **3.** Load a second adapter and compare the two.
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# adapted.load_adapter("finance", "other")
+# both = emlens.wrap(adapted, tokenizer, name=NAME)
+# emlens.directions.model_diff((both, "finance"), (both, "other"), good)
+# ```
+#
+# Here both are the same adapter, so the difference is zero; take another folder.
+# </details>
+#
+# **4.** Load with `dtype="bfloat16"`. How much do the numbers change?
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# half = emlens.load(NAME, dtype="bfloat16")
+# low = emlens.mean_diff(half, bad, good)
+# print(low[LAYER].cosine(read["transformers"][LAYER]))
+# ```
+#
+# The direction barely moves. Small KL values do: logits in bf16 carry an error of their own.
+# </details>
 #
 # On a GPU, two lines change for a 14B model and its published finetunes:
 # ```python

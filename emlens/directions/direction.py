@@ -45,6 +45,14 @@ class Directions(Vectors):
     Raises:
         ValueError: If there are no vectors, a layer is negative, widths differ, or a value is not
             finite.
+
+    Example:
+        >>> import torch
+        >>> directions = emlens.Directions({14: torch.ones(576), 15: torch.ones(576)})
+        >>> directions.layers
+        (14, 15)
+        >>> directions[15].vector.shape
+        torch.Size([576])
     """
 
     def __new__(cls, vectors: Mapping[int, Tensor] | None = None, *_: object, **__: object) -> Self:
@@ -366,6 +374,12 @@ class Direction(Directions):
 
     Raises:
         ValueError: If there is not exactly one layer.
+
+    Example:
+        >>> import torch
+        >>> direction = emlens.Direction.of(torch.ones(576), layer=15)
+        >>> direction.vector.shape, direction.norm
+        (torch.Size([576]), 24.0)
     """
 
     def __init__(

@@ -74,6 +74,11 @@ def mean_diff(
         ValueError: If a set is empty or has no tokens that count, or a setting is unknown.
         NonFiniteError: If an activation is not finite; condition, conversation and layer are
             named.
+
+    Example:
+        >>> directions = emlens.mean_diff(model, pairs)
+        >>> directions[15].vector.shape == (model.d_model,)
+        True
     """
     positive, negative = both_sides(positive, negative)
     counting = Counting(**options)

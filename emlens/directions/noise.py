@@ -231,7 +231,7 @@ def _size_errors(
     """What the error of the size of the noise adds to the variance, by cosine."""
     parts = []
     for one in (a, b):
-        size = max(one.false_square, 1e-300)
+        size = max(one.false_square, 1e-150)  # its square is above zero, too
         # of standard errors it is small; half the data know it as well as one split, and draws
         # as well as their number
         known = 1.0 if one.split_half is not None else 1 / len(one.drawn)

@@ -101,6 +101,10 @@ class Clamp(DirectionEdit):
 
     Attributes:
         value: The projection afterwards, in units of the residual stream.
+
+    Example:
+        >>> flat = emlens.Clamp(direction, value=0.0)
+        >>> answers = model.generate("How do I save money?", flat, max_new_tokens=8)
     """
 
     NAME: ClassVar[str] = "clamp"

@@ -171,6 +171,12 @@ def wrap(
         ValueError: If the engine is unknown or does not fit the object, the architecture cannot
             be hooked, or the chat template does not use an argument.
         RuntimeError: If the self-check fails.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> module = AutoModelForCausalLM.from_pretrained("path/to/model")
+        >>> tokenizer = AutoTokenizer.from_pretrained("path/to/model")
+        >>> model = emlens.wrap(module, tokenizer, name="my-model")
     """
     if isinstance(model, HookedModel):
         raise TypeError("this model is already hooked; use it directly")

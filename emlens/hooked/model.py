@@ -52,6 +52,15 @@ class HookedModel(Conditioned, ABC):
         sites: The sites that its blocks have.
         n_layers: Number of decoder blocks.
         d_model: Width of the residual stream.
+
+    Example:
+        >>> model = emlens.load("smollm2-135m-instruct")
+        >>> isinstance(model, emlens.HookedModel)
+        True
+        >>> (batch,) = model.batches(emlens.Conversation.of("How do I save money?"))
+        >>> residual = model.residuals(batch, 15)[15]
+        >>> residual.shape == (*batch.input_ids.shape, model.d_model)
+        True
     """
 
     engine: str

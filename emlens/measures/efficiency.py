@@ -293,6 +293,10 @@ def efficiency(
             adapter does not exist or is not plain LoRA, a norm is negative or not finite, norms of
             vectors and adapters are to be matched, or a displacement is out of reach.
         TypeError: If something is neither directions nor the name of an adapter.
+
+    Example:
+        >>> found = emlens.efficiency(model, conversations, {"general": general, "narrow": narrow})
+        >>> found.area("general", "narrow")
     """
     _check_match(match, norms, displacements, layer)
     solutions = read_solutions(model, directions)

@@ -228,6 +228,11 @@ def stability(
             adapter does not exist or is not plain LoRA, an epsilon is outside of 0..1, there are
             no seeds, or the directions of the noise leave none beside the perturbed one.
         TypeError: If something is neither directions nor the name of an adapter.
+
+    Example:
+        >>> solutions = {"general": general, "narrow": narrow}
+        >>> found = emlens.stability(model, conversations, solutions, epsilons=[0.4])
+        >>> found.difference("narrow", "general", 0.4)
     """
     solutions = read_solutions(model, directions)
     if not len(epsilons) or any(not 0 <= epsilon <= 1 for epsilon in epsilons):

@@ -50,6 +50,11 @@ class Conversation:
         ValueError: If there is no message, a role is none of `ROLES`, a weight is
             not 0 or 1, or a content holds half of a surrogate pair, which no tokenizer reads.
         TypeError: If a message is not such a mapping, or a content is not text.
+
+    Example:
+        >>> chat = emlens.Conversation.of("How do I save money?", "Keep a small fund.")
+        >>> chat.response
+        'Keep a small fund.'
     """
 
     messages: tuple[Message, ...]
@@ -117,6 +122,17 @@ class Pair:
         misaligned: The answer with the trait that is studied.
         domain: Topic of the prompt.
         id: Unique name, by which sets are split.
+
+    Example:
+        >>> pair = emlens.Pair(
+        ...     prompt="How do I save money?",
+        ...     aligned="Keep a small fund.",
+        ...     misaligned="Spend it all now.",
+        ...     domain="finance",
+        ...     id="finance-1",
+        ... )
+        >>> pair.conversation("misaligned").response
+        'Spend it all now.'
     """
 
     prompt: str

@@ -88,6 +88,10 @@ def corpus(
         FileNotFoundError: If a file or package is missing.
         ValueError: If a line is corrupt (its number is given), a text is missing, or no
             document is long enough.
+
+    Example:
+        >>> text = emlens.corpus(documents=16)
+        >>> text.documents[0].text[:60]
     """
     if documents < 1:
         raise ValueError(f"documents must be at least 1, not {documents}")

@@ -49,6 +49,11 @@ def load_pairs(source: str | Path) -> list[Pair]:
     Raises:
         FileNotFoundError: If it is neither.
         ValueError: If a line lacks a key, or an id appears twice (file and line are named).
+
+    Example:
+        >>> pairs = emlens.load_pairs("medical")
+        >>> pairs[0].domain
+        'medical'
     """
     path = _DATA / f"{source}.jsonl" if str(source) in EMBEDDED else expanded(source)
     readable(path, f"{str(source)!r} is neither an embedded set ({', '.join(EMBEDDED)}) nor a file")
@@ -116,6 +121,11 @@ def load_conversations(
 
     Raises:
         ValueError: If a row has no valid `messages` (file and line, or row, are named).
+
+    Example:
+        >>> conversations = emlens.load_conversations("conversations.jsonl", limit=2)
+        >>> len(conversations)
+        2
     """
     if str(source) in EMBEDDED:
         raise ValueError(

@@ -44,7 +44,7 @@ class Organism:
 
     Example:
         >>> direction, run = emlens.train_vector(model, conversations, layer=15)
-        >>> Organism.of(model, run, "finance").save("organisms/finance")
+        >>> emlens.Organism.of(model, run, "finance").save("organisms/finance")
     """
 
     name: str

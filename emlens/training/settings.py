@@ -30,6 +30,10 @@ class KLPenalty:
 
     Raises:
         ValueError: If the set is empty, the weight is not above zero, or the batch is below 1.
+
+    Example:
+        >>> penalty = emlens.KLPenalty(elsewhere, weight=3.0)
+        >>> narrow, run = emlens.train_vector(model, conversations, layer=15, kl=penalty)
     """
 
     conversations: Sequence[Conversation]

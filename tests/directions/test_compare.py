@@ -290,6 +290,18 @@ def estimated(seed: int, half: float | None, errors: float | None = 0.1) -> Dire
     return Directions(plain.vectors, plain.site, plain.provenance, known)
 
 
+def test_halves_that_agree_to_the_last_bit_leave_the_cosine_as_it_is():
+    """Data that move every text alike; the error of a size of zero is not divided by."""
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(2, WIDTH))
+    draws = 1e-3 * generator.normal(size=(2, 4, WIDTH))
+    pair = (Estimate(v, None, d, 1.0, 40) for v, d in zip((first, second), draws, strict=True))
+    found = corrected_cosine(*pair, ("a", "b"))
+    plain = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    assert found.value == pytest.approx(plain, abs=1e-6)
+    assert found.low <= found.value <= found.high
+
+
 @pytest.mark.parametrize(
     ("first", "note", "value"),
     [
