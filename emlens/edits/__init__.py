@@ -1,12 +1,15 @@
 """What to do with a direction in the forward pass: pure functions of a residual."""
 
+from emlens.edits.bake import Baked, bake
 from emlens.edits.edits import Ablate, Add, Clamp, Shift
 
 __all__ = [
     "Ablate",
     "Add",
+    "Baked",
     "Clamp",
     "Shift",
+    "bake",
 ]
 
 
