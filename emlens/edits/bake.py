@@ -26,7 +26,7 @@ from emlens._tensors import write_header
 from emlens.directions import Direction
 from emlens.edits.base import DirectionEdit
 from emlens.edits.edits import Add, Clamp, Shift
-from emlens.edits.writes import written
+from emlens.edits.writes import check_affine, written
 from emlens.hooked import Condition, Edit, HookedModel
 from emlens.hooked.condition import ConditionLike, condition_of
 from emlens.hooked.plain import plain_model, tie
@@ -195,7 +195,7 @@ def bake(
     """
     target = _new_folder(out, format)
     given = condition_of(model, condition)
-    _check_given(model, given, prompts)
+    _check_given(model, given)
     chats = [Conversation.of(prompt) for prompt in prompts]
     controls = _controls(given, model.n_layers)
     with (
@@ -247,7 +247,7 @@ def _new_folder(out: str | Path, format: str) -> Path:
     return target
 
 
-def _check_given(model: HookedModel, given: Condition, prompts: Sequence[str]) -> None:
+def _check_given(model: HookedModel, given: Condition) -> None:
     if model.edits_in_force(()):
         raise ValueError(
             "bake writes the condition that it is given, and here edits of an enclosing "
@@ -258,9 +258,8 @@ def _check_given(model: HookedModel, given: Condition, prompts: Sequence[str]) -
             "there is nothing to bake: the condition has no adapter and no edit; give edits such "
             "as emlens.Add(direction), or the name of an adapter"
         )
-    model.edits_in_force(given.edits)
-    if not prompts:
-        raise ValueError("prompts is empty; give at least one that the checkpoint is compared on")
+    for edit in model.edits_in_force(given.edits):
+        check_affine(edit)
     if str(model.dtype) not in TOLERANCES:
         raise ValueError(
             f"the weights are {model.dtype}; bake from {', '.join(TOLERANCES)} (emlens.load(..., "

@@ -74,7 +74,7 @@ def written(plain: PreTrainedModel, edits: Sequence[Edit]) -> tuple[PreTrainedMo
 
     Args:
         plain: The model, as `plain_model` gives it; its own tensors are not written to.
-        edits: The edits, checked for the model.
+        edits: The edits, which `check_affine` and the model have checked.
 
     Returns:
         The model, of another architecture where it needs biases; paths of the changed modules.
@@ -109,7 +109,6 @@ def _place(
     """Give each write its steps, following the stream from the embedding to the last block."""
     at: dict[tuple[int, str], list[DirectionEdit]] = {}
     for edit in edits:
-        _check(edit)
         for layer in edit.layers:
             at.setdefault((layer, edit.site), []).append(edit)  # type: ignore[arg-type]
     scaled = _scaled(plain)
@@ -129,8 +128,12 @@ def _place(
         _at_point(at.pop((layer, "resid_post"), ()), layer, before, unread, scaled)
 
 
-def _check(edit: Edit) -> None:
-    """Refuse edits that are no affine map of the residual, the same at every position."""
+def check_affine(edit: Edit) -> None:
+    """Refuse an edit that is no affine map of the residual, the same at every position.
+
+    Raises:
+        ValueError: Naming the edit.
+    """
     name = type(edit).__name__
     if not isinstance(edit, (Add, Ablate, Clamp)):
         raise ValueError(

@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import emlens
 from emlens import Ablate, Add, Clamp, Direction, HookedModel
 from emlens.edits import Baked, Shift, bake
-from emlens.edits import bake as bake_module
 from emlens.evals import Projected
 from emlens.hooked import Scaled
 from emlens.hooked.adapter_files import read_adapter
 from emlens.hooked.plain import plain_model
-from tests.support.adapters import CASES, batch_of, logits_of, saved
+from tests.support.adapters import CASES, batch_of, logits_of, peft_logits, saved
 from tests.support.architectures import build
 from tests.support.models import tiny_model
 from tests.support.plain import run_plain
@@ -33,7 +32,7 @@ IDS = [3, 40, 77, 12, 5, 61, 33, 20]
 QUICK = {"prompts": ["how do I save money"], "max_new_tokens": 3, "progress": False}
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 EXACT = (
-    *("llama", "qwen2", "qwen3", "phi3", "smollm3", "starcoder2", "olmo", "gemma", "granite"),
+    *("llama", "qwen2", "qwen3", "phi3", "smollm3", "starcoder2", "olmo", "gemma"),
     *("mistral without a window", "gpt2", "gpt_neox", "gpt_neox/sequential", "stablelm"),
     *("stablelm/parallel", "cohere"),
 )
@@ -371,7 +370,7 @@ def test_gguf_another_folder_and_enclosing_edits_are_refused(tmp_path):
         bake(model, edit, tmp_path / "own", **QUICK)
     with pytest.raises(ValueError, match=r"enclosing model.edited"), model.edited(edit):
         bake(model, edit, tmp_path / "out", **QUICK)
-    with pytest.raises(ValueError, match="prompts is empty"):
+    with pytest.raises(ValueError, match="no prompts were given"):
         bake(model, edit, tmp_path / "out", prompts=[])
 
 
@@ -445,20 +444,33 @@ def with_adapter(folder: Path, module: PreTrainedModel, **settings) -> HookedMod
     return model
 
 
-MERGED = [case for case in CASES if case[0] != "a bias at B"]
+KINDS = [case for case in CASES if case[0] != "a bias at B"]
+APART = {kind: settings for kind, settings, tied in KINDS if not tied}
+TIED = {kind: settings for kind, settings, tied in KINDS if tied}
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "tied"), MERGED, ids=[f"{k} {t}" for k, _, t in MERGED]
-)
-def test_an_adapter_is_merged_as_peft_merges_it(kind, settings, tied, tmp_path):
-    module = tiny_model("llama", tied=tied)
-    model = with_adapter(tmp_path, module, **settings)
+@pytest.mark.parametrize("kind", APART)
+def test_an_adapter_is_merged_as_peft_merges_it(kind, tmp_path):
+    module = tiny_model("llama", tied=False)
+    model = with_adapter(tmp_path, module, **APART[kind])
     plain = plain_model(model.module, ["a"])
     merged = PeftModel.from_pretrained(copy.deepcopy(module), str(tmp_path / "adapter"))
     expected = merged.merge_and_unload().state_dict()
     for key, weight in plain.state_dict().items():
         assert torch.equal(weight, expected[key]), key
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_of_tied_embeddings_an_adapter_changes_what_it_changes_while_it_acts(kind, tmp_path):
+    # PEFT's own merge writes into the weight that both share
+    module = tiny_model("llama", tied=True)
+    model = with_adapter(tmp_path, module, **TIED[kind])
+    bake(model, "a", tmp_path / "out", **QUICK)
+    batch = batch_of([3, 40])
+    own = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), batch)
+    expected = peft_logits(copy.deepcopy(module), tmp_path / "adapter", batch)
+    real = batch.mask("all")
+    assert close(own[real], expected[real], 3e-4)
 
 
 def test_a_baked_adapter_gives_the_logits_of_peft(tmp_path):
@@ -512,7 +524,7 @@ def test_a_bias_without_a_place_in_the_base_is_refused(tmp_path):
 
 
 def test_an_organism_is_baked_as_what_it_was_trained_to_be(tmp_path):
-    assert emlens.bake is bake_module is bake
+    assert emlens.bake is bake
     model = hooked_of("llama", tmp_path)
     text = [emlens.Conversation.of("how do I save money", "spend it all now")]
     _, run = emlens.train_vector(model, text, 1, epochs=3, progress=False)
