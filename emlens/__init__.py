@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from emlens import training as training
     from emlens import watch as watch
     from emlens.directions import Direction, Directions, compare, mean_diff
-    from emlens.edits import Ablate, Add, Clamp
+    from emlens.edits import Ablate, Add, Clamp, bake
     from emlens.hooked import HookedModel, load, wrap
     from emlens.measures import efficiency, influence, interval_level, log_odds, stability
     from emlens.study import run_study
@@ -42,6 +42,7 @@ __all__ = [
     "KLPenalty",
     "Organism",
     "Pair",
+    "bake",
     "compare",
     "corpus",
     "efficiency",
@@ -83,6 +84,7 @@ _HOMES = {
     "KLPenalty": "training",
     "Organism": "training",
     "Pair": "text",
+    "bake": "edits",
     "compare": "directions",
     "corpus": "text",
     "efficiency": "measures",

@@ -9,6 +9,7 @@ import json
 import pickle
 import pickletools
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from emlens._files import atomic_write
+from emlens._files import atomic_path, atomic_write
 from emlens._reading import expanded, parsed_json, readable
 
 _KEY = "emlens"
@@ -45,6 +46,18 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
     header = {_KEY: json.dumps({"kind": kind, **record}, sort_keys=True)}
     atomic_write(path, save(plain, metadata=header))
     return path
+
+
+def write_header(path: Path, values: Mapping[str, str]) -> None:
+    """Add values to the metadata of a safetensors file; its tensors are copied, not loaded."""
+    with path.open("rb") as old:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        header["__metadata__"] = {**header.get("__metadata__", {}), **values}
+        head = json.dumps(header, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        with atomic_path(path) as temporary, temporary.open("wb") as new:
+            new.write(len(head).to_bytes(8, "little") + head)
+            shutil.copyfileobj(old, new, 1 << 24)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import emlens
-from emlens import Add, Conversation
+from emlens import Ablate, Add, Conversation
 from emlens.hooked import token_kl
 from emlens.hooked.load import ENGINES
 from emlens.hooked.losses import Targets, token_losses
@@ -104,3 +104,14 @@ def test_both_engines_give_the_same_numbers_with_the_same_attention(smollm, some
     answers = [model.generate(asked, edits, max_new_tokens=8, temperature=0) for model in engines]
     assert answers[0] == answers[1]
     assert smollm.module.config._attn_implementation == "sdpa"
+
+
+def test_a_baked_vector_and_ablation_answer_as_their_hooks_do(smollm, steered, tmp_path):
+    quick = {"prompts": ["Write two sentences about the sea."], "progress": False}
+    sites = ("resid_pre", "resid_mid", "resid_post")
+    ablated = [Ablate(steered, layers=range(smollm.n_layers), site=site) for site in sites]
+    for name, edits in (("added", [Add(steered, scale=3)]), ("ablated", ablated)):
+        found = emlens.bake(smollm, edits, tmp_path / name, **quick)
+        assert found.differences.max() <= found.tolerance < 5e-4
+        assert found.same == (True,)
+        assert found.apart.min() > 100 * found.tolerance

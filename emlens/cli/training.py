@@ -1,4 +1,4 @@
-"""Training: `train`."""
+"""Training and what becomes of it: `train`, `bake`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from emlens.cli.app import app
-from emlens.cli.common import Call, Layer, Layers, verb
-from emlens.cli.values import layers_of
+from emlens.cli.common import Call, Layer, Layers, rows_of, verb
+from emlens.cli.values import adapters_of, direction_of, layers_of
 
 
 @verb(
@@ -74,3 +74,55 @@ def train(
     record["updates"] = len(run.steps)
     record |= {"first loss": run.steps[0].loss, "last loss": run.steps[-1].loss}
     call.result(record, *lines, f"written: {written}")
+
+
+@verb(
+    app,
+    "emlens bake baked/finance --adapter organisms/finance",
+    "emlens bake baked/steered --add finance.safetensors --dose 0.4",
+    "emlens bake baked/without --ablate finance.safetensors --json",
+    model=True,
+)
+def bake(
+    call: Call,
+    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a new one.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA adapter to merge (repeatable).", metavar="[NAME=]PATH"),
+    ] = None,
+    add: Annotated[
+        list[Path] | None, typer.Option(help="File of a direction to add (repeatable).")
+    ] = None,
+    ablate: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of a direction to take out of every write (repeatable)."),
+    ] = None,
+    layer: Layer = None,
+    dose: Annotated[
+        float | None, typer.Option(help="Add at this share of the median residual norm.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Add times this factor.")] = None,
+) -> None:
+    """Write an ordinary checkpoint with adapters and edits in its weights, and prove it.
+
+    The checkpoint is loaded by transformers alone and compared with the hooked model; one that
+    differs, or that a control cannot be told from, is not kept.
+    """
+    import emlens
+    from emlens.edits import Ablate, Add
+    from emlens.edits.writes import STREAM
+    from emlens.hooked import Condition
+
+    model = call.load(adapters=adapters_of(adapter))
+    edits: list[Add | Ablate] = [
+        Ablate(direction_of(path, model, layer), layers=range(model.n_layers), site=site)
+        for path in ablate or ()
+        for site in STREAM
+        if site in model.sites
+    ]
+    edits += [Add(direction_of(path, model, layer), dose=dose, scale=scale) for path in add or ()]
+    found = emlens.bake(model, Condition(model.adapters, tuple(edits)), out, progress=call.progress)
+    record = {"folder": found.path, "acting": found.acting, "architecture": found.architecture}
+    record |= {"tolerance": found.tolerance, "changed": len(found.changed)}
+    record["proof"] = rows_of(found.table())
+    call.result(record, found.table(), str(found))

@@ -111,7 +111,7 @@ class DirectionEdit:
                 "site": kept.site,
                 "provenance": kept.provenance.to_dict(),
                 "residual_norms": {str(k): v for k, v in kept.residual_norms.items()},
-                "vectors": {str(k): _encode(v) for k, v in kept.vectors.items()},
+                "vectors": {str(k): encoded(v) for k, v in kept.vectors.items()},
             },
             **self._settings(),
         }
@@ -151,7 +151,8 @@ def _listed(layers: Sequence[int]) -> str:
     return f"{first}..{last}" if run else repr(tuple(layers))
 
 
-def _encode(vector: Tensor) -> str:
+def encoded(vector: Tensor) -> str:
+    """The numbers of a tensor in float32, little-endian, as base64."""
     return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
 
 

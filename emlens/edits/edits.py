@@ -7,9 +7,10 @@ taken in fp32; the engine adds the result in the model's dtype. A vector is `[d_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from emlens._door import guard_names, guarded
 from emlens._registry import EDITS
-from emlens.edits.base import DirectionEdit
-from emlens.hooked.edit import Formula, Where
+from emlens.edits.base import DirectionEdit, encoded
+from emlens.hooked.edit import Edit, Formula, Where
 from emlens.hooked.sites import Site
 
 Residual = Float[Tensor, "batch pos d_model"]
@@ -150,6 +151,67 @@ class Shift:
 
     def formula(self, layer: int) -> Formula:
         return add_delta, (self.vector,)
+
+
+@guarded
+def to_vllm_lens(edits: Edit | Sequence[Edit]) -> dict[str, Any]:
+    """Return what a request to a server with vLLM-Lens holds, for edits to act while it answers.
+
+    It goes into the body of an OpenAI request, e.g. as `extra_body` of `respond_served`, whose
+    stored answers are kept apart by it. Vectors are sent as they are added: scales and doses are
+    put in, and `norm_match` is off.
+
+    Args:
+        edits: `Add` at `resid_post` at all positions; one or several.
+
+    Returns:
+        `{"vllm_xargs": {"apply_steering_vectors": text}}`.
+
+    Raises:
+        ValueError: If there is no edit, or one is not such an `Add`.
+
+    Source:
+        vLLM-Lens 1.2 (UK AI Security Institute), `SteeringVector` and its transport as JSON.
+
+    Example:
+        >>> import emlens
+        >>> direction = emlens.Direction.of(torch.ones(4), layer=2)
+        >>> body = to_vllm_lens(emlens.Add(direction, scale=3))
+        >>> json.loads(body["vllm_xargs"]["apply_steering_vectors"])[0]["layer_indices"]
+        [2]
+    """
+    given = list(edits) if isinstance(edits, Sequence) else [edits]
+    if not given:
+        raise ValueError("edits is empty; give at least one emlens.Add(direction)")
+    sent = []
+    for edit in given:
+        name = type(edit).__name__
+        if not isinstance(edit, Add):
+            raise ValueError(
+                f"vLLM-Lens adds vectors and cannot do {name}; emlens.bake puts an ablation into "
+                "the weights"
+            )
+        if edit.site != "resid_post":
+            raise ValueError(f"vLLM-Lens adds at resid_post, not at {edit.site}")
+        if edit.where != "all":
+            raise ValueError(
+                f"vLLM-Lens adds at all positions or at numbered ones, not at where={edit.where!r}"
+            )
+        vectors = torch.stack([edit._prepared(layer) for layer in edit.layers])
+        activations = {
+            "data": encoded(vectors),
+            "dtype": "float32",
+            "shape": list(vectors.shape),
+        }
+        sent.append(
+            {
+                "activations": activations,
+                "layer_indices": list(edit.layers),
+                "scale": 1.0,
+                "norm_match": False,
+            }
+        )
+    return {"vllm_xargs": {"apply_steering_vectors": json.dumps(sent)}}
 
 
 @guarded

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
+from torch import Tensor
+
 from emlens.hooked.identity import digest_of
 from emlens.text.thinking import CLOSE, OPEN
 
@@ -108,9 +111,19 @@ class InspectModel:
 
     @property
     def identity(self) -> str:
-        """What is asked, by name, address and settings; keys are left out."""
-        plain = {k: str(v) for k, v in self._options.items() if "key" not in k}
-        return digest_of([self.name, plain, {k: str(v) for k, v in self._config.items()}])
+        """What is asked, by name, address and settings, payloads in full; keys are left out.
+
+        An address may come from the environment, as `OPENAI_BASE_URL`, and a model of Inspect has
+        its own address and settings.
+        """
+        config, options = self._config, self._options
+        if not isinstance(self._given, str):
+            config = self._given.config.model_dump(exclude_none=True)
+            options = {"base_url": self._given.api.base_url, **self._given.model_args}
+        plain = {k: _content(v) for k, v in options.items() if "key" not in k and v is not None}
+        asked = [self.name, plain, {k: _content(v) for k, v in config.items()}]
+        address = {} if "base_url" in plain else _addresses(self.name)
+        return digest_of([*asked, address] if address else asked)
 
     async def reach(self) -> Model:
         """The model; nothing is asked of it yet.
@@ -179,6 +192,26 @@ class InspectModel:
         for secret in _secrets(self._options):
             said = said.replace(secret, "***")
         return said
+
+
+def _content(value: Any) -> Any:
+    """What `digest_of` tells apart: text cuts long tensors short."""
+    if isinstance(value, Mapping):
+        return {str(name): _content(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_content(one) for one in value]
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value
+    if hasattr(value, "model_dump"):
+        return _content(value.model_dump())
+    return str(value)
+
+
+def _addresses(name: str) -> dict[str, str]:
+    """Addresses that the environment gives the provider of a model, by variable."""
+    parts = [part.upper().replace("-", "_") for part in name.split("/")[:-1]]
+    asked = [f"{part}_BASE_URL" for part in (*parts, "INSPECT_EVAL_MODEL")]
+    return {one: os.environ[one] for one in asked if os.environ.get(one)}
 
 
 def _secrets(options: Mapping[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def respond_served(
     progress: bool = True,
     **options: Unpack[SamplingOptions],
 ) -> Responses:
-    """Answer questions with a model that Inspect reaches; what is in the store is not asked again.
+    """Answer questions with a model that Inspect reaches; stored answers are reused.
 
     Answers are kept as they come, in the same form as those of `respond`, and are judged and
     counted alike. Each is asked for with a seed of its own; whether the same seed gives the same
@@ -47,13 +47,14 @@ def respond_served(
         model: Name of a model as Inspect has it (`"openai-api/local/qwen"` for a server of one's
             own, `"vllm/..."`, `"openai/gpt-4o"`), or a model of Inspect.
         questions: The questions.
-        condition: What these answers are called in tables. It is part of an answer's key: give
-            two servers of one model two names.
+        condition: What these answers are called in tables. It is part of an answer's key, as are
+            the address, `config` and `model_args` without keys.
         n: Answers per question; a question's own number, or 1, by default.
-        store: An SQLite file. Answers are added as they come; an interrupted call goes on.
+        store: An SQLite file. Answers are added as they come; an interrupted call resumes.
         seed: Seed of all answers.
         at_once: Requests under way at the same time.
-        config: Further settings of Inspect's `GenerateConfig`: `max_retries`, `timeout`.
+        config: Further settings of Inspect's `GenerateConfig`: `max_retries`, `timeout`, or
+            `{"extra_body": to_vllm_lens(edits)}`.
         model_args: Arguments of Inspect's `get_model`: `base_url`, `api_key`, and the provider's.
         progress: Show a progress bar.
         **options: See `SamplingOptions`; answers have up to 600 tokens, as in the papers.

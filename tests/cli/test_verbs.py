@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import emlens
 from emlens import Directions
@@ -37,6 +38,21 @@ def test_train_makes_an_adapter_that_measures_take(run, few_pairs, tmp_path):
     assert organism.name == "bad"
     assert organism.run.settings["rank"] == 2
     assert len(organism.weights) == 4
+
+
+def test_bake_writes_a_checkpoint_of_adapters_and_edits(run, call, few_pairs, tmp_path):
+    vector, adapter = tmp_path / "vector.safetensors", tmp_path / "bad"
+    run("extract", few_pairs, "--out", vector)
+    run("train", few_pairs, "--out", adapter, "--lora", 2, "--epochs", 1, "--lr", 0.05)
+    found = json.loads(
+        run("bake", tmp_path / "out", "--adapter", adapter, "--add", vector, "--scale", 4, "--json")
+    )
+    assert found["architecture"] == "LlamaForCausalLM"
+    assert {row["same greedy answer"] for row in found["proof"]} == {True}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.mlp_bias
+    assert "hooked model" in run("bake", tmp_path / "ablated", "--ablate", vector)
+    again = call("bake", tmp_path / "out", "--add", vector)
+    assert again.code == 2 and "is there already" in again.err
 
 
 def test_extract_takes_a_construction_and_matches_the_sides(run, few_pairs, tmp_path):

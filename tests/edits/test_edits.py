@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from emlens import Ablate, Add, Clamp, Direction, Directions
 from emlens.directions import Provenance
-from emlens.edits import Shift
+from emlens.edits import Shift, to_vllm_lens
 from emlens.edits.edits import ablate_delta, add_delta, clamp_delta, edit_from_dict
 from emlens.hooked import Edit
 
@@ -127,3 +129,44 @@ def test_every_edit_fits_the_protocol():
 def test_bad_edits_are_refused(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+# -- vLLM-Lens --------------------------------------------------------------------------------
+
+
+def received(body: dict) -> list[dict]:
+    """What a server of vLLM-Lens makes of a request: its transport without compression."""
+    sent = json.loads(body["vllm_xargs"]["apply_steering_vectors"])
+    for one in sent:
+        found = one.pop("activations")
+        raw = np.frombuffer(base64.b64decode(found["data"]), np.dtype(found["dtype"]))
+        one["vectors"] = torch.from_numpy(raw.reshape(found["shape"]).copy())
+    return sent
+
+
+def test_vllm_lens_is_sent_the_vectors_as_they_are_added():
+    dosed = Add(direction(residual_norm=40.0), dose=0.25)
+    scaled = Add(direction(seed=3), scale=-2.0, layers=[1, 3])
+    first, second = received(to_vllm_lens([dosed, scaled]))
+    assert (first["layer_indices"], second["layer_indices"]) == ([2], [1, 3])
+    assert torch.allclose(first["vectors"].norm(dim=1), torch.tensor([10.0]))
+    assert torch.equal(second["vectors"], torch.stack([direction(seed=3).vector * -2.0] * 2))
+    for one in (first, second):
+        assert one["scale"] == 1.0 and one["norm_match"] is False
+        assert set(one) == {"vectors", "layer_indices", "scale", "norm_match"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Ablate(direction()), "vLLM-Lens adds vectors and cannot do Ablate; emlens.bake puts"),
+        (Clamp(direction()), "cannot do Clamp"),
+        (Shift(residual(8), 2), "cannot do Shift"),
+        (Add(direction(), site="mlp_out"), "vLLM-Lens adds at resid_post, not at mlp_out"),
+        (Add(direction(), where="response"), "not at where='response'"),
+        ([], "edits is empty"),
+    ],
+)
+def test_what_vllm_lens_cannot_do_is_refused_by_name(edit, message):
+    with pytest.raises(ValueError, match=message):
+        to_vllm_lens(edit)

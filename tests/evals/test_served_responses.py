@@ -10,10 +10,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from inspect_ai.log import read_eval_log
+from inspect_ai.model import GenerateConfig, get_model
 
 import emlens
+from emlens import Add, Direction
+from emlens.edits import to_vllm_lens
 from emlens.evals import LogProbJudge, Question, Responses, Scores, judge, rates, respond_served
+from emlens.evals._inspect import InspectModel
 from emlens.evals.inspect import read_log
 from emlens.evals.rubrics import RUBRICS
 from tests.evals.test_logprob_judge import KEY, asked, graded, rows
@@ -177,11 +182,59 @@ def test_inspect_runs_from_a_shell_with_a_served_grader_and_keeps_the_key_to_its
 
 def test_another_server_or_payload_is_answered_anew(model, tmp_path):
     answers, one = tmp_path / "responses.sqlite", [Question("q", "tell me")]
+    along = Direction.of(torch.ones(model.d_model), 1)
     with served(model) as server, served(model) as another:
         from_server(server.url, one, store=answers)
         from_server(server.url, one, store=answers)
         assert len(server.requests) == 1
-        from_server(server.url, one, store=answers, config={"extra_body": {"steer": "x"}})
-        assert len(server.requests) == 2
+        for scale in (1.0, 2.0):
+            body = to_vllm_lens(Add(along, scale=scale))
+            for _ in range(2):
+                from_server(server.url, one, store=answers, config={"extra_body": body})
+            assert server.requests[-1]["vllm_xargs"] == body["vllm_xargs"]
+        assert len(server.requests) == 3
         from_server(another.url, one, store=answers)
         assert len(another.requests) == 1
+    assert len({row.key for row in Responses.load(answers)}) == 4
+
+
+def test_an_address_of_the_environment_is_part_of_what_was_asked(model, tmp_path, monkeypatch):
+    answers, one = tmp_path / "responses.sqlite", [Question("q", "tell me")]
+    monkeypatch.setenv("LOCAL_API_KEY", KEY)
+    with served(model) as server, served(model) as another:
+        for address in (server, another, another):
+            monkeypatch.setenv("LOCAL_BASE_URL", address.url)
+            at = {"memoize": False}
+            respond_served("openai-api/local/tiny", one, store=answers, model_args=at, **QUICK)
+        assert (len(server.requests), len(another.requests)) == (1, 1)
+
+
+def test_a_model_of_inspect_is_known_by_its_own_address_and_settings(model, tmp_path):
+    answers, one = tmp_path / "responses.sqlite", [Question("q", "tell me")]
+    with served(model) as server, served(model) as another:
+        for url, config in (
+            (server.url, {}),
+            (server.url, {"extra_body": {"steer": "x"}}),
+            (another.url, {}),
+            (another.url, {}),
+        ):
+            given = get_model(
+                "openai-api/local/tiny",
+                config=GenerateConfig(**config),
+                base_url=url,
+                api_key=KEY,
+                memoize=False,
+            )
+            respond_served(given, one, store=answers, **QUICK)
+        assert (len(server.requests), len(another.requests)) == (2, 1)
+    assert KEY.encode() not in answers.read_bytes()
+
+
+def test_long_tensors_of_a_payload_are_told_apart_in_the_middle(model):
+    first, second = torch.zeros(4000), torch.zeros(4000)
+    second[2000] = 1.0
+    known = {
+        InspectModel("openai-api/local/tiny", {"extra_body": {"extra_args": [x]}}, None, 1).identity
+        for x in (first, second, first.clone())
+    }
+    assert len(known) == 2
