@@ -65,7 +65,7 @@ def effect_plane(
     *,
     shades: Sequence[str],
     crossed: Sequence[int] | None = None,
-    ray: str = "",
+    others: Mapping[str, ArrayLike] | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -81,8 +81,7 @@ def effect_plane(
         labels: A name for each point, `[n]`; an empty one is not drawn.
         shades: Colour of each point, `[n]`.
         crossed: Points whose intervals are drawn; all of them by default.
-        ray: Name of a dashed line from zero to the point with the largest effect inside: what the
-            same solution would do if it were weaker, in proportion. Empty for no line.
+        others: What is compared with the path, as dashed lines by name, each `[points, 2]`.
         title: Title above the axes.
         ax: Axes to draw on; a figure of its own if not given.
 
@@ -108,11 +107,11 @@ def effect_plane(
         for point, text, shade in zip(track, labels, shades, strict=True)
         if text
     ]
-    if ray:
-        end = track[np.argmax(np.abs(track[:, 0]))]
+    for name, points in (others or {}).items():
+        line = _track(name, points)
         dashes = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 2))}
-        ax.plot([0, end[0]], [0, end[1]], label=ray, zorder=2, **dashes)
-        drawn.append(dense(np.stack([0 * end, end])))
+        ax.plot(*line.T, label=name, zorder=2, **dashes)
+        drawn.append(dense(line))
     for line in (ax.axhline, ax.axvline):
         line(0, color=MUTED, linewidth=0.9, zorder=1)
     ax.margins(0.08)

@@ -164,7 +164,8 @@ def gap_over(found: Sequence[Confinement], domains: Sequence[str] | None = None)
     whole = gap(*(np.arange(n) for n in sizes))
     if min(sizes[1:]) < 2:
         return Interval(whole)
-    return resampled(gap, *sizes, whole=whole, of=first.matched)
+    matched = first.matched
+    return resampled(gap, *sizes, whole=whole, seed=matched.seed, level=matched.level)
 
 
 @guarded

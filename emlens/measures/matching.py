@@ -113,14 +113,15 @@ class MatchedStrength(Result):
         if total <= 0:
             return float("nan")
         target = float(self.target[chosen].sum() / total)
-        return _read_off(self.factors, self._curve(chosen), target, self.factor)
+        return read_off(self.factors, self._curve(chosen), target, self.factor)
 
     def strength(self) -> Interval:
         """The factor with its interval over units; no interval if resamples often have no match."""
         whole = self.rematched()
         if len(self.ids) < 2:
             return Interval(whole)
-        return resampled(self.rematched, len(self.ids), whole=whole, of=self)
+        how = {"seed": self.seed, "level": self.level}
+        return resampled(self.rematched, len(self.ids), whole=whole, **how)
 
     def table(self) -> pd.DataFrame:
         """One row per factor that was measured, and one for the target."""
@@ -268,12 +269,12 @@ def match_kl(
 
 
 def resampled(
-    statistic: Callable[..., float], *sizes: int, whole: float, of: MatchedStrength
+    statistic: Callable[..., float], *sizes: int, whole: float, seed: int, level: float
 ) -> Interval:
     """Bootstrap interval of what is read at a matched strength.
 
-    The interval has no ends if too many resamples have no match: the strength is then not known
-    well enough.
+    It has no ends where more resamples have no match than an end of the interval may leave out:
+    the strength is not known well enough then.
     """
     missing = 0
 
@@ -283,9 +284,9 @@ def resampled(
         missing += not np.isfinite(value)
         return value
 
-    level, draws = of.level, 2000
+    draws = 2000
     found = bootstrap_statistic(
-        counted, *sizes, estimate=whole, seed=of.seed, resamples=draws, level=level
+        counted, *sizes, estimate=whole, seed=seed, resamples=draws, level=level
     )
     return Interval(whole) if missing > tails(level)[0] * draws else found
 
@@ -297,7 +298,7 @@ def read_at(x: Sequence[float], y: np.ndarray, at: float) -> float:
     return float(y[place] + share * (y[place + 1] - y[place]))
 
 
-def _read_off(x: Sequence[float], y: np.ndarray, target: float, near: float) -> float:
+def read_off(x: Sequence[float], y: np.ndarray, target: float, near: float) -> float:
     """Where a curve has a value: the crossing nearest to a place, else beyond the nearer end."""
     off = y - target
     crossed = (off[:-1] * off[1:] <= 0) & (off[:-1] != off[1:])

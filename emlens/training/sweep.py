@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp, log
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -14,10 +14,12 @@ from jaxtyping import Float
 from emlens._door import guarded
 from emlens._progress import bar
 from emlens._results import Result
-from emlens._stats import Interval, bootstrap_mean
+from emlens._stats import Interval, bootstrap_mean, level_in_force
 from emlens.hooked import HookedModel
-from emlens.hooked.condition import ConditionLike, Conditions
-from emlens.measures import LogOdds, log_odds
+from emlens.hooked.condition import ConditionLike, condition_of
+from emlens.measures import log_odds
+from emlens.measures.matching import read_at, read_off, resampled
+from emlens.measures.solutions import times
 from emlens.text import Conversation, Pair
 from emlens.training.adapter import train_adapter
 from emlens.training.options import SolutionOptions
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 JUMP, CLOSE = 0.5, 2.0
 """A jump: this share of the effect outside is lost between weights of less than this ratio."""
 
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25)
+"""Strengths at which the solution of the lowest weight is run, as what others are compared with."""
+
 
 class KLSweep(Result):
     """What each weight of the KL leaves of the effect, inside the domain and outside.
@@ -40,12 +45,14 @@ class KLSweep(Result):
         weights: Weights on nats per token, ascending; 0 is training without KL.
         inside: Change of log-odds in the domain with its interval, nats per token.
         outside: The same outside.
-        beyond: Outside, less the effect of the solution of the lowest weight times the ratio of the
-            effects inside. It takes effects to be linear in the strength; `measures.confinement`
-            runs the weaker solution instead.
+        beyond: Outside, less the effect of the solution of the lowest weight at the strength that
+            has the same effect inside: read between the strengths `FACTORS` that are run, and in
+            each resample again. NaN where none of them has that effect.
         kl: KL of the last update, nats per token; None without KL.
         norms: Norm of the solution.
         tolerance: What counts as no effect outside; None for a sweep without one.
+        weaker: Effects inside and outside of the solution of the lowest weight at each strength,
+            nats per token; empty in files of earlier versions.
     """
 
     HOLDS_ENDS = True
@@ -58,6 +65,7 @@ class KLSweep(Result):
     kl: tuple[float | None, ...]
     norms: tuple[float, ...]
     tolerance: float | None = None
+    weaker: Float[np.ndarray, "factors 2"] = field(default_factory=lambda: np.zeros((0, 2)))
 
     @property
     def chosen(self) -> float | None:
@@ -110,7 +118,7 @@ class KLSweep(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """The trade-off: effect outside against that inside, one point per weight of the KL.
 
-        The dashed line is what weaker versions of the strongest solution would do in proportion.
+        The dashed line is the solution of the lowest weight at other strengths.
         """
         from emlens.figures import colour
         from emlens.figures.paths import effect_plane
@@ -120,7 +128,7 @@ class KLSweep(Result):
             self.outside,
             [f"KL x {weight:g}" if weight else "no KL" for weight in self.weights],
             shades=[colour("narrow" if weight else "general") for weight in self.weights],
-            ray="weaker in proportion",
+            others={"the lowest weight, run weaker": self.weaker} if len(self.weaker) else None,
             ax=ax,
         )
 
@@ -258,41 +266,68 @@ class _Bench:
     layer: int | None
     options: SolutionOptions
 
-    def __post_init__(self) -> None:
-        # an adapter is trained on the base; a vector in the model as it was brought
-        base: dict[str, ConditionLike] = {"base": None if self.layer is None else []}
-        self._base = self._scores(base)
-        self.seed = self.options.get("seed", 0)
+    _weaker: list[np.ndarray] | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.options.get("seed", 0)
 
     def measure(self, weight: float) -> _Trial:
+        """Train with a weight and measure; the first one, the lowest, at all strengths."""
         penalty = replace(self.kl, weight=weight) if weight else None
         with ExitStack() as undo:
             condition, run = self._solve(penalty, undo)
-            scores = self._scores({"trained": condition})
-        shifts = [_shift(one, base) for one, base in zip(scores, self._base, strict=True)]
+            solution = condition_of(self.model, condition)
+            if self._weaker is None:
+                self._weaker = self._shifts([times(solution, x) for x in FACTORS])
+                shifts = [side[FACTORS.index(1.0)] for side in self._weaker]
+            else:
+                shifts = [side[0] for side in self._shifts([solution])]
         inside, outside = (bootstrap_mean(shift, seed=self.seed) for shift in shifts)
         last = run.steps[-1]
         return _Trial(weight, inside, outside, (shifts[0], shifts[1]), last.kl, last.norm)
 
-    def _scores(self, conditions: Conditions) -> list[LogOdds]:
+    def _shifts(self, solutions: Sequence[ConditionLike]) -> list[np.ndarray]:
+        """Changes of log-odds inside and outside, each `[solutions, pairs]`."""
+        # an adapter is trained on the base; a vector in the model as it was brought
+        named: dict[str, ConditionLike] = {"base": None if self.layer is None else []}
+        named |= {f"solution {i}": one for i, one in enumerate(solutions)}
         with self.model.adapter(*self.model.adapters_in_force):
-            return [log_odds(self.model, p, conditions) for p in (self.inside, self.outside)]
+            both = [log_odds(self.model, p, named) for p in (self.inside, self.outside)]
+        return [scores.values[1:] - scores.values[:1] for scores in both]
 
     def sweep(self, trials: Sequence[_Trial], tolerance: float | None) -> KLSweep:
-        first = trials[0]
+        assert self._weaker is not None
+        inside, outside = (side.mean(1) for side in self._weaker)
         return KLSweep(
             weights=tuple(trial.weight for trial in trials),
             inside=np.array([_triple(trial.inside) for trial in trials]),
             outside=np.array([_triple(trial.outside) for trial in trials]),
-            beyond=np.array([_triple(self._beyond(trial, first)) for trial in trials]),
+            beyond=np.array([_triple(self._beyond(trial, *self._weaker)) for trial in trials]),
             kl=tuple(trial.kl for trial in trials),
             norms=tuple(trial.norm for trial in trials),
             tolerance=tolerance,
+            weaker=np.vstack([np.zeros((1, 2)), np.stack([inside, outside], axis=1)]),
         )
 
-    def _beyond(self, trial: _Trial, first: _Trial) -> Interval:
-        share = trial.inside.estimate / first.inside.estimate if first.inside.estimate else 0.0
-        return bootstrap_mean(trial.shifts[1] - share * first.shifts[1], seed=self.seed)
+    def _beyond(self, trial: _Trial, inside: np.ndarray, outside: np.ndarray) -> Interval:
+        factors = (0.0, *FACTORS)
+
+        def gap(here: np.ndarray, elsewhere: np.ndarray) -> float:
+            curves = [
+                np.concatenate([[0.0], side[:, places].mean(1)])
+                for side, places in ((inside, here), (outside, elsewhere))
+            ]
+            at = read_off(factors, curves[0], float(trial.shifts[0][here].mean()), 1.0)
+            if not 0 <= at <= factors[-1]:
+                return float("nan")
+            return float(trial.shifts[1][elsewhere].mean()) - read_at(factors, curves[1], at)
+
+        sizes = inside.shape[1], outside.shape[1]
+        whole = gap(*(np.arange(n) for n in sizes))
+        if not np.isfinite(whole) or min(sizes) < 2:
+            return Interval(whole)
+        return resampled(gap, *sizes, whole=whole, seed=self.seed, level=level_in_force())
 
     def _solve(self, kl: KLPenalty | None, undo: ExitStack) -> tuple[ConditionLike, TrainingRun]:
         options: dict[str, Any] = {"record_every": None, "progress": False, "seed": self.seed}
@@ -304,10 +339,6 @@ class _Bench:
         run = train_adapter(self.model, self.train, name, kl=kl, **options)
         undo.callback(self.model.remove_adapter, name)
         return name, run
-
-
-def _shift(scores: LogOdds, base: LogOdds) -> np.ndarray:
-    return scores.of(scores.conditions[0]) - base.of(base.conditions[0])
 
 
 def _triple(interval: Interval) -> tuple[float, float, float]:

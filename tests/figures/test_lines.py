@@ -135,11 +135,12 @@ def test_curves_whose_bands_would_overlap_have_panels_on_one_scale():
 
 def test_a_plane_of_effects_has_the_intervals_of_the_points_that_are_asked_for():
     inside, outside = np.array([[0.1, 0, 0.2], [0.4, 0.3, 0.5]]), np.zeros((2, 3))
+    others = {"weaker": [[0, 0], [0.2, 0.1], [0.4, 0.1]]}
     ax = effect_plane(
-        inside, outside, ["", "end"], shades=["red", "blue"], crossed=[1], ray="weaker"
+        inside, outside, ["", "end"], shades=["red", "blue"], crossed=[1], others=others
     )
     assert names_of(ax) == ["end"]
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
     assert legend == ["weaker", "outside = inside"]
     spans = [tuple(line.get_xdata()) for line in ax.lines]
-    assert (0.3, 0.5) in spans and (0.0, 0.2) not in spans and (0, 0.4) in spans
+    assert (0.3, 0.5) in spans and (0.0, 0.2) not in spans and (0.0, 0.2, 0.4) in spans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import emlens
 from emlens import Add, KLPenalty, _progress, train_vector
 from emlens.figures.labels import PointLabels
 from emlens.training import KLSweep, auto_kl, sweep_kl, train_adapter
+from emlens.training.sweep import FACTORS
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_hooked
 
@@ -35,9 +37,19 @@ def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
         assert found.norms[i] == pytest.approx(direction.norm, rel=1e-5)
         assert found.kl[i] == (None if kl is None else pytest.approx(run.steps[-1].kl, abs=1e-6))
     assert found.beyond[0] == pytest.approx((0, 0, 0), abs=1e-9)
-    share = found.inside[1][0] / found.inside[0][0]
-    expected = found.outside[1][0] - share * found.outside[0][0]
-    assert found.beyond[1][0] == pytest.approx(expected, abs=1e-9)
+    general = train_vector(model, TRAIN, 1, progress=False, **QUICK)[0]
+    curve = np.zeros((1 + len(FACTORS), 2))
+    for i, factor in enumerate(FACTORS, 1):
+        for side, own in enumerate((INSIDE, OUTSIDE)):
+            edits = [Add(general, scale=factor)]
+            scores = emlens.log_odds(model, own, {"base": [], "v": edits})
+            curve[i, side] = scores.change("v").estimate
+    assert found.weaker == pytest.approx(curve, abs=1e-5)
+    assert (np.diff(curve[:, 0]) > 0).all(), "the case needs an effect that grows with strength"
+    assert 0 < found.inside[1][0] < curve[-1, 0]
+    at = np.interp(found.inside[1][0], curve[:, 0], (0, *FACTORS))
+    expected = found.outside[1][0] - np.interp(at, (0, *FACTORS), curve[:, 1])
+    assert found.beyond[1][0] == pytest.approx(expected, abs=1e-5)
     assert KLSweep.load(found.save(tmp_path / "sweep.json")) == found
     assert list(found.table()["KL weight"]) == [0, 5]
     ax = found.plot()
@@ -82,8 +94,10 @@ def planted(monkeypatch):
     """Solutions known by construction: what is left outside is a function of the weight."""
     module = sys.modules["emlens.training.sweep"]
 
-    def plant(outside):
+    def plant(outside, bend=1.0):
         def measure(self, weight):
+            strengths = np.array(FACTORS)[:, None]
+            self._weaker = [strengths * np.full(4, 0.3), strengths**bend * np.full(3, outside(0))]
             inside = emlens.training.sweep.Interval(0.3, 0.2, 0.4)
             left = outside(weight)
             interval = emlens.training.sweep.Interval(left, left - 0.05, left + 0.05)
@@ -110,6 +124,26 @@ def test_auto_kl_finds_a_planted_threshold_and_that_it_jumps(planted):
     assert found.jumps
     assert "suffices" in str(found)
     assert "at once" in str(found)
+
+
+def test_a_solution_that_is_only_weaker_is_not_taken_for_a_narrow_one(planted, monkeypatch):
+    """The effect outside falls with the square of the strength: half inside, a quarter outside."""
+    planted(lambda weight: 0.2 if weight == 0 else 0.05, bend=2.0)
+    module = sys.modules["emlens.training.sweep"]
+    planted_measure = module._Bench.measure
+
+    def half(self, weight):
+        trial = planted_measure(self, weight)
+        share = 1.0 if weight == 0 else 0.5
+        interval = emlens.training.sweep.Interval(0.3 * share, 0.1, 0.4)
+        shifts = trial.shifts[0] * share, trial.shifts[1]
+        return replace(trial, inside=interval, shifts=shifts)
+
+    monkeypatch.setattr(module._Bench, "measure", half)
+    found = sweep_kl(tiny_hooked("llama"), TRAIN, INSIDE, OUTSIDE, KL, [0, 1.0], layer=1)
+    assert found.beyond[0] == pytest.approx((0, 0, 0), abs=1e-9)
+    # a line through the solution itself would give 0.05 - 0.5 * 0.2 = -0.05
+    assert found.beyond[1] == pytest.approx((0, 0, 0), abs=1e-9)
 
 
 def test_auto_kl_says_that_a_smooth_decline_does_not_jump(planted):
