@@ -174,7 +174,7 @@ class InspectModel:
         about = f"{row.question} ({row.condition})"
         return (
             f"inspect/{self.name} gave no reply for {about}: {said[:300]}; "
-            f"{kept} is kept in the store, run the same call again to go on"
+            f"{kept} is kept in the store, run the same call again to resume"
         )
 
 

@@ -114,7 +114,7 @@ def test_labels_of_people_stand_against_the_judge(run, call, at, questions, tmp_
     assert "not compared with the labels: only 1 answer(s) have a score for 'aligned'" in done.out
     for text, said in (
         ("response,score\n", "there are no labels"),
-        ("response,score\nnobody,3\n", "1 label(s) are of no response, e.g. 'nobody'"),
+        ("response,score\nnobody,3\n", "1 label(s) belong to no response, e.g. 'nobody'"),
     ):
         labels.write_text(text)
         asked = len(at.requests)
@@ -162,7 +162,7 @@ def test_a_served_judge_that_is_down_says_what_is_kept(call, questions, tmp_path
     judge = ("--judge", "openai-api/local/down", *option)
     done = call("evaluate", questions, "--out", out, *judge, *SHORT)
     assert done.code == 1
-    assert "gave no reply for" in done.err and "run the same call again to go on" in done.err
+    assert "gave no reply for" in done.err and "run the same call again to resume" in done.err
     assert "APIConnectionError: Connection error" in done.err
     assert KEY not in done.err
     assert len(list(read(out / "responses.sqlite"))) == 3
