@@ -23,7 +23,7 @@ from emlens.watch import Roc
 from tests.goldens.golden import KEPT
 
 FILES = KEPT / "files" / "results"
-ROOMS = ("directions", "evals", "fisher", "measures", "training", "watch")
+ROOMS = ("directions", "edits", "evals", "fisher", "measures", "training", "watch")
 for _room in ROOMS:
     import_module(f"emlens.{_room}")
 BASES = {"Measured", "OnGrid", "UnderNoise"}

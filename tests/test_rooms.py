@@ -43,7 +43,7 @@ ROOMS = (
 MAX_CODE_LINES = 350
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 12
-MAX_NAMES = 200
+MAX_NAMES = 203
 SUBROOMS = ("evals.inspect",)
 UNLISTED = {
     "hooked.load": "arguments of from_pretrained",
@@ -334,8 +334,8 @@ def test_all_rooms_together_export_few_names():
     assert len({(room.__name__, name) for room in rooms for name in room.__all__}) <= MAX_NAMES
 
 
-def test_at_most_25_names_are_public_and_each_has_a_home():
-    assert len(emlens.__all__) <= 25
+def test_at_most_26_names_are_public_and_each_has_a_home():
+    assert len(emlens.__all__) <= 26
     assert sorted(emlens.__all__) == sorted(emlens._HOMES)
 
 

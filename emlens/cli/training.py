@@ -122,7 +122,11 @@ def bake(
     ]
     edits += [Add(direction_of(path, model, layer), dose=dose, scale=scale) for path in add or ()]
     found = emlens.bake(model, Condition(model.adapters, tuple(edits)), out, progress=call.progress)
-    record = {"folder": found.path, "acting": found.acting, "architecture": found.architecture}
+    record: dict[str, object] = {
+        "folder": found.path,
+        "acting": found.acting,
+        "architecture": found.architecture,
+    }
     record |= {"tolerance": found.tolerance, "changed": len(found.changed)}
     record["proof"] = rows_of(found.table())
     call.result(record, found.table(), str(found))

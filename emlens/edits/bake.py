@@ -204,7 +204,7 @@ def bake(
     ):
         with _no_bars():
             architecture, changed = _write(model, given, folder)
-            plain = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+            plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
         with model.under(given):
             texts = model.generate(chats, temperature=0, max_new_tokens=max_new_tokens)
         plain = plain.to(model.device).eval()
@@ -325,7 +325,7 @@ def _one_off(edit: Add, n_layers: int) -> list[Edit]:
 def _random(edit: Any) -> DirectionEdit:
     """The same edit along a direction drawn at random, one for all edits."""
     drawn = torch.randn(edit.d_model, generator=torch.Generator().manual_seed(SEED))
-    value = {"value": edit.value} if isinstance(edit, Clamp) else {}
+    value: dict[str, Any] = {"value": edit.value} if isinstance(edit, Clamp) else {}
     along = Direction.of(drawn, edit.layers[0], edit.site)
     return type(edit)(along, layers=edit.layers, site=edit.site, **value)
 

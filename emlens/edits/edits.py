@@ -31,12 +31,12 @@ Vector = Float[Tensor, " d_model"] | Float[Tensor, "batch d_model"]
 class Add(DirectionEdit):
     """Adds a direction: `x + scale * v`, or `v` rescaled to a dose.
 
-    Give at most one of `scale` and `dose`; the direction is added as it is (scale 1) by default.
+    Give at most one of `scale` and `dose`; the direction is added with scale 1 by default.
 
     Attributes:
         scale: Factor on the vector.
-        dose: Norm of what is added, as a share of the median residual norm at that layer; the
-            sign turns the direction round. Needs a direction that knows that norm.
+        dose: Norm of what is added, as a share of the median residual norm at that layer; a
+            negative dose reverses the direction. Needs a direction with that norm.
 
     Raises:
         ValueError: If both are given, or the residual norm is not known.
@@ -77,7 +77,7 @@ class Add(DirectionEdit):
 @guard_names
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ablate(DirectionEdit):
-    """Takes the component along a direction out: afterwards the projection is zero.
+    """Removes the component along a direction: afterwards the projection is zero.
 
     Example:
         >>> everywhere = emlens.Ablate(direction, layers=range(model.n_layers))
@@ -124,7 +124,7 @@ class Clamp(DirectionEdit):
 
 @dataclass(frozen=True)
 class Shift:
-    """Adds a live tensor, through which gradients flow: what training works with.
+    """Adds a live tensor through which gradients flow; training uses it.
 
     Attributes:
         vector: `[d_model]`, or `[batch, d_model]` for one vector per row.
@@ -216,7 +216,7 @@ def to_vllm_lens(edits: Edit | Sequence[Edit]) -> dict[str, Any]:
 
 @guarded
 def edit_from_dict(record: Mapping) -> DirectionEdit:
-    """Rebuild an edit from what its `to_dict` gave.
+    """Rebuild an edit from the record that `to_dict` returns.
 
     Raises:
         ValueError: If the record names no known edit.

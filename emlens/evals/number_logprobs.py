@@ -22,7 +22,7 @@ LEAST_MASS = 0.25
 
 _DIGITS = re.compile(r"[0-9]{1,3}")
 _READ_OVER = " \t\r\n*\u2581\u0120\u010a"
-"""Blanks, newlines and asterisks, as they stand in text and in vocabularies."""
+"""Blanks, newlines and asterisks, as text and vocabularies have them."""
 Shown = Sequence[Mapping[str, float]]
 """Probability of each visible token, for every token that was written."""
 
@@ -40,7 +40,7 @@ class NumberTrie:
 
     Attributes:
         ends: The number that ends at a path.
-        children: Tokens that go on from a path towards a longer number.
+        children: Tokens that continue a path towards a longer number.
     """
 
     ends: dict[Path, int]
@@ -48,7 +48,7 @@ class NumberTrie:
 
     @classmethod
     def of(cls, template: Template | PreTrainedTokenizerBase) -> NumberTrie:
-        """The trie of a chat template: numbers as they stand at the beginning of an answer.
+        """The trie of a chat template: numbers as an answer begins with them.
 
         Raises:
             ValueError: If two numbers are spelt alike.
@@ -76,7 +76,7 @@ class NumberTrie:
 
     @property
     def levels(self) -> list[list[Path]]:
-        """Paths that go on, by their length: what a model has to be asked after."""
+        """Paths that continue, by length: the model is asked what follows each."""
         deepest = max(map(len, self.children))
         return [
             sorted(path for path in self.children if len(path) == depth)
@@ -86,7 +86,7 @@ class NumberTrie:
     def probabilities(self, after: NextLogProbs) -> np.ndarray:
         """Probability of each number, `[101]`, from log-probabilities after each path.
 
-        A number that may go on counts as ended where what follows is no digit that goes on.
+        A number that may continue counts as ended if no continuing digit follows.
         """
         found = np.zeros(len(NUMBERS))
         reached: dict[Path, float] = {(): 1.0}
@@ -188,7 +188,7 @@ class VisibleNumbers:
 
         A first digit whose further digits were not seen counts as the number, as in the papers'
         code, if no digit that was written went on. None where less than `LEAST_MASS` of the
-        probability is on numbers, or where most of that is on beginnings that may go on.
+        probability is on numbers, or where most of that is on beginnings that may continue.
         """
         numbers, missing = self._walk(ended=self._all_ended)
         known = sum(numbers.values())
@@ -233,7 +233,7 @@ class VisibleNumbers:
 
     @property
     def _all_ended(self) -> bool:
-        """Whether there were first digits, and none of them was seen to go on."""
+        """Whether there were first digits, and none of them was seen to continue."""
         written = [after for state, after in self.seen.items() if state.strip()]
         return bool(written) and not any(_is_number(text) for after in written for text in after)
 

@@ -222,7 +222,7 @@ class ProbeJudge(Shown):
     def _read(
         self, conversations: Sequence[Conversation], progress: bool = True
     ) -> Float[Tensor, "n d_model"]:
-        """Mean activation over each answer, in the untouched base."""
+        """Mean activation over each answer, in the unmodified base."""
         model = self._model
         means = torch.zeros(len(conversations), model.d_model)
         batches = model.batches(conversations)

@@ -26,7 +26,7 @@ TEST_SHARE = 0.2
 
 
 class ScalarTable(Result):
-    """How well classes of answers are told apart by an adapter's scalars, token by token.
+    """How well an adapter's scalars separate classes of answers, token by token.
 
     Attributes:
         adapter: The adapter.

@@ -1,4 +1,4 @@
-"""What judges are told: rubrics in words of our own, and how question and answer are put in."""
+"""Rubrics of the judges, and how question and answer are put in."""
 
 from __future__ import annotations
 

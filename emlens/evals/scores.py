@@ -91,7 +91,7 @@ class Judge(Protocol):
     def metrics(self) -> Sequence[str]: ...
 
     def rubric(self, metric: str) -> str:
-        """Hash of what it is told about a metric."""
+        """Hash of its instructions for a metric."""
         ...
 
     def judge(self, responses: Sequence[Response], metric: str) -> Sequence[Verdict]:
@@ -268,7 +268,7 @@ def human_labels(
     known = {row.key: row for row in responses}
     strange = [key for key in labels if key not in known]
     if strange:
-        raise ValueError(f"{len(strange)} label(s) are of no response, e.g. {strange[0]!r}")
+        raise ValueError(f"{len(strange)} label(s) belong to no response, e.g. {strange[0]!r}")
     outside = [key for key, value in labels.items() if not 0 <= value <= 100]
     if outside:
         raise ValueError(f"label {labels[outside[0]]} of {outside[0]!r} is not between 0 and 100")

@@ -31,7 +31,7 @@ def without_thinking(text: str) -> str:
 def parted(text: str) -> tuple[str, str]:
     """What an answer thinks first, without the tags, and the answer itself.
 
-    Thinking that has no end is all there is of the answer.
+    Thinking without an end is the whole answer.
     """
     found = _LEADING.match(text)
     if found is None and not text.lstrip().startswith(OPEN):

@@ -36,7 +36,7 @@ def train_adapter(
     """Train a LoRA adapter on a model; afterwards it is there, and `model.adapter(name)` is it.
 
     The objective and the loop are those of `train_vector`. An adapter that the model has already
-    (from `emlens.load(adapters=...)`, or trained before) goes on from where it is. Weights of the
+    (from `emlens.load(adapters=...)`, or trained before) continues from its weights. Weights of the
     base stay frozen, those of the adapter are fp32. Blocks below the first one adapted are
     computed once per conversation.
 

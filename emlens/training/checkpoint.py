@@ -78,7 +78,7 @@ def load_checkpoint(
         shapes: Shapes of the parameters that are trained, by name.
 
     Raises:
-        ValueError: If it is of another run: other data, settings or model; what differs is named.
+        ValueError: If it belongs to another run (data, settings or model differ; it says which).
             Or if a tensor is missing, or has another shape than its parameter.
     """
     if not path.exists():
@@ -116,7 +116,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
 
 
 def _compared(made: Provenance) -> dict:
-    """What two runs have in common if one goes on from the other: all but the versions."""
+    """What a run and its continuation have in common: all but the versions."""
     record = {name: value for name, value in made.to_dict().items() if name != "versions"}
     # an adapter takes its weights from the checkpoint, wherever it stands by now
     free = {"start"} if made.settings.get("kind") == "adapter" else set()

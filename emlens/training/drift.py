@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RECORDS = 10
-"""Records of the path of an adapter that goes on, where the run before kept none."""
+"""Records of the path of a continued adapter, where the run before kept none."""
 
 _KEPT = ("epochs", "lr", "batch_size", "accumulate", "warmup", "schedule", "weight_decay", "clip")
 
@@ -52,13 +52,13 @@ def continue_training(
 
     The narrow solution trained on without KL drifts to the general one (arXiv 2602.07852); the
     other way round, give the general run and a penalty. Vectors start from the end of `run`;
-    an adapter goes on from the state that it has on the model, and is changed unless its
+    an adapter continues from its state on the model, and is changed unless its
     successor has a `name` of its own.
 
     Args:
         model: The model of the run.
         train: Conversations, as before.
-        run: The run to go on from.
+        run: The run to continue.
         kl: The penalty from here on; None leaves it out.
         name: Train a copy of the adapter, under this name; the run's own stays as it is.
         **options: See `SolutionOptions`; those of the run by default, with a fresh optimiser. A
@@ -107,7 +107,7 @@ def continue_training(
 def _check_parts(run: TrainingRun) -> None:
     if run.settings.get("kind") == "weights":
         raise ValueError(
-            "the run trained the model's own weights, of which no path is kept; go on with "
+            "the run trained the model's own weights, of which no path is kept; continue with "
             "train_weights, on the model as it is now"
         )
 

@@ -69,7 +69,7 @@ class Loop:
         """Train to the end; resume from the checkpoint if there is one.
 
         Raises:
-            ValueError: If the checkpoint is of another run.
+            ValueError: If the checkpoint belongs to another run.
             NonFiniteError: If the model's own passes are not finite.
             TrainingStopped: If a pass, a loss or a gradient becomes so; nothing has moved then.
         """
@@ -197,7 +197,7 @@ class Loop:
             gradients=stacked(done.gradients),
         )
 
-    # -- going on -----------------------------------------------------------------------------
+    # -- resuming -----------------------------------------------------------------------------
 
     def _keep(self, optimiser: torch.optim.Optimizer, done: _Progress) -> None:
         where, every = self.recording.checkpoint, self.recording.checkpoint_every

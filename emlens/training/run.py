@@ -200,11 +200,11 @@ class TrainingRun:
     def of_record(
         cls, record: Mapping, states: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
     ) -> TrainingRun:
-        """The run that a record in a file is of.
+        """The run that a record in a file describes.
 
         Raises:
             KeyError: If a part is missing.
-            ValueError: If a part is of another type, or there is not a state for each record.
+            ValueError: If a part has another type, or there is not a state for each record.
         """
         made = Provenance.from_dict(record["provenance"])
         path_steps = tuple(record["path_steps"])

@@ -74,7 +74,7 @@ def train_vector(
 
     Raises:
         ValueError: If a set is empty, a layer, site or setting does not exist, a text or `initial`
-            does not fit the model, or the checkpoint is of another run.
+            does not fit the model, or the checkpoint belongs to another run.
         NonFiniteError: If the model's own passes are not finite.
         TrainingStopped: If training leaves what is finite; it carries the run so far.
 

@@ -44,8 +44,8 @@ def train_weights(
         settings: How to train; `WeightSettings()` by default.
         validation: See `train_vector`.
         **options: See `WeightOptions`, e.g. `layers=range(12, 18), lr=1e-5`. A `checkpoint` holds
-            the weights and the optimiser's two copies; go on with the model loaded anew, not with
-            one that the broken run has changed. Prefixes are kept where only some layers are
+            the weights and the optimiser's two copies; continue with the model loaded again, not
+            with one that the broken run has changed. Prefixes are kept where only some layers are
             trained; all base log-probabilities have to fit.
 
     Returns:

@@ -114,7 +114,7 @@ def test_labels_of_people_stand_against_the_judge(run, call, at, questions, tmp_
     assert "not compared with the labels: only 1 answer(s) have a score for 'aligned'" in done.out
     for text, said in (
         ("response,score\n", "there are no labels"),
-        ("response,score\nnobody,3\n", "1 label(s) are of no response, e.g. 'nobody'"),
+        ("response,score\nnobody,3\n", "1 label(s) belong to no response, e.g. 'nobody'"),
     ):
         labels.write_text(text)
         asked = len(at.requests)

@@ -255,6 +255,15 @@ def test_the_model_stays_as_it_is_and_shares_what_does_not_change(tmp_path):
     assert {w.data_ptr() for w in plain.parameters()} == {w.data_ptr() for w in module.parameters()}
 
 
+def test_half_precision_is_proven_within_its_rounding(tmp_path):
+    model = hooked_of("llama", tmp_path, build("llama").to(torch.bfloat16))
+    found = bake(model, everywhere(Ablate, model, random_vector(1)), tmp_path / "out", **QUICK)
+    assert found.dtype == "torch.bfloat16"
+    assert found.kl.max() < 0.02 and found.differences.max() < found.tolerance == 1.0
+    assert found.apart.min() > found.tolerance
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
 def test_both_engines_bake_the_same(tmp_path):
     edits = [Add(Direction.of(random_vector(1), 1))]
     hooked_of("llama", tmp_path)

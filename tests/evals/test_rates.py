@@ -231,7 +231,7 @@ def test_a_file_of_labels_is_read_and_one_that_does_not_fit_is_refused(tmp_path,
 
 def test_labels_that_do_not_fit_are_refused():
     rows = [response(0)]
-    with pytest.raises(ValueError, match="1 label.s. are of no response, e.g. 'x'"):
+    with pytest.raises(ValueError, match="1 label.s. belong to no response, e.g. 'x'"):
         human_labels(rows, {"x": 1})
     with pytest.raises(ValueError, match="label 101 of 'base-q-0' is not between 0 and 100"):
         human_labels(rows, {rows[0].key: 101})

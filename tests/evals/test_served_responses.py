@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -212,12 +213,13 @@ def test_an_address_of_the_environment_is_part_of_what_was_asked(model, tmp_path
 def test_a_model_of_inspect_is_known_by_its_own_address_and_settings(model, tmp_path):
     answers, one = tmp_path / "responses.sqlite", [Question("q", "tell me")]
     with served(model) as server, served(model) as another:
-        for url, config in (
+        asked: tuple[tuple[str, dict[str, Any]], ...] = (
             (server.url, {}),
             (server.url, {"extra_body": {"steer": "x"}}),
             (another.url, {}),
             (another.url, {}),
-        ):
+        )
+        for url, config in asked:
             given = get_model(
                 "openai-api/local/tiny",
                 config=GenerateConfig(**config),

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,7 @@ def make_files(computed: Mapping[str, Any]) -> dict[str, Any]:
         emlens.evals.agreement(scores, _by_hand()),
         read_asymmetries(FILES / "asymmetries"),
         read_paths(FILES / "asymmetries")[0].trajectory,
+        _baked(),
     ]
     one_each: dict[str, Result] = {}
     for result in [*more, *results_in(list(computed.values()))]:
@@ -276,6 +278,15 @@ def make_files(computed: Mapping[str, Any]) -> dict[str, Any]:
     for name, result in one_each.items():
         assert json.dumps(numbers[f"results/{name}.json"]) == json.dumps(plain(result)), name
     return numbers
+
+
+def _baked() -> Result:
+    model = tiny_hooked("llama")
+    edits = [Add(direction(model)), Ablate(direction(model), layers=[2], site="mlp_out")]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "baked"
+        found = emlens.bake(model, edits, out, progress=False)
+    return replace(found, path="baked")
 
 
 def _by_hand() -> Scores:

@@ -63,7 +63,7 @@ def read_path(
     if bare:
         raise FileNotFoundError(
             f"{bare[0]} has no {WEIGHTS}, as {found[adapters[0]].name} has; fetch it again, or "
-            "take the folder away"
+            "remove the folder"
         )
     return _adapters(found, names, part, log)
 
@@ -97,7 +97,7 @@ def _adapters(
         if _scaling(_config(place)) != _scaling(config):
             raise ValueError(
                 f"{place} says {_scaling(_config(place))} in its {CONFIG}, but {first.name} says "
-                f"{_scaling(config)}; they are of different trainings"
+                f"{_scaling(config)}; they belong to different trainings"
             )
         _same_modules(place, _keys(place), first, keys)
         with opened_tensors(place / WEIGHTS) as file:
@@ -132,7 +132,7 @@ def _vectors(
         if (directions.layers, directions.site) != (first.layers, first.site):
             raise ValueError(
                 f"{place} holds {directions!r}, but {found[next(iter(read))].name} {first!r}; "
-                "they are of different trainings"
+                "they belong to different trainings"
             )
         for name in chosen:
             vector = directions.vectors[int(name.removeprefix("vector."))]
@@ -150,7 +150,7 @@ def _put(states: Tensor, record: int, weight: Tensor, what: str) -> None:
     if weight.shape != states.shape[1:]:
         raise ValueError(
             f"{what} has shape {list(weight.shape)}, but {list(states.shape[1:])} in the "
-            "checkpoints before; they are of different trainings"
+            "checkpoints before; they belong to different trainings"
         )
     states[record] = weight
     if not bool(states[record].isfinite().all()):
@@ -176,7 +176,7 @@ def _same_modules(place: Path, keys: dict[str, str], first: Path, wanted: dict[s
     differs += [f"has {first_few(more)} besides"] if more else []
     raise ValueError(
         f"{place} {' and '.join(differs) or 'names its weights otherwise'}, compared with "
-        f"{first.name}; they are of different trainings"
+        f"{first.name}; they belong to different trainings"
     )
 
 
@@ -208,8 +208,8 @@ def _log(found: dict[int, Path]) -> tuple[dict, ...]:
     state = read_json(place, dict)
     if state.get("global_step", step) != step:
         raise ValueError(
-            f"{place} is of step {state['global_step']}, its folder of step {step}; one of them "
-            "is misplaced"
+            f"{place} belongs to step {state['global_step']}, its folder to step {step}; one of "
+            "them is misplaced"
         )
     entries: dict[int, dict] = {}
     history = state.get("log_history", [])

@@ -255,7 +255,7 @@ def damage(folder: Path, llama, how: str) -> None:
         ("modules", ValueError, f"checkpoint-10 lacks {B}, compared with checkpoint-5"),
         ("scale", ValueError, "checkpoint-10 says .*64.* but checkpoint-5 says .*16"),
         ("empty", ValueError, "checkpoint-10.* has no LoRA weights; its tensors are x"),
-        ("log", ValueError, "is of step 10, its folder of step 15"),
+        ("log", ValueError, "belongs to step 10, its folder to step 15"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, llama, how, error, message):
