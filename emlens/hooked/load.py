@@ -89,8 +89,6 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     put_on = _by_folder(adapters or {})
-    for one, folder in put_on.items():
-        find_adapter(one, str(folder))  # before gigabytes are loaded
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
     if str(name).startswith("~"):
@@ -270,8 +268,11 @@ def _by_folder(
 
     Raises:
         ValueError: If two have the same last part.
+        FileNotFoundError: If a folder holds no adapter.
     """
     if isinstance(adapters, Mapping):
+        for name, folder in adapters.items():
+            find_adapter(name, str(folder))  # before gigabytes are loaded
         return adapters
     places = [adapters] if isinstance(adapters, (str, Path)) else adapters
     names = [Path(str(place)).name for place in places]
@@ -280,7 +281,7 @@ def _by_folder(
         raise ValueError(
             f"two adapters would be called {twice[0]!r}; name them: adapters={{name: folder, ...}}"
         )
-    return dict(zip(names, places, strict=True))
+    return _by_folder(dict(zip(names, places, strict=True)))
 
 
 def _note_gpu(device_map: str | dict | None) -> None:
