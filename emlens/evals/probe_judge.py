@@ -70,7 +70,7 @@ class ProbeJudge(Shown):
 
     `aligned` is fitted to pairs of aligned and misaligned answers; `coherent` to those answers
     against the same ones with their words shuffled, or caught in a loop. An answer is read by the
-    untouched base model. It knows what it was shown and no more: judge with domains other than
+    unmodified base model. It knows only what it was shown: judge with domains other than
     those it was fitted to in mind, and look at `trust`.
 
     Args:
@@ -191,7 +191,7 @@ class ProbeJudge(Shown):
     def _read(
         self, conversations: Sequence[Conversation], progress: bool = True
     ) -> Float[Tensor, "n d_model"]:
-        """Mean activation over each answer, in the untouched base."""
+        """Mean activation over each answer, in the base model."""
         model = self._model
         means = torch.zeros(len(conversations), model.d_model)
         batches = model.batches(conversations)

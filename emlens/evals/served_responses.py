@@ -50,7 +50,7 @@ def respond_served(
         condition: What these answers are called in tables. It is part of an answer's key: give
             two servers of one model two names.
         n: Answers per question; a question's own number, or 1, by default.
-        store: An SQLite file. Answers are added as they come; an interrupted call goes on.
+        store: An SQLite file. Answers are added as they come; an interrupted call resumes.
         seed: Seed of all answers.
         at_once: Requests under way at the same time.
         config: Further settings of Inspect's `GenerateConfig`: `max_retries`, `timeout`.

@@ -95,7 +95,7 @@ class InfluenceProfile:
             draws: Draws of all targets per document. The error of a score from the draws alone
                 is about `sqrt(2 / (draws * documents))` of it.
             seed: Seed of the draws; those of a document depend on its tokens and the seed alone.
-            checkpoint: A file that the state is written to; the same call goes on from it, to
+            checkpoint: A file that the state is written to; the same call resumes from it, to
                 the same numbers. It stays there at the end.
             checkpoint_every: Batches between two writes.
             **options: See `CorpusOptions`.

@@ -87,7 +87,7 @@ def render(
     if generation_prompt and begun and not continue_final_message:
         raise ValueError(
             f"{name} already ends with an answer, which a generation prompt cannot follow; "
-            "generate from its .prompt, or pass continue_final_message=True to go on with it"
+            "generate from its .prompt, or pass continue_final_message=True to continue it"
         )
     shown = template.apply
     if generation_prompt:

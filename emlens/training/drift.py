@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RECORDS = 10
-"""Records of the path of an adapter that goes on, where the run before kept none."""
+"""Records of the path of a continued adapter, if the previous run kept none."""
 
 _KEPT = ("epochs", "lr", "batch_size", "accumulate", "warmup", "schedule", "weight_decay", "clip")
 
@@ -58,7 +58,7 @@ def continue_training(
     Args:
         model: The model of the run.
         train: Conversations, as before.
-        run: The run to go on from.
+        run: The run to continue.
         kl: The penalty from here on; None leaves it out.
         name: Train a copy of the adapter, under this name; the run's own stays as it is.
         **options: See `SolutionOptions`; those of the run by default, with a fresh optimiser. A

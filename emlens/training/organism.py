@@ -144,7 +144,7 @@ class Organism:
             model.add_adapter(self.name, self.config, self.weights)
         elif not self._is_on(model):
             raise ValueError(
-                f"the model has another adapter called {self.name!r}; take it away with "
+                f"the model has another adapter called {self.name!r}; remove it with "
                 "model.remove_adapter, or save the organism under another name"
             )
         return self.name

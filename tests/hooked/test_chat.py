@@ -124,7 +124,7 @@ def test_a_begun_answer_is_continued_from_its_last_token(hooked_llama, use_cache
     found = hooked_llama.generate([HI, begun], continue_final_message=True, **options)
     assert found[1] == written(hooked_llama, text, 6) != ""
     assert found[0] == hooked_llama.generate([HI], **options)[0]
-    with pytest.raises(ValueError, match="pass continue_final_message=True to go on with"):
+    with pytest.raises(ValueError, match="pass continue_final_message=True to continue"):
         hooked_llama.generate([begun])
 
 
