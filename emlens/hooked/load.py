@@ -199,8 +199,8 @@ def _say_what_acts(model: HookedModel) -> None:
         name = model.acting[0]
         warnings.warn(
             f"{model.name} was brought with adapter {model.active_adapter!r} active: calls without "
-            "conditions run it; conditions that name no adapter run the base. Name it where you "
-            f"mean it, e.g. {{'base': None, {name!r}: {name!r}}}, or use "
+            "conditions run it; conditions that name no adapter run the base. Name it "
+            f"explicitly, e.g. {{'base': None, {name!r}: {name!r}}}, or use "
             f"`with model.adapter({name!r}):`",
             stacklevel=4,
         )
