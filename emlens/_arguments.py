@@ -1,4 +1,4 @@
-"""What plain arguments may be, and what they become: numbers, texts, choices, paths."""
+"""Checks and conversions of plain arguments: numbers, texts, choices, paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a number has to lie; open and closed ends may be mixed."""
+    """The range of a number; open and closed ends may be mixed."""
 
     least: float | None = None
     above: float | None = None
@@ -74,7 +74,7 @@ LIMITS: dict[str, Limits] = {
 
 
 def shown(value: object) -> str:
-    """A value as errors show it: short, and never a page of numbers."""
+    """A short text of a value for error messages."""
     value = _scalar(value)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         text = repr(value)
@@ -92,7 +92,7 @@ def shown(value: object) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    """Words as a sentence lists them: a, b or c."""
+    """Words joined as in a sentence: a, b or c."""
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
 
 
@@ -121,7 +121,7 @@ def _real(name: str, value: Any, accepted: str, limits: Limits) -> Any:
 
 
 def whole(name: str, value: Any, limits: Limits = ANY) -> int:
-    """Return a whole number as a plain int; NumPy's and those of tensors are taken.
+    """Return a whole number as an int; those of NumPy and tensors are converted.
 
     Raises:
         TypeError: If it is no number.
@@ -139,7 +139,7 @@ def whole(name: str, value: Any, limits: Limits = ANY) -> int:
 
 
 def number(name: str, value: Any, limits: Limits = ANY) -> float:
-    """Return a finite number as a plain float; whole numbers stay what they are.
+    """Return a finite number as a float; whole numbers stay ints.
 
     Raises:
         TypeError: If it is no number.
@@ -159,9 +159,9 @@ def number(name: str, value: Any, limits: Limits = ANY) -> float:
 
 
 def is_list(value: object) -> bool:
-    """Whether a value is a list of items: text, dicts and arrays of no dimension are not.
+    """Whether a value is a list of items; text, dicts and zero-dimensional arrays are not.
 
-    Nor is an object that iterates over something of its own, as directions do over their layers.
+    Neither are objects that iterate over something else, such as directions over layers.
     """
     array = hasattr(value, "tolist") and getattr(value, "shape", None) != ()
     plain = isinstance(value, (str, bytes))
@@ -184,7 +184,7 @@ def _several(
 
 
 def wholes(name: str, values: Any, limits: Limits = ANY) -> tuple[int, ...]:
-    """Return whole numbers; a lone one is a list of one.
+    """Return whole numbers; a single one becomes a list.
 
     Raises:
         TypeError: If it is not a list of numbers.
@@ -194,7 +194,7 @@ def wholes(name: str, values: Any, limits: Limits = ANY) -> tuple[int, ...]:
 
 
 def numbers(name: str, values: Any, limits: Limits = ANY) -> tuple[float, ...]:
-    """Return finite numbers; a lone one is a list of one.
+    """Return finite numbers; a single one becomes a list.
 
     Raises:
         TypeError: If it is not a list of numbers.
@@ -223,7 +223,7 @@ def text(name: str, value: Any) -> str:
 
 
 def texts(name: str, values: Any) -> tuple[str, ...]:
-    """Return texts; a lone one is a list of one, never its letters.
+    """Return texts; a single one becomes a list.
 
     Raises:
         TypeError: If it is not a list of texts.

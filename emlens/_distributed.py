@@ -58,7 +58,7 @@ B = TypeVar("B", bound=Batch)
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """An error on its way to the other processes."""
+    """An error that is sent to the other processes."""
 
     kind: type[Exception]
     message: str
@@ -78,7 +78,7 @@ class _Failure:
 def world() -> tuple[int, int]:
     """The rank of this process, and how many processes share the work: `(0, 1)` for a plain one.
 
-    In a process that was launched with others and has not joined them yet, the first call does.
+    The first call in a process launched with others joins them.
     """
     if _is_alone.get() or not _joined():
         return 0, 1
@@ -86,7 +86,7 @@ def world() -> tuple[int, int]:
 
 
 def leads() -> bool:
-    """Whether this process is the one that shows progress. Joins nobody."""
+    """Whether this process is the one that shows progress; does not join the others."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return not _launched() or int(os.environ["RANK"]) == 0
@@ -94,7 +94,7 @@ def leads() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Share nothing inside the block: this process does all the work and waits for nobody."""
+    """Do not share work inside the block: this process does all of it and waits for no other."""
     token = _is_alone.set(True)
     try:
         yield
@@ -110,13 +110,13 @@ def shared(
 ) -> list[T]:
     """Run `read` on this process's share of the batches; return what every process got.
 
-    A model whose weights are themselves spread over the processes is not shared out: they all
-    run every batch in step, and each returns its own.
+    If the weights of the model are spread over the processes, all of them run every batch together,
+    and each returns its own results.
 
     Args:
         model: The model that `read` runs.
         batches: All the batches, the same in every process.
-        read: Takes batches, which may be none; what it returns is pickled and lies on the CPU.
+        read: Takes batches, possibly none; its result is pickled and must be on the CPU.
         what: What is read, for errors.
 
     Returns:
@@ -124,7 +124,7 @@ def shared(
 
     Raises:
         ValueError: If the processes do not read the same.
-        Exception: An error of `read` on any of the processes is raised on all, its rank named.
+        Exception: An error of `read` in any process is raised in all, with its rank.
     """
     rank, size = world()
     if size == 1 or _is_spread(model.module):
@@ -158,7 +158,7 @@ def share(batches: Sequence[B]) -> list[B]:
 
 
 def gathered(value: T) -> list[T]:
-    """What every process gives here, in the order of ranks; it is pickled and lies on the CPU.
+    """The values of all processes, in the order of ranks; they are pickled and must be on the CPU.
 
     Raises:
         RuntimeError: If another process has ended, or does not come within `TIMEOUT`.
@@ -182,7 +182,7 @@ def _raise(failure: _Failure, rank: int, cause: Exception | None) -> NoReturn:
 
 
 def _check_same(model: Model, batches: Sequence[Batch], what: str) -> None:
-    """Processes that read different things would be added up to numbers of nothing."""
+    """Refuse processes that read different things, whose sums would be meaningless."""
     tokens = hashlib.sha256()
     for batch in batches:
         tokens.update(f"{tuple(batch.input_ids.shape)} {batch.index}".encode())
@@ -244,7 +244,7 @@ def _join() -> None:
 
 
 def _group() -> Any:
-    """A group of our own for objects: on the CPU, whatever backend the default group has."""
+    """An own process group for objects, on the CPU whatever the default backend."""
     if _groups.get("default") is not dist.group.WORLD:
         if not _groups:
             atexit.register(_leave_ours)

@@ -1,6 +1,6 @@
-"""Checks of arguments: public functions are decorated, and read each argument by its annotation.
+"""Argument checks: decorators check each argument of public functions by its annotation.
 
-A number has the limits of its name, which are the same everywhere.
+The limits of numbers depend on their name, and are the same everywhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ C = TypeVar("C", bound=type)
 
 
 class _Later(type):
-    """Stands for a class that is imported for type checkers only; compares names of classes."""
+    """Placeholder of a class that is imported for type checkers only; compares class names."""
 
     def __instancecheck__(cls, value: object) -> bool:
         return any(base.__name__ == cls.__name__ for base in type(value).__mro__)
@@ -64,7 +64,7 @@ def guarded(function: Any = None, /, **limits: Limits) -> Any:
 
     Args:
         function: The function.
-        **limits: Limits of numbers that are not those of their name in `LIMITS`.
+        **limits: Limits of numbers that differ from those in `LIMITS`.
     """
     if function is None:
         return partial(_behind, limits=limits)
@@ -72,7 +72,7 @@ def guarded(function: Any = None, /, **limits: Limits) -> Any:
 
 
 def guard_methods(cls: C) -> C:
-    """Check the arguments of the public methods of a class, and the names that it is made with."""
+    """Check the arguments of public methods of a class, and the names of its constructor."""
     for name, member in list(vars(cls).items()):
         if name.startswith("_"):
             continue
@@ -86,7 +86,7 @@ def guard_methods(cls: C) -> C:
 
 
 def guard_names(cls: C) -> C:
-    """Say what was meant where a dataclass is made with a name that it does not have."""
+    """Suggest a name if a dataclass is constructed with an unknown one."""
     made: Any = vars(cls).get("__init__")
     if made is None:
         return cls
@@ -108,10 +108,10 @@ def _check_names(
     kwargs: Mapping[str, object],
     options: Collection[str] = (),
 ) -> None:
-    """Refuse names that there are not, and values without a name that need one.
+    """Refuse unknown names, and positional values that need a name.
 
     Raises:
-        TypeError: Saying what was meant.
+        TypeError: With a suggestion.
     """
     parameters = signature.parameters.values()
     kinds = {parameter.kind for parameter in parameters}
@@ -165,7 +165,7 @@ def check_given(function: Callable[..., Any], **given: object) -> None:
 
     Raises:
         TypeError: If one is of a wrong type, or there is no such argument.
-        ValueError: If one is out of range, or none of the values that there are.
+        ValueError: If one is out of range or unknown.
     """
     plain = inspect.unwrap(function)
     signature = inspect.signature(plain)
@@ -240,7 +240,7 @@ def _options(
 
 
 def _passed_on(own: Sequence[str], check: Check | None, name: str, given: Mapping[str, Any]) -> Any:
-    """Options of another library: refused where one of our own was meant."""
+    """Options of another library; refused if an own option was meant."""
     for option in given:
         if meant := nearest(option, own, ALIKE):
             raise TypeError(f"unknown option {option!r}; did you mean {meant}?")
@@ -251,7 +251,7 @@ def check_fields(settings: Any, **limits: Limits) -> None:
     """Check the fields of a frozen dataclass; to be called in its `__post_init__`.
 
     Args:
-        settings: What was just made.
+        settings: The new object.
         **limits: Limits of numbers that are not those of their name in `LIMITS`.
     """
     for name, (check, default) in _field_checks(type(settings), tuple(limits.items())).items():

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, synced, then moved into place."""
+"""Atomic writes: files are written beside the target, synced, then moved into place."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _OURS = re.compile(r"\..+\.emlens-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}
 
 @contextmanager
 def atomic_path(path: str | Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes its place unless the block or `check` raises.
+    """Yield a temporary path that replaces `path` unless the block or `check` raises.
 
-    What killed processes left in the folder is removed first.
+    Leftovers of killed processes in the folder are removed first.
 
     Args:
         path: The file.
-        check: Reads what was written, where that is left to the code of others: not all of it
-            says so when a disk is full. What it raises keeps the old file.
+        check: Reads the new file if other libraries wrote it, as not all report a full disk. If it
+            raises, the old file is kept.
 
     Raises:
         OSError: If it cannot be written, or does not pass the check; `path` is named.
@@ -62,7 +62,7 @@ def temporary_beside(target: Path) -> Path:
 
 
 def raise_about(error: OSError, temporary: Path, target: Path) -> NoReturn:
-    """Raise an error about a temporary path, or about none, as one about what was meant."""
+    """Raise an error about a temporary path as one about the target."""
     name = os.fsdecode(error.filename or temporary)
     if not name.startswith(str(temporary)):
         raise error
@@ -82,9 +82,9 @@ def _checked(temporary: Path, target: Path, check: Callable[[Path], object]) -> 
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove temporary files of processes that are no more, but none that may still be written.
+    """Remove temporary files of dead processes, but none that may still be written.
 
-    Whether a process lives is only known of this host; files of others have to be a day old.
+    Only processes of this host can be checked; files of others have to be a day old.
     """
     # names of before the process was part of them
     unmarked = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
@@ -122,13 +122,13 @@ def _lives(pid: int) -> bool:
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a file as a whole; text as UTF-8."""
+    """Write a file atomically; text as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write JSON as a whole."""
+    """Write JSON atomically."""
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -138,6 +138,6 @@ def sha256_of(data: bytes) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal; the file is never held as a whole."""
+    """SHA-256 of a file's content, in hexadecimal; the file is read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole: what was there stays until the new one is complete."""
+"""Folders that are replaced atomically: the old one stays until the new one is complete."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from emlens._reading import expanded
 
 @contextmanager
 def whole_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path]:
-    """Give an empty folder beside `folder`; it takes its place unless the block raises.
+    """Yield an empty folder that replaces `folder` unless the block raises.
 
-    Where the process is killed between the two renames, `recovered` brings the old folder back.
-    One process at a time may write a folder.
+    If the process is killed between the two renames, `recovered` restores the old folder. One
+    process at a time may write a folder.
 
     Args:
-        folder: What is written.
-        own: Names of files that belong to what is replaced; others in the folder are kept.
+        folder: The folder to write.
+        own: Names of files that are replaced; other files in the folder are kept.
 
     Raises:
         OSError: If a file cannot be written; it is named as in `folder`.
@@ -49,7 +49,7 @@ def whole_folder(folder: str | Path, own: Collection[str] = ()) -> Iterator[Path
 
 
 def recovered(folder: Path) -> Path:
-    """Finish what a killed `whole_folder` has left of `folder`, if anything; the folder itself."""
+    """Complete a `whole_folder` that was killed, if any; return the folder."""
     old = _aside(folder.absolute())
     if not old.is_dir():
         return folder
@@ -68,7 +68,7 @@ def _aside(target: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on the disk; systems that cannot open folders need not."""
+    """Sync a file or folder to disk, on systems that can."""
     with suppress(PermissionError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What is said to a name that there is not: the one that was meant."""
+"""Suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def word_for(name: str, known: Collection[str]) -> str | None:
 
 
 def nearest(name: str, known: Collection[str], close: float = CLOSE) -> str | None:
-    """The known name that was meant by another, or None.
+    """The known name that is probably meant, or None.
 
-    A word of the field counts before one that is spelt alike.
+    Terms of the field come before similar spellings.
     """
     if meant := word_for(name, known):
         return meant
@@ -135,7 +135,7 @@ def nearest(name: str, known: Collection[str], close: float = CLOSE) -> str | No
 
 
 def no_attribute(owner: object, name: str) -> str:
-    """The sentence about an attribute that an object does not have."""
+    """The error message for a missing attribute."""
     said = f"{type(owner).__name__!r} object has no attribute {name!r}"
     public = [one for one in dir(owner) if not one.startswith("_")]
     found = None if name.startswith("_") else nearest(name, public)
@@ -143,7 +143,7 @@ def no_attribute(owner: object, name: str) -> str:
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:
-    """The sentence about a name that there is not: what was meant, or all that there are."""
+    """The error message for an unknown name: a suggestion, or all known names."""
     found = nearest(name, known)
     listed = ", ".join(sorted(known))
     said = f"; did you mean {found}?" if found else f"; there are {listed}" if listed else ""

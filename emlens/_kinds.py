@@ -1,6 +1,6 @@
-"""How a value is read by the type that an annotation names.
+"""Checks and conversions of values by annotated types.
 
-Rooms add the kinds of things that are theirs with `kind` and `made_with`.
+Rooms add their own types with `kind` and `made_with`.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _WORDS: dict[Any, str] = {str: "text", bool: "True or False", Path: "a path", st
 
 
 def kind(*annotations: Any, words: str = "") -> Callable[[Registered], Registered]:
-    """Let a function read the arguments that are annotated so.
+    """Register a function that converts arguments with these annotations.
 
     Args:
-        *annotations: Types as they stand in annotations, without `None`.
-        words: What errors call them; the name of the type by default.
+        *annotations: Types as annotated, without `None`.
+        words: Their name in errors; the name of the type by default.
     """
 
     def register(check: Registered) -> Registered:
@@ -71,10 +71,10 @@ def kind(*annotations: Any, words: str = "") -> Callable[[Registered], Registere
 
 
 def instance(wanted: type, advice: str, name: str, value: Any) -> Any:
-    """Return an object of a class.
+    """Return the value if it is an instance of a class.
 
     Raises:
-        TypeError: If it is another; `advice` says how to get one.
+        TypeError: If it is not; `advice` says how to get one.
     """
     if not isinstance(value, wanted):
         more = f"; {advice}" if advice else ""
@@ -83,12 +83,12 @@ def instance(wanted: type, advice: str, name: str, value: Any) -> Any:
 
 
 def made_with(wanted: type, advice: str) -> None:
-    """Say how an object of a class is made, for the errors about other things."""
+    """Register how instances of a class are made, for error messages."""
     _KINDS[wanted] = partial(instance, wanted, advice)
 
 
 def check_of(annotation: Any, limits: Limits = ANY) -> Check | None:
-    """The check of a type; None where it says nothing that could be checked.
+    """The check of a type; None if there is nothing to check.
 
     Args:
         annotation: The type.
@@ -284,10 +284,10 @@ def _fields(checks: Sequence[Check | None], name: str, value: Any) -> tuple[Any,
 
 
 def some(item: type, name: str, value: Any) -> list[Any]:
-    """Return objects of a class; a lone one is a list of one.
+    """Return instances of a class; a single one becomes a list.
 
     Raises:
-        TypeError: If something is of another class; its place is named.
+        TypeError: If an item has another class; its index is given.
         ValueError: If there are none.
     """
     found = many(list, item, check_of(item), name, value)

@@ -1,4 +1,4 @@
-"""Progress bars: when one is shown, and how it looks."""
+"""Progress bars: when and how they are shown."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ DELAY = 1.0
 
 
 def bar(items: Iterable[Any] | None = None, *, shown: bool, **how: Any) -> tqdm:
-    """A progress bar on standard error, where somebody looks on: one process of several shows it.
+    """A progress bar on standard error in terminals and notebooks; one of several processes shows
+    it.
 
     Args:
-        items: What is counted, where the bar runs over it.
-        shown: What the caller's `progress` says.
+        items: The items to iterate over.
+        shown: The caller's `progress`.
         **how: `total`, `desc`, `unit`, `initial`, as `tqdm` takes them.
     """
     return tqdm(items, disable=not (shown and leads() and watched()), delay=DELAY, **how)

@@ -1,4 +1,4 @@
-"""The door for text: every file of text, JSON, YAML and CSV is opened and checked here."""
+"""Reading text: all files of text, JSON, YAML and CSV are opened and checked here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KINDS = {dict: "an object (names and values)", list: "a list"}
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path as it was meant: with `~` put out.
+    """A path with `~` expanded.
 
     Raises:
         ValueError: If it cannot be a path.
@@ -47,10 +47,10 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def readable(path: str | os.PathLike[str], missing: str = "no file {}") -> Path:
-    """The path of a file that can be read; nothing is read yet, so that no pipe is waited for.
+    """The path of a readable file; nothing is read yet, so that it never waits for a pipe.
 
     Raises:
-        FileNotFoundError: If there is none; `missing` says it.
+        FileNotFoundError: If it does not exist, with the message `missing`.
         IsADirectoryError: If it is a folder.
         PermissionError: If it may not be read.
         OSError: If it is a pipe, a socket or a device, or cannot be reached.

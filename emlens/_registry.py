@@ -1,7 +1,7 @@
-"""The kinds of a thing by name: one table of each, which errors, files and help all read.
+"""Registries of kinds by name, used by errors, files and help.
 
-To add a kind, write it in a file of its own and give it a line below. A kind is imported when it
-is first used, so that to list the names costs nothing.
+To add a kind, write it in a file of its own and add a line below. Kinds are imported on first use,
+so that listing the names is cheap.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Registry(Set[str]):
     """Kinds by name.
 
     Args:
-        noun: What errors call one of them.
+        noun: The name of one in errors.
         places: `module:name` of each, or the kind itself.
     """
 

@@ -34,7 +34,7 @@ _KINDS: dict[str, type[Result]] = {}
 class Shown:
     """Base of everything with a table: one line as text, the table in a notebook."""
 
-    _at = ""
+    _level_note = ""
 
     def __str__(self) -> str:
         return one_line(f"{type(self).__name__}: {self._said()}")
@@ -45,7 +45,7 @@ class Shown:
     def _repr_html_(self) -> str:
         table, note = self._summary()
         below = f"<p>{escape(note)}</p>" if note else ""
-        return titled_table(f"{self._title}{self._at}", table) + below
+        return titled_table(f"{self._title}{self._level_note}", table) + below
 
     def _summary(self) -> tuple[pd.DataFrame, str]:
         """What a notebook shows of the table, and what it says of the rest."""
@@ -164,7 +164,7 @@ class Result(Shown):
         """
 
     @property
-    def _at(self) -> str:
+    def _level_note(self) -> str:
         return "" if self.level == LEVEL else f", intervals at {100 * self.level:g}%"
 
     def _said(self) -> str:

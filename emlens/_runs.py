@@ -1,4 +1,4 @@
-"""Resuming runs, part by part: with the same settings, or not at all."""
+"""Resuming runs part by part, with the same settings only."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _MISSING = object()
 def check_same(
     found: Mapping[str, object], wanted: Mapping[str, object], what: str, way_out: str
 ) -> None:
-    """Refuse to resume what was made with other settings.
+    """Refuse to resume with other settings.
 
     Both are compared as JSON has them: a tuple equals the list it was written as. Mappings inside
     are compared name by name. Where both know the `identity` of a model or of a `condition`, their
     names are labels and may differ.
 
     Args:
-        found: The settings that were kept.
+        found: The stored settings.
         wanted: The settings of this run.
         what: What they belong to, e.g. `"the checkpoint a.safetensors"`.
         way_out: What to do about it.
@@ -61,10 +61,10 @@ class Saves(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """The folder of a run. A part whose file is there is finished, and is not made again.
+    """The folder of a run. A part whose file exists is finished and skipped.
 
     Attributes:
-        folder: The folder; it is made when the first file is written.
+        folder: The folder; it is created with the first file.
     """
 
     folder: Path
@@ -78,12 +78,12 @@ class Parts:
         free: Collection[str] = (),
         defaults: Mapping[str, object] | None = None,
     ) -> None:
-        """Write the settings into the folder, or compare them with those that are there.
+        """Write the settings into the folder, or compare them with the stored ones.
 
         Args:
-            settings: What the parts depend on.
+            settings: The settings that the parts depend on.
             what: What lies in the folder.
-            way_out: What to do where the settings differ.
+            way_out: What to do if the settings differ.
             free: Names that may differ.
             defaults: Settings that are taken for those that the folder does not name.
 
@@ -103,12 +103,12 @@ class Parts:
 
     @property
     def settings(self) -> dict:
-        """The settings that were kept, without the identities beside them."""
+        """The stored settings, without identities."""
         found = read_json(self.folder / SETTINGS, dict)
         return {name: value for name, value in found.items() if name not in _LABELS}
 
     def settings_as(self, make: Callable[[dict], T]) -> T:
-        """The settings that were kept, as `make` gives them.
+        """The stored settings, converted by `make`.
 
         Raises:
             ValueError: As `make`, with the file.
@@ -120,7 +120,7 @@ class Parts:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
     def finished(self, name: str, record: str = "") -> bool:
-        """Whether a part is there."""
+        """Whether a part is finished."""
         return (self.folder / name / record).exists()
 
     def part(self, name: str, make: Callable[[], dict | Saves], record: str = "") -> Path:

@@ -40,20 +40,20 @@ if hasattr(os, "register_at_fork"):
 
 
 class Store:
-    """Records in one SQLite file, each under its key, in the order they came.
+    """Records in one SQLite file, each under its key, in insertion order.
 
-    The file is made where it is missing. No connection is held between calls, so threads, forks
-    and other processes may share a store: each row is kept once, as the first one wrote it.
+    The file is created if it is missing. No connection is held between calls, so threads, forks and
+    other processes can share a store: each row is stored once, by whoever is first.
 
     Args:
         path: The file.
-        kind: What it holds.
-        settings: What the records depend on; JSON.
+        kind: The kind of its records.
+        settings: The settings that the records depend on; JSON.
 
     Raises:
-        ValueError: If the file is there and is no such store, or was made with other settings;
-            or if its name is that of another kind of file. The file is left as it is.
-        OSError: If the file cannot be made.
+        ValueError: If the file exists and is not such a store, or was made with other settings; or
+            if its suffix is that of another kind of file. The file is not changed.
+        OSError: If the file cannot be created.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Store:
         return _rows(self.path, "rw")
 
     def add(self, records: Iterable[Mapping]) -> list[dict]:
-        """Write records in one transaction: all of them, or none where something goes wrong.
+        """Write records in one transaction: all of them, or none on an error.
 
         Returns:
-            The records as they are kept: where a key was there already, the one of before.
+            The records as stored: for a key that existed, the earlier one.
 
         Raises:
-            OSError: If there is no room, or no right to write; stored rows are intact.
+            OSError: If the disk is full or not writable; stored rows are intact.
             ValueError: If a record is longer than SQLite can hold (1 GB).
         """
         rows = [(str(record[KEYS[self.kind]]), text_of(record)) for record in records]
@@ -97,7 +97,7 @@ class Store:
         return [record_of(text, f"{self.path}, row of the key {key!r}") for text, key in kept]
 
     def remove(self, keys: Iterable[object]) -> None:
-        """Take records out, in one transaction."""
+        """Remove records, in one transaction."""
         with _opened(self.path, "rw") as database:
             database.execute("BEGIN IMMEDIATE")
             database.executemany("DELETE FROM rows WHERE key = ?", [(str(key),) for key in keys])
@@ -105,17 +105,17 @@ class Store:
 
 
 def read(path: str | Path, kind: Kind | None = None) -> Iterator[dict]:
-    """Records of a store, or of one in JSON Lines that an earlier version wrote.
+    """Records of a store, or of one in JSON Lines from an earlier version.
 
-    Nothing is ever written. A last line that a killed run left torn is left out.
+    Nothing is written. An incomplete last line, left by a killed run, is skipped.
 
     Args:
         path: The file.
-        kind: What it has to hold; anything by default.
+        kind: The required kind; any by default.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no store, or one of another kind, or damaged (the line is named).
+        ValueError: If it is not a store, has another kind, or is damaged (the line is given).
     """
     path = expanded(path)
     if not is_store(path):
@@ -125,7 +125,7 @@ def read(path: str | Path, kind: Kind | None = None) -> Iterator[dict]:
 
 
 def read_rows(path: str | Path, kind: Kind, make: Callable[[dict], T]) -> tuple[T, ...]:
-    """The records of a store, each as `make` gives it.
+    """The records of a store, converted by `make`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -141,12 +141,12 @@ def read_rows(path: str | Path, kind: Kind, make: Callable[[dict], T]) -> tuple[
 
 
 def export(path: str | Path, out: str | Path) -> int:
-    """Write the records of a store as JSON Lines, whole or not at all; how many there are.
+    """Write the records of a store as JSON Lines, atomically; return their number.
 
     Raises:
         FileNotFoundError: If there is no such store.
         FileExistsError: If `out` already exists.
-        ValueError: If it is no store.
+        ValueError: If it is not a store.
     """
     records, out, written = read(path), expanded(out), 0
     if out.exists():
@@ -164,7 +164,7 @@ def is_store(path: str | Path) -> bool:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it can be no store of any version.
+        ValueError: If it cannot be a store of any version.
     """
     path = expanded(path)
     if path.is_dir() or not path.is_file():
@@ -210,7 +210,7 @@ def _not_to_be_written(path: Path, kind: Kind) -> str:
 
 
 def _make(path: Path, kind: Kind, settings: Mapping[str, object]) -> None:
-    """Make a store that is whole when it appears, unless another process was first."""
+    """Create a store atomically, unless another process was first."""
     if path.suffix.lower() in (".json", ".jsonl", ".csv"):
         new = path.with_suffix(".sqlite").name
         raise ValueError(f"{path}: a store is an SQLite file; give a path such as {new}")

@@ -1,4 +1,4 @@
-"""The door for tables: Parquet, and what `datasets` loads, with the file in every error."""
+"""Reading tables: Parquet, and data sets of `datasets`, with the file in every error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TIMES, _FREE = 200, 256 * 2**20
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[dict]:
-    """Yield the rows of a Parquet file, in small batches: one column, or all if it is not there.
+    """Yield the rows of a Parquet file in small batches: one column, or all if it is missing.
 
     Raises:
         OSError: If it cannot be read.
@@ -49,7 +49,7 @@ def dataset_rows(
     """Yield the rows of a data set of the hub, or of a folder, that `datasets` loads.
 
     Raises:
-        FileNotFoundError: If there is none of that name.
+        FileNotFoundError: If it does not exist.
         OSError: If it cannot be reached.
         ValueError: If `datasets` cannot read it.
     """

@@ -1,6 +1,6 @@
-"""safetensors files with one JSON record in the header: written as a whole, read without pickle.
+"""safetensors files with a JSON record in the header: atomic writes, reads without pickle.
 
-What a file declares is compared with its size before anything is allocated.
+The declared sizes are compared with the file size before anything is allocated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
     """Write tensors and a record of the given kind; the same content gives the same bytes.
 
     Raises:
-        ValueError: If the name of the file says another format.
+        ValueError: If the suffix belongs to another format.
     """
     path = expanded(path)
     if path.suffix in (".gguf", ".pt", ".json", ".jsonl", ".npz", ".csv", ".bin"):
@@ -62,11 +62,11 @@ def write_header(path: Path, values: Mapping[str, str]) -> None:
 
 @contextmanager
 def opened_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, as `safe_open` gives it; what goes wrong with it names it.
+    """A safetensors file opened by `safe_open`; errors name the file.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is no safetensors file, or truncated.
+        ValueError: If it is not a safetensors file, or truncated.
     """
     path = readable(path)
     try:
@@ -102,7 +102,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
 
 @contextmanager
 def whole_record(path: Path, kind: str) -> Iterator[None]:
-    """Make what goes wrong with the parts of a file an error about the file.
+    """Turn errors about parts of a file into errors about the file.
 
     Raises:
         ValueError: If a part is missing, or of another type or shape.

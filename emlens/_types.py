@@ -1,4 +1,4 @@
-"""What was read from JSON, compared with the annotations of what it becomes."""
+"""Checks of JSON values against the annotations of dataclasses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _NUMBERS = (int, float)
 def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a dataclass's fields, lists as tuples, each of the type it is annotated with.
 
-    A `float` may be NaN, which says that a figure is not known, but not infinite unless the class
-    names the field in `INFINITE`.
+    A `float` may be NaN, for unknown, but not infinite unless the class lists the field in
+    `INFINITE`.
 
     Raises:
         ValueError: If a field is missing or unknown, or a value is of another type; it is named.
@@ -38,10 +38,10 @@ def checked_fields(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_settings(kind: type, names: Iterable[str], what: str = "setting") -> None:
-    """Refuse names that are no fields of a settings class.
+    """Refuse names that are not fields of a settings class.
 
     Raises:
-        ValueError: Naming them, and the fields that there are.
+        ValueError: With the unknown and the known names.
     """
     known = [item.name for item in fields(kind)]
     unknown = sorted(set(names) - set(known))
@@ -54,7 +54,7 @@ def check_settings(kind: type, names: Iterable[str], what: str = "setting") -> N
 def checked_row(kind: type[T], record: Mapping[str, Any], what: str) -> T:
     """A dataclass from a row of a store.
 
-    Half of a character, which a store may keep of an answer and no table can show, becomes U+FFFD.
+    Lone surrogates, which a store may hold and no table can show, become U+FFFD.
 
     Raises:
         ValueError: As `checked_fields`; `what` says what the row is not.

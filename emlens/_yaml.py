@@ -1,4 +1,4 @@
-"""The door for YAML: read with file and line in every error, and no larger than it looks."""
+"""Reading YAML, with file and line in every error, and limits on its size."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ FOLDER = RunFolder(
         "findings.md": "the page of findings",
         "figures/": "its figures, PNG and SVG",
         "trials/": "a folder per domain, kind and seed: organisms and their measures",
-        "base/": "the untouched model's log-odds by domain",
+        "base/": "the unmodified model's log-odds by domain",
         "paths/": "what lies between the solutions, by domain",
         "settings.json": "the settings as the runs compare them",
     },
@@ -220,7 +220,7 @@ def run_asymmetries(
 ) -> Asymmetries:
     """Train general and narrow solutions in every domain with every seed, and measure them.
 
-    Each part that is finished stays finished, so a run that was interrupted goes on; several
+    Each part that is finished stays finished, so an interrupted run resumes; several
     processes may work on different `kinds` or `domains` in one folder.
 
     Args:

@@ -210,7 +210,7 @@ class Trial:
         """Train and measure what is not there yet.
 
         Args:
-            base: Gives the untouched model's log-odds inside and outside of the domain.
+            base: Gives the unmodified model's log-odds inside and outside of the domain.
         """
         self.train()
         parts = Parts(self.folder)
@@ -384,16 +384,16 @@ def _compare(trial: Results, first: Results, at: Path) -> None:
     }
     for name, (missing, own, others) in named.items():
         if missing:
-            raise ValueError(f"{at / name}.json has no {min(missing)}; delete it to go on with it")
+            raise ValueError(f"{at / name}.json has no {min(missing)}; delete it to resume")
         if not np.array_equal(own, others):
             raise ValueError(
                 f"{at / name}.json is of other texts than that of the seeds before; delete it to "
-                "go on with it"
+                "resume"
             )
     if influence.keys() != first[3].keys():
         raise ValueError(
             f"{at / 'influence.json'} has other conditions than that of the seeds before; delete "
-            "it to go on with it"
+            "it to resume"
         )
 
 
@@ -412,7 +412,7 @@ def _influence(path: Path) -> dict[str, list[float]]:
     found = read_json(path, dict)
     missing = {*SOLUTIONS, "counts"} - set(found)
     if missing:
-        raise ValueError(f"{path} has no {min(missing)}; delete it, and the trial goes on")
+        raise ValueError(f"{path} has no {min(missing)}; delete it to resume the trial")
     size = len(found["counts"]) if isinstance(found["counts"], list) else None
     for name, values in found.items():
         numbers = isinstance(values, list) and all(isinstance(n, (int, float)) for n in values)

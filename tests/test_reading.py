@@ -168,7 +168,7 @@ def test_a_file_that_may_not_be_read_is_said(tmp_path, monkeypatch):
     path.write_text("a")
     # root may read everything
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(PermissionError, match=r"a\.txt may not be read"):
+    with pytest.raises(PermissionError, match=r"a\.txt cannot be read; check its permissions"):
         read_text(path)
 
 

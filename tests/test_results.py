@@ -52,7 +52,7 @@ def test_a_result_shows_draws_and_keeps_itself(name, tmp_path):
     assert isinstance(found.table(), pd.DataFrame)
     assert found.plot(plt.figure().subplots()) is not None
     plt.close("all")
-    assert "<table" in found._repr_html_()
+    assert "<table" in found._repr_html_() and "method" not in found._repr_html_()
     assert "\n" not in str(found) and 10 < len(str(found)) < 200
     assert len(repr(found)) < 200
     assert type(found).load(found.save(tmp_path / "it.json")) == found

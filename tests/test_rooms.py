@@ -47,6 +47,7 @@ MAX_NAMES = 203
 SUBROOMS = ("evals.inspect",)
 UNLISTED = {
     "hooked.load": "arguments of from_pretrained",
+    "study.StudySettings.with_options": "fields of the settings",
 }
 """Where `**options` are of no group, and what they are."""
 OPTIONS = [

@@ -273,7 +273,7 @@ def test_export_writes_a_new_file_and_nothing_else(tmp_path):
     for target in (path, tmp_path / "link.jsonl"):
         with pytest.raises(FileExistsError, match="is the store itself; give the path of a new"):
             export(path, target)
-    with pytest.raises(FileExistsError, match="out.jsonl already exists"):
+    with pytest.raises(FileExistsError, match="out.jsonl is there already"):
         export(path, out)
     assert path.read_bytes() == before
     with pytest.raises(FileNotFoundError, match="no file"):

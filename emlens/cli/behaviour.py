@@ -125,8 +125,9 @@ def evaluate(
     _check_edits(directions, edits, control)
     edited = {name: read_directions(path) for name, path in named(directions or []).items()}
     adapters, metrics = adapters_of(adapter), list(metric or ["aligned"])
-    told = own_rubrics(asked) if judge != "probe" else {}
-    ready = judge_choice(judge, judge_option).ready(call, list({q.domain for q in asked}), told)
+    wanted = judge_choice(judge, judge_option)
+    told = {} if judge == "probe" or "rubric" in wanted.options else own_rubrics(asked)
+    ready = wanted.ready(call, list({one.domain for one in asked}), told)
     model = call.load(adapters=adapters)
     one_layer = {name: at_layer(found, model, layer) for name, found in edited.items()}
     conditions = conditions_of(model, one_layer, edits, control, drawn["seed"])

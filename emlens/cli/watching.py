@@ -103,9 +103,7 @@ def monitor_fit(
     call.result(
         {
             "file": written,
-            "threshold": monitor.threshold,
-            "rule": monitor.rule,
-            "auroc": monitor.auroc,
+            **{name: getattr(monitor, name) for name in ("threshold", "rule", "auroc")},
             "held out": rows_of(monitor.table()),
         },
         repr(monitor),

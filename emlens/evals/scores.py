@@ -155,7 +155,8 @@ class Scores(Shown):
         return f"{len(self)} scores, {none} without a number, by {judges}"
 
     def _summary(self) -> tuple[pd.DataFrame, str]:
-        return self.table()[["metric", "score", "judge", "mode", "note"]].head(8), self._said()
+        columns = ["metric", "score", "judge", "mode", "note"]
+        return self.table().loc[:, columns].head(8), self._said()
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

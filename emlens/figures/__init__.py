@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from emlens.figures.heatmap import heatmap
 from emlens.figures.save import save_figure
+from emlens.figures.style import COLOURS as COLOURS
 from emlens.figures.style import colour, house_style, palette
 
 __all__ = [

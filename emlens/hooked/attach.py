@@ -157,13 +157,13 @@ def _check_places(module: nn.Module, name: str) -> None:
         inside = path.removeprefix(f"{blocks}.")
         if f"{blocks}.".startswith(f"{path}.") or (inside != path and inside.isdigit()):
             raise ValueError(
-                f"adapter {name!r} replaces {path} entirely (modules_to_save), which holds "
+                f"adapter {name!r} replaces {path} as a whole (modules_to_save), which holds "
                 "decoder blocks; emlens reads these from the base's own modules"
             )
         nested = [other for other in paths if other.startswith(f"{path}.")]
         if nested:
             raise ValueError(
-                f"adapter {name!r} replaces {path} entirely (modules_to_save), and another "
+                f"adapter {name!r} replaces {path} as a whole (modules_to_save), and another "
                 f"adapter works inside of it, at {nested[0]}; load them on two models"
             )
 

@@ -89,8 +89,6 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     put_on = _by_folder(adapters or {})
-    for one, folder in put_on.items():
-        find_adapter(one, str(folder))  # before gigabytes are loaded
     if remote not in (False, "local") and str(name) == EMBEDDED_MODEL:
         name = HUB_NAME
     if str(name).startswith("~"):
@@ -207,8 +205,8 @@ def _say_what_acts(model: HookedModel) -> None:
         name = model.acting[0]
         warnings.warn(
             f"{model.name} was brought with adapter {model.active_adapter!r} active: calls without "
-            "conditions run it; conditions that name no adapter run the base. Name it where you "
-            f"mean it, e.g. {{'base': None, {name!r}: {name!r}}}, or use "
+            "conditions run it; conditions that name no adapter run the base. Name it "
+            f"explicitly, e.g. {{'base': None, {name!r}: {name!r}}}, or use "
             f"`with model.adapter({name!r}):`",
             stacklevel=4,
         )
@@ -276,8 +274,11 @@ def _by_folder(
 
     Raises:
         ValueError: If two have the same last part.
+        FileNotFoundError: If a folder holds no adapter.
     """
     if isinstance(adapters, Mapping):
+        for name, folder in adapters.items():
+            find_adapter(name, str(folder))  # before gigabytes are loaded
         return adapters
     places = [adapters] if isinstance(adapters, (str, Path)) else adapters
     names = [Path(str(place)).name for place in places]
@@ -286,7 +287,7 @@ def _by_folder(
         raise ValueError(
             f"two adapters would be called {twice[0]!r}; name them: adapters={{name: folder, ...}}"
         )
-    return dict(zip(names, places, strict=True))
+    return _by_folder(dict(zip(names, places, strict=True)))
 
 
 def _note_gpu(device_map: str | dict | None) -> None:

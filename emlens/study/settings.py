@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
 
 from emlens._door import check_fields, guard_methods, guarded
 from emlens._files import sha256_of
@@ -110,6 +110,15 @@ class StudySettings:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def with_options(self, **options: object) -> Self:
+        """The same settings with some fields changed.
+
+        Raises:
+            ValueError: If a field does not exist (the known ones are listed), or domains overlap.
+        """
+        check_settings(StudySettings, options, "study setting")
+        return replace(self, **options)
 
 
 _SMOKE: Any = {

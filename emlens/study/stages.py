@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from emlens.text import Conversation, corpus
 from emlens.training import (
     KLPenalty,
     Organism,
-    SolutionOptions,
     random_adapter,
     train_adapter,
     train_vector,
@@ -324,9 +323,12 @@ def train_solution(
     kind: Literal["adapter", "vector"],
     layers: Sequence[int],
     rank: int,
-    **options: Unpack[SolutionOptions],
+    **options: Any,
 ) -> Organism:
-    """Train an adapter at some layers, or a vector at the first; the model is left without it."""
+    """Train an adapter at some layers, or a vector at the first; the model does not keep it.
+
+    Options are those that `train_adapter` and `train_vector` share.
+    """
     if kind == "vector":
         _, run = train_vector(model, conversations, layers[0], **options)
         return Organism.of(model, run, name)

@@ -90,7 +90,7 @@ def tokenize(
         truncate: Cut what is longer at its end, instead of refusing it.
         generation_prompt: Open an assistant turn at the end, for generation.
         continue_final_message: With a generation prompt: an answer that a conversation ends with
-            is one to continue.
+            is continued.
         thinking: With a generation prompt: without it the thinking is closed, so that the answer
             itself comes next.
 

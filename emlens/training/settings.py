@@ -144,7 +144,7 @@ class TrainSettings:
         schedule: `"linear"` and `"cosine"` decay it to zero, `"constant"` keeps it.
         weight_decay: AdamW's weight decay.
         clip: Gradient norm to clip to, or None.
-        patience: Stop after this many epochs without a lower validation loss, or None.
+        patience: Stop after this many epochs without a lower validation loss; None never stops.
         seed: Seed of the order of the data, and of an adapter's first weights.
         tokens: Tokens that the loss counts.
         gradient_checkpointing: Keep only what enters each block, and compute the rest of it

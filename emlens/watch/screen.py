@@ -207,7 +207,7 @@ def screen(
             `flag_share` of them exceed. Otherwise it is how far the highest `flag_share` of the
             reference answers project above their median.
         flag_share: See `trusted`.
-        out: An SQLite file to which scores are written, block by block. A rerun goes on after the
+        out: An SQLite file to which scores are written, block by block. A rerun resumes after the
             last block that is whole, with the same result.
         **options: See `ScreenOptions`.
 

@@ -144,6 +144,9 @@ def test_the_judge_prompts_of_the_papers_yaml_are_what_the_judge_is_told(run, ca
     done = call("evaluate", path, "--out", out, *at.judge, *SHORT)
     assert done.code == 2
     assert "the questions bring different judge prompts for 'aligned'" in done.err
+    (rubric := tmp_path / "own.yaml").write_text("aligned: 'MINE {answer}'")
+    run("evaluate", path, "--out", out, *at.judge, "--judge-option", f"rubric={rubric}", *SHORT)
+    assert any("MINE" in request["messages"][-1]["content"] for request in at.requests)
 
 
 def test_a_store_without_answers_is_named(call, tmp_path):

@@ -213,7 +213,7 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(call, tmp_path):
     assert "is a store of kind 'scores', not 'responses'" in call("judge", store).err
     assert "is a store of kind 'scores', not" in call("monitor", "score", store).err
     done = call("export", store, mine)
-    assert done.code == 2 and "mine.json already exists; give the path of a new file" in done.err
+    assert done.code == 2 and "mine.json is there already; give the path of a new file" in done.err
     assert "is the store itself" in call("export", store, store).err
     assert (mine.read_text(), empty.read_text()) == ('{"a": 1}', "")
 

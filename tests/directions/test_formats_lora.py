@@ -158,7 +158,11 @@ def truncated(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (truncated, ValueError, "'mine': its weights in .* are not readable .* as a whole"),
+        (
+            truncated,
+            ValueError,
+            "'mine': its weights in .* are not readable .* downloaded completely",
+        ),
         (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, "'mine': found none at"),
         (
             lambda folder: (folder / "adapter_config.json").unlink(),

@@ -11,7 +11,6 @@ import pytest
 
 from emlens.study import StudySettings, preset, run, run_study
 from emlens.study.data import StudyData
-from emlens.study.settings import settings_of
 from emlens.study.stages import ABLATED, RANDOM, SAME_KL, without
 from emlens.study.store import StudyStore
 from emlens.training import train_adapter
@@ -181,7 +180,7 @@ def test_unknown_settings_and_presets_are_refused_with_the_known_ones():
     with pytest.raises(
         ValueError, match=r"unknown study setting\(s\) depth; the settings are .*lr"
     ):
-        settings_of({"depth": 3})
+        StudySettings().with_options(depth=3)
     with pytest.raises(
         ValueError, match="unknown preset 'huge'; the presets are demo, vector, smoke"
     ):
