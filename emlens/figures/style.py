@@ -44,6 +44,9 @@ Grid: TypeAlias = Literal["x", "y", "both"] | None
 
 SPARE = ("#CC79A7", "#56B4E9", "#332288", "#882255", "#8FB339", "#1F5A46", "#7A4B2A", "#A78BDA")
 
+MARKED = SPARE[3]
+"""Colour of points that a figure marks; it stands for no solution."""
+
 _HOUSE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],

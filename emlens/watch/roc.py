@@ -63,17 +63,18 @@ class Roc(Result):
         """The curve, the diagonal that chance gives, and the threshold in use."""
         from emlens.figures import COLOURS
         from emlens.figures.lines import line_bands
+        from emlens.figures.style import MARKED
 
         ax = line_bands(
             {"held-out": (self.false_alarms, self.hits)},
             x_label="false alarms [share of aligned]",
             y_label="hits [share of misaligned]",
             title=f"AUROC {Interval(self.auroc, self.low, self.high):.3f}",
-            colours={"held-out": COLOURS["general"]},
+            colours={"held-out": COLOURS["base"]},
             ax=ax,
         )
         ax.plot([0, 1], [0, 1], color=COLOURS["random"], linestyle=(0, (4, 1.6)), zorder=1)
-        ax.plot(*self.operating, marker="D", color=COLOURS["base"], zorder=5)
+        ax.plot(*self.operating, marker="D", color=MARKED, zorder=5)
         ax.annotate("threshold", self.operating, (8, -12), textcoords="offset points", fontsize=9)
         return ax
 

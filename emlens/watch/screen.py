@@ -125,6 +125,7 @@ class Screen(Result):
         """
         from emlens.figures import COLOURS
         from emlens.figures.lines import line_bands
+        from emlens.figures.style import MARKED
 
         scores = np.array(self.scores, dtype=float)
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
@@ -145,7 +146,7 @@ class Screen(Result):
         if marked:
             chosen = np.isin(order, marked)
             label = f"marked rows ({len(marked)})"
-            look = {"color": COLOURS["general"], "marker": "D", "s": 34, "zorder": 5}
+            look = {"color": MARKED, "marker": "D", "s": 34, "zorder": 5}
             ax.scatter(share[chosen], scores[order[chosen]], label=label, **look)
             ax.legend(loc="upper right", frameon=False, fontsize=9)
         return ax
