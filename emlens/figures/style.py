@@ -154,8 +154,9 @@ def palette(names: Iterable[str]) -> dict[str, str]:
 
 def _mixed(shade: str, other: str, share: float) -> str:
     """A shade with a share of another one in it."""
-    parts = zip(colors.to_rgb(shade), colors.to_rgb(other), strict=True)
-    return colors.to_hex([(1 - share) * mine + share * theirs for mine, theirs in parts])
+    (r, g, b), (x, y, z) = colors.to_rgb(shade), colors.to_rgb(other)
+    rest = 1 - share
+    return colors.to_hex((rest * r + share * x, rest * g + share * y, rest * b + share * z))
 
 
 def readable(shade: str) -> str:
