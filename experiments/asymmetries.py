@@ -202,8 +202,8 @@ class Asymmetries(Result):
                 title=f"{place.capitalize()} of the domain",
                 ax=panel,
             )
-        if ax is None:
-            panels[0].get_legend().remove()
+        if ax is None and (legend := panels[0].get_legend()) is not None:
+            legend.remove()
         share_y(panels)
         return panels if ax is None else ax
 

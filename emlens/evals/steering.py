@@ -13,8 +13,8 @@ from emlens.directions import Directions, random_direction
 from emlens.directions.fits import check_fits
 from emlens.edits import Add
 from emlens.evals.behaviour import Behaviour, judge_title
-from emlens.hooked import BASE, HookedModel
-from emlens.hooked.condition import ConditionLike
+from emlens.hooked import HookedModel
+from emlens.hooked.condition import BASE, ConditionLike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,8 +85,10 @@ class SteeringSweep(Result):
                 panel.tick_params(labelleft=False)
             if place < n * (rows - 1):
                 panel.set_xlabel("")
-        if title := judge_title(self.judged_by):
-            axes[0].get_figure(root=True).suptitle(title, x=0.01, ha="left", fontsize=10)
+        figure = axes[0].get_figure(root=True)
+        if figure is not None and self.judged_by:
+            title = str(judge_title(self.judged_by))
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         return axes
 
     def _effect(self, layer: int, ax: Axes, *, last: bool) -> Axes:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 
 from emlens.figures.labels import Anchor, EndLabels
@@ -32,6 +32,10 @@ Curve: TypeAlias = Sequence[ArrayLike | None]
 Scale: TypeAlias = Literal["linear", "log", "symlog"]
 
 FEW = 14
+"""The most points of a line that are marked."""
+
+PANELS = 3
+"""The most differences that have a panel each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +210,7 @@ def paired_curves(
     ax: Axes | None = None,
     **options: Any,
 ) -> Axes | list[Axes]:
-    """Curves above, and below them how far each is from one of them, with paired intervals.
+    """Curves above, and how far each is from one of them below, with paired intervals.
 
     Where curves share what they were measured on, their bands say little of their differences:
     the band of a difference is the one to read.
@@ -224,7 +228,8 @@ def paired_curves(
         **options: See `line_bands`; for the curves.
 
     Returns:
-        Both axes, the curves first; those of the curves alone with `ax`, or without differences.
+        All axes, the curves first, then one for each difference, or one for more than three; those
+        of the curves alone with `ax`, or without differences.
 
     Raises:
         ValueError: As `line_bands`.
@@ -232,29 +237,40 @@ def paired_curves(
     labels = {"x_label": x_label, "y_label": y_label, **options}
     if ax is not None or not gaps:
         return line_bands(curves, ax=ax, **labels)
-    axes = upper, lower = new_panels(1, 2, height=5.6)
+    # bands of a few differences would cover each other; many share a panel all the same
+    parts = [{name: gap} for name, gap in gaps.items()] if len(gaps) <= PANELS else [gaps]
+    axes = new_panels(1, 1 + len(parts), height=2.8 + 2.2 * len(parts))
     shown = curves if bands else {name: curve[:2] for name, curve in curves.items()}
-    line_bands(shown, ax=upper, **labels)
+    line_bands(shown, ax=axes[0], **labels)
     shades = palette(curves)
-    line_bands(
-        gaps,
-        x_label=x_label,
-        y_label=gap_label,
-        reference=gap_reference,
-        x_scale=options.get("x_scale", "linear"),
-        y_scale=gap_scale,
-        colours={name: shades[name] for name in gaps},
-        ax=lower,
-    )
-    if gap_scale == "log":
-        lower.yaxis.set_major_formatter("{x:g}")
-        low, high = lower.get_ylim()
-        if high < 20 * low:
-            lower.yaxis.set_minor_formatter("{x:g}")
-    upper.set_xlabel("")
-    upper.tick_params(labelbottom=False)
-    lower.sharex(upper)
+    for panel, part in zip(axes[1:], parts, strict=True):
+        line_bands(
+            part,
+            x_label=x_label,
+            y_label=gap_label,
+            reference=gap_reference,
+            x_scale=options.get("x_scale", "linear"),
+            y_scale=gap_scale,
+            colours={name: shades[name] for name in part},
+            ax=panel,
+        )
+        if gap_scale == "log":
+            _plain_numbers(panel)
+        panel.sharex(axes[0])
+    for panel in axes[:-1]:
+        panel.set_xlabel("")
+        panel.tick_params(labelbottom=False)
     return axes
+
+
+def _plain_numbers(ax: Axes) -> None:
+    """Write 0.5 and 2 at a logarithmic axis, as far as there is room for them."""
+    ax.yaxis.set_major_formatter("{x:g}")
+    low, high = ax.get_ylim()
+    if high < 500 * low:
+        places = [1, 2, 5] if high > 5 * low else range(1, 10)
+        ax.yaxis.set_minor_locator(LogLocator(subs=places))
+        ax.yaxis.set_minor_formatter("{x:g}")
 
 
 @house_style()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from emlens.figures.style import COLOURS, MUTED, RULE, dress, house_style, new_axes, palette
+from emlens.figures.style import COLOURS, MARKED, MUTED, RULE, dress, house_style, new_axes, palette
 
 
 @house_style()
@@ -99,13 +99,13 @@ def score_plot(
         line(threshold, color=RULE, linewidth=1.2, zorder=1)
     low_x, low_y = np.asarray(x) < threshold, np.asarray(y) < threshold
     agree = low_x == low_y
-    for chosen, colour, marker in ((agree, "narrow", "o"), (~agree, "general", "X")):
+    for chosen, colour, marker in ((agree, COLOURS["base"], "o"), (~agree, MARKED, "X")):
         drawn.scatter(
             np.asarray(x)[chosen],
             np.asarray(y)[chosen],
             s=30,
             marker=marker,
-            color=COLOURS[colour],
+            color=colour,
             alpha=0.7,
             linewidths=0,
             clip_on=False,

@@ -44,6 +44,9 @@ Grid: TypeAlias = Literal["x", "y", "both"] | None
 
 SPARE = ("#CC79A7", "#56B4E9", "#332288", "#882255", "#8FB339", "#1F5A46", "#7A4B2A", "#A78BDA")
 
+MARKED = SPARE[3]
+"""Colour of points that a figure marks; it stands for no solution."""
+
 _HOUSE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
@@ -151,8 +154,9 @@ def palette(names: Iterable[str]) -> dict[str, str]:
 
 def _mixed(shade: str, other: str, share: float) -> str:
     """A shade with a share of another one in it."""
-    parts = zip(colors.to_rgb(shade), colors.to_rgb(other), strict=True)
-    return colors.to_hex([(1 - share) * mine + share * theirs for mine, theirs in parts])
+    (r, g, b), (x, y, z) = colors.to_rgb(shade), colors.to_rgb(other)
+    rest = 1 - share
+    return colors.to_hex((rest * r + share * x, rest * g + share * y, rest * b + share * z))
 
 
 def readable(shade: str) -> str:

@@ -236,7 +236,8 @@ def _forms(
         scale**2 * _joint(bent, sloped),
         ratio_error,
     )
-    return Forms(*(column[:asked] for column in columns), base, len(counts))
+    kept = (column[:asked] for column in columns)
+    return Forms(*kept, reference=base, sampled=len(counts))
 
 
 def _single(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -52,25 +52,17 @@ class ProfileScores(Result):
 
     HOLDS_ENDS = True
 
-    AXES = dict.fromkeys(
-        (
-            "layers",
-            "constructions",
-            "doses",
-            "norms",
-            "kl",
-            "kl_low",
-            "kl_high",
-            "kl_draw_error",
-            "loss_change",
-            "change_low",
-            "change_high",
-            "random_percentile",
-            "difference_percentile",
-            "held_out",
+    AXES: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            (
+                *("layers", "constructions", "doses", "norms", "kl", "kl_low", "kl_high"),
+                *("kl_draw_error", "loss_change", "change_low", "change_high"),
+                *("random_percentile", "difference_percentile", "held_out"),
+            ),
+            "directions",
         ),
-        "directions",
-    ) | dict.fromkeys(("ratio", "ratio_low", "ratio_high"), "directions?")
+        **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), "directions?"),
+    }
 
     directions: tuple[str, ...]
     layers: tuple[int, ...]

@@ -117,7 +117,7 @@ class Confinement(Result):
             y_label="change of log-odds outside [nats/token]",
             # the solution is the narrow one, and the general one is scaled
             colours=dict(
-                zip(columns, map(COLOURS.get, ("narrow", "general", "base")), strict=True)
+                zip(columns, (COLOURS[name] for name in ("narrow", "general", "base")), strict=True)
             ),
             ax=ax,
         )

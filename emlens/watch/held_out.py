@@ -1,4 +1,4 @@
-"""What a monitor did on conversations that it was not fitted to."""
+"""Held-out conversations of a monitor: scores, rates, ROC and length."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KEPT = tuple(_TYPES)
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """Aligned conversations that a threshold is set on.
+    """Aligned conversations on which a threshold is set.
 
     Attributes:
         scores: Score of each, `[n]`.
@@ -49,15 +49,15 @@ class Aligned:
         return promise(self.scores, self.groups, threshold)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file keeps of it."""
+        """Tensors to write to a file."""
         return {f"calibration.{name}": torch.from_numpy(part) for name, part in vars(self).items()}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Aligned | None:
-        """Read what `tensors` gave; None where there is none.
+        """Read the tensors of a file; None if there are none.
 
         Raises:
-            ValueError: If the two are not of one length, or of another type.
+            ValueError: If their lengths or types do not match.
         """
         kept = {key: tensors.get(f"calibration.{key}") for key in ("scores", "groups")}
         if kept["scores"] is None or kept["groups"] is None:
@@ -70,7 +70,7 @@ class Aligned:
         return cls(**found)
 
     def rule(self, max_false_alarms: float, named: str) -> str:
-        """The rule of a threshold in words; warns where the conversations are too few for it."""
+        """The rule of a threshold in words; warns if there are too few conversations for it."""
         found = self.promise(self.threshold(max_false_alarms)).estimate
         n = len(np.unique(self.groups))
         if found <= max_false_alarms + 1e-9:
@@ -81,7 +81,7 @@ class Aligned:
         if max_false_alarms:
             need = math.ceil(1 / max_false_alarms - 1 - 1e-9)
             warnings.warn(
-                f"the threshold is {said}; {max_false_alarms:.1%} takes {need}: give more "
+                f"the threshold is {said}; {max_false_alarms:.1%} needs {need}: give more "
                 "conversations, or a larger max_false_alarms",
                 stacklevel=4,
             )
@@ -97,7 +97,7 @@ class HeldOut:
         truth: Which are misaligned, `[n]`.
         tokens: Counted tokens of each, `[n]`.
         groups: Number of its prompt, `[n]`.
-        matched: Places of a misaligned and an aligned answer of like length, `[pairs, 2]`.
+        matched: Indices of a misaligned and an aligned answer of similar length, `[pairs, 2]`.
         slope: Change of the score per unit of log length within a class, on the fitted part.
         longer: Whether longer answers were the misaligned ones on the fitted part.
     """
@@ -120,7 +120,7 @@ class HeldOut:
 
     @property
     def aligned(self) -> Aligned:
-        """Its aligned conversations alone."""
+        """The aligned conversations."""
         return Aligned(self.scores[~self.truth], self.groups[~self.truth])
 
     def auroc(self) -> Interval:
@@ -128,7 +128,7 @@ class HeldOut:
         return auroc_interval(self.scores, self.truth, self.groups)
 
     def length_rows(self) -> list[Row]:
-        """AUROC of length alone, and of the score when length can tell nothing."""
+        """AUROC of length alone, and of the score at matched length."""
         n = len(self.scores)
         length = self.tokens if self.longer else -self.tokens
         rest = self.scores - self.slope * np.log(self.tokens)
@@ -158,7 +158,7 @@ class HeldOut:
     def cross_fitted_rates(
         self, max_false_alarms: float | None, seed: int = 0
     ) -> dict[str, tuple[Interval, int]]:
-        """The same, each conversation judged by a threshold that other prompts have set."""
+        """The same, with each conversation judged by a threshold set on other prompts."""
         n_groups = int(self.groups.max()) + 1
         fold = (np.random.default_rng([seed, 4]).permutation(n_groups) % FOLDS)[self.groups]
         flagged, judged = np.zeros(len(self.scores), bool), np.zeros(len(self.scores), bool)
@@ -189,7 +189,7 @@ class HeldOut:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file keeps of it."""
+        """Tensors to write to a file."""
         return {
             f"held_out.{name}": torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
             for name in _KEPT
@@ -197,11 +197,11 @@ class HeldOut:
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], slope: float, longer: bool) -> HeldOut:
-        """Read what `tensors` gave.
+        """Read the tensors of a file.
 
         Raises:
             KeyError: If a tensor is missing.
-            ValueError: If one is of another type or shape, or says what cannot be.
+            ValueError: If one has another type or shape, or impossible values.
         """
         kept = {name: tensors[f"held_out.{name}"].numpy() for name in _KEPT}
         n = len(kept["scores"])
@@ -214,7 +214,7 @@ class HeldOut:
                 )
         truth, groups, matched = kept["truth"], kept["groups"], kept["matched"]
         if truth.all() or not truth.any():
-            raise ValueError("held_out.truth knows one side only; both are needed")
+            raise ValueError("held_out.truth has one class only; both are needed")
         if kept["tokens"].min() < 1:
             raise ValueError("held_out.tokens has a conversation without counted tokens")
         for name, numbers in (("groups", groups), ("matched", matched)):
@@ -232,7 +232,7 @@ def length_slope(
 ) -> float:
     """Slope of the score on log length within the classes; 0 where length does not vary.
 
-    Across the classes it would take what misalignment does for what length does.
+    Across the classes, effects of misalignment would count as effects of length.
     """
     x, y = np.log(tokens), scores.astype(float)
     for side in (truth, ~truth):
@@ -242,7 +242,7 @@ def length_slope(
 
 
 def longer_is_misaligned(truth: Bool[np.ndarray, " n"], tokens: Int[np.ndarray, " n"]) -> bool:
-    """Which way length tells the classes apart."""
+    """Whether longer answers are the misaligned ones."""
     return auroc(tokens.astype(float), truth) >= 0.5
 
 

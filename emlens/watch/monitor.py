@@ -1,4 +1,4 @@
-"""`Monitor`: a threshold on a projection, calibrated on conversations that it was not fitted to."""
+"""`Monitor`: a threshold on a projection, calibrated on held-out conversations."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class MonitorScores(Result):
     """Scores of conversations, and which are flagged.
 
     Attributes:
-        names: What each conversation is called, `[n]`.
+        names: Name of each conversation, `[n]`.
         scores: Its score, `[n]`.
         threshold: A score above it is flagged.
         tokens: Counted tokens, `[n]`.
@@ -88,7 +88,7 @@ class MonitorScores(Result):
         return frame
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """All scores in their order of size, and the threshold."""
+        """All scores, highest first, and the threshold."""
         from emlens.figures.lines import line_bands
 
         ranked = np.sort(self.scores)[::-1]
@@ -104,9 +104,9 @@ class MonitorScores(Result):
 @guard_methods
 @dataclass(frozen=True, eq=False)
 class Monitor:
-    """A score of conversations and a threshold, with what they did on held-out conversations.
+    """A score of conversations and a threshold, with their performance on held-out conversations.
 
-    `Monitor.fit` makes one, `score` applies it, `table` and `roc` say how good it is.
+    `Monitor.fit` makes one, `score` applies it, `table` and `roc` describe its performance.
 
     Attributes:
         readout: The projections that the score is made of, and their weights.
@@ -115,10 +115,10 @@ class Monitor:
         held_out: Conversations that it was not fitted to.
         choice: Cross-validated AUROC of every projection on the fitted part, by column.
         max_false_alarms: The rule's limit; None for Youden's rule.
-        record: What else it was fitted with.
+        record: Further settings of the fit.
         model: The model that it reads; `on` gives it one after loading.
-        calibration: Scores of the conversations that `calibrated` set the threshold on; None where
-            the held-out ones did.
+        calibration: Scores of the conversations that `calibrated` set the threshold on; None if
+            the held-out ones were used.
     """
 
     readout: Readout
@@ -149,14 +149,14 @@ class Monitor:
         seed: int = 0,
         **options: Unpack[ReadOptions],
     ) -> Monitor:
-        """Choose what to project on, and a threshold, on two parts that share no prompt.
+        """Choose a projection and a threshold on two parts that share no prompt.
 
         The score of a conversation is the mean over its answer tokens of the residual's
-        component along a direction, in units of the median residual norm. On the fitted part it
-        is chosen at which layer (and on which direction), or the weights of several; all figures
-        are those of the other part. They are only as honest as the directions: directions that
-        were extracted from the same conversations have seen the held-out ones. Give none, to have
-        a mean difference extracted from the fitted part alone, or directions from other data.
+        component along a direction, in units of the median residual norm. The layer and the
+        direction, or the weights of several, are chosen on the fitted part; all figures are those
+        of the held-out part. Directions that were extracted from the same conversations have seen
+        the held-out ones, which makes the figures too good. Give no directions, to extract a mean
+        difference from the fitted part alone, or directions from other data.
 
         Args:
             model: The model to read; adapters and edits in force act.
@@ -171,15 +171,15 @@ class Monitor:
             regularisation: Its `C`.
             max_false_alarms: The threshold raises at most this share of false alarms among new
                 aligned conversations like the held-out ones: `k` of these `n` score higher, with
-                `(k + 1) / (n + 1)` at most the share. A share of 0.05 takes 19 held-out prompts;
-                with fewer a warning says what the highest score promises. None maximises hits minus
-                false alarms, and promises nothing.
+                `(k + 1) / (n + 1)` at most the share. A share of 0.05 needs 19 held-out prompts;
+                with fewer, a warning gives the share that the highest score promises. None
+                maximises hits minus false alarms, without a promise.
             held_out: Share of prompts that is held out.
             seed: Seed of the split, the folds and the bootstrap.
             **options: See `ReadOptions`.
 
-        Answers of a data set are not those of the model: set the threshold on the model's own with
-        `calibrated` before it watches the model.
+        Answers of a data set differ from those of the model: before watching a model, set the
+        threshold on the model's own answers with `calibrated`.
 
         Raises:
             ValueError: If a side is empty or too small to split, directions do not fit the
@@ -199,7 +199,7 @@ class Monitor:
         values, counts = columns.read(model, data.conversations, description="monitor", **options)
         choice = areas(values[fitted], truth[fitted], data.keys_of(fitted), seed)
         if own is not None and own.auroc:
-            # these directions have seen the fitted part; their own figures are cross-fitted
+            # these directions have seen the fitted part, so their own figures are cross-fitted
             choice = np.array([own.auroc[layer] for layer in columns.layers])
         if pooled:
             places = chosen_columns(columns, choice, layers, len(choice), model.n_layers)
@@ -277,8 +277,8 @@ class Monitor:
     ) -> Monitor:
         """The same monitor with a threshold set on aligned conversations of your own.
 
-        A threshold promises what it does for conversations like those it was set on. Set it on
-        answers that the model itself gave before any finetune, to prompts like those to come.
+        The promise of a threshold holds for conversations like those it was set on. Set it on
+        answers of the model before any finetuning, to prompts like those it will watch.
 
         Args:
             conversations: Aligned conversations, none of which the monitor was fitted to.
@@ -295,7 +295,7 @@ class Monitor:
         keys = prompts_of(conversations)
         if len(set(keys)) < 2:
             raise ValueError(
-                f"a threshold takes conversations of two prompts or more, not {len(set(keys))}"
+                f"a threshold needs conversations of at least two prompts, not {len(set(keys))}"
             )
         scores = np.asarray(self.score(conversations, **options).scores)
         found = Aligned(scores, numbered(keys))
@@ -308,7 +308,7 @@ class Monitor:
         )
 
     def on(self, model: HookedModel) -> Monitor:
-        """The same monitor reading `model`, which has to be the one it was fitted on.
+        """The same monitor reading `model`, which must be the one it was fitted on.
 
         Raises:
             ValueError: If width, layers or name differ.
@@ -331,9 +331,9 @@ class Monitor:
 
     @property
     def promised(self) -> Interval | None:
-        """Share of false alarms to expect of new conversations; None by Youden's rule.
+        """Expected share of false alarms among new conversations; None for Youden's rule.
 
-        The ends hold the true share of 95% of thresholds that are set like this one.
+        The interval covers the true share for 95% of thresholds set in this way.
         """
         if self.max_false_alarms is None:
             return None
@@ -352,9 +352,9 @@ class Monitor:
 
         `false alarms of new conversations` is what the threshold promises, with the interval in
         which their true share lies, for conversations like those that it was set on. `at the
-        threshold` counts the held-out ones; in the cross-fitted rates other prompts have set it.
-        Intervals are over prompts; those of cross-fitted rates leave out that other data would have
-        set another threshold.
+        threshold` counts the held-out ones; for cross-fitted rates the threshold was set on other
+        prompts. Intervals are over prompts; those of cross-fitted rates do not include the
+        variation of the threshold between data sets.
         """
         held, seed = self.held_out, self._seed
         paired, n_paired = held.paired(seed)
@@ -408,7 +408,7 @@ class Monitor:
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel | None = None) -> Monitor:
-        """Read what `save` wrote, to read a model with it or only to look at its figures.
+        """Read what `save` wrote, with or without a model to watch.
 
         Raises:
             FileNotFoundError: If there is no such file.

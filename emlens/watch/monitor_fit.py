@@ -1,4 +1,4 @@
-"""What fitting a monitor takes: splitting by prompt, choosing projections, held-out evidence."""
+"""Parts of fitting a monitor: splitting by prompt, choosing projections, held-out evidence."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Labelled:
         return [self.conversations[i] for i in np.flatnonzero(chosen)]
 
     def sides_of(self, chosen: Bool[np.ndarray, " n"]) -> tuple[list[Conversation], ...]:
-        """Those that are misaligned, and those that are not."""
+        """The misaligned conversations, and the others."""
         return tuple(self.items_of(chosen & side) for side in (self.truth, ~self.truth))
 
     def keys_of(self, chosen: Bool[np.ndarray, " n"]) -> list[str]:
         return [self.keys[i] for i in np.flatnonzero(chosen)]
 
     def fitted(self, held_out: float, seed: int) -> Bool[np.ndarray, " n"]:
-        """Which conversations are fitted to; the others are held out, no prompt is in both parts.
+        """Which conversations are in the fitted part; no prompt is in both parts.
 
         Prompts answered on one side and those answered on both are split alike.
 
@@ -98,14 +98,14 @@ class Labelled:
 
 
 def warn_of_leak(directions: AnyDirections, data: Labelled) -> None:
-    """Warn where directions were extracted from all of the conversations that are split here."""
+    """Warn if directions were extracted from all of the conversations that are split here."""
     ours = {content_hash(data.items_of(side)) for side in (data.truth, ~data.truth)}
     named = {"": directions} if isinstance(directions, Directions) else directions
     leaky = [name for name, one in named.items() if ours & set(one.provenance.data.values())]
     if leaky:
         which = ", ".join(map(repr, filter(None, leaky)))
         warnings.warn(
-            f"the directions {which}".strip() + " were extracted from these very conversations, so "
+            f"the directions {which}".strip() + " were extracted from these same conversations, so "
             "the held-out figures are too good; give directions=None, or directions from others",
             stacklevel=4,
         )
@@ -148,14 +148,14 @@ def chosen_columns(
 
 
 def check_choice(best: int, pooled: bool) -> None:
-    """Refuse to choose the best projections where all of them are weighed.
+    """Refuse to choose the best projections if all of them are weighted.
 
     Raises:
-        ValueError: If both are asked for.
+        ValueError: If both are requested.
     """
     if pooled and best > 1:
         raise ValueError(
-            f"pooled=True weighs all projections, so best={best} chooses none; give layers=, "
+            f"pooled=True weights all projections, so best={best} has no effect; give layers=, "
             "or leave one of them out"
         )
 
@@ -177,7 +177,7 @@ def evidence(
     tokens: TokenMask,
     seed: int,
 ) -> HeldOut:
-    """The held-out part with its scores, and what length does on the fitted part."""
+    """The held-out part with its scores, and the effect of length on the fitted part."""
     away = ~fitted
     items, truth = data.items_of(away), data.truth[away]
     return HeldOut(
@@ -225,18 +225,18 @@ def _matched_places(
     try:
         found = matched(model, *sides, tokens=tokens, seed=seed)
     except ValueError:
-        # no two answers of like length: there is nothing to compare
+        # no two answers of similar length: there is nothing to compare
         return np.zeros((0, 2), dtype=int)
-    # the same object may be given twice; then it has the same score as well
+    # the same object may be given twice; it then has the same score
     place = [{id(items[i]): int(i) for i in np.flatnonzero(side)} for side in (truth, ~truth)]
     return np.array([[place[0][id(a)], place[1][id(b)]] for a, b in zip(*found, strict=True)])
 
 
 def check_kept(tensors: Mapping[str, Tensor], record: Mapping) -> None:
-    """Refuse what a file says a monitor is, where it cannot be.
+    """Refuse a record of a monitor with impossible values.
 
     Raises:
-        ValueError: If something is of another type, of another number, or not finite.
+        ValueError: If a value has another type or length, or is not finite.
     """
     threshold = record["threshold"]
     if not isinstance(threshold, float) or math.isnan(threshold):
@@ -247,7 +247,7 @@ def check_kept(tensors: Mapping[str, Tensor], record: Mapping) -> None:
     columns = {key: len(record[key]) for key in ("names", "layers")}
     columns |= {key: len(tensors[key]) for key in ("vectors", "weights")}
     if len(set(columns.values())) > 1 or tensors["vectors"].ndim != 2:
-        raise ValueError(f"its columns are not of one number: {columns}")
+        raise ValueError(f"its columns differ in length: {columns}")
     if not all(isinstance(name, str) for name in record["names"]):
         raise ValueError(f"names {record['names']!r:.60} are not all text")
     if not all(type(layer) is int and layer >= 0 for layer in record["layers"]):

@@ -31,7 +31,7 @@ ONE = "direction"
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """A weighted sum of projections, each at one layer, in units of the residual's usual norm.
+    """A weighted sum of projections, each at one layer, in units of the median residual norm.
 
     The projection of a conversation is the mean over its answer tokens of `h . u / m`, `u` the
     unit direction and `m` the median residual norm at that layer.
@@ -56,7 +56,7 @@ class Readout:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What each column is called: its layer, with the direction's name where there are more."""
+        """Name of each column: its layer, with the name of the direction if there are several."""
         several = len(set(self.names)) > 1
         return tuple(
             f"{name}, layer {layer}" if several else f"layer {layer}"
@@ -68,7 +68,7 @@ class Readout:
         return projections @ self.weights + self.offset
 
     def keeping(self, columns: Sequence[int], weights: Sequence[float], offset: float = 0) -> Self:
-        """Some of the columns, with weights of their own."""
+        """Some of the columns, with new weights."""
         chosen = list(columns)
         return replace(
             self,
@@ -80,7 +80,7 @@ class Readout:
         )
 
     def check(self, model: HookedModel) -> None:
-        """Refuse a model that these columns do not fit.
+        """Refuse a model that does not fit these columns.
 
         Raises:
             ValueError: If width, layers or site differ.
@@ -113,9 +113,9 @@ class Readout:
             conversations: What it reads.
             answer_tokens: Count only the last answer of each conversation, and of it this many
                 tokens from its start.
-            max_tokens: Cut longer conversations at their end; a last answer that begins beyond
-                it is an error where `answer_tokens` asks for that answer.
-            description: What the bar and errors call it.
+            max_tokens: Cut longer conversations at their end; with `answer_tokens`,
+                a last answer that begins beyond it is an error.
+            description: Name in the progress bar and in errors.
             **options: See `ReadOptions`.
 
         Raises:
@@ -128,7 +128,7 @@ class Readout:
         if answer_tokens is None:
             rows = tokenize(conversations, model.template, max_tokens=max_tokens, truncate=True)
         else:
-            # nothing that counts depends on what follows it
+            # counted tokens do not depend on what follows
             whole = tokenize(conversations, model.template)
             rows = [_cut(row, answer_tokens, max_tokens) for row in whole]
         batches = pack(rows, token_budget=reading.token_budget, pad_id=model.pad_id)
@@ -154,8 +154,8 @@ class Readout:
     def _pooled(
         self, model: HookedModel, batch: TokenBatch, mask: Tensor, layers: Sequence[int]
     ) -> np.ndarray:
-        # a pool does not know its layer: all columns are read at every layer, and those kept
-        # that belong to it
+        # a pool does not know its layer, so all columns are read at every layer; only those
+        # of the layer are kept
         read = model.residuals(batch, layers, self.site, pools.mean_along(mask, self.vectors))
         columns = [read[layer][:, i].cpu() for i, layer in enumerate(self.layers)]
         return torch.stack(columns, dim=1).numpy()
@@ -172,8 +172,8 @@ def readout_of(
     Args:
         model: The model.
         directions: Directions of any number of layers, or several by name, all at one site.
-        conversations: Text that the median residual norm is measured on, at layers whose
-            directions do not carry it.
+        conversations: Text on which the median residual norm is measured, at layers whose
+            directions do not include it.
         **options: See `ReadOptions`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How well a score tells two classes apart, and thresholds for it, with intervals."""
+"""How well a score separates two classes, and thresholds for it, with intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LEAST = 0.25
-"""Least share of the variance that answers to one prompt leave: a few pairs can agree by luck."""
+"""Least share of the variance left within prompts, as a few pairs can agree by chance."""
 
 
 class Roc(Result):
@@ -62,18 +62,18 @@ class Roc(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """The curve, the diagonal that chance gives, and the threshold in use."""
         from emlens.figures.lines import line_bands
-        from emlens.figures.style import COLOURS
+        from emlens.figures.style import MARKED
 
         ax = line_bands(
             {"held-out": (self.false_alarms, self.hits)},
             x_label="false alarms [share of aligned]",
             y_label="hits [share of misaligned]",
             title=f"AUROC {Interval(self.auroc, self.low, self.high):.3f}",
-            colours={"held-out": COLOURS["general"]},
+            colours={"held-out": COLOURS["base"]},
             ax=ax,
         )
         ax.plot([0, 1], [0, 1], color=COLOURS["random"], linestyle=(0, (4, 1.6)), zorder=1)
-        ax.plot(*self.operating, marker="D", color=COLOURS["base"], zorder=5)
+        ax.plot(*self.operating, marker="D", color=MARKED, zorder=5)
         ax.annotate("threshold", self.operating, (8, -12), textcoords="offset points", fontsize=9)
         return ax
 
@@ -96,12 +96,12 @@ def auroc_interval(
 ) -> Interval:
     """AUROC with an interval over groups (prompts) that has a width at 0 and 1 as well.
 
-    Newcombe's method 5 (2006): the areas that lie as far from the estimate as a t interval
-    reaches, in standard errors that Hanley and McNeil's formula gives at that area. The variance is
+    Newcombe's method 5 (2006): the areas whose distance from the estimate is that of a t interval,
+    in standard errors by Hanley and McNeil's formula at that area. The variance is
     multiplied by two ratios at the estimate: that of DeLong's to the formula's, where it is larger,
     and that of DeLong's over groups (Obuchowski 1997) to DeLong's.
 
-    Where all of a class come from one group, nothing is known of its spread: the ends are NaN.
+    If a class comes from a single group, its spread is unknown and the ends are NaN.
     """
     _, groups = np.unique(groups, return_inverse=True)
     classes = (truth, ~truth)
@@ -153,7 +153,7 @@ def _rejected(area: float, end: float, sizes: Sequence[int], far: float) -> floa
 
     if area == end:
         return end
-    # not from the estimate itself: at 0 and 1 it is a root that says nothing
+    # not from the estimate itself, which is a trivial root at 0 and 1
     return float(brentq(beyond, area + 1e-9 * (end - area), end, xtol=1e-9))  # pyright: ignore
 
 
@@ -192,10 +192,10 @@ def promise(
     threshold: float,
     level: float | None = None,
 ) -> Interval:
-    """False alarms to expect of new conversations at a threshold that was set on these scores.
+    """Expected false alarms among new conversations at a threshold set on these scores.
 
-    With `k` of `n` scores above the threshold, a new one is with a chance of at most
-    `(k + 1) / (n + 1)`, whatever their distribution; over sets of `n` the share of false alarms
+    With `k` of `n` scores above the threshold, a new one is above it with probability at most
+    `(k + 1) / (n + 1)`, whatever their distribution. Over sets of `n`, the share of false alarms
     has a beta distribution, `B(k + 1, n - k)`, whose quantiles are the interval. Several answers
     to one prompt count as one, in parts (Lee, Barber & Willett 2023, arXiv 2306.06342).
 

@@ -1,4 +1,4 @@
-"""`screen`: score a finetuning set before training, by what its answers do to a projection."""
+"""`screen`: score a finetuning set before training, by the projections of its answers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Screen(Result):
     """How far a finetuning set would push a projection, and which examples push most.
 
     The score of an example is the projection of its answer minus that of the reference answer to
-    the same prompt, in units of the median residual norm where not said otherwise.
+    the same prompt, in units of the median residual norm unless stated otherwise.
 
     Attributes:
         model: Name of the model.
@@ -58,7 +58,7 @@ class Screen(Result):
         reference: What it was compared with.
         columns: Names of the projections.
         n: Examples with a score.
-        unscored: Examples without: the model's own answer was empty.
+        unscored: Examples without a score, because the model's own answer was empty.
         expected: Mean score over the whole set, and the ends of its 95% interval.
         threshold: A score above it is flagged.
         rule: How the threshold was set.
@@ -87,7 +87,7 @@ class Screen(Result):
 
     @property
     def shift(self) -> Interval:
-        """Mean score over the set: what training on all of it pushes towards."""
+        """Mean score over the set: the push of training on all of it."""
         return Interval(*self.expected)
 
     @property
@@ -125,6 +125,7 @@ class Screen(Result):
         """
         from emlens.figures import COLOURS
         from emlens.figures.lines import line_bands
+        from emlens.figures.style import MARKED
 
         scores = np.array(self.scores, dtype=float)
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
@@ -145,7 +146,7 @@ class Screen(Result):
         if marked:
             chosen = np.isin(order, marked)
             label = f"marked rows ({len(marked)})"
-            look = {"color": COLOURS["general"], "marker": "D", "s": 34, "zorder": 5}
+            look = {"color": MARKED, "marker": "D", "s": 34, "zorder": 5}
             ax.scatter(share[chosen], scores[order[chosen]], label=label, **look)
             ax.legend(loc="upper right", frameon=False, fontsize=9)
         return ax
@@ -185,13 +186,13 @@ def screen(
     """Score a finetuning set before training, by the projection difference of its answers.
 
     Each answer's projection is compared with that of a reference answer to the same prompt
-    (arXiv 2507.21509): what an example says beyond what the model would have said. The mean over
-    the set is the push of the whole set, a predictor of the shift that training causes, not that
-    shift itself. The set is read in blocks, and memory does not grow with it.
+    (arXiv 2507.21509): the difference between the example and what the model would have said. The
+    mean over the set predicts the shift that training causes; it is not that shift itself. The set
+    is read in blocks, and memory does not grow with it.
 
-    Every way in which the answers differ from the reference counts, style and length as well as
-    misalignment. Against the model's own answers even a harmless set written by others is
-    shifted; `trusted` examples of such a kind set the threshold for that.
+    All differences between the answers and the reference count, including style and length. Against
+    the model's own answers, even a harmless set written by others is shifted; `trusted` examples
+    of the same kind set the threshold accordingly.
 
     Args:
         model: The model to be trained; adapters and edits in force act.
@@ -207,8 +208,8 @@ def screen(
             `flag_share` of them exceed. Otherwise it is how far the highest `flag_share` of the
             reference answers project above their median.
         flag_share: See `trusted`.
-        out: An SQLite file to which scores are written, block by block. A rerun resumes after the
-            last block that is whole, with the same result.
+        out: An SQLite file to which scores are written, block by block. A rerun resumes after
+            the last complete block, with the same result.
         **options: See `ScreenOptions`.
 
     Raises:
@@ -235,7 +236,7 @@ def screen(
                 before, scored = scored, scorer(part)
                 if store is not None and leads():
                     if before:
-                        # a broken row cut this block short; it is scored again, as a whole
+                        # a broken row cut this block short, so the whole block is scored again
                         store.remove(one.row for one in before)
                     scored = kept_rows(store.add(map(vars, scored)), part, str(out))
             tally.add(scored)
@@ -264,7 +265,7 @@ def _trusted_scores(scorer: Scorer, trusted: Sequence[Conversation]) -> Float[np
     parts = blocks(examples(trusted, "trusted "), scorer.how.block)
     found = [one.score for part in parts for one in scorer(part) if one.score is not None]
     if not found:
-        raise ValueError("trusted has no example with a score, so it sets no threshold")
+        raise ValueError("trusted has no example with a score, so it cannot set a threshold")
     return np.array(found)
 
 

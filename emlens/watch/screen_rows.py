@@ -1,4 +1,4 @@
-"""What a screen reads and keeps: rows of a finetuning set, reference answers, scores."""
+"""Input and output of a screen: rows of a finetuning set, reference answers, scores."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Scored:
 
     Attributes:
         row: Its place in the set, from 0.
-        name: What it is called.
+        name: Its name.
         score: Projection of its answer minus that of the reference, in median residual norms;
             None where there was no reference answer.
         projection: Projection of its answer.
@@ -69,8 +69,8 @@ class Scored:
 def examples(dataset: Dataset, what: str = "") -> Iterator[Example]:
     """Read a set row by row.
 
-    Rows of a file have `messages`, or `prompt` and `response`. Errors about rows that are not
-    those of a file start with `what`.
+    Rows of a file have `messages`, or `prompt` and `response`. Errors about rows that do
+    not come from a file start with `what`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -92,7 +92,7 @@ def examples(dataset: Dataset, what: str = "") -> Iterator[Example]:
 
 
 def blocks(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """Rows in blocks; what came before a broken row is given before its error is raised."""
+    """Rows in blocks; rows before a broken one are yielded before its error is raised."""
     block: list[Example] = []
     try:
         for example in rows:
@@ -152,17 +152,17 @@ class References:
 
 
 def prompt_key(conversation: Conversation) -> str:
-    """The same for two answers to one prompt."""
+    """Key of a prompt, equal for all answers to it."""
     return content_hash([conversation.prompt])
 
 
 def kept_rows(
     records: Iterable[Mapping], block: Sequence[Example], path: str | Path
 ) -> list[Scored]:
-    """Scores as they were kept, of the first examples of a block or of all.
+    """Stored scores of the first examples of a block, or of all.
 
     Raises:
-        ValueError: If a record is no score, or one of another set.
+        ValueError: If a record is not a score, or belongs to another set.
     """
     found = []
     for record, example in zip(records, block, strict=False):

@@ -99,13 +99,13 @@ class Scorer:
         return scored
 
     def settings(self, directions: AnyDirections | Monitor) -> dict[str, object]:
-        """What scores on disk depend on."""
+        """Settings that scores on disk depend on."""
         places = list(zip(self.readout.names, self.readout.layers, strict=True))
         if isinstance(directions, Monitor):
             vectors = [*self.readout.vectors.unbind(), torch.from_numpy(self.readout.weights)]
         else:
             named = {ONE: directions} if isinstance(directions, Directions) else directions
-            # as given: a norm that is measured may differ in its last digit from run to run
+            # as given: a measured norm may differ in its last digit between runs
             vectors = [named[name].vectors[layer] for name, layer in places]
         own = self.references is None
         return {
@@ -149,7 +149,7 @@ def screen_readout(
     """
     if isinstance(directions, Monitor):
         if layers is not None:
-            raise ValueError("a monitor has layers of its own; leave layers= out")
+            raise ValueError("a monitor has its own layers; leave layers= out")
         return directions.on(model).readout
     columns = readout_of(model, directions, conversations)
     wanted = _usual_layer(directions, columns) if layers is None else layers
@@ -158,7 +158,7 @@ def screen_readout(
 
 
 def _usual_layer(directions: AnyDirections, columns: Readout) -> int:
-    """Where the directions told their own held-out data apart best, or the middle one."""
+    """The layer with the best held-out AUROC of the directions, or the middle one."""
     named = [directions] if isinstance(directions, Directions) else list(directions.values())
     layers = sorted(set(columns.layers))
     shared = [layer for layer in layers if all(layer in one.auroc for one in named)]

@@ -1,4 +1,4 @@
-"""What a screen keeps of a set of any size: running sums, the worst examples, a bounded sample."""
+"""State of a screen of any size: running sums, the worst examples, a bounded sample."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from emlens._stats import Interval, RunningMean
 from emlens.watch.screen_rows import Scored
 
 SAMPLE = 100_000
-"""Scores that are kept; beyond it a random sample."""
+"""Largest number of scores kept; beyond it, a random sample."""
 
 DRAWS = 1000
-"""Bootstrap resamples of the mean score, carried along as running sums."""
+"""Bootstrap resamples of the mean score, as running sums."""
 
 
 class Reservoir:
@@ -42,7 +42,7 @@ class Reservoir:
 
 
 class Tally:
-    """Adds up scores; its size does not depend on how many.
+    """Running totals of scores, of a size that does not depend on their number.
 
     Args:
         keep: Worst examples to keep.
@@ -84,7 +84,7 @@ class Tally:
         return self._mean.interval()
 
     def above(self, threshold: float) -> int:
-        """How many scores lie above; estimated from the sample where not all are kept."""
+        """Number of scores above a threshold; estimated from the sample if not all are kept."""
         scores = np.array(self.scores.values)
         return round(float((scores > threshold).mean()) * self.scores.seen)
 

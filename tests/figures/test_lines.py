@@ -118,6 +118,10 @@ def test_paired_curves_are_lines_above_and_bands_of_their_differences_below():
     assert lower.get_xlabel() == "dose" and names_of(lower) == ["narrow"]
     assert (len(bands_of(upper)), len(bands_of(lower))) == (0, 1)
     assert lower.lines[0].get_color() == COLOURS["narrow"]
+    several = {f"{i}": gaps["narrow"] for i in range(4)}
+    more = {**curves, **dict.fromkeys(several, curves["narrow"])}
+    assert len(paired_curves(more, dict(list(several.items())[:3]), gap_label="", **LABELS)) == 4
+    assert len(paired_curves(more, several, gap_label="", **LABELS)) == 2
     alone = paired_curves(curves, gaps, gap_label="", ax=new_axes(), **LABELS)
     assert len(bands_of(alone)) == 2
     assert len(bands_of(paired_curves(curves, {}, gap_label="", **LABELS))) == 2

@@ -178,7 +178,7 @@ def test_a_pooled_score_is_of_the_layers_that_were_asked_for(hooked_llama):
     assert monitor.readout.layers == (2,)
     alone = Monitor.fit(hooked_llama, GOOD, BAD, given[2], pooled=True)
     assert np.allclose(monitor.held_out.scores, alone.held_out.scores, atol=1e-6)
-    with pytest.raises(ValueError, match="weighs all projections, so best=2 chooses none"):
+    with pytest.raises(ValueError, match="weights all projections, so best=2 has no effect"):
         Monitor.fit(hooked_llama, GOOD, BAD, given, pooled=True, best=2)
 
 
@@ -242,7 +242,7 @@ def test_a_monitor_by_youdens_rule_is_kept_as_well(planted, tmp_path):
             torch.zeros(20, dtype=torch.int64),
             "held_out.tokens has a",
         ),
-        ("held_out.truth", torch.ones(20, dtype=torch.bool), "held_out.truth knows one side only"),
+        ("held_out.truth", torch.ones(20, dtype=torch.bool), "held_out.truth has one class only"),
         (
             "held_out.scores",
             torch.ones(20, dtype=torch.int64),
@@ -316,7 +316,7 @@ def test_nothing_to_score_and_values_that_are_not_finite_are_named(planted):
 
 
 def test_directions_that_have_seen_the_held_out_part_are_told(hooked_llama):
-    with pytest.warns(UserWarning, match="were extracted from these very conversations"):
+    with pytest.warns(UserWarning, match="were extracted from these same conversations"):
         Monitor.fit(hooked_llama, GOOD, BAD, mean_diff(hooked_llama, BAD, GOOD))
 
 
@@ -369,7 +369,7 @@ def test_several_answers_to_a_prompt_count_as_one():
 def test_too_few_conversations_for_a_promise_are_told(planted):
     with pytest.warns(
         UserWarning,
-        match=r"10 held-out aligned prompts, which promises 9\.1% false .*5\.0% takes 19",
+        match=r"10 held-out aligned prompts, which promises 9\.1% false .*5\.0% needs 19",
     ):
         monitor = Monitor.fit(planted, planted_pairs(20), directions=axis())
     assert monitor.threshold == monitor.held_out.scores[~monitor.held_out.truth].max()
@@ -394,7 +394,7 @@ def test_a_threshold_can_be_set_on_conversations_of_ones_own(planted, tmp_path):
     assert not [name for name in figures if "cross-fitted" in name]
     loaded = Monitor.load(found.save(tmp_path / "own"))
     assert loaded.table().equals(found.table()) and loaded.promised == found.promised
-    with pytest.raises(ValueError, match="conversations of two prompts or more, not 1"):
+    with pytest.raises(ValueError, match="conversations of at least two prompts, not 1"):
         monitor.calibrated(own[:1])
     with pytest.raises(ValueError, match="loaded without a model"):
         loaded.calibrated(own)
