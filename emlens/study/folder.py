@@ -30,7 +30,7 @@ class RunFolder:
     Attributes:
         title: What was run, in a line.
         files: What each file or folder is, by its name.
-        resume: How to go on with it.
+        resume: How to resume it.
         load: Lines of Python that read it, from inside the folder.
     """
 
@@ -71,7 +71,7 @@ class RunFolder:
             "Made by",
             *(f"  {command}" for command in dict.fromkeys(commands)),
             "",
-            "To go on with it; what is finished is kept and not done again",
+            "To resume it; finished parts are skipped",
             f"  {self.resume}",
             "",
             "To read it in Python, inside this folder",
