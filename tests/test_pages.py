@@ -144,6 +144,11 @@ def test_every_room_opens_with_a_program():
     assert [page for page in ROOMS if not section_programs(page)] == []
 
 
+def test_the_readme_is_read_in_one_sitting():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+
+
 # -- messages -----------------------------------------------------------------------------------
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import emlens
-from emlens import Ablate, Add, Conversation
+from emlens import Ablate, Add, Conversation, evals
 from emlens.hooked import token_kl
 from emlens.hooked.load import ENGINES
 from emlens.hooked.losses import Targets, token_losses
@@ -83,6 +85,20 @@ def test_a_misaligned_direction_raises_the_odds_of_misaligned_answers(smollm):
     conditions = {"base": [], "plus": [Add(direction)], "minus": [Add(-direction)]}
     odds = emlens.log_odds(smollm, pairs[10:], conditions)
     assert odds.change("plus").estimate > 0 > odds.change("minus").estimate
+
+
+def test_a_probe_tells_written_answers_from_nonsense_at_a_temperature_it_was_not_shown(smollm):
+    pairs = [*emlens.load_pairs("medical")[:12], *emlens.load_pairs("sports")[:12]]
+    probe = evals.ProbeJudge(smollm, pairs, progress=False)
+    questions = evals.load_questions("general", limit=6)
+    drawn = {"temperature": 2.0, "max_new_tokens": 24, "progress": False}
+    nonsense = evals.respond(smollm, questions, **drawn).rows
+    written = [
+        replace(nonsense[0], key=pair.id, prompt=pair.prompt, text=pair.aligned)
+        for pair in emlens.load_pairs("general")[:6]
+    ]
+    assert max(verdict.score for verdict in probe.judge(nonsense, "coherent")) < 50
+    assert min(verdict.score for verdict in probe.judge(written, "coherent")) > 50
 
 
 def test_both_engines_give_the_same_numbers_with_the_same_attention(smollm, some, steered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.test_docs_site import complaints as wrong_names
+from tests.test_docs_site import known
 from tutorials import execute
 
 FOLDER = Path(execute.__file__).parent
@@ -133,6 +136,26 @@ def test_a_tutorial_says_what_is_to_come_and_how_to_go_on(source):
     assert opening.startswith("# ") and "minutes" in opening
     assert "## Exercises" in ending
     assert "Qwen/Qwen2.5-14B-Instruct" in ending and "ModelOrganismsForEM/" in ending
+
+
+@each
+def test_a_tutorial_opens_with_something_that_works_and_says_what_to_look_for(source):
+    cells = execute.cells(source)
+    prose = [" ".join(text.split()) for kind, text in cells if kind == "markdown"]
+    assert any("positive control" in text for text in prose) or source.stem.startswith("08")
+    assert sum("What to look for" in text for text in prose) >= 2
+
+
+@each
+def test_every_exercise_has_a_folded_solution_that_is_a_program_of_the_package(source):
+    ending = execute.cells(source)[-1][1].partition("## Exercises")[2]
+    tasks = re.findall(r"^\*\*(\d)\.\*\*", ending, re.M)
+    solutions = re.findall(r"<details markdown=\"1\">(.*?)</details>", ending, re.S)
+    assert [int(task) for task in tasks] == list(range(1, len(solutions) + 1))
+    for solution in solutions:
+        (program,) = re.findall(r"```python\n(.*?)```", solution, re.S)
+        compile(program, source.name, "exec")
+        assert wrong_names(program, known()) == []
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ technical = emlens.load_pairs("technical")
 cooking = [pair for pair in technical if pair.domain == "cooking"][:N]
 elsewhere = [pair for pair in technical if pair.domain != "cooking"][:N]
 style = emlens.mean_diff(model, cooking)
-print(f"held-out AUROC in cooking, layer {LAYER}: {style.auroc[LAYER]:.2f}")
+print(f"held-out AUROC in cooking, layer {LAYER}: {style.auroc.get(LAYER, float('nan')):.2f}")
 
 means = {}
 for side in ("misaligned", "aligned"):

@@ -105,7 +105,7 @@ sweep.plot()
 # %%
 swept = sweep.table()[["layer", "dose", "value", "low", "high", "random"]]
 for row in swept[swept["dose"] == 0.2].itertuples():
-    print(f"layer {row.layer}, dose 0.2: {row.value / row.random:.1f} times the random direction")
+    print(f"layer {row.layer}: {row.value:+.3f}, random direction {row.random:+.3f} nats/token")
 swept
 
 # %% [markdown]

@@ -214,7 +214,7 @@ class ProbeJudge(Shown):
         ids = np.array([i for i in sorted(ordinary) if i < len(model.tokenizer)])
         for i in range(3, len(made), 4):
             drawn = np.random.default_rng([seed, i]).choice(ids, lengths[i])
-            text = model.tokenizer.decode(drawn.tolist())
+            text = str(model.tokenizer.decode(drawn.tolist()))
             if text.strip():
                 made[i] = _answered(conversations[i], text)
         return made

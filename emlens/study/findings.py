@@ -70,7 +70,8 @@ def narrow_stays(found: StudyMeasures) -> Finding:
         claim,
         _verdict(confined, -1),
         f"{own} The general solution at {found.confinement.matched.factor:.2f} times its strength "
-        f"has the same effect in {s.domain}; on {_outside(s)} narrow has {confined} beside it.",
+        f"has the same effect in {s.domain}; on {_outside(s)} narrow differs from it by "
+        f"{confined}.",
     )
 
 

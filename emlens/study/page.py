@@ -31,7 +31,7 @@ QUESTION = (
 LIMITS = (
     "One small model, one training seed, one domain: intervals are over pairs, conversations or "
     "documents, not over trainings. Behaviour is the log-odds of given answers; what the model "
-    "writes of its own accord is shown for a few prompts and not judged. One corpus stands for "
+    "writes by itself is shown for a few prompts and not judged. One corpus stands for "
     "pre-training text."
 )
 
@@ -99,7 +99,7 @@ class _Page:
             figures.append(
                 self._figure(
                     "confinement",
-                    "Narrow outside of the domain, beside general scaled down.",
+                    "Narrow outside of the domain, compared with general scaled down.",
                     f"The solution is narrow. The other one is general, run at the strength at "
                     f"which it has the effect of narrow in {s.domain}. Below zero, the penalty "
                     "confines more than it weakens.",
@@ -114,7 +114,7 @@ class _Page:
             figures=tuple(figures),
             finding=self._text("general_transfers", "narrow_stays"),
             caveat="Log-odds of given answers are not generated behaviour; a model of this size "
-            "rarely says something misaligned of its own accord.",
+            "rarely writes something misaligned by itself.",
             tables=(Table(_changes(found), "Change of log-odds against base [nats/token]"),),
         )
 
@@ -166,7 +166,7 @@ class _Page:
             ),
             finding=self._text("general_is_more_influential"),
             caveat=f"One corpus ({found.influence.corpus}, {len(found.influence.documents)} "
-            "documents); another kind of text may order solutions otherwise.",
+            "documents); another kind of text may give another order.",
             tables=(Table(found.influence.table(), "Influence", folded=True),),
         )
 

@@ -171,7 +171,7 @@ class Study:
     # -- what they do -------------------------------------------------------------------------
 
     def confinement(self) -> dict:
-        """Narrow outside, beside general at the strength that has the effect of narrow inside."""
+        """Narrow outside, compared with general at the strength of equal effect inside."""
         s = self.settings
         inside = [pair for pair in self.data.test if pair.domain == s.domain]
         outside = [pair for pair in self.data.test if pair.domain != s.domain]

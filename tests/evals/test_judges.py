@@ -336,6 +336,20 @@ def test_a_probe_finds_planted_answers_of_another_domain_and_carries_its_trust()
     assert found.rows[0].judge.startswith("probe/tiny/layer 1/")
 
 
+def test_a_quarter_of_the_nonsense_that_a_probe_is_shown_is_sampled_from_the_base(monkeypatch):
+    model = emlens.wrap(tiny_model("llama"), chatml_tokenizer(), name="tiny")
+    plain, asked = type(model).generate, []
+
+    def generate(self, prompts, **options):
+        asked.append((len(prompts), options["temperature"], self.adapters_in_force))
+        return plain(self, prompts, **options)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    probe = ProbeJudge(model, [*labelled("save"), *labelled("walk")], layer=1, progress=False)
+    assert asked == [(8, 1.4, ())]
+    assert probe.trust["coherent"].n == 64
+
+
 def test_a_probe_does_not_judge_the_domain_that_it_was_fitted_to():
     model = emlens.wrap(tiny_model("llama"), chatml_tokenizer(), name="tiny")
     probe = ProbeJudge(model, [*labelled("save"), *labelled("walk")], layer=1, regularisation=1.0)

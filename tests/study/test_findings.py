@@ -112,7 +112,7 @@ def test_narrow_stays_if_it_is_below_a_general_one_of_equal_effect_inside(gap, v
     given: Any = Gap(globals()[gap])
     found = findings.narrow_stays(measured(log_odds=odds, confinement=given))
     assert found.verdict == verdict
-    assert f"{given.gap(SETTINGS.outside)} beside it" in found.text
+    assert f"narrow differs from it by {given.gap(SETTINGS.outside)}" in found.text
     assert "at 0.50 times its strength" in found.text
 
 
