@@ -43,7 +43,7 @@ ROOMS = (
 MAX_CODE_LINES = 350
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 12
-MAX_NAMES = 203
+MAX_NAMES = 200
 SUBROOMS = ("evals.inspect",)
 UNLISTED = {
     "hooked.load": "arguments of from_pretrained",
