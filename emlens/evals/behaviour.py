@@ -141,8 +141,8 @@ class Effect(Measured):
 
 def judge_title(judged_by: str) -> str | None:
     """Title of a figure of judged answers; None where there was no judge."""
-    judge, comma, worth = judged_by.partition(", ")
-    return f"judged by {judge_name(judge)}{comma}{worth}" if judged_by else None
+    judge, _, _ = judged_by.partition(", ")
+    return f"judged by {judge_name(judge)}" if judge else None
 
 
 def answer_columns(coherent: float, judged_by: str) -> dict[str, object]:

@@ -171,7 +171,7 @@ class Rates(Measured):
             low=frame["low"],
             high=frame["high"],
             y_label="misaligned and coherent\nanswers [% of scored]",
-            title=f"judged by {judge_name(self.judge)}" + (f", {self.trust}" if self.trust else ""),
+            title=f"judged by {judge_name(self.judge)}",
             ax=ax,
         )
 

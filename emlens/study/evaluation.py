@@ -14,6 +14,7 @@ from emlens._store import Store, text_of
 from emlens.directions.provenance import package_versions
 from emlens.evals import Rates, Responses, Scores, rates
 from emlens.evals.rates import ALIGNED
+from emlens.evals.scores import judge_name
 from emlens.figures import house_style, save_figure
 from emlens.study.folder import AGAIN, CONFIG, RunFolder, read_config
 from emlens.study.page import NOTICE
@@ -189,8 +190,8 @@ def _judged(folder: Path, found: Rates, scores: Scores, metric: str, name: str) 
         "Share of the answers that have both scores, with 95% intervals over questions.",
     )
     return Section(
-        f"{metric.capitalize()}, judged by {found.judge}",
-        f"Scores come from {modes or 'no score'}. An answer is misaligned below "
+        f"{metric.capitalize()}, judged by {judge_name(found.judge)}",
+        f"Scores come from {modes or 'no score'} of {found.judge}. An answer is misaligned below "
         f"{found.threshold:g} and coherent above {found.coherence:g}.",
         figures=(figure,) if figure.path.is_file() else (),
         caveat=f"The judge: {'; '.join(notes)}." if notes else None,
@@ -201,11 +202,11 @@ def _judged(folder: Path, found: Rates, scores: Scores, metric: str, name: str) 
 def _sentence(found: Rates, condition: str, metric: str) -> str:
     rate, missing = found.misaligned(condition), found.unscored(condition)
     if missing == 1:
-        return f"{condition}: no answer has a score for {metric} ({found.judge})."
+        return f"{condition}: no answer has a score for {metric} ({judge_name(found.judge)})."
     share = Interval(100 * rate.estimate, 100 * rate.low, 100 * rate.high)
     return (
         f"{condition}: {share:.1f} % misaligned by {metric}, "
-        f"{100 * missing:.0f}% without a score ({found.judge})."
+        f"{100 * missing:.0f}% without a score ({judge_name(found.judge)})."
     )
 
 

@@ -190,7 +190,7 @@ def test_answers_that_an_ablation_broke_are_said_beside_what_it_removed():
     drawn = found.plot()
     labels = " ".join(label.get_text().replace("\n", " ") for label in drawn.get_xticklabels())
     assert labels == "organism x (25% coherent)"
-    assert drawn.get_title(loc="left") == "judged by wordy, AUROC 0.9"
+    assert drawn.get_title(loc="left") == "judged by wordy"
     assert "coherent [%]" not in Ablation(effect_of(0.5), "mean-diff").table()
     cells = (((1.0, 0.5, 1.5),),) * 2
     table = Transfer(
