@@ -9,7 +9,7 @@ import typer
 
 from emlens.cli.app import app
 from emlens.cli.common import Call, Layer, Layers, rows_of, verb
-from emlens.cli.values import adapters_of, direction_of, layers_of
+from emlens.cli.values import adapters_of, at_layer, layers_of
 
 
 @verb(
@@ -109,18 +109,22 @@ def bake(
     differs, or that a control cannot be told from, is not kept.
     """
     import emlens
+    from emlens.directions import read_directions
     from emlens.edits import Ablate, Add
+    from emlens.edits.bake import new_folder
     from emlens.edits.writes import STREAM
     from emlens.hooked import Condition
 
+    new_folder(out)
+    added, ablated = ([read_directions(path) for path in paths or ()] for paths in (add, ablate))
     model = call.load(adapters=adapters_of(adapter))
     edits: list[Add | Ablate] = [
-        Ablate(direction_of(path, model, layer), layers=range(model.n_layers), site=site)
-        for path in ablate or ()
+        Ablate(at_layer(kept, model, layer), layers=range(model.n_layers), site=site)
+        for kept in ablated
         for site in STREAM
         if site in model.sites
     ]
-    edits += [Add(direction_of(path, model, layer), dose=dose, scale=scale) for path in add or ()]
+    edits += [Add(at_layer(kept, model, layer), dose=dose, scale=scale) for kept in added]
     found = emlens.bake(model, Condition(model.adapters, tuple(edits)), out, progress=call.progress)
     record: dict[str, object] = {
         "folder": found.path,

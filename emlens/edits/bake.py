@@ -193,7 +193,7 @@ def bake(
         >>> bool(baked.differences.max() < baked.tolerance)
         True
     """
-    target = _new_folder(out, format)
+    target = new_folder(out, format)
     given = condition_of(model, condition)
     _check_given(model, given)
     chats = [Conversation.of(prompt) for prompt in prompts]
@@ -234,7 +234,13 @@ def bake(
     return found
 
 
-def _new_folder(out: str | Path, format: str) -> Path:
+def new_folder(out: str | Path, format: str = "transformers") -> Path:
+    """The folder that a checkpoint is written to, before anything is computed.
+
+    Raises:
+        ValueError: If the format is GGUF.
+        FileExistsError: If there is something already.
+    """
     target = expanded(out)
     if format == "gguf" or target.suffix == ".gguf":
         raise ValueError(

@@ -62,7 +62,7 @@ class Roc(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """The curve, the diagonal that chance gives, and the threshold in use."""
         from emlens.figures.lines import line_bands
-        from emlens.figures.style import MARKED
+        from emlens.figures.style import COLOURS, MARKED
 
         ax = line_bands(
             {"held-out": (self.false_alarms, self.hits)},

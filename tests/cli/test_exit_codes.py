@@ -48,6 +48,8 @@ ROOT = Path(emlens.__file__).parent.parent
         (["train", "finance", "--out", "x.txt"], "cannot write x.txt; the formats to write"),
         (["train", "finance", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "finance", "--lora", "0"], "rank must be at least 1, not 0"),
+        (["bake", "out", "--add", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["bake", "x.gguf"], "GGUF is not written by bake"),
         (["monitor", "fit", "medical", "--limit", "1"], "1 prompt(s) with aligned answers cannot"),
         (["monitor", "fit", "medical", "--max-false-alarms", "2"], "max_false_alarms must be"),
         (["monitor", "fit", "medical", "--calibration", "no.jsonl"], "neither an embedded set"),
