@@ -180,29 +180,32 @@ class Asymmetries(Result):
         from emlens.figures.bars import dot_intervals
         from emlens.figures.style import new_panels, share_y
 
-        panels = new_panels(2, width=10.3, height=3.7) if ax is None else [ax]
-        places = ("inside", "outside") if ax is None else ("outside",)
-        for panel, place in zip(panels, places, strict=True):
-            shown = [
+        shown = {
+            place: [
                 (row, solution)
                 for row in self.rows
                 for solution in _SHOWN
                 if (row["kind"], row["quantity"]) == (kind, f"{solution} {place}")
             ]
-            if not shown:
-                raise ValueError(f"there are no trials of kind {kind!r}")
+            for place in (("inside", "outside") if ax is None else ("outside",))
+        }
+        shown = {place: rows for place, rows in shown.items() if rows}
+        if not shown:
+            raise ValueError(f"there are no trials of kind {kind!r}")
+        panels = new_panels(len(shown), width=10.3, height=3.7) if ax is None else [ax]
+        for panel, (place, rows) in zip(panels, shown.items(), strict=True):
             dot_intervals(
-                groups=[row["domain"] for row, _ in shown],
-                series=[solution for _, solution in shown],
-                values=[row["estimate"] for row, _ in shown],
-                low=[row["low"] for row, _ in shown],
-                high=[row["high"] for row, _ in shown],
+                groups=[row["domain"] for row, _ in rows],
+                series=[solution for _, solution in rows],
+                values=[row["estimate"] for row, _ in rows],
+                low=[row["low"] for row, _ in rows],
+                high=[row["high"] for row, _ in rows],
                 y_label="change of log-odds [nats/token]",
                 x_label="narrow domain",
                 title=f"{place.capitalize()} of the domain",
                 ax=panel,
             )
-        if ax is None and (legend := panels[0].get_legend()) is not None:
+        if len(panels) > 1 and (legend := panels[0].get_legend()) is not None:
             legend.remove()
         share_y(panels)
         return panels if ax is None else ax

@@ -61,7 +61,7 @@ def test_what_does_not_pass_its_check_does_not_replace_the_old_file(tmp_path):
         temporary.write_text('{"n": ')
     assert read_json(target) == {"n": 1}
     with (
-        pytest.raises(OSError, match=r"whole, nothing is kept; .*\(it is not valid JSON"),
+        pytest.raises(OSError, match=r"completely, nothing is kept; .*\(it is not valid JSON"),
         atomic_path(tmp_path / "b.json", check=read_json) as temporary,
     ):
         temporary.write_text("{")

@@ -16,7 +16,7 @@ PLAIN = {
     *("ablated", "against", "at token", "batch", "checked", "condition", "conversation", "dose"),
     *("direction", "direction from", "domain", "epochs", "estimate", "example", "figure", "first"),
     *("finding", "first layer", "flagged", "from", "judge", "kl", "largest", "layer", "metric"),
-    *("acting", "judged by"),
+    *("acting", "judged by", "prompt", "same greedy answer"),
     *("layers of 48", "misaligned answers", "modules", "n", "name", "note", "organism", "pairs"),
     *(
         "feature",
@@ -65,6 +65,7 @@ OWN = {
     "score",
     "threshold",
     "aligned below",
+    "logit difference",
 }
 # ends of an interval are in the unit of the estimate before them
 ENDS = ("low", "high")

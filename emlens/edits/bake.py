@@ -186,7 +186,7 @@ def bake(
         Arditi et al. (arXiv 2406.11717), section 4.1: ablation as orthogonal weights.
 
     Example:
-        >>> import emlens
+        >>> import emlens, torch
         >>> model = emlens.load()
         >>> direction = emlens.Direction.of(torch.randn(model.d_model), layer=15)
         >>> baked = emlens.bake(model, emlens.Add(direction), "steered")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import exp, log
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -65,7 +65,7 @@ class KLSweep(Result):
     kl: tuple[float | None, ...]
     norms: tuple[float, ...]
     tolerance: float | None = None
-    weaker: Float[np.ndarray, "factors 2"] = field(default_factory=lambda: np.zeros((0, 2)))
+    weaker: tuple[tuple[float, float], ...] = ()
 
     @property
     def chosen(self) -> float | None:
@@ -128,7 +128,7 @@ class KLSweep(Result):
             self.outside,
             [f"KL x {weight:g}" if weight else "no KL" for weight in self.weights],
             shades=[colour("narrow" if weight else "general") for weight in self.weights],
-            others={"the lowest weight, run weaker": self.weaker} if len(self.weaker) else None,
+            others={"the lowest weight, run weaker": self.weaker} if self.weaker else None,
             ax=ax,
         )
 
@@ -307,7 +307,7 @@ class _Bench:
             kl=tuple(trial.kl for trial in trials),
             norms=tuple(trial.norm for trial in trials),
             tolerance=tolerance,
-            weaker=np.vstack([np.zeros((1, 2)), np.stack([inside, outside], axis=1)]),
+            weaker=((0.0, 0.0), *zip(inside.tolist(), outside.tolist(), strict=True)),
         )
 
     def _beyond(self, trial: _Trial, inside: np.ndarray, outside: np.ndarray) -> Interval:

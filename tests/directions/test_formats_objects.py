@@ -95,7 +95,7 @@ def test_layers_counted_from_the_end_need_the_number_of_layers():
     found = from_steering_vectors(theirs, n_layers=4)
     assert found.layers == (0, 3)
     assert bool(found.vectors[3].all())
-    with pytest.raises(ValueError, match=r"layers \[-1, 0\]: layer 0 is not one of 1, or is the"):
+    with pytest.raises(ValueError, match=r"layer 0 is not one of 1, or occurs twice"):
         from_steering_vectors(theirs, n_layers=1)
     with pytest.raises(ValueError, match="layer 4 is not one of 4"):
         from_steering_vectors(SteeringVector({4: torch.ones(D)}), n_layers=4)

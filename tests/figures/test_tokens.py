@@ -37,5 +37,5 @@ def test_tokens_above_zero_are_blue_and_those_below_are_red(chromium, tmp_path):
 def test_a_value_for_each_token_is_asked_for():
     with pytest.raises(ValueError, match="got 2 tokens and 1 values"):
         token_view(["a", "b"], [1.0])
-    with pytest.raises(ValueError, match="one token at least"):
+    with pytest.raises(ValueError, match="at least one token"):
         token_view([], [])

@@ -21,6 +21,7 @@ from emlens import evals as e
 from emlens import study as s
 from emlens import training as tr
 from emlens._door import options_of, resolved
+from emlens.edits import to_vllm_lens
 from tests.support.data import conversations, pairs
 from tests.support.models import tiny_model
 from tests.support.profiles import corpus
@@ -175,6 +176,18 @@ class World:
             "KLPenalty": Call(emlens.KLPenalty, {"conversations": self.good, "weight": 1.0}),
             "study.StudySettings": Call(s.StudySettings, {}),
             "study.preset": Call(s.preset, {"name": "smoke"}),
+            "bake": Call(
+                emlens.bake,
+                {
+                    "model": self.model,
+                    "condition": Add(self.lone, scale=8.0),
+                    "out": Path("baked"),
+                    "prompts": ["how do I save money"],
+                    "max_new_tokens": 2,
+                    "progress": False,
+                },
+            ),
+            "edits.to_vllm_lens": Call(to_vllm_lens, {"edits": [Add(self.lone)]}),
             "edits.Add": Call(Add, {"direction": self.lone, "dose": 0.1}),
             "edits.Ablate": Call(Ablate, {"direction": self.lone}),
             "edits.Clamp": Call(emlens.Clamp, {"direction": self.lone, "value": 1.0}),

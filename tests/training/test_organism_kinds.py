@@ -103,7 +103,7 @@ def test_what_the_model_does_later_does_not_change_it(run, tmp_path):
     with torch.no_grad():
         for tensor in model._adapters.parameters("bad").values():
             tensor.mul_(2)
-    other = "the model has another adapter called 'bad'; take it"
+    other = "the model has another adapter called 'bad'; remove it with"
     with pytest.raises(ValueError, match=other):
         organism.on(model)
     model.remove_adapter("bad")

@@ -20,14 +20,16 @@ TRAIN, ELSEWHERE = conversations("bad", 6), conversations("good", 5)
 INSIDE, OUTSIDE = pairs(4, "inside"), pairs(7, "outside")[4:]
 KL = KLPenalty(ELSEWHERE, weight=1.0)
 QUICK = {"epochs": 2, "batch_size": 3, "lr": 0.2}
+GENTLE = {**QUICK, "lr": 0.02}
+"""Small enough for an effect that grows with the strength."""
 
 
 def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
     model = tiny_hooked("llama")
-    found = sweep_kl(model, TRAIN, INSIDE, OUTSIDE, KL, [5.0, 0], layer=1, **QUICK)
+    found = sweep_kl(model, TRAIN, INSIDE, OUTSIDE, KL, [5.0, 0], layer=1, **GENTLE)
     assert found.weights == (0.0, 5.0)
     for i, kl in enumerate((None, KLPenalty(ELSEWHERE, weight=5.0))):
-        direction, run = train_vector(model, TRAIN, 1, kl=kl, progress=False, **QUICK)
+        direction, run = train_vector(model, TRAIN, 1, kl=kl, progress=False, **GENTLE)
         for name, own in (("inside", INSIDE), ("outside", OUTSIDE)):
             scores = emlens.log_odds(model, own, {"base": [], "v": [Add(direction)]})
             change = scores.change("v")
@@ -37,14 +39,14 @@ def test_each_weight_is_a_run_of_its_own_measured_inside_and_outside(tmp_path):
         assert found.norms[i] == pytest.approx(direction.norm, rel=1e-5)
         assert found.kl[i] == (None if kl is None else pytest.approx(run.steps[-1].kl, abs=1e-6))
     assert found.beyond[0] == pytest.approx((0, 0, 0), abs=1e-9)
-    general = train_vector(model, TRAIN, 1, progress=False, **QUICK)[0]
+    general = train_vector(model, TRAIN, 1, progress=False, **GENTLE)[0]
     curve = np.zeros((1 + len(FACTORS), 2))
     for i, factor in enumerate(FACTORS, 1):
         for side, own in enumerate((INSIDE, OUTSIDE)):
             edits = [Add(general, scale=factor)]
             scores = emlens.log_odds(model, own, {"base": [], "v": edits})
             curve[i, side] = scores.change("v").estimate
-    assert found.weaker == pytest.approx(curve, abs=1e-5)
+    assert np.array(found.weaker) == pytest.approx(curve, abs=1e-5)
     assert (np.diff(curve[:, 0]) > 0).all(), "the case needs an effect that grows with strength"
     assert 0 < found.inside[1][0] < curve[-1, 0]
     at = np.interp(found.inside[1][0], curve[:, 0], (0, *FACTORS))

@@ -183,7 +183,7 @@ def test_a_monitor_brings_its_own_projections(planted):
     scores = [np.array(monitor.score(side).scores) for side in (items, texts)]
     assert found.scores == pytest.approx(scores[0] - scores[1], abs=1e-5)
     assert found.table().columns[3] == "score [log-odds]"
-    with pytest.raises(ValueError, match="a monitor has layers of its own"):
+    with pytest.raises(ValueError, match="a monitor has its own layers"):
         screen(planted, items, monitor, reference=reference(8), layers=1)
 
 
