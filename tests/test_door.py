@@ -245,7 +245,7 @@ def test_models_and_adapters_are_found_below_the_tilde(home, tiny, tiny_tokenize
     assert (model.name, model.adapters) == ("model", ("bad",))
     assert (
         from_hub("~/adapter", "adapter_model.safetensors").layers
-        == read_directions(home / "adapter").layers
+        == read_directions(home / "adapter" / "adapter_model.safetensors").layers
     )
 
 

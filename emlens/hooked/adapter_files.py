@@ -75,7 +75,7 @@ def read_adapter(name: str, source: str) -> tuple[LoraConfig, dict[str, Tensor]]
     from peft.utils import load_peft_weights
 
     source, where = find_adapter(name, source)
-    local = Path(source)
+    local = expanded(source)
     try:
         config = PeftConfig.from_pretrained(source, **where)
         weights = load_peft_weights(source, device="cpu", **where)

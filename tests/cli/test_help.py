@@ -44,7 +44,7 @@ def test_python_m_emlens_is_the_command_line():
 
 def test_help_names_every_verb_and_the_exit_codes(run):
     overview = run("--help")
-    assert len(VERBS) == 13
+    assert len(VERBS) == 14
     for words in VERBS:
         assert f"\n  {words[0]} " in overview
         assert len(words) == 1 or f"\n  {words[1]} " in run(words[0], "--help")
