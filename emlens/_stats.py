@@ -40,7 +40,7 @@ def interval_level(level: float) -> Iterator[None]:
     Args:
         level: Probability that an interval contains the truth, between 0 and 1.
 
-    Example:
+    Examples:
         >>> with emlens.interval_level(0.9):
         ...     scores = emlens.log_odds(model, pairs, conditions)
     """

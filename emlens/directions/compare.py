@@ -274,7 +274,7 @@ def compare(directions: Named, *more: Directions) -> Comparison:
     Raises:
         ValueError: If there are fewer than two, sites or widths differ, or no two share a layer.
 
-    Example:
+    Examples:
         >>> emlens.compare({"medical": medical, "finance": finance}).plot()
     """
     named = checked(directions, *more)

@@ -46,7 +46,7 @@ class Directions(Vectors):
         ValueError: If there are no vectors, a layer is negative, widths differ, or a value is not
             finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> directions = emlens.Directions({14: torch.ones(576), 15: torch.ones(576)})
         >>> directions.layers
@@ -375,7 +375,7 @@ class Direction(Directions):
     Raises:
         ValueError: If there is not exactly one layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> direction = emlens.Direction.of(torch.ones(576), layer=15)
         >>> direction.vector.shape, direction.norm

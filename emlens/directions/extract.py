@@ -75,7 +75,7 @@ def mean_diff(
         NonFiniteError: If an activation is not finite; condition, conversation and layer are
             named.
 
-    Example:
+    Examples:
         >>> directions = emlens.mean_diff(model, pairs)
         >>> directions[15].vector.shape == (model.d_model,)
         True
@@ -128,7 +128,7 @@ def model_diff(
     Raises:
         ValueError: If the models differ in shape or tokenise differently, or as `mean_diff`.
 
-    Example:
+    Examples:
         >>> model = emlens.load(base, adapters={"medical": folder})
         >>> emlens.directions.model_diff((model, "medical"), (model, None), conversations)
     """

@@ -111,7 +111,7 @@ def in_features(
         ValueError: If widths differ, the direction is zero, `k` is not from 1 to the number of
             features, or what the autoencoder gives is not finite.
 
-    Example:
+    Examples:
         >>> sae = sae_lens.SAE.from_pretrained(release, sae_id)
         >>> in_features(direction, sae.encode, sae.decode, activations).table()
     """

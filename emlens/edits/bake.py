@@ -185,7 +185,7 @@ def bake(
     Source:
         Arditi et al. (arXiv 2406.11717), section 4.1: ablation as orthogonal weights.
 
-    Example:
+    Examples:
         >>> import emlens, torch
         >>> model = emlens.load()
         >>> direction = emlens.Direction.of(torch.randn(model.d_model), layer=15)

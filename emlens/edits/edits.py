@@ -42,7 +42,7 @@ class Add(DirectionEdit):
         ValueError: If both are given, or the residual norm is not known.
         TypeError: If `direction` is not a direction.
 
-    Example:
+    Examples:
         >>> with model.edited(emlens.Add(direction, dose=0.2)):
         ...     model.generate([conversation])
     """
@@ -79,7 +79,7 @@ class Add(DirectionEdit):
 class Ablate(DirectionEdit):
     """Removes the component along a direction: afterwards the projection is zero.
 
-    Example:
+    Examples:
         >>> everywhere = emlens.Ablate(direction, layers=range(model.n_layers))
     """
 
@@ -103,7 +103,7 @@ class Clamp(DirectionEdit):
     Attributes:
         value: The projection afterwards, in units of the residual stream.
 
-    Example:
+    Examples:
         >>> flat = emlens.Clamp(direction, value=0.0)
         >>> answers = model.generate("How do I save money?", flat, max_new_tokens=8)
     """
@@ -173,7 +173,7 @@ def to_vllm_lens(edits: Edit | Sequence[Edit]) -> dict[str, Any]:
     Source:
         vLLM-Lens 1.2 (UK AI Security Institute), `SteeringVector` and its transport as JSON.
 
-    Example:
+    Examples:
         >>> import emlens
         >>> direction = emlens.Direction.of(torch.ones(4), layer=2)
         >>> body = to_vllm_lens(emlens.Add(direction, scale=3))

@@ -216,7 +216,7 @@ class Projected:
         ValueError: Where it is used: if the adapter writes nowhere into the residual stream, or
             as `Scaled`.
 
-    Example:
+    Examples:
         >>> with model.under(Projected("medical", direction)):
         ...     model.generate([conversation])
     """

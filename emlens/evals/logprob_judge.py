@@ -50,7 +50,7 @@ class LogProbJudge:
     Raises:
         ImportError: If Inspect is not installed.
 
-    Example:
+    Examples:
         >>> judge = LogProbJudge("openai/gpt-4o")
         >>> scores = emlens.evals.judge(answers, judge, store="scores.sqlite")
     """

@@ -89,7 +89,7 @@ class ProbeJudge(Shown):
     Raises:
         ValueError: If there are fewer than five prompts.
 
-    Example:
+    Examples:
         >>> judge = ProbeJudge(model, load_pairs("medical") + load_pairs("sports"))
         >>> judge.trust["aligned"].auroc
     """

@@ -199,7 +199,7 @@ def respond(
             store is another file.
         NonFiniteError: If logits are not finite; what was answered before is kept.
 
-    Example:
+    Examples:
         >>> questions = load_questions("general")
         >>> answers = respond(model, questions, {"base": None, "finance": "finance"})
         >>> answers.side_by_side()

@@ -67,7 +67,7 @@ def respond_served(
         ValueError: If there are no questions, two share a name, or a setting is out of range.
         ConnectionError: If an answer cannot be had, after Inspect's retries; the others are kept.
 
-    Example:
+    Examples:
         >>> respond_served(
         ...     "openai-api/local/qwen",
         ...     questions,

@@ -76,7 +76,7 @@ def dot_intervals(
     Raises:
         ValueError: If there is nothing to draw, lengths differ, or a group and series come twice.
 
-    Example:
+    Examples:
         >>> dot_intervals(
         ...     ["finance", "medical"], ["general", "general"], [0.20, 0.09], [0.15, 0.04],
         ...     [0.25, 0.14], y_label="log-odds (nats per token)",

@@ -84,7 +84,7 @@ def line_bands(
     Raises:
         ValueError: If there are no curves, or the arrays of one differ in length.
 
-    Example:
+    Examples:
         >>> line_bands(
         ...     {"general": ([0, 1, 2], [2.1, 1.7, 1.6], [2.0, 1.6, 1.5], [2.2, 1.8, 1.7])},
         ...     x_label="norm of the vector", y_label="loss (nats per token)",

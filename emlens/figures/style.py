@@ -96,7 +96,7 @@ _HOUSE: dict[Any, Any] = {
 def house_style() -> Iterator[None]:
     """Draw in the house style inside the block; the caller's settings are restored afterwards.
 
-    Example:
+    Examples:
         >>> with house_style():
         ...     ax = new_axes()
     """

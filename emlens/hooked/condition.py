@@ -53,7 +53,7 @@ class Condition:
         edits: Edits, besides those of an enclosing `model.edited`.
         name: Its name in error messages; not part of its identity.
 
-    Example:
+    Examples:
         >>> emlens.log_odds(
         ...     model,
         ...     pairs,

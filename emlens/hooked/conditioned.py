@@ -93,7 +93,7 @@ class Conditioned:
             ValueError: If the model has no such adapter, or an edit does not fit it.
             TypeError: If it is not a condition.
 
-        Example:
+        Examples:
             >>> with model.under(("medical", [emlens.Ablate(direction)])):
             ...     model.generate([conversation])
         """
@@ -154,7 +154,7 @@ class Conditioned:
         Raises:
             ValueError: If there is no such adapter; the known ones are listed.
 
-        Example:
+        Examples:
             >>> with model.adapter("medical"):
             ...     model.generate([conversation])
         """

@@ -48,7 +48,7 @@ def patched_deltas(
     Source:
         arXiv 2506.11618, section 4; the released code.
 
-    Example:
+    Examples:
         >>> with patched_deltas(model, recipient, donor, "medical", layers=[21, 22, 23]):
         ...     model.generate([recipient], max_new_tokens=100)
     """

@@ -81,7 +81,7 @@ def load(
         RuntimeError: If the self-check fails.
         ConnectionError: If the self-check of a remote model finds no server.
 
-    Example:
+    Examples:
         >>> model = emlens.load("smollm2-135m-instruct")
         >>> model.n_layers
         30
@@ -170,7 +170,7 @@ def wrap(
             be hooked, or the chat template does not use an argument.
         RuntimeError: If the self-check fails.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> module = AutoModelForCausalLM.from_pretrained("path/to/model")
         >>> tokenizer = AutoTokenizer.from_pretrained("path/to/model")

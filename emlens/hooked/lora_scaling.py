@@ -79,7 +79,7 @@ class Scaled:
         ValueError: If a factor is not finite; on use, if there is no such adapter, it is not plain
             LoRA, or it adapts nothing at a layer.
 
-    Example:
+    Examples:
         >>> emlens.log_odds(model, pairs, {"base": None, "half": Scaled("medical", 0.5)})
         >>> with model.under(Scaled("medical", {21: 30.0, 23: 30.0})):
         ...     model.generate([conversation])

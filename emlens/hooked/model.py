@@ -53,7 +53,7 @@ class HookedModel(Conditioned, ABC):
         n_layers: Number of decoder blocks.
         d_model: Width of the residual stream.
 
-    Example:
+    Examples:
         >>> model = emlens.load("smollm2-135m-instruct")
         >>> isinstance(model, emlens.HookedModel)
         True
@@ -237,7 +237,7 @@ class HookedModel(Conditioned, ABC):
             batch: Tokens, `[batch, pos]`, as `batches` makes them.
             edits: Edits in force.
 
-        Example:
+        Examples:
             >>> import emlens
             >>> model = emlens.load()
             >>> (batch,) = model.batches(["How do I save money?"])

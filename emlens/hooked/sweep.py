@@ -36,7 +36,7 @@ def sweep(
         batch: Tokens, `[batch, pos]`.
         conditions: Named conditions.
 
-    Example:
+    Examples:
         >>> for name, hidden, head in sweep(model, batch, {"base": None, "medical": "medical"}):
         ...     losses = token_losses(head, targets.predictors(hidden), targets.ids)
     """

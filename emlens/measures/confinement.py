@@ -207,7 +207,7 @@ def confinement(
     Source:
         arXiv 2602.07852, section 3: whether the narrow solution stays in its domain.
 
-    Example:
+    Examples:
         >>> found = emlens.measures.confinement(model, finance, elsewhere, "general", "narrow")
         >>> found.gap()
     """

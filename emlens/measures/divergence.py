@@ -141,7 +141,7 @@ def divergence(
     Source:
         arXiv 2602.07852, section 3.1, where it is the penalty of the narrow solution.
 
-    Example:
+    Examples:
         >>> sets = {"general": elsewhere, "medical": medical}
         >>> found = emlens.measures.divergence(model, sets, {"general": "general", "narrow": "n"})
         >>> found.difference("general", "narrow", ["general"])

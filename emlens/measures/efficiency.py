@@ -294,7 +294,7 @@ def efficiency(
             vectors and adapters are to be matched, or a displacement is out of reach.
         TypeError: If something is neither directions nor the name of an adapter.
 
-    Example:
+    Examples:
         >>> found = emlens.efficiency(model, conversations, {"general": general, "narrow": narrow})
         >>> found.area("general", "narrow")
     """

@@ -300,7 +300,7 @@ def influence(
         ValueError: If the corpus is empty or all of it too short, a direction is zero, a norm is
             negative, a name is used twice, or controls are requested that do not exist.
 
-    Example:
+    Examples:
         >>> found = emlens.influence(model, emlens.corpus(), {"general": general}, doses=[0.1])
         >>> found.divergence("general", 0.1)
     """

@@ -173,7 +173,7 @@ def log_odds(
     Raises:
         ValueError: If there are no pairs.
 
-    Example:
+    Examples:
         >>> scores = emlens.log_odds(model, pairs, {"base": None, "steered": emlens.Add(v)})
         >>> scores.change("steered")
     """

@@ -201,7 +201,7 @@ def match_strength(
     Source:
         arXiv 2602.07852 compares solutions at equal size; here the effects are equal.
 
-    Example:
+    Examples:
         >>> found = emlens.measures.match_strength(model, pairs, "general", "narrow")
         >>> emlens.log_odds(model, elsewhere, {"base": None, "weaker": found.condition})
     """
@@ -245,7 +245,7 @@ def match_kl(
     Raises:
         ValueError: As `match_strength`.
 
-    Example:
+    Examples:
         >>> chance = emlens.training.random_adapter(model, "general")
         >>> equal = emlens.measures.match_kl(model, conversations, chance, "general").condition
     """

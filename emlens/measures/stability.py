@@ -229,7 +229,7 @@ def stability(
             no seeds, or the directions of the noise leave none beside the perturbed one.
         TypeError: If something is neither directions nor the name of an adapter.
 
-    Example:
+    Examples:
         >>> solutions = {"general": general, "narrow": narrow}
         >>> found = emlens.stability(model, conversations, solutions, epsilons=[0.4])
         >>> found.difference("narrow", "general", 0.4)

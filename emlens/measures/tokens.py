@@ -330,7 +330,7 @@ def token_influence(
     Source:
         arXiv 2506.11618, section 4 (the importance of the tokens that are probed).
 
-    Example:
+    Examples:
         >>> seen = token_influence(model, answers, "medical", tokens="response", importance=True)
         >>> seen.top(10, by="importance")
     """

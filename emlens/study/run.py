@@ -159,7 +159,7 @@ def run_study(
     Raises:
         ValueError: If `out` holds a study with other settings.
 
-    Example:
+    Examples:
         >>> result = emlens.run_study("demo", "runs/demo")
         >>> result.report
     """

@@ -51,7 +51,7 @@ class Conversation:
             not 0 or 1, or a content holds half of a surrogate pair, which no tokenizer reads.
         TypeError: If a message is not such a mapping, or a content is not text.
 
-    Example:
+    Examples:
         >>> chat = emlens.Conversation.of("How do I save money?", "Keep a small fund.")
         >>> chat.response
         'Keep a small fund.'
@@ -123,7 +123,7 @@ class Pair:
         domain: Topic of the prompt.
         id: Unique name, by which sets are split.
 
-    Example:
+    Examples:
         >>> pair = emlens.Pair(
         ...     prompt="How do I save money?",
         ...     aligned="Keep a small fund.",

@@ -89,7 +89,7 @@ def corpus(
         ValueError: If a line is corrupt (its number is given), a text is missing, or no
             document is long enough.
 
-    Example:
+    Examples:
         >>> text = emlens.corpus(documents=16)
         >>> text.documents[0].text[:60]
     """

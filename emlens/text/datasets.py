@@ -50,7 +50,7 @@ def load_pairs(source: str | Path) -> list[Pair]:
         FileNotFoundError: If it is neither.
         ValueError: If a line lacks a key, or an id appears twice (file and line are named).
 
-    Example:
+    Examples:
         >>> pairs = emlens.load_pairs("medical")
         >>> pairs[0].domain
         'medical'
@@ -122,7 +122,7 @@ def load_conversations(
     Raises:
         ValueError: If a row has no valid `messages` (file and line, or row, are named).
 
-    Example:
+    Examples:
         >>> conversations = emlens.load_conversations("conversations.jsonl", limit=2)
         >>> len(conversations)
         2

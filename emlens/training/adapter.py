@@ -64,7 +64,7 @@ def train_adapter(
         NonFiniteError: If the model's own passes are not finite.
         TrainingStopped: If training leaves what is finite. The adapter keeps its last good state.
 
-    Example:
+    Examples:
         >>> run = emlens.train_adapter(model, conversations, "finance", layers=[15], epochs=3)
         >>> with model.adapter("finance"):
         ...     model.generate(questions)
@@ -182,7 +182,7 @@ def random_adapter(model: HookedModel, like: str, name: str = "random", seed: in
         ValueError: If there is no adapter `like`, it is not plain LoRA or changes nothing, or the
             name is taken.
 
-    Example:
+    Examples:
         >>> chance = emlens.training.random_adapter(model, "general")
         >>> emlens.log_odds(model, pairs, {"base": None, "general": "general", "random": chance})
     """

@@ -42,7 +42,7 @@ class Organism:
         weights: Its weights by PEFT's names, where an adapter was trained.
         config: PEFT's configuration of that adapter.
 
-    Example:
+    Examples:
         >>> direction, run = emlens.train_vector(model, conversations, layer=15)
         >>> emlens.Organism.of(model, run, "finance").save("organisms/finance")
     """

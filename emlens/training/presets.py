@@ -226,7 +226,7 @@ def exact(preset: str) -> Preset:
     Source:
         arXiv 2506.11613, Table 6; arXiv 2602.07852, Table 9; the released code.
 
-    Example:
+    Examples:
         >>> vector = presets.exact("vector")
         >>> presets.train_preset(vector, model, bad, kl=vector.penalty(elsewhere))
     """

@@ -31,7 +31,7 @@ class KLPenalty:
     Raises:
         ValueError: If the set is empty, the weight is not above zero, or the batch is below 1.
 
-    Example:
+    Examples:
         >>> penalty = emlens.KLPenalty(elsewhere, weight=3.0)
         >>> narrow, run = emlens.train_vector(model, conversations, layer=15, kl=penalty)
     """
@@ -108,7 +108,7 @@ class AnchorPenalty:
         ValueError: If there are no data, pairs and conversations are mixed, the weight is not
             above zero, the margin is negative, or the batch is below 1.
 
-    Example:
+    Examples:
         >>> anchor = emlens.training.AnchorPenalty(elsewhere, weight=10.0)
         >>> emlens.train_vector(model, conversations, 15, penalties=[anchor])
     """

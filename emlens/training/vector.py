@@ -78,7 +78,7 @@ def train_vector(
         NonFiniteError: If the model's own passes are not finite.
         TrainingStopped: If training leaves what is finite; it carries the run so far.
 
-    Example:
+    Examples:
         >>> general, run = emlens.train_vector(model, conversations, layer=15, epochs=3)
         >>> narrow, _ = emlens.train_vector(
         ...     model, conversations, layer=15, kl=emlens.KLPenalty(elsewhere, weight=3.0)

@@ -59,7 +59,7 @@ def train_weights(
         NonFiniteError: If the model's own passes are not finite.
         TrainingStopped: If training leaves what is finite. The weights keep their last good state.
 
-    Example:
+    Examples:
         >>> run = train_weights(model, conversations, epochs=1, gradient_checkpointing=True)
         >>> model.module.save_pretrained("organisms/finance-full")
     """

@@ -289,7 +289,7 @@ class Monitor:
             ValueError: If they have fewer than two prompts, one has no answer, or the monitor has
                 no model.
 
-        Example:
+        Examples:
             >>> own = monitor.calibrated(base_answers, max_false_alarms=0.05)
         """
         keys = prompts_of(conversations)

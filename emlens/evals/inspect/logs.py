@@ -28,7 +28,7 @@ def read_log(path: str | Path, condition: str | None = None) -> tuple[Responses,
         FileNotFoundError: If there is no such file.
         ValueError: If the log is not of these tasks, or has no finished sample.
 
-    Example:
+    Examples:
         >>> answers, scores = read_log("logs/steered.eval", "steered")
         >>> emlens.evals.rates(answers, scores)
     """
