@@ -129,7 +129,7 @@ class Scores(Shown):
         judges = {row.judge for row in self.rows if row.metric == metric}
         if not judges:
             known = ", ".join(dict.fromkeys(row.metric for row in self.rows))
-            raise KeyError(f"no scores of {metric!r}; there are {known or 'none'}")
+            raise KeyError(f"no scores of metric {metric!r}; there are {known or 'none'}")
         if judge is None:
             if len(judges) > 1:
                 raise KeyError(f"{metric!r} has several judges, name one: {', '.join(judges)}")

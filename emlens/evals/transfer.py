@@ -151,7 +151,8 @@ def transfer_table(
         ValueError: If there are no organisms or directions, an organism has no behaviour, or a
             direction has the name of something that is measured beside it.
     """
-    if not organisms or not directions:
+    named = by_name(organisms, "organisms")
+    if not named or not directions:
         raise ValueError("a transfer table needs at least one organism and one direction")
     reserved = {BASE, ORGANISM, "random", *(f"random {i}" for i in range(randoms))}
     taken = sorted(reserved & set(directions))
@@ -164,7 +165,7 @@ def transfer_table(
     chance = [random_direction(first, seed + i) for i in range(randoms)]
     where = range(model.n_layers)
     whole, left, removed, what, coherent, judges, acting = [], [], [], [], [], [], []
-    for name, organism in conditions_of(model, by_name(organisms)).items():
+    for name, organism in conditions_of(model, named).items():
         behaviour = behaviours if not isinstance(behaviours, Mapping) else behaviours.get(name)
         if behaviour is None:
             raise ValueError(f"no behaviour was given for organism {name!r}")
@@ -188,7 +189,7 @@ def transfer_table(
     columns = (*chosen, *(("random",) if chance else ()))
     generated = coherent if np.isfinite(coherent).any() else []
     return Transfer(
-        tuple(organisms),
+        tuple(map(str, named)),
         columns,
         np.array(whole),
         np.array(left),

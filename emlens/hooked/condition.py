@@ -151,8 +151,10 @@ def _any_conditions(_: str, given: Any) -> Any:
     return given
 
 
-def by_name(given: Any) -> Mapping[Any, ConditionLike]:
+def by_name(given: Any, what: str = "conditions") -> Mapping[Any, ConditionLike]:
     """Conditions by name; one without is called after its adapters, its edits `edited`.
+
+    Errors call them `what`.
 
     Raises:
         TypeError: If it is not a condition, or several adapters, which may act together or apart.
@@ -161,7 +163,7 @@ def by_name(given: Any) -> Mapping[Any, ConditionLike]:
         return given
     if isinstance(given, Sequence) and not isinstance(given, str) and all(map(_acts, given)):
         names = ", ".join(f"{str(one)!r}: {str(one)!r}" for one in given)
-        raise TypeError(f"conditions are given by name, e.g. {{'base': None, {names}}}")
+        raise TypeError(f"{what} are given by name, e.g. {{'base': None, {names}}}")
     if _acts(given) or _edit(given) or _edits(given):
         return {str(given) if _acts(given) else "edited": given}
     if isinstance(given, tuple) and len(given) == 2 and _names(given[0]) and _edits(given[1]):
@@ -169,9 +171,7 @@ def by_name(given: Any) -> Mapping[Any, ConditionLike]:
         return {", ".join(["+".join(map(str, names))] * bool(names) + ["edited"]): given}
     if isinstance(given, (Condition, HasCondition)) and not isinstance(given, type):
         return {str(getattr(given, "name", "") or "condition"): given}
-    raise TypeError(
-        f"conditions are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}"
-    )
+    raise TypeError(f"{what} are given by name, e.g. {{'steered': ...}}, not as {_shown(given)}")
 
 
 def condition_of(model: Hooked, given: ConditionLike, name: str = "") -> Condition:

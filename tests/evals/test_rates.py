@@ -184,7 +184,9 @@ def test_scores_of_several_judges_are_told_apart():
         rates(rows, both)
     with pytest.raises(KeyError, match="no judge 'z' of 'aligned'"):
         both.of("aligned", "z")
-    with pytest.raises(KeyError, match="no scores of 'medical'; there are aligned, coherent"):
+    with pytest.raises(
+        KeyError, match="no scores of metric 'medical'; there are aligned, coherent"
+    ):
         both.of("medical")
 
 
